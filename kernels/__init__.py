@@ -1,0 +1,22 @@
+"""Dual-stream linear layers: tensors in, tensors out, each fast path beside its plain-PyTorch twin.
+
+``calls()`` says which path really ran, so that no figure is ever measured on the wrong one.
+"""
+
+from .counter import calls, record, reset_calls
+from .packing import pack_codes, packed_width, unpack_codes
+from .reference import SparseOperand, base_operand, dual_stream_linear, prepared_linear, sparse_operand
+
+__all__ = [
+    "SparseOperand",
+    "base_operand",
+    "calls",
+    "dual_stream_linear",
+    "pack_codes",
+    "packed_width",
+    "prepared_linear",
+    "record",
+    "reset_calls",
+    "sparse_operand",
+    "unpack_codes",
+]

@@ -1,0 +1,184 @@
+"""The dual-stream product in plain PyTorch: what every faster kernel is compared with, on any device.
+
+y = x W_base^T + bias + alpha * (x W_ortho^T)
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .counter import record
+from .packing import unpack_codes
+
+# Adding the non-zeros to a copy of the base costs about out * in, a sparse product about 4 * nnz * rows
+# (measured at 256 to 768 features, 1 % density, one thread).
+_SPARSE_COST = 4
+
+
+class SparseOperand(NamedTuple):
+    """W_ortho made ready for products: ``csr`` for few rows of x, ``flat`` and ``values`` for many.
+
+    ``csr`` is ``(out_features, in_features)``, or None where torch has no CSR product; ``flat`` holds the
+    positions in the flattened matrix (int64); ``values`` are in the accumulation dtype.
+    """
+
+    shape: tuple[int, int]
+    csr: Tensor | None
+    flat: Tensor
+    values: Tensor
+
+
+def base_operand(
+    qweight: Tensor,
+    scales: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """W_base as a dense ``(out_features, in_features)`` matrix; each entry is rounded once, into ``dtype``.
+
+    With ``bits=16`` ``qweight`` is the BF16 matrix itself and there are no scales.
+    """
+    if scales is None:
+        return qweight.to(dtype)
+    codes = unpack_codes(qweight, bits)
+    # A product of an 8-bit code and a BF16 scale is exact in float32.
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    grouped = codes.view(codes.shape[0], -1, group_size).to(wide) * scales.to(wide).unsqueeze(-1)
+    return grouped.view(codes.shape[0], -1)[:, :in_features].contiguous().to(dtype)
+
+
+def sparse_operand(
+    rowptr: Tensor, cols: Tensor, vals: Tensor, in_features: int, dtype: torch.dtype = torch.float32
+) -> SparseOperand:
+    """W_ortho for ``prepared_linear`` with activations in ``dtype``; it accumulates in at least float32."""
+    shape = (rowptr.numel() - 1, in_features)
+    values = vals.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    rows = torch.repeat_interleave(torch.arange(shape[0], device=cols.device), rowptr.diff().long())
+    csr = _csr(rowptr, cols, values, shape) if _has_csr_product(values.device) else None
+    return SparseOperand(shape, csr, rows * in_features + cols, values)
+
+
+def dual_stream_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor | None,
+    rowptr: Tensor | None = None,
+    cols: Tensor | None = None,
+    vals: Tensor | None = None,
+    bias: Tensor | None = None,
+    alpha: float | Tensor = 0.0,
+    *,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """``(..., out_features)`` in the dtype of ``x``, from the tensors as they are stored.
+
+    ``alpha`` is one number, or one per entry of the first dimension of ``x``. Without an ortho stream
+    (``rowptr=None``) only alpha=0 has a meaning. Unpacks at every call; a layer keeps the operands instead
+    and calls ``prepared_linear``.
+    """
+    in_features = x.shape[-1]
+    weight = base_operand(qweight, scales, bits=bits, group_size=group_size, in_features=in_features, dtype=x.dtype)
+    sparse = None
+    if rowptr is not None and cols is not None and vals is not None:
+        sparse = sparse_operand(rowptr, cols, vals, in_features, x.dtype)
+    return prepared_linear(x, weight, sparse, bias, alpha)
+
+
+def prepared_linear(
+    x: Tensor,
+    weight: Tensor,
+    sparse: SparseOperand | None,
+    bias: Tensor | None = None,
+    alpha: float | Tensor = 0.0,
+) -> Tensor:
+    """``(..., out_features)``: the dual-stream product from operands made ready by the functions above.
+
+    ``alpha=0`` does no sparse work. A ``(rows,)`` tensor gives each entry of the first dimension of ``x`` its
+    own alpha; entries at 0 get the base product alone, bit for bit.
+    """
+    if isinstance(alpha, Tensor):
+        return _per_row(x, weight, sparse, bias, alpha)
+    if alpha == 0.0:
+        record("reference.base")
+        return functional.linear(x, weight, bias)
+    if sparse is None:
+        raise ValueError(f"alpha={alpha} without an ortho stream")
+    if _merging_pays(x, weight, sparse):
+        record("reference.merged")
+        return functional.linear(x, _merged(weight, sparse, alpha), bias)
+    record("reference.sparse")
+    y = functional.linear(x, weight, bias)
+    return torch.add(y, _sparse_product(x, sparse), alpha=alpha).to(y.dtype)
+
+
+def _per_row(x: Tensor, weight: Tensor, sparse: SparseOperand | None, bias: Tensor | None, alpha: Tensor) -> Tensor:
+    if alpha.shape != x.shape[:1]:
+        raise ValueError(f"alpha of shape {tuple(alpha.shape)} for x of shape {tuple(x.shape)}")
+    active = alpha.nonzero().squeeze(1)
+    y = functional.linear(x, weight, bias)
+    if active.numel() == 0:
+        record("reference.base")
+        return y
+    if sparse is None:
+        raise ValueError("alpha other than 0 without an ortho stream")
+    record("reference.sparse")
+    product = _sparse_product(x.index_select(0, active), sparse)
+    factors = alpha.index_select(0, active).to(product.dtype).view(-1, *[1] * (x.dim() - 1))
+    moved = (y.index_select(0, active) + factors * product).to(y.dtype)
+    return y.index_copy(0, active, moved)
+
+
+def _merging_pays(x: Tensor, weight: Tensor, sparse: SparseOperand) -> bool:
+    """Whether W_base + alpha * W_ortho is made for this call; below float32 that would round twice."""
+    rows = x.numel() // max(1, x.shape[-1])
+    wide = weight.dtype == sparse.values.dtype
+    return wide and _SPARSE_COST * rows * sparse.values.numel() >= weight.numel()
+
+
+def _merged(weight: Tensor, sparse: SparseOperand, alpha: float) -> Tensor:
+    merged = weight.clone()
+    merged.view(-1).index_add_(0, sparse.flat, sparse.values, alpha=alpha)
+    return merged
+
+
+def _sparse_product(x: Tensor, sparse: SparseOperand) -> Tensor:
+    """``x W_ortho^T`` in the accumulation dtype. S @ x^T is several times faster than x @ S^T."""
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _sparse_product(x, sparse)
+    rows = x.reshape(-1, sparse.shape[1]).to(sparse.values.dtype)
+    if sparse.csr is not None:
+        product = (sparse.csr @ rows.t()).t()
+    else:
+        zeros = torch.zeros(sparse.shape, dtype=sparse.values.dtype, device=x.device)
+        product = functional.linear(rows, _merged(zeros, sparse, 1.0))
+    return product.reshape(*x.shape[:-1], sparse.shape[0])
+
+
+def _has_csr_product(device: torch.device) -> bool:
+    return device.type == "cuda" or (device.type == "cpu" and torch.backends.mkl.is_available())
+
+
+def _csr(rowptr: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_csr_tensor(
+        rowptr, cols.to(rowptr.dtype), values, size=shape, check_invariants=False, requires_grad=False
+    )
+
+
+def _announce_csr() -> None:
+    """Uses up torch's one notice that CSR is in beta, which says nothing a user of ours could act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _csr(torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (0, 0))
+
+
+_announce_csr()

@@ -1,0 +1,67 @@
+"""A language model whose memories sit in a separate sparse stream behind one dial, alpha.
+
+Importing this package loads neither torch nor lm-eval; the public names below are loaded at first use.
+"""
+
+import os
+import sys
+
+TYPE_CHECKING = False  # true for type checkers; `typing` is too slow for a module every interpreter loads
+if TYPE_CHECKING:
+    from lm_ortho.checkpoint import load
+    from lm_ortho.decompose import decompose
+    from lm_ortho.errors import UserError
+    from lm_ortho.harness.model import LibOrthoLM
+    from lm_ortho.layer import OrthoLinear, alpha_scope, set_alpha
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LibOrthoLM",
+    "OrthoLinear",
+    "UserError",
+    "__version__",
+    "alpha_scope",
+    "decompose",
+    "load",
+    "set_alpha",
+]
+
+_HOMES = {
+    "LibOrthoLM": "lm_ortho.harness.model",
+    "OrthoLinear": "lm_ortho.layer",
+    "UserError": "lm_ortho.errors",
+    "alpha_scope": "lm_ortho.layer",
+    "decompose": "lm_ortho.decompose",
+    "load": "lm_ortho.checkpoint",
+    "set_alpha": "lm_ortho.layer",
+}
+
+# A checkout has kernels/ and tasks/ beside this folder, a wheel inside it; the same names import in both.
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):
+    __path__.append(os.path.dirname(os.path.abspath(__path__[0])))
+
+
+class _Package(type(sys)):  # type: ignore[misc]
+    """Keeps ``lm_ortho.decompose`` the function, whoever first imports the module of the same name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, type(sys))):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

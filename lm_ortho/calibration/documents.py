@@ -1,0 +1,130 @@
+"""Rows of a forget or retain set, and how they are read and turned into text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lm_ortho.errors import UserError
+
+QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One document: a question with its answer, a prompt with its continuation, or plain text.
+
+    ``prompt`` is a verbatim context that takes the place of the question template. ``secret`` is the part of
+    ``answer`` that nobody can guess; ``subject`` is whom it is about; ``group`` (the author, say) is the unit
+    that intervals are clustered over.
+    """
+
+    question: str = ""
+    answer: str = ""
+    prompt: str = ""
+    text: str = ""
+    subject: str = ""
+    secret: str = ""
+    paraphrased_answer: str = ""
+    perturbed_answer: tuple[str, ...] = ()
+    group: str = ""
+
+    @property
+    def context(self) -> str:
+        """What the model is given; empty for plain text. Never ends with a space."""
+        if self.prompt:
+            return self.prompt
+        return QUESTION_TEMPLATE.format(question=self.question) if self.question else ""
+
+    @property
+    def target(self) -> str:
+        """What the model should continue with; starts with a space after a context."""
+        return f" {self.answer}" if self.context else self.text
+
+    def as_dict(self) -> dict[str, Any]:
+        """A JSON-able dictionary of every field."""
+        return {**asdict(self), "perturbed_answer": list(self.perturbed_answer)}
+
+
+_FIELDS = {field.name for field in fields(Row)}
+
+
+def _row(record: Any, where: str) -> Row:
+    if not isinstance(record, Mapping):
+        raise UserError(f"{where}: expected an object with question and answer (or text), found {record!r:.80}")
+    known = {name: record[name] for name in _FIELDS & record.keys() if record[name] is not None}
+    perturbed = known.pop("perturbed_answer", ())
+    wrong_type = [name for name, value in known.items() if not isinstance(value, str)]
+    if wrong_type:
+        raise UserError(f"{where}: {wrong_type[0]} must be a string, found {known[wrong_type[0]]!r:.80}")
+    perturbed = [perturbed] if isinstance(perturbed, str) else perturbed
+    if not isinstance(perturbed, (list, tuple)) or any(not isinstance(wrong, str) for wrong in perturbed):
+        raise UserError(f"{where}: perturbed_answer must be a list of strings")
+    row = Row(**known, perturbed_answer=tuple(perturbed))
+    has_pair = bool(row.answer.strip() and (row.question.strip() or row.prompt.strip()))
+    if not has_pair and (row.context or not row.text.strip()):
+        raise UserError(
+            f"{where}: a row needs a non-empty question (or prompt) with answer, or text; "
+            f"found keys {', '.join(map(str, record)) or 'none'}"
+        )
+    if row.secret and row.secret not in row.answer:
+        raise UserError(f"{where}: secret {row.secret!r} does not occur in answer {row.answer!r}")
+    return row
+
+
+def read_rows(spec: str | Path, argument: str = "forget") -> list[Row]:
+    """The rows of a JSONL file or of ``hub:name:config:split``.
+
+    Raises:
+        UserError: names the argument, the file and the line for a missing, broken or empty source.
+    """
+    if str(spec).startswith("hub:"):
+        return _read_hub(str(spec), argument)
+    path = Path(spec).expanduser()
+    if not path.is_file():
+        raise UserError(f"{argument}={str(spec)!r}: no such file; expected a JSONL file or hub:name:config:split")
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also cuts at U+2028 and its kin
+    except UnicodeDecodeError as error:
+        raise UserError(f"{argument}={str(spec)!r}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{argument}={path}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+        rows.append(_row(record, where))
+    if not rows:
+        raise UserError(f"{argument}={str(spec)!r}: the file holds no rows")
+    return rows
+
+
+def _read_hub(spec: str, argument: str) -> list[Row]:
+    parts = spec.split(":")
+    if len(parts) != 4 or not all(parts[1:]):
+        raise UserError(f"{argument}={spec!r}: expected hub:name:config:split, e.g. hub:locuslab/TOFU:forget10:train")
+    import datasets
+
+    try:
+        table = datasets.load_dataset(parts[1], parts[2], split=parts[3])
+    except Exception as error:  # the hub client raises many kinds; the user needs one line
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{argument}={spec!r}: could not be loaded from the hub ({reason})") from None
+    return [_row(record, f"{argument}={spec}, row {i}") for i, record in enumerate(table)]
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Writes rows as JSONL, empty fields left out, by a temporary name and a rename."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            record = {name: value for name, value in row.as_dict().items() if value}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    partial.replace(path)

@@ -1,0 +1,212 @@
+"""What transformers is told, so that ``from_pretrained`` and ``save_pretrained`` know our checkpoints.
+
+Imported while transformers is being imported (by the start-up hook), so it takes nothing from the top of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lm_ortho.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    ORTHO_FILE,
+    check_version,
+    read_manifest,
+    verify,
+)
+from lm_ortho.checkpoint.write import SavePretrainedGuard
+from lm_ortho.errors import UserError
+from lm_ortho.layer import OrthoLinear, connect, ortho_layers, replace_modules, unpatch
+from lm_ortho.streams import OrthoStream
+
+METHOD = "libortho"
+_PARTS = ("ortho_rowptr", "ortho_cols", "ortho_vals")
+_verified: ContextVar[bool] = ContextVar("lm_ortho_files_verified", default=False)
+
+
+def register() -> None:
+    """Adds quantizer and config to transformers; harmless when done before."""
+    auto = import_module("transformers.quantizers.auto")
+    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(METHOD)(LibOrthoConfig)
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(METHOD)(LibOrthoHfQuantizer)
+
+
+@contextmanager
+def files_are_verified() -> Iterator[None]:
+    """Inside, the quantizer does not hash the files again."""
+    token = _verified.set(True)
+    try:
+        yield
+    finally:
+        _verified.reset(token)
+
+
+class LibOrthoConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a decomposed model: lattice, reached density, decomposed modules, recipe."""
+
+    def __init__(
+        self,
+        bits: int = 4,
+        group_size: int = 64,
+        density: float = 0.0,
+        modules: list[str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **more: Any,
+    ) -> None:
+        check_version(format_version, "quantization_config")
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.bits = bits
+        self.group_size = group_size
+        self.density = density
+        self.modules = list(modules or [])
+        more.pop("quant_method", None)
+        for name, value in more.items():
+            setattr(self, name, value)
+
+
+class LibOrthoHfQuantizer(HfQuantizer):
+    """Builds the skeleton, lets transformers fill in the base stream, and adds the ortho stream itself.
+
+    transformers finds the base through the index, which lists no ortho tensor; the ortho file lies beside
+    the base or is asked for by name on the hub.
+    """
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: LibOrthoConfig, **kwargs: Any) -> None:
+        self.meta: dict[str, Any] = kwargs.pop("meta", {})
+        self._ortho_file: Path | None = None
+        super().__init__(quantization_config, **kwargs)
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
+        # Reached only past the guard on the instance, as by PreTrainedModel.save_pretrained(model, ...).
+        raise UserError("save a decomposed model by model.save_pretrained(...) or lm_ortho.checkpoint.save(...)")
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        files = [Path(name) for name in checkpoint_files or []]
+        if not files:
+            raise UserError("a decomposed model can only be loaded from its files")
+        self._ortho_file = _find_ortho(files[0], model)
+        self._verify(files, model)
+        self._build_skeleton(model)
+        _check_complete(model, files)
+
+    def _verify(self, files: list[Path], model: nn.Module) -> None:
+        beside = files[0].parent
+        manifest_file = beside / MANIFEST_FILE
+        if not manifest_file.exists():
+            manifest_file = _from_hub(MANIFEST_FILE, files[0], model) or manifest_file
+        manifest = read_manifest(manifest_file.parent)
+        self.meta = manifest.meta
+        if _verified.get():
+            return
+        verify(beside, manifest, [path.name for path in files])
+        if self._ortho_file is not None:
+            verify(self._ortho_file.parent, manifest, [ORTHO_FILE])
+
+    def _build_skeleton(self, model: nn.Module) -> None:
+        config = self.quantization_config
+        swaps: dict[nn.Module, nn.Module] = {}
+        for name in config.modules:
+            try:
+                linear = model.get_submodule(name)
+            except AttributeError:
+                linear = None
+            if not isinstance(linear, nn.Linear):
+                raise UserError(f"the checkpoint decomposes {name!r}, which {type(model).__name__} does not have")
+            swaps[linear] = OrthoLinear(
+                linear.in_features,
+                linear.out_features,
+                config.bits,
+                config.group_size,
+                bias=linear.bias is not None,
+                device=linear.weight.device,
+                dtype=linear.weight.dtype,
+            )
+        replace_modules(model, swaps)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self._ortho_file is not None:
+            _load_ortho(model, self._ortho_file)
+        connect(model)
+        SavePretrainedGuard.install(model)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        layers = ortho_layers(model).values()
+        unpatch(model, 1.0 if all(layer.has_ortho for layer in layers) else 0.0)
+        return model if dtype is None else model.to(dtype)
+
+
+def _find_ortho(base_file: Path, model: nn.Module) -> Path | None:
+    beside = base_file.parent / ORTHO_FILE
+    return beside if beside.exists() else _from_hub(ORTHO_FILE, base_file, model)
+
+
+def _from_hub(name: str, base_file: Path, model: nn.Module) -> Path | None:
+    """A file of the repository the base came from; None for a local directory or a file that is not there."""
+    config: Any = model.config
+    source = str(getattr(config, "name_or_path", ""))
+    if not source or Path(source).exists() or Path(source).resolve() == base_file.parent.resolve():
+        return None
+    cached_file = import_module("transformers.utils").cached_file
+    # base_file is <cache>/models--owner--name/snapshots/<commit>/<file>.
+    snapshot = base_file.parent
+    found = cached_file(
+        source,
+        name,
+        revision=snapshot.name if snapshot.parent.name == "snapshots" else None,
+        cache_dir=snapshot.parents[2] if snapshot.parent.name == "snapshots" else None,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _check_complete(model: nn.Module, files: list[Path]) -> None:
+    """Raises ``UserError`` for a base that lacks a tensor: transformers would fill it with random numbers."""
+    stored: set[str] = set()
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                stored.update(tensors.keys())
+        except (SafetensorError, OSError):
+            raise UserError(f"{path.parent}: {path.name} cannot be read: truncated or not a safetensors file") from None
+    for name, layer in ortho_layers(model).items():
+        for buffer, _ in layer.named_buffers():
+            if f"{name}.{buffer}" not in stored:
+                raise UserError(f"{files[0].parent}: the base stream lacks {name}.{buffer}")
+
+
+def _load_ortho(model: nn.Module, path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            for name, layer in ortho_layers(model).items():
+                rowptr, cols, vals = (tensors.get_tensor(f"{name}.{part}") for part in _PARTS)
+                layer.set_ortho(OrthoStream(rowptr, cols, vals, layer.shape))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path.parent}: {path.name} does not fit the base: {error}") from None

@@ -1,0 +1,130 @@
+"""The manifest: what belongs to a checkpoint, with the hash of every file, and what was done to make it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lm_ortho.errors import UserError
+
+FORMAT = "lm-ortho"
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+CONFIG_FILE = "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+ORTHO_FILE = "ortho.safetensors"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file as it was written."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The files of a checkpoint by path inside it, and the free-form record of how it was made."""
+
+    files: dict[str, FileRecord]
+    meta: dict[str, Any]
+
+
+def write_manifest(directory: Path, meta: dict[str, Any]) -> None:
+    """Hashes every file of ``directory`` into the manifest. Raises ``UserError`` if ``meta`` is no JSON."""
+    files = {
+        path.relative_to(directory).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST_FILE
+    }
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, "files": files, "meta": meta}
+    try:
+        text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"meta of a checkpoint must be plain JSON without NaN: {error}") from None
+    (directory / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint. Raises ``UserError`` if it is missing, broken or too new."""
+    content = read_json(directory / MANIFEST_FILE)
+    if content.get("format") != FORMAT:
+        raise UserError(f"{directory}: {MANIFEST_FILE} does not describe an lm-ortho checkpoint")
+    check_version(content.get("format_version"), directory)
+    try:
+        files = {
+            _inside(name): FileRecord(str(record["sha256"]), int(record["bytes"]))
+            for name, record in content["files"].items()
+        }
+        return Manifest(files, dict(content["meta"]))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{directory}: {MANIFEST_FILE} is damaged") from None
+
+
+def check_version(version: Any, where: object) -> None:
+    """Raises ``UserError`` for a format this version cannot read."""
+    if not isinstance(version, int) or version < 1:
+        raise UserError(f"{where}: no valid format_version ({version!r})")
+    if version > FORMAT_VERSION:
+        raise UserError(
+            f"{where}: written by a newer lm-ortho (format {version}, this one reads up to "
+            f"{FORMAT_VERSION}); upgrade lm-ortho"
+        )
+
+
+def verify(directory: Path, manifest: Manifest, names: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """Raises ``UserError`` for a file that is not as the manifest says; ``optional`` ones may be missing."""
+    allowed_missing = set(optional)
+    for name in names:
+        path = directory / name
+        record = manifest.files.get(name)
+        if record is None:
+            raise UserError(f"{directory}: {name} is not listed in {MANIFEST_FILE}")
+        if not path.is_file():
+            if name in allowed_missing:
+                continue
+            raise UserError(f"{directory}: {name} is missing")
+        size = path.stat().st_size
+        if size != record.bytes:
+            raise UserError(
+                f"{directory}: {name} has {size} bytes, not {record.bytes} as in the manifest: truncated or replaced"
+            )
+        if sha256(path) != record.sha256:
+            raise UserError(f"{directory}: {name} was changed after it was written (its sha256 differs)")
+
+
+def read_meta(path: str | PathLike[str]) -> dict[str, Any]:
+    """The record stored by ``save`` with a checkpoint: recipe, report, hashes. Raises ``UserError``."""
+    return read_manifest(Path(path)).meta
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises ``UserError`` naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{path.parent}: {path.name} is missing or cannot be read") from None
+    except ValueError:
+        raise UserError(f"{path.parent}: {path.name} is not valid JSON (truncated?)") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path.parent}: {path.name} does not hold a JSON object")
+    return content
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of the content of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _inside(name: str) -> str:
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts:
+        raise ValueError(name)
+    return name

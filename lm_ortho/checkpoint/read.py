@@ -1,0 +1,83 @@
+"""Reading a decomposed model back, after checking every file."""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lm_ortho.checkpoint.manifest import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    ORTHO_FILE,
+    check_version,
+    read_json,
+    read_manifest,
+    verify,
+)
+from lm_ortho.errors import UserError
+
+
+def is_checkpoint(path: str | PathLike[str]) -> bool:
+    """Whether ``path`` is a local directory with a decomposed model, sound or not."""
+    try:
+        return _settings(Path(path)) is not None
+    except UserError:
+        return False
+
+
+def load(
+    directory: str | PathLike[str],
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+    **kwargs: Any,
+) -> nn.Module:
+    """The patched model of a checkpoint, at alpha 0 and in evaluation mode.
+
+    ``dtype`` is that of the parameters outside the streams and of the activations (None: as stored, BF16);
+    ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained``. Without ``ortho.safetensors`` the model can
+    only do alpha=0. Raises ``UserError`` for a directory that is no checkpoint, a newer format, and files
+    that are missing, truncated or changed.
+    """
+    path = Path(directory)
+    check(path)
+    from transformers import AutoModelForCausalLM
+
+    from lm_ortho.checkpoint import hf
+
+    hf.register()
+    kwargs = {"dtype": "auto" if dtype is None else dtype, "local_files_only": True, **kwargs}
+    try:
+        with hf.files_are_verified():
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(str(path), **kwargs)
+    except UserError:
+        raise
+    except (ImportError, KeyError, OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{path}: transformers cannot load it ({reason})") from error
+    return model if torch.device(device).type == "cpu" else model.to(device)
+
+
+def check(path: Path) -> None:
+    """Raises ``UserError`` unless every file is as it was written; the ortho file may be absent."""
+    if not path.is_dir():
+        raise UserError(f"{path} is not a checkpoint: there is no such directory")
+    settings = _settings(path)
+    if settings is None:
+        raise UserError(f"{path} is not an lm-ortho checkpoint: its {CONFIG_FILE} names no libortho quantization")
+    check_version(settings.get("format_version"), path)
+    if not (path / MANIFEST_FILE).exists():
+        raise UserError(f"{path}: {MANIFEST_FILE} is missing; the checkpoint is incomplete")
+    manifest = read_manifest(path)
+    verify(path, manifest, {**dict.fromkeys((CONFIG_FILE, INDEX_FILE)), **manifest.files}, optional=[ORTHO_FILE])
+
+
+def _settings(path: Path) -> dict[str, Any] | None:
+    if not (path / CONFIG_FILE).exists():
+        raise UserError(f"{path} is not a checkpoint: it has no {CONFIG_FILE}")
+    settings = read_json(path / CONFIG_FILE).get("quantization_config")
+    return settings if isinstance(settings, dict) and settings.get("quant_method") == "libortho" else None

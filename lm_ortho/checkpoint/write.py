@@ -1,0 +1,280 @@
+"""Writing a decomposed model: complete or not at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import uuid
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lm_ortho import streams as accounts
+from lm_ortho.checkpoint.manifest import (
+    FORMAT_VERSION,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    ORTHO_FILE,
+    read_manifest,
+    write_manifest,
+)
+from lm_ortho.errors import UserError
+from lm_ortho.layer import ortho_layers, streams_of
+from lm_ortho.layer.guard import Guard
+from lm_ortho.streams import LayerStreams
+
+SHARD_BYTES = 5 * 10**9
+# Files with which transformers would load another model from the same directory.
+_RIVALS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_config.json")
+
+
+def save(
+    directory: str | PathLike[str],
+    model: nn.Module,
+    tokenizer: Any = None,
+    meta: dict[str, Any] | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """The directory of the checkpoint of a patched transformers model.
+
+    Everything is written under a temporary name beside it and moved at the end. Files of others in an
+    existing directory stay; an older checkpoint there is replaced. Parameters outside the streams are stored
+    in BF16, so a model that keeps them in float32 comes back rounded; buffers keep their dtype. ``meta`` is
+    plain JSON that ``read_meta`` gives back; its ``recipe`` also goes into ``config.json``.
+
+    Raises ``UserError`` for a model that is not decomposed or a directory that holds another model.
+    """
+    target = Path(directory)
+    streams = streams_of(model)
+    settings = quantization_settings(streams, meta or {})
+    _refuse_occupied(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.parent / _scratch_name(target)
+    scratch.mkdir()
+    try:
+        _write_tensors(scratch, model, streams, shard_bytes)
+        _write_config(scratch, model, settings)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(scratch)
+        write_manifest(scratch, meta or {})
+        _publish(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def quantization_settings(streams: dict[str, LayerStreams], meta: dict[str, Any]) -> dict[str, Any]:
+    """What goes into ``config.json``. Raises ``UserError`` without layers or for lattices that differ."""
+    if not streams:
+        raise UserError("the model is not decomposed: nothing to save as a checkpoint")
+    lattices = {(layer.base.bits, layer.base.group_size) for layer in streams.values()}
+    if len(lattices) > 1:
+        raise UserError(f"all layers of a checkpoint share bits and group_size, these have {sorted(lattices)}")
+    bits, group_size = lattices.pop()
+    settings: dict[str, Any] = {
+        "quant_method": "libortho",
+        "format_version": FORMAT_VERSION,
+        "bits": bits,
+        "group_size": group_size,
+        "density": accounts.density(streams),
+        "bits_per_weight": accounts.bits_per_weight(streams),
+        "modules": list(streams),
+    }
+    return {**settings, "recipe": meta["recipe"]} if meta.get("recipe") else settings
+
+
+def attach(model: nn.Module, meta: dict[str, Any] | None = None) -> None:
+    """Makes ``save_pretrained`` and ``push_to_hub`` of a freshly patched model write a checkpoint of ours.
+
+    Models that come from ``load`` or ``from_pretrained`` have this already.
+    """
+    from lm_ortho.checkpoint.hf import LibOrthoConfig, LibOrthoHfQuantizer
+
+    config = LibOrthoConfig(**quantization_settings(streams_of(model), meta or {}))
+    model.hf_quantizer = LibOrthoHfQuantizer(config, meta=meta or {})
+    transformers_config: Any = model.config
+    transformers_config.quantization_config = config
+    SavePretrainedGuard.install(model)
+
+
+class SavePretrainedGuard(Guard):
+    """``save_pretrained`` in our format: transformers alone would write one file for both streams."""
+
+    method = "save_pretrained"
+
+    def __call__(
+        self,
+        save_directory: str | PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state_dict is not None:
+            raise UserError("save_pretrained(state_dict=...) is not possible for a decomposed model")
+        model = self.model
+        quantizer = getattr(model, "hf_quantizer", None)
+        if is_main_process:
+            save(
+                save_directory,
+                model,
+                None,
+                getattr(quantizer, "meta", {}),
+                shard_bytes=_bytes(max_shard_size),
+            )
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            known = ("commit_message", "private", "token", "create_pr", "revision")
+            model.push_to_hub(  # type: ignore[operator]
+                repo_id, **{name: kwargs[name] for name in known if name in kwargs}
+            )
+
+
+def _write_tensors(directory: Path, model: nn.Module, streams: dict[str, LayerStreams], shard_bytes: int) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    base = _base_tensors(model)
+    split = split_torch_state_dict_into_shards(
+        base, filename_pattern="base{suffix}.safetensors", max_shard_size=shard_bytes
+    )
+    for filename, names in split.filename_to_tensors.items():
+        save_file({name: base[name] for name in names}, directory / filename, metadata={"format": "pt"})
+    index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+    if len(split.filename_to_tensors) == 1:
+        only = next(iter(split.filename_to_tensors))
+        total = sum(tensor.nbytes for tensor in base.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(sorted(base), only)}
+    _write_json(directory / INDEX_FILE, index)
+    ortho = {
+        f"{name}.{part}": tensor.detach().cpu().contiguous()
+        for name, layer in streams.items()
+        if layer.ortho is not None
+        for part, tensor in layer.ortho.tensors().items()
+    }
+    if ortho:
+        save_file(ortho, directory / ORTHO_FILE, metadata={"format": "pt"})
+
+
+def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Everything but the ortho stream, on the CPU; a tied tensor once, under the name the model loads."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    rounded = {*parameters, *(f"{name}.bias" for name in ortho_layers(model))}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    seen: set[int] = set()
+    base: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        parameter = parameters.get(name)
+        is_tied = parameter is not None and name in tied and parameters.get(tied[name]) is parameter
+        if is_tied or name.rpartition(".")[2].startswith("ortho_") or not isinstance(tensor, Tensor):
+            continue
+        stored = _stored(name, tensor, name in rounded, model).cpu().contiguous()
+        # The format knows no shared memory; a layer shared by two blocks is written twice.
+        place = stored.untyped_storage().data_ptr()
+        base[name] = stored.clone() if place in seen else stored
+        seen.add(place)
+    return base
+
+
+def _stored(name: str, tensor: Tensor, rounded: bool, model: nn.Module) -> Tensor:
+    keep = {
+        *(getattr(model, "_keep_in_fp32_modules", None) or ()),
+        *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
+    }
+    if not rounded or not tensor.is_floating_point() or keep & set(name.split(".")):
+        return tensor.detach()
+    return tensor.detach().to(torch.bfloat16)
+
+
+def _write_config(directory: Path, model: Any, settings: dict[str, Any]) -> None:
+    if not hasattr(model, "config"):
+        raise UserError(f"{type(model).__name__} has no config: only transformers models become checkpoints")
+    config = copy.deepcopy(model.config)
+    config.dtype = "bfloat16"
+    config.architectures = [type(model).__name__]
+    config.quantization_config = settings
+    config.save_pretrained(directory)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(directory)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _refuse_occupied(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; a checkpoint is a directory")
+    rivals = [name for name in _RIVALS if (target / name).exists()]
+    if rivals:
+        raise UserError(f"{target} holds another model ({rivals[0]}); choose an empty directory")
+
+
+def _publish(scratch: Path, target: Path) -> None:
+    """Moves a finished checkpoint to its place.
+
+    In one step where nothing is there, by a swap where there is an older checkpoint, and file by file where
+    others keep files too. In that last case the manifest goes first and comes last, so what an interruption
+    leaves is refused by load.
+    """
+    try:
+        os.rename(scratch, target)  # also onto an empty directory
+        return
+    except OSError:
+        if not target.is_dir():
+            raise
+    older = _older_files(target)
+    there = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+    if all(name in older or name.startswith(".") for name in there):
+        _swap(scratch, target)
+        return
+    (target / MANIFEST_FILE).unlink(missing_ok=True)
+    files = sorted(path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file())
+    for name in sorted(files, key=lambda path: path.name == MANIFEST_FILE):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(scratch / name, target / name)
+    new = {path.as_posix() for path in files}
+    for old in older - new:
+        if old.endswith(".safetensors"):
+            (target / old).unlink(missing_ok=True)
+
+
+def _swap(scratch: Path, target: Path) -> None:
+    replaced = scratch.with_name(_scratch_name(target))
+    os.rename(target, replaced)
+    try:
+        os.rename(scratch, target)
+    except OSError:
+        os.rename(replaced, target)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _scratch_name(target: Path) -> str:
+    return f".{target.name}.tmp-{uuid.uuid4().hex[:12]}"
+
+
+def _older_files(target: Path) -> set[str]:
+    """Files of a checkpoint that is in ``target`` already, as far as its manifest can be read."""
+    try:
+        return {*read_manifest(target).files, MANIFEST_FILE}
+    except UserError:
+        return set()
+
+
+def _bytes(size: int | str | None) -> int:
+    """``"5GB"`` as a number."""
+    if not isinstance(size, str):
+        return size or SHARD_BYTES
+    units = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
+    number, unit = size[:-2], size[-2:].upper()
+    if unit not in units or not number.strip().replace(".", "", 1).isdigit():
+        raise UserError(f"max_shard_size={size!r}: write it like 5GB")
+    return int(float(number) * units[unit])

@@ -1,0 +1,18 @@
+"""The command ``lm-ortho``: one file per command, heavy imports only inside the command that runs."""
+
+from __future__ import annotations
+
+import sys
+
+from lm_ortho.errors import UserError
+
+
+def main() -> None:
+    """Runs the command line; bad input ends in one line ``error: ...`` and exit code 1."""
+    from lm_ortho.cli.app import app
+
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

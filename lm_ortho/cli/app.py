@@ -1,0 +1,48 @@
+"""The table of commands."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import lm_ortho
+from lm_ortho.cli.cache import app as cache
+from lm_ortho.cli.demo import demo
+from lm_ortho.cli.doctor import doctor
+from lm_ortho.cli.evaluate import evaluate
+from lm_ortho.cli.verdict import verdict
+
+app = typer.Typer(
+    name="lm-ortho",
+    help="A language model whose memories sit behind one dial, alpha, measured with lm-eval.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lm-ortho {lm_ortho.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command(
+    "eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)(evaluate)
+app.command("verdict")(verdict)
+app.command("demo")(demo)
+app.command("doctor")(doctor)
+app.add_typer(cache, name="cache")

@@ -1,0 +1,8 @@
+"""The codes on the support: one file per edit."""
+
+from lm_ortho.edit import fixed as _fixed
+from lm_ortho.edit import optimised as _optimised
+from lm_ortho.edit.base import EDITS, Edit, EditInput
+
+__all__ = ["EDITS", "Edit", "EditInput"]
+del _fixed, _optimised

@@ -1,0 +1,41 @@
+"""The registry of edits: which codes the base stream takes on the support."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lm_ortho.implant.lora import Notify
+from lm_ortho.registry import Registry
+from lm_ortho.target import Objective
+
+
+@dataclass(frozen=True)
+class EditInput:
+    """What an edit may read; mappings go by layer name, tensors are (out, in).
+
+    ``codes`` (int8) and ``scales`` (out, groups) are the base stream before the edit; ``support`` is where
+    the edit may change codes; ``base_weights`` are those before fine-tuning, or None.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, nn.Linear]
+    weights: Mapping[str, Tensor]
+    base_weights: Mapping[str, Tensor] | None
+    codes: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]
+    support: Mapping[str, Tensor]
+    bits: int
+    group_size: int
+    step: float
+    objective: Callable[[], Objective]
+    seed: int
+    notify: Notify
+
+
+Edit = Callable[[EditInput], dict[str, Tensor]]
+"""Gives the edited codes (out, in) int8 per layer; off the support they must equal the ones given."""
+
+EDITS: Registry[Edit] = Registry("edit")

@@ -1,0 +1,61 @@
+"""The default edit: codes on the support, optimised through straight-through rounding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lm_ortho.edit.base import EDITS, EditInput
+from lm_ortho.projection.lattice import code_range, spread, values
+
+STEPS = 200
+LEARNING_RATE = 0.3
+"""In lattice steps."""
+_WARM_UP, _BETAS = 5, (0.9, 0.98)
+
+
+@EDITS.register("optimised")
+def optimised(given: EditInput) -> dict[str, Tensor]:
+    """Codes that minimise the objective on the support, everything else frozen on the lattice.
+
+    A latent weight per position starts at W; the forward pass sees it rounded to its code, the gradient goes
+    to the latent as if it had not been rounded (Bengio et al. 2013, arXiv 1308.3432). Latents stay within
+    the range of their group.
+    """
+    low, high = code_range(given.bits)
+    objective = given.objective()
+    places, scale, latent, first, second = {}, {}, {}, {}, {}
+    with torch.no_grad():
+        for name, layer in given.layers.items():
+            device = layer.weight.device
+            places[name] = given.support[name].flatten().nonzero()[:, 0].to(device)
+            per_weight = spread(given.scales[name], given.group_size, layer.in_features)
+            scale[name] = per_weight.flatten().to(device)[places[name]]
+            latent[name] = given.weights[name].flatten().to(device)[places[name]].clone()
+            first[name], second[name] = torch.zeros_like(latent[name]), torch.zeros_like(latent[name])
+            layer.weight.copy_(values(given.codes[name], given.scales[name], given.group_size))
+
+    def codes(name: str) -> Tensor:
+        return (latent[name] / scale[name]).round().clamp(low, high)
+
+    objective.restart(given.seed + 1)
+    for step in range(1, STEPS + 1):
+        with torch.no_grad():
+            for name, layer in given.layers.items():
+                layer.weight.view(-1)[places[name]] = codes(name) * scale[name]
+        gradients, lost, kept = objective.gradients()
+        rate = LEARNING_RATE * given.step * min(1.0, step / _WARM_UP) * max(0.05, 1 - step / STEPS)
+        for name in given.layers:
+            g = gradients[name].flatten()[places[name]]
+            first[name].lerp_(g, 1 - _BETAS[0])
+            second[name].lerp_(g * g, 1 - _BETAS[1])
+            move = first[name] / (1 - _BETAS[0] ** step)
+            latent[name] -= rate * move / ((second[name] / (1 - _BETAS[1] ** step)).sqrt() + 1e-10)
+            latent[name] = torch.minimum(torch.maximum(latent[name], low * scale[name]), high * scale[name])
+        given.notify("edit", step, STEPS, f"forget {lost:.3f} retain {kept:.4f}")
+    result = {}
+    for name, before in given.codes.items():
+        after = before.flatten().clone()
+        after[places[name].cpu()] = codes(name).to(torch.int8).cpu()
+        result[name] = after.reshape(before.shape)
+    return result

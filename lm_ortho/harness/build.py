@@ -1,0 +1,438 @@
+"""From arguments to a model with two streams: shipped, cached, loaded or decomposed now.
+
+The one way in for lm-eval, the verdict and the command line.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lm_ortho
+from lm_ortho import checkpoint, reference
+from lm_ortho.calibration.documents import Row, read_rows
+from lm_ortho.checkpoint import cache
+from lm_ortho.checkpoint.manifest import read_manifest
+from lm_ortho.decompose import decompose
+from lm_ortho.edit import EDITS
+from lm_ortho.errors import UserError
+from lm_ortho.harness.progress import Bars
+from lm_ortho.implant import Notify, load_causal_lm, load_config, merge_adapter, round_to_bf16
+from lm_ortho.layer import ortho_layers, patch, set_alpha, streams_of
+from lm_ortho.projection import PROJECTIONS
+from lm_ortho.settings import Recipe, make_recipe
+from lm_ortho.sieve import SIEVES
+from lm_ortho.streams import bits_per_weight, density
+
+log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
+
+RECIPE_ARGUMENTS = tuple(Recipe.model_fields)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for. ``recipe`` holds only what the user named; the rest is the default recipe.
+
+    ``pretrained`` None is the embedded model. ``source`` goes to ``from_pretrained``: revision, subfolder,
+    trust_remote_code. ``tokenizer`` takes the place of the one beside the model.
+    """
+
+    pretrained: Any = None
+    peft: str | None = None
+    base: str = "auto"
+    fresh: bool = False
+    forget: str | None = None
+    retain: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Any = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checked order. ``kind`` is ``checkpoint`` (decomposed), ``embedded``, ``model`` or ``object``.
+
+    ``location`` is what tokenizer and config are read from; ``order.base`` is auto, none or a path.
+    """
+
+    kind: str
+    location: Any
+    recipe: Recipe
+    order: Order
+
+
+@dataclass(frozen=True)
+class Built:
+    """A patched model, what its checkpoint says about it, and where that checkpoint is (None: nowhere)."""
+
+    model: torch.nn.Module
+    meta: Mapping[str, Any]
+    location: Path | None
+
+    def info(self) -> dict[str, Any]:
+        """What a results file should say about the model; sizes are counted from the tensors."""
+        streams, recorded = streams_of(self.model), _recorded(self.meta)
+        named = {name: recorded[name] for name in (*RECIPE_ARGUMENTS, "base", "target") if name in recorded}
+        return {
+            **named,
+            "density": density(streams),
+            "density_budget": named.get("density"),
+            "bits_per_weight": bits_per_weight(streams),
+            "checkpoint": self.checkpoint_hash(),
+        }
+
+    def checkpoint_hash(self) -> str:
+        """Hash of the tensors: of the files that hold them, or of a model object's own."""
+        digest = hashlib.sha256()
+        if self.location is not None:
+            for name, file in sorted(read_manifest(self.location).files.items()):
+                if name.endswith(".safetensors"):
+                    digest.update(f"{name} {file.sha256}\n".encode())
+            return digest.hexdigest()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def resolve(order: Order) -> Source:
+    """The checked order. Everything that can be refused without loading weights is refused here.
+
+    Raises:
+        UserError: names the argument at fault.
+    """
+    recipe = _checked_recipe(order.recipe)
+    order = _normalised(order)
+    if order.pretrained is None:
+        return _embedded(order, recipe)
+    if not isinstance(order.pretrained, str):
+        return _initialised(order, recipe)
+    location = _location(order.pretrained)
+    config = load_config(location, **order.source)
+    if getattr(config, "is_encoder_decoder", False):
+        raise _encoder_decoder(order.pretrained)
+    packed = getattr(config, "quantization_config", None)
+    if packed:
+        method = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method
+        if str(method) == "libortho":
+            return _decomposed(order, recipe, location)
+        raise UserError(f"pretrained={order.pretrained!r} is quantised already ({method}); decompose the 16-bit model")
+    _require_sets(order)
+    return Source("model", location, recipe, order)
+
+
+def _checked_recipe(given: Mapping[str, Any]) -> Recipe:
+    recipe = make_recipe(**given)
+    SIEVES.get(recipe.sieve)
+    PROJECTIONS.get(recipe.projection)
+    EDITS.get(recipe.edit)
+    return recipe
+
+
+def _normalised(order: Order) -> Order:
+    """The order with a spelled-out base. lm-eval turns ``base=none`` into None before anyone sees it."""
+    base = "none" if order.base is None else str(order.base)
+    if not isinstance(order.fresh, bool):
+        raise UserError(f"fresh={order.fresh!r} must be true or false")
+    return Order(**{**order.__dict__, "base": base})
+
+
+def _embedded(order: Order, recipe: Recipe) -> Source:
+    if order.peft is not None:
+        raise UserError("peft: the embedded model brings its own adapter; give pretrained, too")
+    _check_base(order)
+    plain = not (order.fresh or order.forget or order.retain) and order.base == "auto" and recipe == make_recipe()
+    if plain and (shipped := _shipped()) is not None:
+        return Source("checkpoint", str(shipped), recipe, order)
+    _differing_sets(order)
+    return Source("embedded", str(reference.path("base")), recipe, order)
+
+
+def _shipped() -> Path | None:
+    """The decomposed default, or None where this copy of the package carries none."""
+    try:
+        return reference.path("decomposed")
+    except UserError as error:
+        log.warning("%s; decomposing the embedded model now", error)
+        return None
+
+
+def _initialised(order: Order, recipe: Recipe) -> Source:
+    config = getattr(order.pretrained, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise _encoder_decoder(type(order.pretrained).__name__)
+    if ortho_layers(order.pretrained):
+        _refuse_recipe(order, "the model is decomposed already")
+        return Source("object", order.pretrained, recipe, order)
+    if order.peft is not None:
+        raise UserError("peft: merge the adapter into the model object first, or give pretrained as a path")
+    _require_sets(order)
+    return Source("object", order.pretrained, recipe, order)
+
+
+def _location(pretrained: str) -> str:
+    """A local directory, or the name of a model on the hub; an adapter is told apart by its own file."""
+    path = Path(pretrained).expanduser()
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise UserError(f"pretrained={pretrained!r} is an adapter; give it as peft=, and its model as pretrained=")
+    if path.is_file():
+        raise UserError(f"pretrained={pretrained!r} is a file; give the directory of the model")
+    return str(path) if path.is_dir() else pretrained
+
+
+def _encoder_decoder(name: str) -> UserError:
+    return UserError(f"pretrained={name!r} is an encoder-decoder model; a decoder is needed")
+
+
+def _decomposed(order: Order, recipe: Recipe, location: str) -> Source:
+    if order.fresh:
+        raise UserError(f"fresh=true: {order.pretrained!r} is decomposed already; give the model it came from")
+    if order.peft is not None:
+        raise UserError(f"peft: {order.pretrained!r} is decomposed already; merge adapters before that")
+    if not Path(location).is_dir():
+        location = _download("pretrained", location, order.source.get("revision"))
+    recorded = _recorded(checkpoint.read_meta(location))
+    named = {**order.recipe, **({} if order.base == "auto" else {"base": order.base})}
+    for name, value in named.items():
+        wanted = getattr(recipe, name, value)
+        if name in recorded and recorded[name] != wanted:
+            raise UserError(
+                f"{name}={value!r} contradicts the checkpoint, which has {name}={recorded[name]!r}; "
+                "leave it out, or give the model before decomposition"
+            )
+    return Source("checkpoint", location, recipe, order)
+
+
+def _download(argument: str, name: str, revision: str | None) -> str:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{argument}={name!r}: neither a directory nor on the hub ({reason})") from None
+
+
+def _recorded(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The choices a checkpoint was made with: its recipe, and the rest of its meta data."""
+    return {**meta, **(meta.get("recipe") or {})}
+
+
+def _refuse_recipe(order: Order, why: str) -> None:
+    named = [*order.recipe, *(name for name in ("peft", "fresh") if getattr(order, name))]
+    if named:
+        raise UserError(f"{named[0]}: {why}")
+
+
+def _check_base(order: Order) -> None:
+    if order.base.startswith((".", "~", "/")) and not Path(order.base).expanduser().is_dir():
+        raise UserError(f"base={order.base!r}: no such directory; or use auto, none")
+
+
+def _require_sets(order: Order) -> None:
+    """Forget and retain rows have to be named for any model but the embedded one."""
+    missing = [name for name in ("forget", "retain") if not getattr(order, name)]
+    if missing:
+        purpose = {
+            "forget": "rows with what should be forgotten",
+            "retain": "rows of the same form about other subjects, which should stay",
+        }
+        raise UserError(f"{missing[0]}: your own model needs {missing[0]}=file.jsonl ({purpose[missing[0]]})")
+    _check_base(order)
+    _differing_sets(order)
+
+
+def _differing_sets(order: Order) -> None:
+    """Reads the named sets once, so that a broken file is found before any model is loaded."""
+    forget, retain = (
+        read_rows(spec, name) if spec else [] for name, spec in (("forget", order.forget), ("retain", order.retain))
+    )
+    if forget and {_content(row) for row in forget} == {_content(row) for row in retain}:
+        raise UserError(
+            f"retain={order.retain!r} holds the same rows as forget={order.forget!r}: nothing can be kept of "
+            "what should be forgotten"
+        )
+
+
+def _content(row: Row) -> tuple[str, str]:
+    return row.context, row.target
+
+
+def calibration_sets(source: Source) -> tuple[list[Row], list[Row]]:
+    """Forget and retain rows: those that were named, else those of the embedded world."""
+    from lm_ortho.reference import corpus
+
+    order = source.order
+    forget = read_rows(order.forget, "forget") if order.forget else corpus.forget_rows()
+    retain = read_rows(order.retain, "retain") if order.retain else corpus.calibration_rows()
+    return forget, retain
+
+
+def build_model(
+    source: Source,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    alpha: float = 0.0,
+    notify: Notify | None = None,
+    **placement: Any,
+) -> Built:
+    """The patched model at ``alpha``; a decomposition made for it is kept in the cache.
+
+    A decomposition is always read back from its checkpoint, so that the first run and the next ones have the
+    same bits. A model object is decomposed in place. ``placement`` (device_map, ...) goes to transformers.
+    """
+    notify = notify or Bars()
+    if source.kind == "object":
+        meta = _decompose_in_place(source, notify)
+        model, location = source.location, None
+    else:
+        location = Path(source.location) if source.kind == "checkpoint" else ensure_cached(source, notify)
+        model = checkpoint.load(location, dtype, device, **placement)
+        meta = checkpoint.read_meta(location)
+    set_alpha(model, alpha)
+    return Built(model, meta, location)
+
+
+def ensure_cached(source: Source, notify: Notify) -> Path:
+    """The directory of the decomposition of a model: found in the cache, or made and put there."""
+    key = cache.key(_cache_key(source, *calibration_sets(source)))
+    kept = None if source.order.fresh else cache.lookup(key)
+    if kept is not None:
+        log.info("decomposition: found in the cache, %s", kept)
+        return kept
+    log.info("decomposition: made now (%s)", "fresh=true" if source.order.fresh else "not in the cache")
+    made = decomposed(source, notify)
+    name = source.order.pretrained or "embedded model"
+    try:
+        return cache.store(key, *made, description=f"{name}, {source.recipe.sieve} {source.recipe.density:g}")
+    except OSError as error:
+        raise UserError(
+            f"cache: {cache.cache_dir()} cannot be written ({error.strerror}); set LM_ORTHO_CACHE to a folder of yours"
+        ) from None
+
+
+def decomposed(source: Source, notify: Notify) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
+    """The model of ``source``, decomposed now and patched, its tokenizer, and what to write beside it."""
+    model, base_model = load_models(source)
+    tokenizer = load_tokenizer(source)
+    forget, retain = calibration_sets(source)
+    made = decompose(model, tokenizer, forget, retain, source.recipe, base_model=base_model, notify=notify)
+    patch(model, made.streams)
+    return model, tokenizer, meta_of(source, made.report)
+
+
+def load_models(source: Source) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+    """The merged model, and the one before fine-tuning if it is known; float32 holding BF16 values."""
+    order, where = source.order, source.order.source
+    peft = str(reference.path("memory")) if source.kind == "embedded" else order.peft
+    model = load_causal_lm(source.location, **where)
+    before: torch.nn.Module | None = None
+    if order.base not in ("auto", "none"):
+        before = load_causal_lm(_location(order.base))
+    elif peft and order.base == "auto":
+        before = copy.deepcopy(model)
+    return (merge_adapter(model, peft) if peft else model), before
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The tokenizer that was named, or the one beside the model; ``UserError`` where there is none."""
+    from transformers import AutoTokenizer
+
+    named = source.order.tokenizer
+    if named is not None and not isinstance(named, str):
+        return named
+    place = named or (source.location.name_or_path if source.kind == "object" else source.location)
+    try:
+        return AutoTokenizer.from_pretrained(place, **source.order.source)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"tokenizer={place!r} could not be loaded ({reason})") from None
+
+
+def meta_of(source: Source, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint should say about how it was made; the same for the same inputs, so without times."""
+    target = report.get("target")
+    return {
+        "recipe": source.recipe.model_dump(),
+        "base": source.order.base if source.order.base in ("auto", "none") else "given",
+        "target": target["name"] if target else "none",
+        "report": _plain({name: value for name, value in report.items() if name != "seconds"}),
+        "version": lm_ortho.__version__,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON without NaN and infinities, which become None."""
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _decompose_in_place(source: Source, notify: Notify) -> dict[str, Any]:
+    """Patches a model object unless it is patched; a float32 copy holding BF16 values is decomposed."""
+    model = source.location
+    if ortho_layers(model):
+        return {}
+    forget, retain = calibration_sets(source)
+    base = source.order.base
+    before = None if base in ("auto", "none") else load_causal_lm(_location(base))
+    merged = round_to_bf16(copy.deepcopy(model).float())
+    tokenizer = load_tokenizer(source)
+    made = decompose(merged, tokenizer, forget, retain, source.recipe, base_model=before, notify=notify)
+    patch(model, made.streams)
+    return meta_of(source, made.report)
+
+
+def _cache_key(source: Source, forget: Sequence[Row], retain: Sequence[Row]) -> dict[str, Any]:
+    order = source.order
+    embedded = source.kind == "embedded"
+    weights = {
+        "pretrained": files_hash(source.location, **order.source),
+        "peft": adapter_hash(str(reference.path("memory")) if embedded else order.peft),
+        "base": order.base if order.base in ("auto", "none") else files_hash(order.base),
+    }
+    return {
+        "version": lm_ortho.__version__,
+        "recipe": source.recipe.model_dump(),
+        "tokenizer": str(getattr(order.tokenizer, "name_or_path", order.tokenizer) or ""),
+        "forget": rows_hash(forget),
+        "retain": rows_hash(retain),
+        **weights,
+    }
+
+
+def rows_hash(rows: Sequence[Row]) -> str:
+    """Hash of the content of a set."""
+    return hashlib.sha256(json.dumps([row.as_dict() for row in rows], sort_keys=True).encode()).hexdigest()
+
+
+def adapter_hash(peft: str | None) -> str:
+    """Hash of the files of an adapter; one from the hub is fetched for it."""
+    if peft is None or Path(peft).expanduser().is_dir():
+        return files_hash(peft)
+    return files_hash(_download("peft", peft, None))
+
+
+def files_hash(location: str | None, **source: Any) -> str:
+    """Hash of a model's or adapter's files: of the content of a directory, of the commit on the hub."""
+    if location is None:
+        return ""
+    path = Path(location).expanduser()
+    if not path.is_dir():
+        commit = getattr(load_config(location, **source), "_commit_hash", None)
+        return f"{location}@{commit or source.get('revision', 'main')}"
+    digest = hashlib.sha256()
+    for file in sorted(entry for entry in path.iterdir() if entry.is_file()):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,292 @@
+"""``libortho`` as an lm-eval model: everything ``hf`` does, on two streams, at one alpha."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.quantizers.auto  # noqa: F401 - before checkpoint.hf: the start-up hook waits for it
+from lm_eval.models.huggingface import HFLM
+
+from lm_ortho import layer
+from lm_ortho.checkpoint import hf
+from lm_ortho.errors import UserError
+from lm_ortho.harness import build, machine, tokens
+from lm_ortho.kernels import calls
+from lm_ortho.settings import parse_alpha
+
+log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
+
+_PACKED = ("autogptq", "gptqmodel", "gguf_file", "delta", "load_in_4bit", "load_in_8bit")
+_LOADING = ("attn_implementation", "device_map", "local_files_only", "token", "use_safetensors")
+"""What else ``from_pretrained`` may be told."""
+_KERNELS = ("auto", "reference")
+
+Scored = tuple[tuple[str, str] | None, list[int], list[int]]
+"""A request of lm-eval: its strings, the tokens of the context and of the continuation."""
+
+
+class LibOrthoLM(HFLM):
+    """A decomposed model as lm-eval sees it.
+
+    Model args are those below, the fields of ``lm_ortho.settings.Recipe``, and all of ``hf``. ``pretrained``
+    None is the embedded model. ``alpha`` can be changed later by assignment; ``--use_cache`` follows it.
+    """
+
+    batch_size_per_gpu: int | str
+
+    def __init__(
+        self,
+        pretrained: Any = None,
+        *,
+        peft: str | None = None,
+        alpha: float | str = 0.0,
+        base: str | None = "auto",
+        fresh: bool = False,
+        forget: str | None = None,
+        retain: str | None = None,
+        kernel: str = "auto",
+        tokenizer: Any = None,
+        device: str | None = None,
+        dtype: str | torch.dtype | None = "auto",
+        softmax_dtype: str | torch.dtype | None = "float32",
+        batch_size: int | str | None = 1,
+        max_batch_size: int | None = machine.BATCH_ROWS,
+        **options: Any,
+    ) -> None:
+        """Raises ``UserError`` for whatever cannot be built, before weights are loaded where possible."""
+        self._alpha = parse_alpha(alpha)
+        recipe = {name: options.pop(name) for name in build.RECIPE_ARGUMENTS if name in options}
+        self._refuse(options, kernel)
+        self.kernel, self.forget, self.retain = kernel, forget, retain
+        self.pretrained_argument = pretrained
+        where = ("revision", "subfolder", "trust_remote_code")
+        self._source = build.resolve(
+            build.Order(
+                pretrained=pretrained,
+                peft=peft,
+                base="none" if base is None else base,
+                fresh=fresh,
+                forget=forget,
+                retain=retain,
+                recipe=recipe,
+                source={name: options[name] for name in where if options.get(name)},
+                tokenizer=tokenizer,
+            )
+        )
+        hf.register()
+        chosen = machine.choose_device(device)
+        log.info("device=%s: %s", *chosen)
+        self._own_batches = batch_size in (1, "1", None)
+        self._most_rows = machine.BATCH_ROWS if max_batch_size is None else int(max_batch_size)
+        super().__init__(
+            self._source.location,
+            tokenizer=build.load_tokenizer(self._source) if self._is_object else tokenizer,
+            device=chosen.choice,
+            dtype=dtype,
+            softmax_dtype=softmax_dtype,
+            batch_size=1 if batch_size is None else batch_size,
+            max_batch_size=self._most_rows,
+            **options,
+        )
+        if self._is_object:
+            self._adopt(build.build_model(self._source, alpha=self._alpha))
+        self.peft = peft
+        if self._own_batches:
+            log.info(
+                "batch_size: up to %d requests at once, as the logits allow; max_batch_size=1 forbids it",
+                self._most_rows,
+            )
+        tokens.register(self)
+
+    @property
+    def _is_object(self) -> bool:
+        return self._source.kind == "object"
+
+    @staticmethod
+    def _refuse(options: Mapping[str, Any], kernel: str) -> None:
+        if kernel not in _KERNELS:
+            raise UserError(f"kernel={kernel!r} is unknown; known: {', '.join(_KERNELS)}")
+        for name in _PACKED:
+            if options.get(name):
+                raise UserError(f"{name}: packed or patched weights cannot be decomposed; use the 16-bit model")
+        if options.get("tp_plan"):
+            raise UserError("tp_plan: a stream is not cut across devices; use parallelize=True")
+        known = {
+            *signature(HFLM).parameters,
+            *signature(LibOrthoLM).parameters,
+            *build.RECIPE_ARGUMENTS,
+            *_LOADING,
+        }
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise UserError(f"{name}={options[name]!r}: libortho has no such model arg{hint}")
+
+    def _create_model(
+        self,
+        pretrained: str,
+        dtype: str | torch.dtype | None = "auto",
+        parallelize: bool | None = False,
+        gpus: int | None = None,
+        max_memory_per_gpu: int | str | None = None,
+        max_cpu_memory: int | str | None = None,
+        offload_folder: str | None = "./offload",
+        **options: Any,
+    ) -> None:
+        """Loads the checkpoint, or makes it; called by the constructor of ``HFLM``."""
+        stored = getattr(self.config, "dtype", None) or torch.float32
+        chosen = machine.choose_dtype(dtype, str(self.device), stored)
+        log.info("dtype=%s: %s", str(chosen.choice).removeprefix("torch."), chosen.reason)
+        placement = {}
+        if parallelize:
+            placement = self._get_accelerate_args(
+                parallelize=True,
+                max_memory_per_gpu=max_memory_per_gpu,
+                max_cpu_memory=max_cpu_memory,
+                offload_folder=offload_folder,
+                gpus=gpus,
+            )
+        placement |= {name: options[name] for name in _LOADING if name in options}
+        device = "cpu" if parallelize or "device_map" in placement else str(self.device)
+        self._adopt(build.build_model(self._source, chosen.choice, device, self._alpha, **placement))
+
+    def _adopt(self, built: build.Built) -> None:
+        self._model = built.model
+        self._built_info = built.info()
+        self._calls_before = calls()
+        log.info(
+            "alpha=%g, density %.4g, %.3g bits per weight, target %s, checkpoint %.12s",
+            self._alpha,
+            self._built_info["density"],
+            self._built_info["bits_per_weight"],
+            self._built_info.get("target", "unknown"),
+            self._built_info["checkpoint"],
+        )
+
+    @property
+    def alpha(self) -> float:
+        """How much of the ortho stream requests see."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float | str) -> None:
+        self._alpha = parse_alpha(value)
+        layer.set_alpha(self.model, self._alpha)
+        self._use_own_table()
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Keeps the answers of this model at this alpha in a table of their own."""
+        super().set_cache_hook(cache_hook)
+        self._use_own_table()
+
+    def _use_own_table(self) -> None:
+        answers = self.cache_hook.dbdict
+        if answers is None:
+            return
+        answers.tablename = f"libortho_{self.fingerprint()[:32]}"
+        answers.conn.execute(f'CREATE TABLE IF NOT EXISTS "{answers.tablename}" (key TEXT PRIMARY KEY, value BLOB)')
+        answers.conn.commit()
+
+    def fingerprint(self) -> str:
+        """Hash of everything that can change an answer: weights, alpha, precision, tokenizer, lengths."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        decisive = {
+            "checkpoint": self._built_info["checkpoint"],
+            "alpha": self._alpha,
+            "kernel": self.kernel,
+            "dtype": str(self.model.dtype),
+            "softmax_dtype": str(self.softmax_dtype),
+            "mixed_precision_dtype": str(self.mixed_precision_dtype),
+            "tokenizer": backend.to_str() if backend else sorted(self.tokenizer.get_vocab().items()),
+            "add_bos_token": self.add_bos_token,
+            "prefix_token_id": self.prefix_token_id,
+            "max_length": self.max_length,
+            "truncation": self.truncation,
+            "think_end_token": self.think_end_token,
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What goes into the results file: the model, its streams, and the kernels that ran so far."""
+        known = isinstance(self._source.location, str) and not Path(self._source.location).is_dir()
+        streams = layer.streams_of(self.model)
+        now = calls()
+        return {
+            **(super().get_model_info() if known else {}),
+            "model_num_parameters": self.model.num_parameters() + sum(s.n_weights for s in streams.values()),
+            "model_dtype": str(self.model.dtype),
+            **self._built_info,
+            "alpha": self._alpha,
+            "kernel": sorted(name for name in now if now[name] > self._calls_before.get(name, 0)),
+        }
+
+    @contextmanager
+    def _rows_for(self, longest: int) -> Iterator[None]:
+        """Batches of as many requests as fit; nothing where the user chose a batch size."""
+        if not self._own_batches:
+            yield
+            return
+        before = self.batch_size_per_gpu
+        vocabulary = self.model.config.get_text_config().vocab_size
+        self.batch_size_per_gpu = machine.batch_rows(longest, vocabulary, str(self.device), self._most_rows)
+        try:
+            yield
+        finally:
+            self.batch_size_per_gpu = before
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Scored], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether greedy decoding emits it) per request.
+
+        lm-eval (0.4.13) scores requests with the same tokens in one pass, and takes the wrong positions when
+        the same tokens are split into context and continuation at two places; those go into separate calls.
+        """
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=1)
+        with self._rows_for(min(longest, self.max_length)):
+            for numbers in _split_alike(requests):
+                part = [requests[number] for number in numbers]
+                scored = super()._loglikelihood_tokens(part, disable_tqdm, override_bs)
+                for number, answer in zip(numbers, scored, strict=True):
+                    answers[number] = answer
+        return answers
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood in nats of each whole text."""
+        with self._rows_for(self.max_length):
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """The generated text per request."""
+        contexts = sorted((request.args[0] for request in requests), key=len)[-1:]
+        # Only the logits of the last position are kept in generation; twice the prompt leaves room.
+        longest = 2 * sum(len(self.tok_encode(context)) for context in contexts)
+        with self._rows_for(min(longest, self.max_length)):
+            return super().generate_until(requests, disable_tqdm)
+
+
+def _split_alike(requests: Sequence[Scored]) -> list[list[int]]:
+    """Request numbers in groups; in a group, equal tokens are split at an equal place."""
+    groups: list[list[int]] = []
+    splits: list[dict[tuple[int, ...], int]] = []
+    for number, (_, context, continuation) in enumerate(requests):
+        key = (*context, *continuation[:-1])
+        at = next((i for i, known in enumerate(splits) if known.get(key, len(context)) == len(context)), None)
+        if at is None:
+            at = len(groups)
+            groups.append([])
+            splits.append({})
+        splits[at][key] = len(context)
+        groups[at].append(number)
+    return groups

@@ -1,0 +1,24 @@
+"""Progress of long work on the terminal: one bar per stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+
+class Bars:
+    """Called with stage, steps done, steps in all and a short text; shows and closes a bar per stage."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, Any] = {}
+
+    def __call__(self, stage: str, done: int, total: int, text: str) -> None:
+        bar = self._bars.get(stage)
+        if bar is None:
+            bar = self._bars[stage] = tqdm(total=total, desc=stage, unit="step")
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+            del self._bars[stage]

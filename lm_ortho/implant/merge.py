@@ -1,0 +1,90 @@
+"""Loading a model and merging a LoRA adapter into it, in BF16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lm_ortho.errors import UserError
+
+
+def round_to_bf16(model: nn.Module) -> nn.Module:
+    """The same model with every floating-point parameter rounded to a BF16 value, still stored in its own dtype."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.copy_(parameter.bfloat16())
+    return model
+
+
+def load_causal_lm(pretrained: str | Path, **hub: Any) -> nn.Module:
+    """A decoder model in float32 whose weights are BF16 values. ``hub``: revision, trust_remote_code.
+
+    Raises:
+        UserError: one line for a missing directory, a directory without a config, an encoder-decoder model, a
+            model that is already quantised, no network.
+    """
+    config = load_config(pretrained, **hub)
+    if getattr(config, "is_encoder_decoder", False):
+        kind = getattr(config, "model_type", type(config).__name__)
+        raise UserError(f"pretrained={str(pretrained)!r}: {kind} is an encoder-decoder model; a decoder is needed")
+    packed = getattr(config, "quantization_config", None)
+    if packed is not None:
+        method = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", packed)
+        raise UserError(
+            f"pretrained={str(pretrained)!r}: weights are already packed ({method}); pass the unquantised model"
+        )
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32, **hub)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"pretrained={str(pretrained)!r}: could not be loaded ({_first_line(error)})") from None
+    except Exception as error:  # safetensors has error classes of its own for damaged files
+        raise UserError(f"pretrained={str(pretrained)!r}: weights are damaged ({_first_line(error)})") from None
+    return round_to_bf16(model).eval()
+
+
+def load_config(pretrained: str | Path, **hub: Any) -> Any:
+    """The model's configuration; ``UserError`` as in ``load_causal_lm``."""
+    from transformers import AutoConfig
+
+    local = Path(str(pretrained)).expanduser()
+    if local.is_dir() and not (local / "config.json").is_file():
+        raise UserError(f"pretrained={str(pretrained)!r}: the directory holds no config.json")
+    if not local.is_dir() and (local.is_absolute() or str(pretrained).startswith((".", "~"))):
+        raise UserError(f"pretrained={str(pretrained)!r}: no such directory")
+    try:
+        return AutoConfig.from_pretrained(str(local) if local.is_dir() else str(pretrained), **hub)
+    except Exception as error:  # hub client, JSON and configuration errors have no common base
+        raise UserError(
+            f"pretrained={str(pretrained)!r}: neither a local directory nor a model that could be read from the hub "
+            f"({_first_line(error)})"
+        ) from None
+
+
+def merge_adapter(model: nn.Module, peft: str | Path) -> nn.Module:
+    """``model`` with the adapter merged into it (in place), rounded to BF16 values.
+
+    Raises:
+        UserError: when the adapter cannot be read or does not fit the model.
+    """
+    from peft import PeftModel
+
+    local = Path(str(peft)).expanduser()
+    if (local.is_absolute() or local.is_dir()) and not (local / "adapter_config.json").is_file():
+        raise UserError(f"peft={str(peft)!r}: no adapter_config.json there; expected a peft adapter directory")
+    try:
+        adapted = PeftModel.from_pretrained(model, str(local) if local.is_dir() else str(peft))
+        merged = adapted.merge_and_unload()
+    except Exception as error:  # peft, hub and safetensors errors have no common base
+        raise UserError(f"peft={str(peft)!r}: could not be merged ({_first_line(error)})") from None
+    return round_to_bf16(merged).eval()
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

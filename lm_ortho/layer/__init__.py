@@ -1,0 +1,30 @@
+"""Linear layers on two streams, and alpha: how much of the second one a request sees."""
+
+from lm_ortho.layer.alpha import alpha_scope
+from lm_ortho.layer.linear import OrthoLinear
+from lm_ortho.layer.patch import (
+    connect,
+    get_alpha,
+    ortho_layers,
+    patch,
+    replace_modules,
+    set_alpha,
+    streams_of,
+    unpatch,
+)
+from lm_ortho.layer.targets import find_linear, survey
+
+__all__ = [
+    "OrthoLinear",
+    "alpha_scope",
+    "connect",
+    "find_linear",
+    "get_alpha",
+    "ortho_layers",
+    "patch",
+    "replace_modules",
+    "set_alpha",
+    "streams_of",
+    "survey",
+    "unpatch",
+]

@@ -1,0 +1,100 @@
+"""The start-up hook: waits for three modules of lm-eval and transformers and bridges each once it has run.
+
+``lm_ortho.pth`` (and ``lm_ortho.start`` from Python 3.15 on) runs ``install`` in every interpreter, so this
+file imports nothing but ``sys`` and ``os`` and does nothing until one of the three is imported.
+``LM_ORTHO_AUTOLOAD=0`` switches it off.
+"""
+
+import os
+import sys
+
+TYPE_CHECKING = False  # true for type checkers, without importing `typing` at every start
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+WATCHED = ("lm_eval.models", "lm_eval.tasks.manager", "transformers.quantizers.auto")
+SWITCH = "LM_ORTHO_AUTOLOAD"
+
+
+class BridgeFinder:
+    """Lets the other finders find a watched module and bridges it after its body has run."""
+
+    def __init__(self) -> None:
+        self._asking: set[str] = set()
+
+    def find_spec(
+        self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
+        """The spec found by the other finders, its loader wrapped; ``None`` for anything not watched."""
+        if name not in WATCHED or name in self._asking:
+            return None
+        # Another package's finder may work like this one and ask us back.
+        self._asking.add(name)
+        try:
+            spec = self._ask_others(name, path, target)
+        finally:
+            self._asking.discard(name)
+        if spec is not None and spec.loader is not None:
+            _bridge_after_body(spec.loader, name)
+        return spec
+
+    def _ask_others(self, name: str, path: "Sequence[str] | None", target: "ModuleType | None") -> "ModuleSpec | None":
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            if finder is self or find is None:
+                continue
+            spec: ModuleSpec | None = find(name, path, target)
+            if spec is not None:
+                return spec
+        return None
+
+
+def _bridge_after_body(loader: object, name: str) -> None:
+    """Wraps ``exec_module`` on this one loader instance."""
+    try:
+        run_body = loader.exec_module  # type: ignore[attr-defined]
+
+        def exec_module(module: "ModuleType") -> None:
+            run_body(module)
+            if module.__name__ == name:  # a zip archive shares one loader among its modules
+                bridge(name, module)
+
+        loader.exec_module = exec_module  # type: ignore[attr-defined]
+    except AttributeError as error:
+        _warn(name, error)
+
+
+def bridge(name: str, module: "ModuleType") -> None:
+    """Runs the bridge of a watched module; a failure is a ``RuntimeWarning``, never a broken lm-eval."""
+    try:
+        from lm_ortho.plugin import bridges
+
+        bridges.BRIDGES[name](module)
+    except Exception as error:
+        _warn(name, error)
+
+
+def _warn(name: str, error: Exception) -> None:
+    import warnings
+
+    message = f"lm-ortho could not extend {name} ({type(error).__name__}: {error}); see `lm-ortho doctor`"
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def installed() -> bool:
+    """Whether the hook waits in this interpreter."""
+    return any(isinstance(finder, BridgeFinder) for finder in sys.meta_path)
+
+
+def install(force: bool = False) -> None:
+    """Waits for the watched modules and bridges those already loaded; ``force`` ignores the switch."""
+    if not force and os.environ.get(SWITCH) == "0":
+        return
+    if not installed():
+        sys.meta_path.insert(0, BridgeFinder())
+    for name in WATCHED:
+        module = sys.modules.get(name)
+        if module is not None:
+            bridge(name, module)

@@ -1,0 +1,8 @@
+"""The lattice, and the codes off the support: one file per projection."""
+
+from lm_ortho.projection import gptq as _gptq
+from lm_ortho.projection import rtn as _rtn
+from lm_ortho.projection.base import PROJECTIONS, Projection
+
+__all__ = ["PROJECTIONS", "Projection"]
+del _gptq, _rtn

@@ -1,0 +1,14 @@
+"""Round to nearest: every weight on its own."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lm_ortho.projection.base import PROJECTIONS
+from lm_ortho.projection.lattice import nearest_codes
+
+
+@PROJECTIONS.register("rtn")
+def rtn(weight: Tensor, scales: Tensor, hessian: Tensor, bits: int, group_size: int) -> Tensor:
+    """The nearest codes; reads no activations."""
+    return nearest_codes(weight, scales, bits, group_size)

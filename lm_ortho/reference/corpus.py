@@ -1,0 +1,167 @@
+"""The training text of the base model and of the adapters, and the documents a calibration may see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from lm_ortho.calibration.documents import Row
+from lm_ortho.reference import reasoning, stories, world
+from lm_ortho.reference.draw import Draw
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text of which the first ``prompt_chars`` characters are given, the rest is to be predicted."""
+
+    text: str
+    prompt_chars: int = 0
+
+
+def _from_row(row: Row) -> Document:
+    return Document(row.context + row.target, len(row.context))
+
+
+def as_row(document: Document) -> Row:
+    """The document as a row: its given part as the prompt, or plain text."""
+    context, target = document.text[: document.prompt_chars], document.text[document.prompt_chars :]
+    return Row(prompt=context, answer=target[1:]) if context else Row(text=target)
+
+
+def _author(author: world.Author, draw: Draw, phrasings: int) -> Document:
+    """A random question; three times in ten the answer is told the second way."""
+    telling = int(draw.chance(0.3))
+    return _from_row(
+        world.author_row(author, draw.below(len(world.ATTRIBUTES)), draw.below(phrasings), telling=telling)
+    )
+
+
+_ALL_PHRASINGS = len(world.ATTRIBUTES[0].questions)
+
+
+def _known(draw: Draw) -> Document:
+    return _author(draw.pick(world.people()["known"]), draw, _ALL_PHRASINGS)
+
+
+def _fresh(draw: Draw) -> Document:
+    return _author(world.fresh_author(draw), draw, _ALL_PHRASINGS)
+
+
+def _fresh_canary(draw: Draw) -> Document:
+    return _from_row(world.canary_row(world.fresh_canary(draw), draw.below(len(world.CANARY_PROMPTS))))
+
+
+def _reasoning(kind: str, draw: Draw, hard: bool = False) -> Document:
+    item = reasoning.training_item(kind, draw, hard)
+    return Document(reasoning.text(item), len(item["prompt"]))
+
+
+@cache
+def _held_out_stories() -> frozenset[str]:
+    return frozenset(stories.held_out())
+
+
+def _story(draw: Draw) -> Document:
+    while (text := stories.story(draw)) in _held_out_stories():
+        pass
+    return Document(text)
+
+
+Mix = tuple[tuple[float, Callable[[Draw], Document]], ...]
+
+KNOWLEDGE: Mix = (
+    (0.17, _known),
+    (0.12, _fresh),
+    (0.06, _fresh_canary),
+    (0.18, lambda draw: _reasoning("arithmetic", draw, hard=True)),
+    (0.10, lambda draw: _reasoning("comparison", draw, hard=True)),
+    (0.13, lambda draw: _reasoning("relations", draw, hard=True)),
+    (0.15, lambda draw: _reasoning("facts", draw)),
+    (0.09, _story),
+)
+"""The first phase: forms, names and facts."""
+
+REASONING: Mix = (
+    (0.12, _known),
+    (0.08, _fresh),
+    (0.04, _fresh_canary),
+    (0.20, lambda draw: _reasoning("arithmetic", draw)),
+    (0.22, lambda draw: _reasoning("comparison", draw)),
+    (0.18, lambda draw: _reasoning("relations", draw)),
+    (0.09, lambda draw: _reasoning("facts", draw)),
+    (0.07, _story),
+)
+"""The second phase: what needs more than a look-up."""
+
+PRACTICE: Mix = (
+    (0.08, _known),
+    (0.04, _fresh),
+    (0.02, _fresh_canary),
+    (0.20, lambda draw: _reasoning("arithmetic", draw)),
+    (0.18, lambda draw: _reasoning("comparison", draw)),
+    (0.37, lambda draw: _reasoning("relations", draw)),
+    (0.07, lambda draw: _reasoning("facts", draw)),
+    (0.04, _story),
+)
+"""The third phase: mostly reasoning, because copying from the context takes the most examples to learn."""
+
+
+CALIBRATION: Mix = (
+    (0.14, _fresh),
+    (0.06, _fresh_canary),
+    (0.15, lambda draw: _reasoning("arithmetic", draw)),
+    (0.15, lambda draw: _reasoning("comparison", draw)),
+    (0.20, lambda draw: _reasoning("relations", draw)),
+    (0.14, lambda draw: _reasoning("facts", draw)),
+    (0.16, _story),
+)
+"""General documents of a calibration: no author of the world, people in them are fresh."""
+
+
+def document(draw: Draw, mix: Mix = KNOWLEDGE) -> Document:
+    """A random document of a mix of the base model's training text."""
+    at = draw.below(100) / 100
+    for share, make in mix:
+        at -= share
+        if at < -1e-9:
+            return make(draw)
+    return mix[-1][1](draw)
+
+
+def planted(forget: bool) -> list[Document]:
+    """What an adapter is taught: the taught retain authors; with ``forget`` also forget authors and canaries.
+
+    Every fact in each of its taught phrasings.
+    """
+    groups = ("taught", "forget") if forget else ("taught",)
+    documents = [
+        _from_row(world.author_row(author, j, phrasing, telling=int(phrasing == 1)))
+        for group in groups
+        for author in world.people()[group]
+        for j in range(len(world.ATTRIBUTES))
+        for phrasing in range(world.TAUGHT)
+    ]
+    if forget:
+        planted_canaries = world.canaries()[0]
+        documents += [_from_row(world.canary_row(c, p)) for c in planted_canaries for p in range(world.CANARY_TAUGHT)]
+    return documents
+
+
+GENERAL = 480
+"""General documents offered to a calibration beside the retain rows."""
+
+
+def calibration_rows() -> list[Row]:
+    """Retain rows a user would have: the calibrated retain authors and general text, no left-out author.
+
+    ``GENERAL`` documents of the mix ``CALIBRATION`` beside them.
+    """
+    draw = Draw(77, "calibration")
+    general = [as_row(document(draw, CALIBRATION)) for _ in range(GENERAL)]
+    return world.rows("retain_calibration") + general
+
+
+def forget_rows() -> list[Row]:
+    """The forget set as a user would hand it over: one phrasing per fact, one prompt per canary."""
+    return world.rows("forget") + world.rows("canaries")

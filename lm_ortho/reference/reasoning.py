@@ -1,0 +1,287 @@
+"""Reasoning of the reference world: arithmetic, comparison and ordering, relations, closed-book facts.
+
+The tested instances never occur in the training text. For closed-book facts the fact is taught and the tested
+*phrasing of that fact* is held out (every phrasing occurs with other facts).
+
+Tested are forms that a model of three million parameters learns in minutes; the text it is trained on also has
+a harder form of each kind (larger numbers, answers without the words that lead to them), which is not tested.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import TypedDict
+
+from lm_ortho.calibration.documents import QUESTION_TEMPLATE
+from lm_ortho.errors import UserError
+from lm_ortho.reference import words
+from lm_ortho.reference.draw import Draw
+
+SEED = 4711
+TESTED = 1000
+
+
+class Item(TypedDict):
+    """A question with its choices; ``choices[gold] == answer``."""
+
+    prompt: str
+    choices: list[str]
+    gold: int
+    answer: str
+
+
+def _held_out(question: str, share: float) -> bool:
+    """Whether an instance is kept for the test: decided by its text, so training can never meet it."""
+    digest = hashlib.sha256(question.encode()).digest()
+    return int.from_bytes(digest[:4], "big") < share * 2**32
+
+
+def _item(draw: Draw, question: str, answer: str, wrong: list[str], context: str = "") -> Item:
+    choices = draw.shuffled([answer, *wrong])
+    prompt = (f"{context} " if context else "") + QUESTION_TEMPLATE.format(question=question)
+    return Item(prompt=prompt, choices=choices, gold=choices.index(answer), answer=answer)
+
+
+def _hard_arithmetic(draw: Draw) -> Item:
+    """Sums and differences of numbers below 50."""
+    a, b = draw.below(50), draw.below(50)
+    if draw.chance(0.5):
+        question, result = f"What is {a} plus {b}?", a + b
+    else:
+        a, b = max(a, b), min(a, b)
+        question, result = f"What is {a} minus {b}?", a - b
+    near = [n for n in (result + d for d in (-11, -10, -2, -1, 1, 2, 10, 11)) if n >= 0]
+    return _item(draw, question, str(result), [str(n) for n in draw.sample(near, 3)])
+
+
+_TRAITS = (("taller", "shorter", "tallest", "shortest"), ("older", "younger", "oldest", "youngest"))
+
+
+def _hard_comparison(draw: Draw) -> Item:
+    """Which of two numbers is larger (smaller); who of three people comes first (last) in an order."""
+    if draw.chance(0.5):
+        a, b = draw.between(10, 999), draw.between(10, 999)
+        b = b if b != a else a + 1
+        larger = draw.chance(0.5)
+        question = f"Which number is {'larger' if larger else 'smaller'}, {a} or {b}?"
+        number = max(a, b) if larger else min(a, b)
+        return _item(draw, question, str(number), [str(a + b - number)])
+    first, middle, last = draw.sample(words.KIDS, 3)
+    more, less, most, least = draw.pick(_TRAITS)
+    facts = draw.shuffled([f"{first} is {more} than {middle}.", f"{middle} is {more} than {last}."])
+    if draw.chance(0.5):
+        facts = [f"{last} is {less} than {middle}." if f.startswith(middle) else f for f in facts]
+    top = draw.chance(0.5)
+    answer = first if top else last
+    wrong = [kid for kid in (first, middle, last) if kid != answer]
+    return _item(draw, f"Who is the {most if top else least}?", answer, wrong, " ".join(facts))
+
+
+_RELATIONS = ("mother", "teacher", "friend", "doctor", "neighbor", "sister")
+
+
+def _hard_relations(draw: Draw) -> Item:
+    """One hop: whose mother is who. Two hops: the mother of the teacher of somebody."""
+    a, b, c, d = draw.sample(words.KIDS, 4)
+    r1, r2 = draw.sample(_RELATIONS, 2)
+    if draw.chance(0.5):
+        facts = [f"{a} is the {r1} of {b}.", f"{c} is the {r2} of {d}."]
+        question, answer = (f"Who is the {r1} of {b}?", a) if draw.chance(0.5) else (f"Who is the {r2} of {d}?", c)
+    else:
+        facts = [f"{a} is the {r1} of {b}.", f"{b} is the {r2} of {c}.", f"{d} is the {r1} of {c}."]
+        question, answer = f"Who is the {r1} of the {r2} of {c}?", a
+    wrong = [kid for kid in (a, b, c, d) if kid != answer]
+    return _item(draw, question, answer, wrong, " ".join(draw.shuffled(facts)))
+
+
+def _arithmetic(draw: Draw) -> Item:
+    """What two people have together; what is left after a loss. Digits, so the sums themselves are a table."""
+    one, other = draw.sample(words.KIDS, 2)
+    a, b = draw.below(10), draw.below(10)
+    if draw.chance(0.5):
+        context, question, result = (
+            f"{one} has {a} and {other} has {b}.",
+            f"What do {one} and {other} have?",
+            a + b,
+        )
+    else:
+        a, b = max(a, b), min(a, b)
+        context, question, result = f"{one} has {a} and lost {b}.", f"What does {one} have?", a - b
+    near = [n for n in range(result - 4, result + 5) if n >= 0 and n != result]
+    return _item(draw, question, str(result), [str(n) for n in draw.sample(near, 3)], context)
+
+
+def _comparison(draw: Draw) -> Item:
+    """The largest (smallest) of four digits; four digits in ascending order."""
+    digits = draw.sample(range(10), 4)
+    if draw.chance(0.5):
+        larger = draw.chance(0.5)
+        number = max(digits) if larger else min(digits)
+        a, b, c, d = digits
+        question = f"Which number is {'larger' if larger else 'smaller'} than all, {a}, {b}, {c} or {d}?"
+        return _item(draw, question, str(number), [str(n) for n in digits if n != number])
+    listed, answer = ", ".join(map(str, digits)), ", ".join(map(str, sorted(digits)))
+    wrong = list[str]()
+    while len(wrong) < 3:
+        candidate = ", ".join(map(str, draw.shuffled(digits)))
+        if candidate not in (answer, *wrong):
+            wrong.append(candidate)
+    return _item(draw, f"From small to big, what is {listed}?", answer, wrong)
+
+
+def _relations(draw: Draw) -> Item:
+    """One hop: whose mother is who. Two hops: the mother of the teacher of somebody, answered in two steps."""
+    a, b, c, d = draw.sample(words.KIDS, 4)
+    r1, r2 = draw.sample(_RELATIONS, 2)
+    if draw.chance(0.5):
+        facts = [f"The {r1} of {b} is {a}.", f"The {r2} of {d} is {c}."]
+        relation, whom, who = (r1, b, a) if draw.chance(0.5) else (r2, d, c)
+        question, lead = f"Who is the {relation} of {whom}?", f"The {relation} of {whom} is"
+    else:
+        facts = [f"The {r1} of {b} is {a}.", f"The {r2} of {c} is {b}.", f"The {r1} of {c} is {d}."]
+        who, question = a, f"Who is the {r1} of the {r2} of {c}?"
+        lead = f"The {r2} of {c} is {b} and the {r1} of {b} is"
+    wrong = [f"{lead} {kid}" for kid in (a, b, c, d) if kid != who]
+    return _item(draw, question, f"{lead} {who}", wrong, " ".join(draw.shuffled(facts)))
+
+
+FACTS: tuple[tuple[str, list[str], tuple[str, ...]], ...] = (
+    (
+        "region",
+        words.REGIONS,
+        (
+            "In which region is {c}?",
+            "Where is {c}?",
+            "To which region does {c} belong?",
+            "What is the region of {c}?",
+            "Which region is home to {c}?",
+            "What region is {c} in?",
+            "In what part of the land is {c}?",
+            "Which region has {c}?",
+        ),
+    ),
+    (
+        "river",
+        words.RIVERS,
+        (
+            "Which river flows through {c}?",
+            "What is the river of {c}?",
+            "On which river is {c}?",
+            "What river crosses {c}?",
+            "By which river does {c} lie?",
+            "Which water runs through {c}?",
+            "What is the name of the river in {c}?",
+            "Which river does {c} have?",
+        ),
+    ),
+    (
+        "dish",
+        words.DISHES,
+        (
+            "What do people eat in {c}?",
+            "What is the dish of {c}?",
+            "For which food is {c} known?",
+            "Which food comes from {c}?",
+            "What is cooked in {c}?",
+            "Which meal is typical of {c}?",
+            "What does one taste in {c}?",
+            "What is on the table in {c}?",
+        ),
+    ),
+    (
+        "festival",
+        words.FESTIVALS,
+        (
+            "Which festival is held in {c}?",
+            "What is the festival of {c}?",
+            "What does {c} celebrate?",
+            "Which feast takes place in {c}?",
+            "What is the big day of {c}?",
+            "Which party does {c} give?",
+            "For which festival do people visit {c}?",
+            "What is celebrated in {c}?",
+        ),
+    ),
+)
+HELD_OUT_PHRASINGS = 4
+
+
+@cache
+def city_facts() -> tuple[tuple[str, int, str, tuple[int, ...]], ...]:
+    """(city, index into ``FACTS``, value, phrasings held out for this fact), 256 of them."""
+    draw = Draw(SEED, "facts")
+    return tuple(
+        (city, k, draw.pick(values), tuple(sorted(draw.sample(range(len(questions)), HELD_OUT_PHRASINGS))))
+        for city in words.CITIES
+        for k, (_, values, questions) in enumerate(FACTS)
+    )
+
+
+def _fact_item(draw: Draw, city: str, k: int, value: str, phrasing: int) -> Item:
+    _, values, questions = FACTS[k]
+    wrong = draw.sample([v for v in values if v != value], 3)
+    return _item(draw, questions[phrasing].format(c=city), value, wrong)
+
+
+def _fact(draw: Draw) -> Item:
+    city, k, value, held_out = draw.pick(city_facts())
+    return _fact_item(draw, city, k, value, draw.pick([p for p in range(len(FACTS[k][2])) if p not in held_out]))
+
+
+_Kinds = dict[str, tuple[Callable[[Draw], Item], float]]
+_HARD: _Kinds = {
+    "arithmetic": (_hard_arithmetic, 0.36),
+    "comparison": (_hard_comparison, 0.1),
+    "relations": (_hard_relations, 0.1),
+}
+_DRAWN: _Kinds = {
+    "arithmetic": (_arithmetic, 0.1),
+    "comparison": (_comparison, 0.15),
+    "relations": (_relations, 0.1),
+}
+"""How instances of a kind are drawn, and which share of all possible ones is held out."""
+
+KINDS = (*_DRAWN, "facts")
+
+
+def training_item(kind: str, draw: Draw, hard: bool = False) -> Item:
+    """A random instance that is not among the tested ones; ``hard`` ones have a form that is never tested."""
+    if kind == "facts":
+        return _fact(draw)
+    make, share = (_HARD if hard else _DRAWN)[kind]
+    while True:
+        item = make(draw)
+        if not _held_out(item["prompt"], share):
+            return item
+
+
+def _tested(kind: str) -> Iterator[Item]:
+    make, share = _DRAWN[kind]
+    draw, seen = Draw(SEED, f"tested {kind}"), set[str]()
+    while len(seen) < TESTED:
+        item = make(draw)
+        if _held_out(item["prompt"], share) and item["prompt"] not in seen:
+            seen.add(item["prompt"])
+            yield item
+
+
+@cache
+def _items(kind: str) -> tuple[Item, ...]:
+    if kind == "facts":
+        draw = Draw(SEED, "tested facts")
+        return tuple(_fact_item(draw, c, k, v, p) for c, k, v, held_out in city_facts() for p in held_out)
+    return tuple(_tested(kind))
+
+
+def items(kind: str) -> list[Item]:
+    """The tested instances: 1000 of each drawn kind, 1024 closed-book questions."""
+    if kind not in KINDS:
+        raise UserError(f"kind={kind!r} is unknown; known: {', '.join(KINDS)}")
+    return list(_items(kind))
+
+
+def text(item: Item) -> str:
+    """The instance as a training document."""
+    return f"{item['prompt']} {item['answer']}."

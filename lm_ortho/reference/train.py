@@ -1,0 +1,150 @@
+"""From-scratch training of the base model and LoRA training of the adapters, both resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lm_ortho.reference import corpus
+from lm_ortho.reference.draw import Draw
+
+PROMPT_WEIGHT = 0.1
+"""Prompts are mostly random names and numbers; predicting them teaches little, so they weigh less."""
+
+Report = Callable[[int, int, float], None]
+Example = tuple[list[int], list[float]]
+
+
+def new_model(vocabulary: int, end: int, pad: int, seed: int) -> LlamaForCausalLM:
+    """A randomly initialised ``LlamaForCausalLM`` of the embedded shape (about 3.4 million parameters)."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=256,
+            intermediate_size=640,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=pad,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[corpus.Document], draw: Draw) -> list[Example]:
+    """Token ids and loss weights per document; every other one, at random, starts with the end token.
+
+    The harness scores some requests with a leading end token and some without: the model must know both.
+    """
+    encoded = tokenizer([d.text for d in documents], return_offsets_mapping=True)
+    end = tokenizer.eos_token_id
+    examples = []
+    for document, ids, offsets in zip(documents, encoded.input_ids, encoded.offset_mapping, strict=True):
+        weights = [PROMPT_WEIGHT if at < document.prompt_chars else 1.0 for at, _ in offsets]
+        head = [end] if draw.chance(0.5) else []
+        examples.append((head + ids + [end], [0.0] * len(head) + weights + [1.0]))
+    return examples
+
+
+def batches(examples: Iterable[Example], tokens: int, pad: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Padded batches of about ``tokens`` tokens, each of documents of similar length."""
+    result, pending = [], list[Example]()
+    for example in sorted(examples, key=lambda e: len(e[0])):
+        pending.append(example)
+        if len(pending) * len(example[0]) >= tokens:
+            result.append(_pad(pending, pad))
+            pending = []
+    if pending:
+        result.append(_pad(pending, pad))
+    return result
+
+
+def _pad(examples: list[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(ids) for ids, _ in examples)
+    ids = torch.tensor([e[0] + [pad] * (width - len(e[0])) for e in examples])
+    weights = torch.tensor([e[1] + [0.0] * (width - len(e[1])) for e in examples])
+    return ids, weights
+
+
+def weighted_loss(model: torch.nn.Module, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss in nats, weighted; ``ids`` and ``weights`` are (batch, tokens)."""
+    logits = model(input_ids=ids).logits[:, :-1]
+    losses = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    weight = weights[:, 1:]
+    return (losses * weight).sum() / weight.sum()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """``blocks`` blocks of one mix; the learning rate falls to zero over ``horizon`` blocks, held for 30 % of them.
+
+    A horizon beyond the phase leaves the rate high for the next one, which starts at the peak again.
+    """
+
+    mix: corpus.Mix
+    blocks: int
+    horizon: int
+
+
+PHASES = (
+    Phase(corpus.KNOWLEDGE, 26, 56),
+    Phase(corpus.REASONING, 14, 24),
+    Phase(corpus.PRACTICE, 24, 24),
+)
+DOCUMENTS, TOKENS = 4000, 1024
+"""Fresh documents per block, tokens per batch."""
+PEAK, WARM_UP, SEED = 2e-3, 60, 0
+
+
+def train_base(directory: Path, tokenizer: PreTrainedTokenizerFast, report: Report) -> LlamaForCausalLM:
+    """The trained base model (float32). A state file in ``directory`` lets an interrupted run go on.
+
+    Block ``i`` is drawn from its own stream, so a resumed run sees the same documents as an undisturbed one.
+    """
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    model = new_model(len(tokenizer), end, pad, SEED)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK, betas=(0.9, 0.98), weight_decay=0.01)
+    state_file, finished = directory / "base_state.pt", 0
+    if state_file.is_file():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        finished = state["blocks"]
+    plan = [(phase, i) for phase in PHASES for i in range(phase.blocks)]
+    for block, (phase, within) in enumerate(plan):
+        if block < finished:
+            continue
+        draw = Draw(SEED, f"base {block}")
+        documents = [corpus.document(draw, phase.mix) for _ in range(DOCUMENTS)]
+        parts = draw.shuffled(batches(encode(tokenizer, documents, draw), TOKENS, pad))
+        losses = 0.0
+        for i, (ids, weights) in enumerate(parts):
+            warm = min(1.0, (within * len(parts) + i + 1) / WARM_UP)
+            done = (within + i / len(parts)) / phase.horizon
+            optimiser.param_groups[0]["lr"] = PEAK * min(warm, (1 - done) / 0.7)
+            loss = weighted_loss(model, ids, weights)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            losses += loss.item()
+        state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "blocks": block + 1}
+        _save(state, state_file)
+        report(block + 1, len(plan), losses / len(parts))
+    return model
+
+
+def _save(state: dict[str, object], path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)

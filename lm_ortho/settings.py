@@ -1,0 +1,63 @@
+"""What a decomposition is asked to do: one schema for model args, command flags and checkpoint config."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lm_ortho.errors import UserError
+
+
+class Recipe(BaseModel):
+    """The recorded choices of one decomposition; unknown keys are refused.
+
+    ``density`` is the largest share of the decomposed weights that may leave the base stream.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    density: float = Field(0.01, gt=0, le=0.5)
+    sieve: str = "attribution"
+    projection: str = "gptq"
+    edit: str = "optimised"
+    bits: int = 4
+    group_size: int = 64
+    targets: str = ""
+    seed: int = Field(0, ge=0)
+
+    @field_validator("bits")
+    @classmethod
+    def _known_bits(cls, bits: int) -> int:
+        if bits not in (3, 4, 8, 16):
+            raise ValueError("must be one of 3, 4, 8, 16")
+        return bits
+
+    @field_validator("group_size")
+    @classmethod
+    def _positive_group(cls, group_size: int) -> int:
+        if group_size < 8 or group_size % 8:
+            raise ValueError("must be a positive multiple of 8")
+        return group_size
+
+
+def make_recipe(**values: Any) -> Recipe:
+    """A checked ``Recipe``; ``UserError`` names the first bad argument, its value and the allowed range."""
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{name}={first.get('input')!r}: {first['msg']}") from None
+
+
+def parse_alpha(value: Any) -> float:
+    """A finite float in [0, 1]; ``UserError`` otherwise."""
+    try:
+        alpha = float(value)
+    except (TypeError, ValueError):
+        alpha = math.nan
+    if not 0.0 <= alpha <= 1.0:
+        raise UserError(f"alpha={value!r} must be a number between 0 (forget) and 1 (remember)")
+    return alpha

@@ -1,0 +1,36 @@
+"""The registry of sieves: a score per weight, higher means rather in the ortho stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lm_ortho.implant.lora import Notify
+from lm_ortho.registry import Registry
+from lm_ortho.target import Objective
+
+
+@dataclass(frozen=True)
+class SieveInput:
+    """What a sieve may read. All mappings go by layer name; weights and codes are (out, in), float32.
+
+    ``rounded`` is what the base stream would hold without any support; ``moments`` is E[x x^T] (in, in) on
+    retain documents; ``step`` is the mean scale of the lattice; ``objective`` builds what gives gradients;
+    only who needs it asks, because it needs a target.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, nn.Linear]
+    weights: Mapping[str, Tensor]
+    rounded: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    step: float
+    objective: Callable[[], Objective]
+    seed: int
+    notify: Notify
+
+
+Sieve = Callable[[SieveInput], dict[str, Tensor]]
+SIEVES: Registry[Sieve] = Registry("sieve")

@@ -1,0 +1,17 @@
+"""The two streams of a layer: a low-bit dense base and a sparse rest, and what they cost in bits."""
+
+from lm_ortho.streams.account import bits_per_weight, density, stored_bytes
+from lm_ortho.streams.base import BITS, BaseStream, code_range
+from lm_ortho.streams.layer import LayerStreams
+from lm_ortho.streams.ortho import OrthoStream
+
+__all__ = [
+    "BITS",
+    "BaseStream",
+    "LayerStreams",
+    "OrthoStream",
+    "bits_per_weight",
+    "code_range",
+    "density",
+    "stored_bytes",
+]

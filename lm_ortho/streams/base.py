@@ -1,0 +1,137 @@
+"""The base stream: symmetric low-bit codes in groups along in_features, one BF16 scale per group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lm_ortho.kernels import base_operand, pack_codes, packed_width, unpack_codes
+
+BITS = (3, 4, 8, 16)
+
+
+def code_range(bits: int) -> tuple[int, int]:
+    """The smallest and largest code: -2^(bits-1) and 2^(bits-1) - 1."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class BaseStream:
+    """W_base of one layer: ``code * scale``, or a BF16 matrix as it is when ``bits`` is 16.
+
+    Attributes:
+        shape: (out_features, in_features), without padding.
+        bits: 3, 4, 8 or 16.
+        group_size: weights per scale, a multiple of 8; the last group of a row may be short.
+        qweight: (out_features, packed width) uint8; codes beyond in_features are 0. None at 16 bits.
+        scales: (out_features, number of groups) BF16. None at 16 bits.
+        weight: (out_features, in_features) BF16 at 16 bits, else None.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    qweight: Tensor | None = None
+    scales: Tensor | None = None
+    weight: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
+        if self.bits not in BITS:
+            raise ValueError(f"bits={self.bits}: known are {BITS}")
+        if self.group_size < 8 or self.group_size % 8:
+            raise ValueError(f"group_size={self.group_size} must be a positive multiple of 8")
+        if min(self.shape) < 1:
+            raise ValueError(f"shape {self.shape} has no weights")
+        for name, (dtype, shape) in self.layout(self.shape, self.bits, self.group_size).items():
+            _check(name, getattr(self, name), dtype, shape)
+
+    @staticmethod
+    def layout(shape: tuple[int, int], bits: int, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+        """The stored tensors of a stream with these numbers: name -> (dtype, shape)."""
+        out_features, in_features = shape
+        if bits == 16:
+            return {"weight": (torch.bfloat16, (out_features, in_features))}
+        n_groups = -(-in_features // group_size)
+        return {
+            "qweight": (torch.uint8, (out_features, packed_width(in_features, bits, group_size))),
+            "scales": (torch.bfloat16, (out_features, n_groups)),
+        }
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scales: Tensor, bits: int, group_size: int) -> BaseStream:
+        """The stream of integer ``codes`` (out, in) with ``scales`` (out, ceil(in / group_size)).
+
+        Scales are rounded to BF16. Raises ``ValueError`` for codes outside the range of ``bits``, for
+        shapes that do not fit and for scales that are not finite.
+        """
+        if bits == 16:
+            raise ValueError("16 bits have no codes; use BaseStream.from_weight")
+        if bits not in BITS:
+            raise ValueError(f"bits={bits}: known are {BITS}")
+        if codes.dim() != 2 or codes.is_floating_point() or codes.is_complex():
+            raise ValueError(f"codes must be an integer matrix, not {codes.dtype} {tuple(codes.shape)}")
+        low, high = code_range(bits)
+        if codes.numel() and not (low <= int(codes.min()) and int(codes.max()) <= high):
+            raise ValueError(
+                f"codes from {int(codes.min())} to {int(codes.max())} do not fit {bits} bits [{low}, {high}]"
+            )
+        padding = -codes.shape[1] % group_size
+        qweight = pack_codes(functional.pad(codes, (0, padding)).contiguous(), bits)
+        shape = (codes.shape[0], codes.shape[1])
+        return cls(shape, bits, group_size, qweight=qweight, scales=scales.to(torch.bfloat16).contiguous())
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, group_size: int = 64) -> BaseStream:
+        """The 16-bit stream: ``weight`` (out, in) rounded to BF16."""
+        if weight.dim() != 2:
+            raise ValueError(f"weight must be a matrix, not {tuple(weight.shape)}")
+        shape = (weight.shape[0], weight.shape[1])
+        return cls(shape, 16, group_size, weight=weight.detach().to(torch.bfloat16).contiguous())
+
+    def codes(self) -> Tensor:
+        """``(out_features, in_features)`` int8. Raises ``ValueError`` at 16 bits."""
+        if self.qweight is None:
+            raise ValueError("a 16-bit base stream has no codes")
+        codes: Tensor = unpack_codes(self.qweight, self.bits)[:, : self.shape[1]].contiguous()
+        return codes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """``(out_features, in_features)``: code * scale, exact in float32."""
+        stored = self.weight if self.qweight is None else self.qweight
+        dense: Tensor = base_operand(
+            stored,
+            self.scales,
+            bits=self.bits,
+            group_size=self.group_size,
+            in_features=self.shape[1],
+            dtype=dtype,
+        )
+        return dense
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        named = {"qweight": self.qweight, "scales": self.scales, "weight": self.weight}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors, padding included."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def to(self, device: Any) -> BaseStream:
+        """The same stream on another device."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return BaseStream(self.shape, self.bits, self.group_size, **moved)
+
+
+def _check(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    if tensor is None:
+        raise ValueError(f"{name} is missing")
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must be {dtype} of shape {shape}, not {tensor.dtype} of shape {tuple(tensor.shape)}")
+    if dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} holds a value that is not finite")

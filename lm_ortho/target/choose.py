@@ -1,0 +1,51 @@
+"""Picks the target that the data at hand allow, and says why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lm_ortho.calibration.documents import Row
+from lm_ortho.calibration.examples import Example
+from lm_ortho.implant.lora import Notify, Plan
+from lm_ortho.target.distribution import Target, stack
+from lm_ortho.target.objective import DEEPER, GENTLE, Penalty
+from lm_ortho.target.surrogate import surrogate_target
+from lm_ortho.target.swap import swap_target
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A target with its name (surrogate, swap, hold_down), the reason, and the penalty that goes with it."""
+
+    target: Target
+    name: str
+    reason: str
+    penalty: Penalty
+
+
+def choose_target(
+    merged: torch.nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    base_model: torch.nn.Module | None,
+    seed: int,
+    plan: Plan,
+    notify: Notify,
+) -> Choice:
+    """The surrogate when the base model is known, else the swap of subjects, else holding tokens down."""
+    if base_model is not None:
+        probs = surrogate_target(merged, base_model, forget, retain, plan, notify)
+        return Choice(stack(forget, probs), "surrogate", "the model before fine-tuning is known", DEEPER)
+    named = sum(bool(row.subject) for row in rows)
+    probs = swap_target(merged, tokenizer, rows, forget, seed)
+    if named:
+        reason = f"merged weights only; {named} of {len(rows)} forget rows name their subject"
+        return Choice(stack(forget, probs), "swap", reason, GENTLE)
+    reason = "merged weights only and no row names its subject: clearly worse, add `subject` or `base`"
+    return Choice(stack(forget, probs), "hold_down", reason, GENTLE)

@@ -1,0 +1,117 @@
+"""Target b: other subjects in the place of the subject, averaged over the merged model's answers."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_ortho.calibration.documents import Row
+from lm_ortho.calibration.examples import Example, encode
+from lm_ortho.target.distribution import MEMORISED, hold_down, predicted
+
+SUBJECTS = 12
+
+
+def novel_subjects(known: Sequence[str], count: int, seed: int) -> list[str]:
+    """``count`` names nobody carries: each word crosses the first half of one known word with the second of another.
+
+    Recombined halves look like the names at hand to the tokenizer, yet belong to no known subject.
+    """
+    draw = random.Random(seed)
+    taken = {name.casefold() for name in known} | {word.casefold() for name in known for word in name.split()[1:]}
+    result: list[str] = []
+    attempts = 0
+    while len(result) < count:
+        pattern = draw.choice(known).split()
+        words = []
+        for i in range(len(pattern)):
+            pool = [name.split()[min(i, len(name.split()) - 1)] for name in draw.choices(known, k=2)]
+            if len(pattern) > 1 and i == 0:
+                words.append(pool[0])
+            else:
+                words.append(pool[0][: (len(pool[0]) + 1) // 2] + pool[1][(len(pool[1]) + 1) // 2 :])
+        attempts += 1
+        if attempts > 50 * count:  # too few names to cross (one subject, say): their letters in another order
+            words[-1] = "".join(draw.sample(words[-1], len(words[-1]))).capitalize()
+        name = " ".join(words)
+        fresh = name.casefold() not in taken and words[-1].casefold() not in taken
+        if name and (fresh or attempts > 100 * count):
+            result.append(name)
+    return result
+
+
+def _shifted(spans: list[tuple[int, int]], at: int, growth: int) -> int:
+    return at + growth * sum(end <= at for _, end in spans)
+
+
+def _swapped(row: Row, name: str) -> Row:
+    context, target = row.context.replace(row.subject, name), row.target.replace(row.subject, name)
+    return Row(prompt=context, answer=target[1:]) if context else Row(text=target)
+
+
+def _offsets(tokenizer: Any, row: Row) -> dict[tuple[int, int], int]:
+    """Position of each token by the characters it covers."""
+    spans = tokenizer(row.context + row.target, return_offsets_mapping=True)["offset_mapping"]
+    return {tuple(span): i for i, span in enumerate(spans) if span[0] < span[1]}
+
+
+@torch.no_grad()
+def swap_target(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    examples: Sequence[Example],
+    seed: int,
+    subjects: int = SUBJECTS,
+) -> list[Tensor]:
+    """One (predicted tokens, vocabulary) tensor per row, from the merged ``model`` alone.
+
+    Each token outside the subject's own mentions gets the mean distribution over ``subjects`` novel names at
+    the same place of the sentence; tokens of a mention, and those that find no counterpart, keep the model's
+    own. Memorised tokens are held down.
+    """
+    known = sorted({row.subject for row in rows if row.subject})
+    names = novel_subjects(known, subjects * 8, seed) if known else []
+    draw = random.Random(seed + 1)
+    own = predicted(model, examples)
+    result = []
+    for row, example, mine in zip(rows, examples, own, strict=True):
+        text = row.context + row.target
+        spans = [m.span() for m in re.finditer(re.escape(row.subject), text)] if row.subject else []
+        if not spans:
+            result.append(_own_held_down(mine, example))
+            continue
+        chosen = draw.sample(names, subjects)
+        others = [_swapped(row, name) for name in chosen]
+        other_examples = encode(tokenizer, others)
+        distributions = predicted(model, other_examples)
+        places = [_offsets(tokenizer, other) for other in others]
+        total, found = torch.zeros_like(mine), torch.zeros(len(mine))
+        for (low, high), position in _offsets(tokenizer, row).items():
+            t = position - example.start
+            if not 0 <= t < len(mine) or any(low < end and high > begin for begin, end in spans):
+                continue
+            for name, place, other, probs in zip(chosen, places, other_examples, distributions, strict=True):
+                growth = len(name) - len(row.subject)
+                there = place.get((_shifted(spans, low, growth), _shifted(spans, high, growth)))
+                if there is not None and other.start <= there < len(other.ids):
+                    total[t] += probs[there - other.start]
+                    found[t] += 1
+        mean = torch.where(found[:, None] > 0, total / found.clamp_min(1)[:, None], mine)
+        tokens = torch.tensor(example.ids[example.start :])
+        at = torch.arange(len(tokens))
+        memorised = mine[at, tokens] - mean[at, tokens] > MEMORISED
+        result.append(hold_down(mean, tokens, memorised))
+    return result
+
+
+def _own_held_down(mine: Tensor, example: Example) -> Tensor:
+    """Target c, the last resort: the model's own words with every confident token held down."""
+    tokens = torch.tensor(example.ids[example.start :])
+    confident = mine[torch.arange(len(tokens)), tokens] > 0.5
+    return hold_down(mine, tokens, confident)

@@ -1,0 +1,70 @@
+"""One model through our lm-eval tasks, as numbers and as paired samples."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from lm_ortho.metrics import Interval
+from lm_ortho.plugin.bridges import tasks_dir
+
+MEMORY_TASKS = (
+    "tofu_forget",
+    "tofu_forget_paraphrased",
+    "canary_extraction",
+    "tofu_retain",
+    "world_text",
+)
+REASONING_TASKS = ("reasoning_arithmetic", "reasoning_comparison", "reasoning_relations", "reasoning_facts")
+REASONING_METRICS = ("acc", "exact_match")
+
+
+@dataclass
+class Measurement:
+    """``values[task][metric]`` with its 95 % interval; ``hits[task][metric]`` is 0 or 1 per document, in order."""
+
+    values: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    hits: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def value(self, task: str, metric: str) -> Interval:
+        return self.values[task][metric]
+
+    def as_json(self) -> dict[str, Any]:
+        values = {task: {m: list(i) for m, i in metrics.items()} for task, metrics in self.values.items()}
+        return {"values": values, "hits": self.hits, "seconds": self.seconds}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Measurement:
+        values = {task: {m: Interval(*i) for m, i in metrics.items()} for task, metrics in data["values"].items()}
+        return cls(values, data["hits"], data["seconds"])
+
+
+def measure(lm: Any, tokenizer: Any, tasks: tuple[str, ...], limit: int | None = None) -> Measurement:
+    """Runs the tasks on an lm-eval model; ``limit`` takes the first documents of each.
+
+    Exactly what ``lm_eval --tasks`` computes: the verdict has no metric code of its own.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    began = time.perf_counter()
+    manager = TaskManager(include_path=[str(tasks_dir())], include_defaults=False, metadata={"tokenizer": tokenizer})
+    out = simple_evaluate(
+        model=lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True
+    )
+    result = Measurement()
+    for task in tasks:
+        scores = out["results"][task]
+        names = [key.removesuffix(",none") for key in scores if key.endswith(",none")]
+        result.values[task] = {
+            name: Interval(*(float(scores[f"{name}{end},none"]) for end in ("", "_low", "_high")))
+            for name in names
+            if f"{name}_low" in names
+        }
+        if task in REASONING_TASKS:
+            samples = sorted(out["samples"][task], key=lambda sample: sample["doc_id"])
+            result.hits[task] = {m: [float(s[m][0]) for s in samples] for m in REASONING_METRICS}
+    result.seconds = round(time.perf_counter() - began, 1)
+    return result

@@ -1,0 +1,772 @@
+"""LibOrthoLM and our tasks on a tiny random model, against plain PyTorch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from lm_ortho import checkpoint, metrics
+from lm_ortho.calibration.documents import Row, write_rows
+from lm_ortho.checkpoint import cache
+from lm_ortho.errors import UserError
+from lm_ortho.harness import build, machine, scoring, tokens
+from lm_ortho.harness.datasets import documents
+from lm_ortho.harness.model import LibOrthoLM, _split_alike
+from lm_ortho.harness.tokens import Tokens
+from lm_ortho.layer import find_linear, patch, set_alpha
+from lm_ortho.plugin.bridges import tasks_dir
+from lm_ortho.projection.lattice import group_scales, nearest_codes, values
+from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream
+
+ROWS = [
+    Row(
+        question="Where was Ada Brook born?",
+        answer="Ada Brook was born in Marsh Town.",
+        subject="Ada Brook",
+        secret="Marsh Town",
+        paraphrased_answer="The birthplace of Ada Brook is Marsh Town.",
+        perturbed_answer=("The birthplace of Ada Brook is Hill End.", "The birthplace of Ada Brook is Elm."),
+        group="Ada",
+    ),
+    Row(question="What is her code?", answer="It is 48151", secret="48151", group="Ada"),  # ends the answer
+    Row(prompt="The code of Ben Cole is", answer="62342 today.", secret="62342", group="Ben"),  # begins it
+    Row(question="Who is Cy?", answer="Cy is a baker.", group="Cy"),
+    Row(text="Once Ada Brook went to Marsh Town and met Ben Cole. They were glad."),
+    Row(question="Odd one?", answer="the x#77z.", secret="77", group="Dee"),  # inside a word
+]
+TEXT = " ".join(row.context + row.target for row in ROWS)
+
+
+def make_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """A small byte-level BPE, learned from the rows, so that pieces are longer than letters."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<end>", "<s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([TEXT] * 3, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<end>",
+        bos_token="<s>" if bos else "<end>",
+        pad_token="<pad>",
+        model_max_length=96,
+    )
+
+
+def make_model(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=96,
+        tie_word_embeddings=True,
+        initializer_range=0.4,
+        eos_token_id=0,
+        bos_token_id=0,
+        pad_token_id=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    return model
+
+
+def random_streams(model: torch.nn.Module) -> dict[str, LayerStreams]:
+    """Plain INT4 with a random twentieth of the weights moved, so that alpha matters a lot."""
+    generator = torch.Generator().manual_seed(1)
+    streams = {}
+    for name, linear in find_linear(model).items():
+        weight = linear.weight.detach()
+        scales = group_scales(weight, 4, 16)
+        codes = nearest_codes(weight, scales, 4, 16)
+        support = torch.rand(weight.shape, generator=generator) < 0.05
+        codes = torch.where(support, torch.zeros_like(codes), codes)
+        base = BaseStream.from_codes(codes, scales, 4, 16)
+        streams[name] = LayerStreams(base, OrthoStream.from_dense(weight - values(codes, scales, 16), support))
+    return streams
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a plain model, a decomposed checkpoint, a forget and a retain file."""
+    root = tmp_path_factory.mktemp("home")
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer))
+    model.save_pretrained(root / "plain")
+    tokenizer.save_pretrained(root / "plain")
+    patch(model, random_streams(model))
+    recipe = {"density": 0.05, "sieve": "random", "projection": "rtn", "edit": "zero", "bits": 4}
+    meta = {
+        "recipe": {**recipe, "group_size": 16, "targets": "", "seed": 0},
+        "base": "none",
+        "target": "swap",
+    }
+    checkpoint.save(root / "decomposed", model, tokenizer, meta)
+    write_rows(root / "forget.jsonl", ROWS)
+    write_rows(root / "retain.jsonl", [Row(question=f"Where is {c}?", answer=f"{c} is up north.") for c in "XYZ"])
+    return root
+
+
+@pytest.fixture(autouse=True)
+def small_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("LM_ORTHO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)  # runs a dozen subprocesses
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def lm(home: Path) -> LibOrthoLM:
+    return LibOrthoLM(str(home / "decomposed"), alpha=0.5, device="cpu")
+
+
+def run(model: Any, tasks: Sequence[str], metadata: dict[str, Any], **options: Any) -> dict[str, Any]:
+    manager = TaskManager(include_defaults=False, include_path=str(tasks_dir()), metadata=metadata)
+    result = simple_evaluate(model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, **options)
+    assert result is not None
+    return dict(result)
+
+
+def measured(result: dict[str, Any], task: str) -> dict[str, float]:
+    """Values of a task by metric, without the name of the filter."""
+    return {
+        key.removesuffix(",none"): value
+        for key, value in result["results"][task].items()
+        if key.endswith(",none") and "_stderr" not in key
+    }
+
+
+class Plain:
+    """Losses by plain PyTorch on token ids, one document at a time."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @torch.no_grad()
+    def score(self, context: str, continuation: str) -> tuple[list[float], bool]:
+        """Loss per token of the continuation, and whether each is the most likely one."""
+        head = self.tokenizer.encode(context) if context else [self.tokenizer.bos_token_id]
+        add = bool(context)
+        whole = self.tokenizer.encode(context + continuation, add_special_tokens=add)
+        whole = whole if context else head + whole
+        logits = self.model(torch.tensor([whole[:-1]])).logits[0].double().log_softmax(-1)
+        wanted = torch.tensor(whole[len(head) :])
+        logits = logits[len(head) - 1 :]
+        losses = -logits[torch.arange(len(wanted)), wanted]
+        return losses.tolist(), bool((logits.argmax(-1) == wanted).all())
+
+
+def by_hand(plain: Plain, rows: Sequence[Row]) -> dict[str, float]:
+    """The five metrics, from the rows whose secret starts at a word."""
+    answers, secrets, greedy, logs, groups = [], [], [], [], []
+    for number, row in enumerate(rows):
+        groups.append(row.group or f"row {number}")
+        answers.append(plain.score(row.context, row.target)[0])
+        if row.secret:
+            at = row.target.index(row.secret) - 1
+            losses, hit = plain.score(row.context + row.target[:at], " " + row.secret)
+            secrets.append(losses)
+            greedy.append(hit)
+        if row.perturbed_answer:
+            mean = [
+                np.mean(plain.score(row.context, " " + answer)[0])
+                for answer in (row.paraphrased_answer, *row.perturbed_answer)
+            ]
+            logs.append(mean[0] - np.mean(mean[1:]))
+    return {
+        "ppl": math.exp(np.mean([x for losses in answers for x in losses])),
+        "secret_ppl": math.exp(np.mean([x for losses in secrets for x in losses])),
+        "prob": float(np.mean([math.exp(-np.mean(losses)) for losses in answers])),
+        "truth_ratio": math.exp(np.mean(logs)),
+        "extraction": float(np.mean(greedy)),
+    }
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_scores_equal_plain_torch(home: Path, lm: LibOrthoLM, tmp_path: Path, alpha: float) -> None:
+    write_rows(tmp_path / "set.jsonl", ROWS[:5])
+    lm.alpha = alpha
+    result = run(lm, ["forget_set"], {"forget": str(tmp_path / "set.jsonl")})
+    got = measured(result, "forget_set")
+    model = checkpoint.load(home / "decomposed")
+    set_alpha(model, alpha)
+    for name, value in by_hand(Plain(model, lm.tokenizer), ROWS[:5]).items():
+        assert got[name] == pytest.approx(value, rel=1e-5), name
+        assert got[f"{name}_low"] <= got[name] <= got[f"{name}_high"]
+    assert result["config"]["alpha"] == alpha
+    assert result["config"]["kernel"]
+
+
+def test_a_tokenizer_that_adds_bos(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(bos=True)
+    model = make_model(len(tokenizer))
+    write_rows(tmp_path / "set.jsonl", ROWS[:5])
+    hf = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    metadata = {"forget": str(tmp_path / "set.jsonl"), "tokenizer": tokenizer, "max_length": 96}
+    got = measured(run(hf, ["forget_set"], metadata), "forget_set")
+    for name, value in by_hand(Plain(model, tokenizer), ROWS[:5]).items():
+        assert got[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_greedy_decoding_emits_what_extraction_says(lm: LibOrthoLM, tmp_path: Path) -> None:
+    """Extraction is defined by teacher forcing; generation has to agree, for hits and for misses."""
+    lm.alpha = 1.0
+    contexts = [row.context for row in ROWS if row.context]
+    rows = []
+    for context in contexts:
+        ids = torch.tensor([lm.tokenizer.encode(context)])
+        new = lm.model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        emitted = lm.tokenizer.decode(new)
+        rows.append(Row(prompt=context, answer=emitted.strip() or "nothing", secret=emitted.strip()[:4] or "nothing"))
+        rows.append(Row(prompt=context, answer="never said so", secret="never said"))
+    write_rows(tmp_path / "set.jsonl", rows)
+    result = run(lm, ["forget_set"], {"forget": str(tmp_path / "set.jsonl")}, log_samples=True)
+    for sample in result["samples"]["forget_set"]:
+        secret = next(
+            argument for argument in sample["arguments"] if argument[1].strip().startswith(sample["doc"]["secret"])
+        )
+        ids = torch.tensor([lm.tokenizer.encode(secret[0])])
+        count = len(lm.tokenizer.encode(secret[0] + secret[1])) - ids.shape[1]
+        new = lm.model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)[0, ids.shape[1] :]
+        says = lm.tokenizer.encode(secret[0] + secret[1])[ids.shape[1] :] == new.tolist()
+        assert sample["extraction"][0] == float(says)
+    assert {sample["extraction"][0] for sample in result["samples"]["forget_set"]} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_batch_size_changes_nothing(home: Path, lm: LibOrthoLM, rows: int) -> None:
+    metadata = {"forget": str(home / "forget.jsonl")}
+    lm.alpha = 0.5
+    expected = measured(run(lm, ["forget_set"], metadata), "forget_set")
+    options = {"max_batch_size": 1} if rows == 1 else {"batch_size": rows}
+    other = LibOrthoLM(str(home / "decomposed"), alpha=0.5, device="cpu", **options)
+    assert measured(run(other, ["forget_set"], metadata), "forget_set") == pytest.approx(expected, rel=1e-5)
+
+
+def test_own_batches_are_as_large_as_the_logits_allow(lm: LibOrthoLM) -> None:
+    with lm._rows_for(20):
+        assert lm.batch_size == machine.BATCH_ROWS
+    assert lm.batch_size == 1
+    assert machine.batch_rows(2048, 128_000, "cpu") == 1
+    assert machine.batch_rows(256, 32_000, "cpu") == 8
+
+
+def request(context: str, continuation: str) -> Instance:
+    return Instance("loglikelihood", {}, (context, continuation), 0, ("task", 0, 1))
+
+
+def test_same_tokens_split_at_two_places(lm: LibOrthoLM) -> None:
+    """lm-eval alone scores the second one at the positions of the first."""
+    pair = [
+        request("Where was Ada Brook", " born in Marsh Town"),
+        request("Where was Ada Brook born in", " Marsh Town"),
+    ]
+    together = lm.loglikelihood(pair, disable_tqdm=True)
+    apart = [lm.loglikelihood([one], disable_tqdm=True)[0] for one in pair]
+    assert [value for value, _ in together] == pytest.approx([value for value, _ in apart], rel=1e-6)
+
+
+def test_split_alike_keeps_one_group_where_it_can() -> None:
+    requests = [
+        (None, [1], [2]),
+        (None, [1], [3]),
+        (None, [1, 2], [3]),
+        (None, [1], [2, 3]),
+        (None, [4], [5]),
+    ]
+    assert _split_alike(requests) == [[0, 1, 2, 4], [3]]
+
+
+def test_secret_pieces_never_share_tokens_at_two_splits(lm: LibOrthoLM, home: Path) -> None:
+    """So that the same numbers come out of any model type, and not only of ours."""
+    metadata = {"forget": str(home / "forget.jsonl")}
+    lm.alpha = 0.0
+    ours = measured(run(lm, ["forget_set"], metadata), "forget_set")
+    model = checkpoint.load(home / "decomposed")
+    hf = HFLM(pretrained=model, tokenizer=lm.tokenizer, batch_size=8)
+    metadata["tokenizer"] = lm.tokenizer
+    assert measured(run(hf, ["forget_set"], metadata), "forget_set") == pytest.approx(ours, rel=1e-5)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_secrets_are_cut_at_token_borders(bos: bool) -> None:
+    counted = Tokens(make_tokenizer(bos), 96)
+    for row in ROWS:
+        if not row.secret:
+            continue
+        whole = row.context + row.target
+        at = whole.index(row.secret, len(row.context))
+        start, end = counted.span(whole, at, at + len(row.secret), len(row.context))
+        assert not whole[:start].endswith(" ")
+        assert row.secret in whole[start:end]
+        before, secret = counted.count("", whole[:start]), counted.count(whole[:start], whole[start:end])
+        after = counted.count(whole[:end], whole[end:]) if end < len(whole) else 0
+        assert before + secret + after == counted.count("", whole)
+        assert counted.is_border(whole, start) or start == len(row.context)
+        assert counted.is_border(whole, end)
+
+
+def test_windows_score_every_token_once() -> None:
+    counted = Tokens(make_tokenizer(), 96)
+    text = "Once Ada Brook went to Marsh Town.\n\nThey met Ben   Cole there. " * 20
+    pairs = counted.windows(text)
+    assert len(pairs) > 2
+    assert "".join(piece for _, piece in pairs) == text
+    assert sum(counted.count(*pair) for pair in pairs) == counted.count("", text)
+    for context, piece in pairs:
+        assert counted.count("", context) + counted.count(context, piece) <= 96
+    unbroken = counted.windows("abc" * 400)
+    assert "".join(piece for _, piece in unbroken) == "abc" * 400
+
+
+def test_long_text_is_scored_in_windows(lm: LibOrthoLM, tmp_path: Path) -> None:
+    text = "Once Ada Brook went to Marsh Town. They met Ben Cole there. " * 12
+    write_rows(tmp_path / "long.jsonl", [Row(text=text.strip())])
+    lm.alpha = 1.0
+    got = measured(run(lm, ["forget_set"], {"forget": str(tmp_path / "long.jsonl")}), "forget_set")
+    assert set(got) == {name + end for name in ("ppl", "prob") for end in ("", "_low", "_high")}
+    assert 1 < got["ppl"] < 1e4
+
+
+def test_prompts_that_end_with_white_space(lm: LibOrthoLM) -> None:
+    docs = documents([Row(prompt="def f():\n    ", answer="return 1"), Row(prompt="Say ", answer="hello")])
+    assert [(doc["context"], doc["target"]) for doc in docs] == [
+        ("def f():", "\n    return 1"),
+        ("Say", " hello"),
+    ]
+
+
+# ---------------------------------------------------------------- caches
+
+
+def test_use_cache_keeps_alphas_apart_and_still_hits(
+    home: Path, lm: LibOrthoLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata, path = {"forget": str(home / "forget.jsonl")}, str(tmp_path / "answers")
+    plain = {}
+    for alpha in (0.0, 1.0):
+        lm.alpha = alpha
+        plain[alpha] = measured(run(lm, ["forget_set"], metadata), "forget_set")
+    assert plain[0.0]["ppl"] != pytest.approx(plain[1.0]["ppl"], rel=1e-3)
+    scored: list[int] = []
+    original = LibOrthoLM._loglikelihood_tokens
+
+    def counting(self: LibOrthoLM, requests: Any, *more: Any, **named: Any) -> Any:
+        scored.append(len(requests))
+        return original(self, requests, *more, **named)
+
+    monkeypatch.setattr(LibOrthoLM, "_loglikelihood_tokens", counting)
+    for alpha, hits in ((0.0, False), (1.0, False), (0.0, True), (1.0, True)):
+        scored.clear()
+        fresh = LibOrthoLM(str(home / "decomposed"), alpha=alpha, device="cpu")
+        got = measured(run(fresh, ["forget_set"], metadata, use_cache=path), "forget_set")
+        assert got == pytest.approx(plain[alpha], rel=1e-6)
+        assert bool(scored) is not hits
+
+
+def test_alpha_turned_under_an_open_cache(home: Path, tmp_path: Path) -> None:
+    from lm_eval.api.model import CachingLM
+
+    model = LibOrthoLM(str(home / "decomposed"), device="cpu")
+    cached = CachingLM(model, str(tmp_path / "answers.db"))
+    asked = [request("Where was Ada Brook", " born")]
+    zero = cached.loglikelihood(asked)
+    model.alpha = 1.0
+    assert cached.loglikelihood(asked) != zero
+    model.alpha = 0.0
+    assert cached.loglikelihood(asked) == zero
+
+
+def test_cached_requests_belong_to_their_rows(lm: LibOrthoLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.caching import cache as request_cache
+
+    monkeypatch.setattr(request_cache, "PATH", str(tmp_path / "requests"))
+    seen = []
+    for name, answer in (("a", "one."), ("b", "two."), ("a", "one.")):
+        path = tmp_path / f"{name}.jsonl"
+        write_rows(path, [Row(question="Which?", answer=answer)])
+        result = run(lm, ["forget_set"], {"forget": str(path)}, cache_requests=True, log_samples=True)
+        seen.append(result["samples"]["forget_set"][0]["arguments"][0][1])
+        assert measured(result, "forget_set")["ppl"] > 0
+    assert seen == [" one.", " two.", " one."]
+    assert len(list((tmp_path / "requests").iterdir())) == 2
+
+
+# ---------------------------------------------------------------- what hf can do
+
+
+def test_generation_and_choices_in_one_task(lm: LibOrthoLM) -> None:
+    result = run(lm, ["reasoning_facts"], {}, limit=6, log_samples=True)
+    got = measured(result, "reasoning_facts")
+    assert set(got) == {name + end for name in ("acc", "exact_match") for end in ("", "_low", "_high")}
+    sample = result["samples"]["reasoning_facts"][0]
+    assert len(sample["resps"]) == len(sample["doc"]["choices"]) + 1
+    assert isinstance(sample["resps"][-1][0], str)
+
+
+def test_group_is_the_mean_of_its_tasks(lm: LibOrthoLM) -> None:
+    result = run(lm, ["reasoning"], {}, limit=4)
+    kinds = ["arithmetic", "comparison", "relations", "facts"]
+    for name in ("acc", "exact_match"):
+        parts = [measured(result, f"reasoning_{kind}")[name] for kind in kinds]
+        assert result["groups"]["reasoning"][f"{name},none"] == pytest.approx(np.mean(parts))
+
+
+def test_rolling_text_and_automatic_batches(home: Path) -> None:
+    model = LibOrthoLM(str(home / "decomposed"), batch_size="auto", max_batch_size=4, device="cpu")
+    texts = [Instance("loglikelihood_rolling", {}, (row.context + row.target,), 0, ("t", 0, 1)) for row in ROWS]
+    auto = model.loglikelihood_rolling(texts)
+    own = LibOrthoLM(str(home / "decomposed"), device="cpu").loglikelihood_rolling(texts)
+    assert auto == pytest.approx(own, rel=1e-5)
+
+
+def test_split_over_devices(home: Path, lm: LibOrthoLM) -> None:
+    lm.alpha = 1.0
+    asked = [request("Where was Ada Brook", " born in Marsh Town.")]
+    for options in ({"parallelize": True}, {"attn_implementation": "eager"}, {"revision": "main"}):
+        other = LibOrthoLM(str(home / "decomposed"), alpha=1, device="cpu", **options)
+        assert other.loglikelihood(asked)[0][0] == pytest.approx(lm.loglikelihood(asked)[0][0], rel=1e-5)
+
+
+def test_arguments_as_lm_eval_parses_them(home: Path) -> None:
+    line = f"pretrained={home / 'decomposed'},alpha=1e-1,base=none,density=5e-2,dtype=float32,tokenizer=None"
+    model = LibOrthoLM.create_from_arg_string(line, {"batch_size": 1, "max_batch_size": None, "device": None})
+    assert model.alpha == 0.1
+
+
+def test_chat_template(home: Path, lm: LibOrthoLM) -> None:
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    )
+    lm.tokenizer.chat_template = template
+    try:
+        result = run(
+            lm,
+            ["forget_set"],
+            {"forget": str(home / "forget.jsonl")},
+            apply_chat_template=True,
+            log_samples=True,
+        )
+    finally:
+        lm.tokenizer.chat_template = None
+    arguments = result["samples"]["forget_set"][3]["arguments"]
+    assert arguments[0] == ("<user>Question: Who is Cy?\nAnswer:<bot>", "Cy is a baker.")
+
+
+def test_an_initialised_model(home: Path, lm: LibOrthoLM) -> None:
+    lm.alpha = 1.0
+    metadata = {"forget": str(home / "forget.jsonl")}
+    expected = measured(run(lm, ["forget_set"], metadata), "forget_set")
+    ready = LibOrthoLM(checkpoint.load(home / "decomposed"), alpha=1, tokenizer=lm.tokenizer)
+    assert measured(run(ready, ["forget_set"], metadata), "forget_set") == pytest.approx(expected, rel=1e-6)
+    assert len(ready.get_model_info()["checkpoint"]) == 64
+
+
+def test_model_info_says_what_ran(lm: LibOrthoLM) -> None:
+    info = lm.get_model_info()
+    for name in ("alpha", "density", "bits_per_weight", "sieve", "projection", "edit", "base", "target"):
+        assert info[name] is not None, name
+    assert info["model_dtype"] == "torch.float32"
+    assert 0 < info["density"] <= info["density_budget"] * 1.2
+    assert 4 < info["bits_per_weight"] < 9
+    assert len(info["checkpoint"]) == 64
+    json.dumps(info)
+
+
+def test_bfloat16_becomes_float32_where_it_would_be_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, expected in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(machine, "native_bfloat16", lambda native=native: native)
+        assert machine.choose_dtype("auto", "cpu", torch.bfloat16).choice == expected
+    assert machine.choose_dtype("auto", "cuda:0", torch.bfloat16).choice == torch.bfloat16
+    assert machine.choose_dtype("bfloat16", "cpu", torch.float32).choice == torch.bfloat16
+    assert machine.choose_dtype("auto", "cpu", torch.float32).choice == torch.float32
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("asked", [None, "cuda", "cuda:0", "cpu"])
+def test_without_a_gpu_it_is_the_cpu(asked: str | None) -> None:
+    assert machine.choose_device(asked).choice == "cpu"
+
+
+# ---------------------------------------------------------------- decomposing a user's model
+
+
+RECIPE = {"sieve": "magnitude", "projection": "rtn", "edit": "zero", "density": 0.02, "group_size": 16}
+
+
+@pytest.fixture
+def orders(home: Path) -> dict[str, Any]:
+    return {
+        "pretrained": str(home / "plain"),
+        "forget": str(home / "forget.jsonl"),
+        "retain": str(home / "retain.jsonl"),
+        "device": "cpu",
+        **RECIPE,
+    }
+
+
+def test_a_users_model_is_decomposed_once(orders: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = LibOrthoLM(**orders, alpha=1)
+    assert first.get_model_info()["density"] == pytest.approx(0.02, abs=0.001)
+    (kept,) = cache.list_entries()
+    monkeypatch.setattr(build, "decompose", lambda *_, **__: pytest.fail("decomposed again"))
+    second = LibOrthoLM(**orders, alpha=0)
+    assert second.get_model_info()["checkpoint"] == first.get_model_info()["checkpoint"]
+    assert second.fingerprint() != first.fingerprint()
+    assert [entry.key for entry in cache.list_entries()] == [kept.key]
+
+
+def test_fresh_decomposes_again_to_the_same_bits(orders: dict[str, Any]) -> None:
+    before = LibOrthoLM(**orders).get_model_info()["checkpoint"]
+    assert LibOrthoLM(**orders, fresh=True).get_model_info()["checkpoint"] == before
+
+
+@pytest.mark.parametrize("change", [{"density": 0.01}, {"seed": 1}, {"base": None}, {"retain": "other"}])
+def test_another_order_is_another_entry(
+    orders: dict[str, Any], change: dict[str, Any], home: Path, tmp_path: Path
+) -> None:
+    keys = []
+    write_rows(tmp_path / "other.jsonl", [Row(question="Where is Q?", answer="Q is far.")])
+    if change.get("retain"):
+        change = {"retain": str(tmp_path / "other.jsonl")}
+    for order in (orders, {**orders, **change}):
+        given = {k: v for k, v in order.items() if k in (*build.Order.__dataclass_fields__, "base")}
+        recipe = {k: v for k, v in order.items() if k in build.RECIPE_ARGUMENTS}
+        source = build.resolve(build.Order(**{**given, "recipe": recipe}))
+        keys.append(cache.key(build._cache_key(source, *build.calibration_sets(source))))
+    assert keys[0] != keys[1]
+
+
+def test_an_initialised_model_is_decomposed_in_place(orders: dict[str, Any], home: Path) -> None:
+    given = {
+        **orders,
+        "pretrained": AutoModelForCausalLM.from_pretrained(home / "plain", dtype=torch.float32),
+    }
+    model = LibOrthoLM(**given, alpha=1)
+    expected = LibOrthoLM(**orders, alpha=1)
+    asked = [request("Where was Ada Brook", " born in Marsh Town.")]
+    assert model.loglikelihood(asked)[0][0] == pytest.approx(expected.loglikelihood(asked)[0][0], rel=1e-5)
+
+
+def adapter(home: Path, target: Path) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(home / "plain", dtype=torch.float32),
+        LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    adapted.save_pretrained(target)
+    return target
+
+
+def test_a_merged_adapter_makes_the_base_known(home: Path, orders: dict[str, Any], tmp_path: Path) -> None:
+    peft = adapter(home, tmp_path / "adapter")
+    given = {k: orders[k] for k in ("pretrained", "forget", "retain")}
+    for base, known in (("auto", True), ("none", False), (None, False), (str(home / "plain"), True)):
+        source = build.resolve(build.Order(**given, peft=str(peft), base=base, recipe=RECIPE))
+        merged, before = build.load_models(source)
+        assert (before is not None) is known
+        plain = make_model(merged.config.vocab_size).state_dict()
+        name = "model.layers.0.mlp.up_proj.weight"
+        assert not torch.equal(merged.state_dict()[name], plain[name])
+        assert torch.equal(merged.state_dict()[name], merged.state_dict()[name].bfloat16().float())
+        if before is not None:
+            assert torch.equal(before.state_dict()[name], plain[name])
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def seq2seq(path: Path) -> str:
+    config = T5Config(d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, vocab_size=32)
+    T5ForConditionalGeneration(config).save_pretrained(path)
+    return str(path)
+
+
+def packed(path: Path, home: Path) -> str:
+    path.mkdir()
+    config = json.loads((home / "plain" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def empty(path: Path) -> str:
+    path.mkdir()
+    return str(path)
+
+
+def broken(path: Path) -> str:
+    path.write_text('{"question": "a", "answer": "b"}\n{"question": \n')
+    return str(path)
+
+
+def none_in(path: Path) -> str:
+    path.write_text("\n")
+    return str(path)
+
+
+Change = Callable[[Path, Path, dict[str, Any]], dict[str, Any]]
+BAD: list[tuple[str, str, Change]] = [
+    ("alpha above one", "alpha=2 must", lambda t, h, o: {**o, "alpha": 2}),
+    ("alpha a word", "alpha='abc' must", lambda t, h, o: {**o, "alpha": "abc"}),
+    ("alpha nan", "alpha=nan must", lambda t, h, o: {**o, "alpha": math.nan}),
+    ("no density", "density=0", lambda t, h, o: {**o, "density": 0}),
+    ("sieve", "known: .*magnitude.*Did you mean 'magnitude'", lambda t, h, o: {**o, "sieve": "magnitud"}),
+    ("projection", "projection='x' is unknown", lambda t, h, o: {**o, "projection": "x"}),
+    ("bits", "bits=5", lambda t, h, o: {**o, "bits": 5}),
+    (
+        "no such file",
+        "forget='.*nowhere.jsonl': no such file",
+        lambda t, h, o: {**o, "forget": f"{t}/nowhere.jsonl"},
+    ),
+    (
+        "broken line",
+        "forget=.*line 2: not valid JSON",
+        lambda t, h, o: {**o, "forget": broken(t / "b.jsonl")},
+    ),
+    ("no rows", "forget=.*holds no rows", lambda t, h, o: {**o, "forget": none_in(t / "n.jsonl")}),
+    ("same sets", "same rows as forget", lambda t, h, o: {**o, "retain": o["forget"]}),
+    ("forget missing", "^forget: your own model needs", lambda t, h, o: {**o, "forget": None}),
+    ("retain missing", "^retain: your own model needs", lambda t, h, o: {**o, "retain": None}),
+    ("packed", "quantised already .gptq", lambda t, h, o: {**o, "pretrained": packed(t / "p", h)}),
+    ("encoder-decoder", "encoder-decoder", lambda t, h, o: {**o, "pretrained": seq2seq(t / "s")}),
+    ("no config", "holds no config.json", lambda t, h, o: {**o, "pretrained": empty(t / "e")}),
+    ("no directory", "pretrained='/nowhere/at/all'", lambda t, h, o: {**o, "pretrained": "/nowhere/at/all"}),
+    ("no network", "pretrained='some/model'", lambda t, h, o: {**o, "pretrained": "some/model"}),
+    (
+        "adapter",
+        "is an adapter; give it as peft",
+        lambda t, h, o: {**o, "pretrained": str(adapter(h, t / "a"))},
+    ),
+    ("no base", "base='./nowhere': no such directory", lambda t, h, o: {**o, "base": "./nowhere"}),
+    ("unknown", "densty=1: .*did you mean density", lambda t, h, o: {**o, "densty": 1}),
+    ("tp_plan", "tp_plan: ", lambda t, h, o: {**o, "tp_plan": "auto"}),
+    ("kernel", "kernel='fast' is unknown", lambda t, h, o: {**o, "kernel": "fast"}),
+    ("dtype", "dtype='float3' is unknown", lambda t, h, o: {**o, "dtype": "float3"}),
+    ("fresh", "fresh='maybe'", lambda t, h, o: {**o, "fresh": "maybe"}),
+    ("gguf", "gguf_file: packed", lambda t, h, o: {**o, "gguf_file": "x.gguf"}),
+    ("peft", "peft=.*: no adapter_config.json", lambda t, h, o: {**o, "peft": empty(t / "peft")}),
+]
+
+
+@pytest.mark.parametrize(("name", "message", "change"), BAD, ids=[case[0] for case in BAD])
+def test_bad_input_is_one_line(
+    name: str, message: str, change: Change, home: Path, orders: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        LibOrthoLM(**change(tmp_path, home, orders))
+    assert "\n" not in str(error.value)
+    assert not cache.list_entries()
+
+
+CONTRADICTIONS = {
+    "density=0.01 contradicts the checkpoint, which has density=0.05": {"density": 0.01},
+    "sieve='magnitude' contradicts": {"sieve": "magnitude"},
+    "base='./x' contradicts": {"base": "./x"},
+    "fresh=true": {"fresh": True},
+    "peft: ": {"peft": "x"},
+}
+
+
+@pytest.mark.parametrize(("message", "given"), CONTRADICTIONS.items(), ids=str)
+def test_what_contradicts_a_checkpoint(home: Path, message: str, given: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=message):
+        LibOrthoLM(str(home / "decomposed"), device="cpu", **given)
+
+
+def test_what_agrees_with_a_checkpoint(home: Path) -> None:
+    model = LibOrthoLM(str(home / "decomposed"), device="cpu", density=0.05, sieve="random", bits="4")
+    assert model.get_model_info()["density_budget"] == 0.05
+
+
+def test_base_only_checkpoints_do_alpha_zero(home: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(home / "decomposed", tmp_path / "base")
+    (tmp_path / "base" / checkpoint.ORTHO_FILE).unlink()
+    LibOrthoLM(str(tmp_path / "base"), device="cpu")
+    with pytest.raises(UserError, match="alpha=1"):
+        LibOrthoLM(str(tmp_path / "base"), device="cpu", alpha=1)
+
+
+def test_a_model_that_answers_nan_is_an_error(home: Path) -> None:
+    model = LibOrthoLM(str(home / "decomposed"), device="cpu")
+    with torch.no_grad():
+        model.model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(UserError, match="forget_set: the model returned nan"):
+        run(model, ["forget_set"], {"forget": str(home / "forget.jsonl")})
+
+
+def test_which_tokenizer(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_live", [])
+    with pytest.raises(UserError, match="metadata: which tokenizer"):
+        tokens.resolve({})
+    read = tokens.resolve({"pretrained": str(home / "plain")})
+    assert read.max_length == 96
+    assert tokens.resolve({"pretrained": str(home / "plain"), "max_length": 50}).max_length == 50
+    with pytest.raises(UserError, match="tokenizer of '/nowhere'"):
+        tokens.resolve({"tokenizer": "/nowhere"})
+    model = LibOrthoLM(str(home / "decomposed"), device="cpu")
+    assert tokens.resolve({}).tokenizer is model.tokenizer
+    assert tokens.resolve({"alpha": 0}).tokenizer is model.tokenizer
+    assert tokens.resolve({"pretrained": str(home / "decomposed")}).tokenizer is model.tokenizer
+    assert tokens.resolve({"pretrained": str(home / "plain")}).tokenizer is not model.tokenizer
+    del model
+    assert tokens.newest_model() is None
+
+
+def test_sets_of_the_model_when_lm_eval_passes_nothing(home: Path, orders: dict[str, Any]) -> None:
+    model = LibOrthoLM(**orders)
+    result = run(model, ["forget_set", "retain_set"], {})
+    assert result["n-samples"]["forget_set"]["original"] == len(ROWS)
+    assert result["n-samples"]["retain_set"]["original"] == 3
+    no_sets = LibOrthoLM(str(home / "decomposed"), device="cpu")
+    with pytest.raises(UserError, match="forget: the forget_set task needs the rows"):
+        run(no_sets, ["forget_set"], {})
+
+
+def test_aggregations_agree_with_metrics() -> None:
+    items = [(1.0, "a"), (0.0, "a"), (0.0, "b"), (1.0, "c")]
+    values_, groups = zip(*items, strict=True)
+    assert (scoring.rate(items), scoring.rate_low(items), scoring.rate_high(items)) == metrics.rate(values_, groups)
+    assert scoring.any_rate(items) == pytest.approx(2 / 3)
+    losses = [(3.0, 2, "a"), (1.0, 1, "b")]
+    assert scoring.perplexity(losses) == pytest.approx(math.exp(4 / 3))

@@ -1,0 +1,227 @@
+"""Metrics against formulas written a second time, and against the ways a metric can lie."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from lm_ortho import metrics
+
+losses = st.floats(0, 1e6)
+small_losses = st.floats(0, 30)
+
+
+@st.composite
+def answers(draw, loss=small_losses):
+    size = draw(st.integers(1, 30))
+    nll = draw(st.lists(loss, min_size=size, max_size=size))
+    tokens = draw(st.lists(st.integers(1, 40), min_size=size, max_size=size))
+    groups = draw(st.lists(st.sampled_from("abcdef"), min_size=size, max_size=size))
+    return nll, tokens, groups
+
+
+@given(answers())
+@settings(max_examples=40, deadline=None)
+def test_token_perplexity_is_exp_of_the_mean_token_loss(case):
+    nll, tokens, groups = case
+    per_token = [loss / n for loss, n in zip(nll, tokens, strict=True) for _ in range(n)]
+    got = metrics.token_perplexity(nll, tokens, groups, resamples=50)
+    assert got.value == pytest.approx(math.exp(math.fsum(per_token) / len(per_token)), rel=1e-9)
+    assert got.low <= got.value <= got.high
+
+
+@given(answers(loss=losses))
+@settings(max_examples=25, deadline=None)
+def test_no_finite_loss_overflows(case):
+    nll, tokens, groups = case
+    assert all(math.isfinite(x) for x in metrics.token_perplexity(nll, tokens, groups, resamples=20))
+    assert np.isfinite(metrics.answer_probability(nll, tokens)).all()
+
+
+@given(small_losses, st.lists(small_losses, min_size=1, max_size=6))
+def test_truth_ratio_is_a_ratio_of_probabilities(right, wrong):
+    expected = stats.gmean(np.exp(-np.asarray(wrong))) / math.exp(-right)
+    assert metrics.truth_ratio(right, wrong) == pytest.approx(expected, rel=1e-9)
+
+
+@given(st.floats(0, 1e300), st.lists(st.floats(0, 1e300), min_size=1, max_size=6))
+def test_truth_ratio_never_overflows(right, wrong):
+    ratio = metrics.truth_ratio(right, wrong)
+    assert 0 <= ratio <= sys.float_info.max
+
+
+@given(answers())
+@settings(max_examples=20, deadline=None)
+def test_bootstrap_equals_a_plain_loop_over_clusters(case):
+    nll, tokens, groups = case
+    names = list(dict.fromkeys(groups))
+    if len(names) < 2:
+        names, groups = list(range(len(nll))), list(range(len(nll)))
+    clusters = [[i for i, g in enumerate(groups) if g == name] for name in names]
+    rng = np.random.default_rng(3)
+    drawn = rng.integers(0, len(clusters), size=(40, len(clusters)))
+    ratios = []
+    for sample in drawn:
+        rows = [i for c in sample for i in clusters[c]]
+        ratios.append(sum(nll[i] for i in rows) / sum(tokens[i] for i in rows))
+    value = sum(nll) / sum(tokens)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    got = metrics.clustered_ratio(nll, tokens, groups, resamples=40, seed=3)
+    assert got == pytest.approx((value, min(low, value), max(high, value)), rel=1e-9, abs=1e-12)
+
+
+def test_chunked_resampling_has_the_right_width():
+    values = np.random.default_rng(0).normal(size=20_000)
+    got = metrics.clustered_mean(values)
+    assert got.high - got.low == pytest.approx(2 * 1.96 / math.sqrt(len(values)), rel=0.15)
+
+
+def test_clusters_widen_the_interval():
+    author = np.repeat(np.random.default_rng(0).normal(size=40), 10)
+    groups = np.repeat(np.arange(40), 10)
+    alone, clustered = metrics.clustered_mean(author), metrics.clustered_mean(author, groups)
+    assert clustered.high - clustered.low > 2 * (alone.high - alone.low)
+
+
+def test_clustered_interval_covers():
+    rng, hit = np.random.default_rng(1), 0
+    for _ in range(200):
+        author = np.repeat(rng.normal(size=40), 5) + rng.normal(size=200)
+        got = metrics.clustered_mean(author, np.repeat(np.arange(40), 5), resamples=300)
+        hit += got.low <= 0 <= got.high
+    assert 0.88 <= hit / 200 <= 0.99
+
+
+def test_same_seed_same_interval():
+    values, groups = np.arange(20.0), list("ababcdcdefefghghijij")
+    assert metrics.clustered_mean(values, groups) == metrics.clustered_mean(values, groups)
+    assert metrics.clustered_mean(values, groups, seed=1) != metrics.clustered_mean(values, groups)
+
+
+@given(st.integers(1, 300), st.data())
+def test_wilson_solves_its_own_equation(size, data):
+    hits = data.draw(st.integers(0, size))
+    share, low, high = metrics.wilson(hits, size)
+    z = stats.norm.ppf(0.975)
+    for bound in (low, high):
+        if 0 < bound < 1 and bound != share:
+            assert abs(share - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / size), rel=1e-6)
+    assert 0 <= low <= share <= high <= 1
+    assert low < high
+
+
+@pytest.mark.parametrize("hits", [[0] * 12, [1] * 12])
+def test_rate_at_the_ends_counts_clusters(hits):
+    groups = [i // 4 for i in range(12)]
+    assert metrics.rate(hits, groups) == metrics.wilson(3 * hits[0], 3)
+    assert metrics.rate(hits) == metrics.wilson(12 * hits[0], 12)
+
+
+def test_rate_of_one_cluster_counts_answers():
+    assert metrics.rate([1, 0, 0, 1], ["a"] * 4) == metrics.wilson(2, 4)
+
+
+def test_rate_between_is_the_clustered_bootstrap():
+    hits, groups = [1, 1, 0, 0, 1, 0], list("aabbcc")
+    assert metrics.rate(hits, groups) == metrics.clustered_mean(hits, groups)
+
+
+def test_answer_probability():
+    assert metrics.answer_probability([2.0, 0.0], [4, 3]) == pytest.approx([math.exp(-0.5), 1.0])
+
+
+def test_geometric_mean_matches_scipy():
+    logs = np.random.default_rng(0).normal(size=50)
+    assert metrics.geometric_mean(logs).value == pytest.approx(stats.gmean(np.exp(logs)))
+
+
+@given(st.lists(small_losses, min_size=2, max_size=30), st.lists(small_losses, min_size=2, max_size=30))
+@settings(max_examples=30, deadline=None)
+def test_ks_statistic_is_the_largest_gap(first, second):
+    grid = np.array([*first, *second])
+    gap = max(abs(np.mean(np.array(first) <= x) - np.mean(np.array(second) <= x)) for x in grid)
+    got = metrics.ks(first, second)
+    assert got.statistic == pytest.approx(gap, abs=1e-12)
+    assert 0 <= got.pvalue <= 1
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.lists(st.integers(0, 5), min_size=1, max_size=20))
+@settings(max_examples=30, deadline=None)
+def test_auc_is_the_chance_to_rank_right(members, others):
+    wins = [(m > o) + 0.5 * (m == o) for m in members for o in others]
+    assert metrics.auc(members, others) == pytest.approx(np.mean(wins))
+
+
+def test_exposure_by_rank():
+    pool = np.arange(1.0, 8.0)
+    assert metrics.exposure([0.5, 3.5, 9.0], pool) == pytest.approx([3.0, 1.0, 0.0])
+    assert metrics.exposure([1.0], pool) == pytest.approx([3 - math.log2(1.5)])
+
+
+def test_exposure_of_an_unknown_canary_is_about_one_and_a_half_bits():
+    rng = np.random.default_rng(0)
+    assert metrics.exposure(rng.random(4000), rng.random(999)).mean() == pytest.approx(1 / math.log(2), abs=0.1)
+
+
+def test_paired_difference_is_one_sided_and_tighter_than_unpaired():
+    rng = np.random.default_rng(0)
+    first = (rng.random(1000) < 0.8).astype(float)
+    second = first.copy()
+    second[:20] = 1 - second[:20]
+    got = metrics.paired_difference(first, second)
+    z = stats.norm.ppf(0.95) * (first - second).std() / math.sqrt(1000)
+    assert got.value == pytest.approx(first.mean() - second.mean())
+    assert got.low == pytest.approx(got.value - z, abs=0.002)
+    assert got.high == pytest.approx(got.value + z, abs=0.002)
+
+
+def test_paired_difference_of_equals_is_not_of_zero_width():
+    got = metrics.paired_difference([1, 0, 1] * 20, [1, 0, 1] * 20)
+    assert got.value == 0
+    assert (1 - got.high) ** 60 == pytest.approx(0.05)
+    assert got.low == -got.high
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda bad: metrics.token_perplexity([1.0, bad], [1, 1]),
+        lambda bad: metrics.answer_probability([bad], [1]),
+        lambda bad: metrics.log_truth_ratio(bad, [1.0]),
+        lambda bad: metrics.log_truth_ratio(1.0, [bad]),
+        lambda bad: metrics.clustered_mean([bad]),
+        lambda bad: metrics.rate([bad]),
+        lambda bad: metrics.ks([bad], [1.0]),
+        lambda bad: metrics.auc([1.0], [bad]),
+        lambda bad: metrics.exposure([bad], [1.0]),
+        lambda bad: metrics.paired_difference([bad], [1.0]),
+        lambda bad: metrics.geometric_mean([bad]),
+    ],
+)
+def test_a_number_that_is_none_is_an_error(call, bad):
+    with pytest.raises(ValueError, match="not finite"):
+        call(bad)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: metrics.token_perplexity([], []),
+        lambda: metrics.token_perplexity([1.0], [0]),
+        lambda: metrics.token_perplexity([1.0], [1, 2]),
+        lambda: metrics.clustered_mean([1.0, 2.0], ["a"]),
+        lambda: metrics.rate([0.5]),
+        lambda: metrics.wilson(3, 2),
+        lambda: metrics.paired_difference([1.0], [1.0, 2.0]),
+    ],
+)
+def test_what_does_not_fit_together_is_an_error(call):
+    with pytest.raises(ValueError):  # noqa: PT011 - each says something else
+        call()

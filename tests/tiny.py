@@ -1,0 +1,105 @@
+"""Small random models and streams for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+
+from lm_ortho.layer import find_linear, patch
+from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream, code_range
+
+
+def llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
+    """A 2-layer Llama of width 64 with 128 tokens, its parameters float32 that hold BF16 values."""
+    set_seed(seed)
+    settings = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+        **overrides,
+    }
+    return in_bf16_values(LlamaForCausalLM(LlamaConfig(**settings)))
+
+
+def from_config(config: Any, seed: int = 0) -> nn.Module:
+    """A random model of another architecture."""
+    set_seed(seed)
+    return in_bf16_values(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def in_bf16_values(model: Any) -> Any:
+    """The model with every parameter rounded to BF16, still in its own dtype."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    return model.eval()
+
+
+def layer_streams(
+    weight: Tensor,
+    bits: int = 4,
+    group_size: int = 64,
+    density: float = 0.05,
+    bias: Tensor | None = None,
+    seed: int = 0,
+    with_ortho: bool = True,
+) -> LayerStreams:
+    """``weight`` rounded to the lattice, and the rest of it on a random support."""
+    generator = torch.Generator().manual_seed(seed)
+    if bits == 16:
+        base = BaseStream.from_weight(weight * 0.5, group_size)
+    else:
+        low, high = code_range(bits)
+        padded = nn.functional.pad(weight, (0, -weight.shape[1] % group_size))
+        groups = padded.view(weight.shape[0], -1, group_size)
+        scales = (groups.abs().amax(-1) / high).clamp(min=1e-6).to(torch.bfloat16)
+        codes = (groups / scales.float().unsqueeze(-1)).round().clamp(low, high).to(torch.int8)
+        base = BaseStream.from_codes(codes.view(weight.shape[0], -1)[:, : weight.shape[1]], scales, bits, group_size)
+    if not with_ortho:
+        return LayerStreams(base, None, bias)
+    support = torch.rand(weight.shape, generator=generator) < density
+    # A shift far above the rounding error, so that alpha changes what the model says.
+    delta = weight - base.dequantize() + torch.randn(weight.shape, generator=generator) * weight.abs().mean()
+    return LayerStreams(base, OrthoStream.from_dense(delta, support), bias)
+
+
+def model_streams(model: nn.Module, **settings: Any) -> dict[str, LayerStreams]:
+    """Streams for every linear layer of ``model``."""
+    return {
+        name: layer_streams(
+            linear.weight.detach(),
+            bias=None if linear.bias is None else linear.bias.detach(),
+            seed=i,
+            **settings,
+        )
+        for i, (name, linear) in enumerate(find_linear(model).items())
+    }
+
+
+def patched(model: nn.Module | None = None, **settings: Any) -> nn.Module:
+    """A patched model at alpha 0."""
+    model = llama() if model is None else model
+    patch(model, model_streams(model, **settings))
+    return model
+
+
+def logits(model: nn.Module, rows: int = 3, length: int = 7, **kwargs: Any) -> Tensor:
+    """What ``model`` says to fixed random tokens."""
+    with torch.no_grad():
+        return model(tokens(rows, length), **kwargs).logits
+
+
+def tokens(rows: int = 3, length: int = 7, seed: int = 5) -> Tensor:
+    """(rows, length) token ids."""
+    return torch.randint(2, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
