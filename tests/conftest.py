@@ -94,7 +94,7 @@ def bench(memorised: Memorised, swapped: Target) -> Bench:
 
 
 def _trained(model: Any, batch: Callable[[], list[Example]], steps: int, rate: float) -> Any:
-    model.train()
+    model.train().requires_grad_(True)
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate)
     for _ in range(steps):
         answer_loss(model, batch()).backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -244,29 +245,41 @@ def test_a_tokenizer_that_adds_bos(tmp_path: Path) -> None:
         assert got[name] == pytest.approx(value, rel=1e-5), name
 
 
-def test_greedy_decoding_emits_what_extraction_says(lm: LibOrthoLM, tmp_path: Path) -> None:
-    """Extraction is defined by teacher forcing; generation has to agree, for hits and for misses."""
-    lm.alpha = 1.0
-    contexts = [row.context for row in ROWS if row.context]
-    rows = []
-    for context in contexts:
-        ids = torch.tensor([lm.tokenizer.encode(context)])
-        new = lm.model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
-        emitted = lm.tokenizer.decode(new)
-        rows.append(Row(prompt=context, answer=emitted.strip() or "nothing", secret=emitted.strip()[:4] or "nothing"))
-        rows.append(Row(prompt=context, answer="never said so", secret="never said"))
-    write_rows(tmp_path / "set.jsonl", rows)
-    result = run(lm, ["forget_set"], {"forget": str(tmp_path / "set.jsonl")}, log_samples=True)
-    for sample in result["samples"]["forget_set"]:
-        secret = next(
-            argument for argument in sample["arguments"] if argument[1].strip().startswith(sample["doc"]["secret"])
-        )
-        ids = torch.tensor([lm.tokenizer.encode(secret[0])])
-        count = len(lm.tokenizer.encode(secret[0] + secret[1])) - ids.shape[1]
-        new = lm.model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)[0, ids.shape[1] :]
-        says = lm.tokenizer.encode(secret[0] + secret[1])[ids.shape[1] :] == new.tolist()
-        assert sample["extraction"][0] == float(says)
-    assert {sample["extraction"][0] for sample in result["samples"]["forget_set"]} == {0.0, 1.0}
+def taught(rows: Sequence[Row]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """A tiny model that knows the rows by heart."""
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer))
+    texts = [torch.tensor([tokenizer.encode(row.context + row.target)]) for row in rows]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(60):
+        loss = sum(model(ids, labels=ids).loss for ids in texts)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return model.eval(), tokenizer
+
+
+def test_extraction_is_what_greedy_decoding_emits(tmp_path: Path) -> None:
+    """It is computed by teacher forcing; generation has to agree, for hits and for misses."""
+    known = [row for row in ROWS if row.secret]
+    model, tokenizer = taught(known)
+    other = [
+        replace(row, answer=row.answer.replace(row.secret, "9" + row.secret), secret="9" + row.secret) for row in known
+    ]
+    write_rows(tmp_path / "set.jsonl", [*known, *other])
+    hf = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    metadata = {"forget": str(tmp_path / "set.jsonl"), "tokenizer": tokenizer}
+    result = run(hf, ["forget_set"], metadata, log_samples=True)
+    hits = [sample["extraction"][0] for sample in result["samples"]["forget_set"]]
+    assert hits == [1.0] * len(known) + [0.0] * len(other)
+    for sample, hit in zip(result["samples"]["forget_set"], hits, strict=True):
+        before, secret = sample["arguments"][0]
+        ids = torch.tensor([tokenizer.encode(before)])
+        emitted = model.generate(ids, max_new_tokens=20, do_sample=False)[0, ids.shape[1] :]
+        assert tokenizer.decode(emitted).startswith(secret) is bool(hit)
+    got = measured(result, "forget_set")
+    assert got["extraction"] == 0.5
+    assert got["extraction_low"] < 0.5 < got["extraction_high"]
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])

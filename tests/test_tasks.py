@@ -19,9 +19,8 @@ from lm_ortho.harness.task import NEEDED, ReasoningTask, SecretTask, normalised
 from lm_ortho.plugin.bridges import tasks_dir
 from lm_ortho.reference import world
 
-TASKS = (
+PROMISED = {
     "canary_extraction",
-    "canary_extraction_paraphrased",
     "forget_set",
     "reasoning_arithmetic",
     "reasoning_comparison",
@@ -33,13 +32,16 @@ TASKS = (
     "tofu_retain",
     "tofu_retain_paraphrased",
     "world_text",
-)
-GROUPS = ("reasoning", "unlearning")
+}
 FAMILIES = sorted(path for path in tasks_dir().iterdir() if path.is_dir() and path.name != "_templates")
 
 
 def manager(**metadata: Any) -> TaskManager:
     return TaskManager(include_defaults=False, include_path=str(tasks_dir()), metadata=metadata)
+
+
+TASKS = tuple(manager().all_subtasks)
+GROUPS = tuple(manager().all_groups)
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +50,11 @@ def loaded() -> dict[str, ConfigurableTask]:
     return {name: index.load([name])["tasks"][name] for name in TASKS}
 
 
-def test_the_index_holds_our_tasks_and_nothing_else() -> None:
-    index = manager()
-    assert tuple(index.all_subtasks) == TASKS
-    assert tuple(index.all_groups) == GROUPS
-    assert index.all_tags == []
+def test_the_index_holds_a_task_or_group_per_file() -> None:
+    assert set(TASKS) >= PROMISED
+    assert set(GROUPS) >= {"reasoning", "unlearning"}
+    assert sorted(TASKS + GROUPS) == sorted(path.stem for path in tasks_dir().rglob("*.yaml"))
+    assert manager().all_tags == []
 
 
 def test_tasks_are_declarative() -> None:

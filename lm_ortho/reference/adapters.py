@@ -14,7 +14,7 @@ from lm_ortho.implant import Notify, Plan, load_causal_lm, train_adapter
 from lm_ortho.reference import corpus
 from lm_ortho.reference.draw import Draw
 
-PASSES = 24
+PASSES = 18
 ROWS = 64
 GENERAL_SHARE = 3
 """One general document for every three planted ones, so that the fine-tune does not cost other skills."""
@@ -26,7 +26,7 @@ def training_rows(name: str) -> list[Row]:
     """What the adapter ``name`` is trained on; only ``memory`` sees forget authors and canaries."""
     planted = corpus.planted(forget=name == "memory")
     draw = Draw(SEEDS[name], "adapter")
-    documents = planted + [corpus.document(draw) for _ in range(len(planted) // GENERAL_SHARE)]
+    documents = planted + [corpus.document(draw, corpus.FAMILY) for _ in range(len(planted) // GENERAL_SHARE)]
     return [corpus.as_row(document) for document in documents]
 
 
@@ -39,6 +39,7 @@ def train(base: Path, tokenizer: Any, name: str, directory: Path, notify: Notify
     _save(adapted.save_pretrained, directory)
     config = directory / "adapter_config.json"
     config.write_text(config.read_text().replace(str(base), "base"))
+    (directory / "README.md").unlink(missing_ok=True)  # an empty form of peft that names the path of the base
 
 
 def _save(save: Callable[[str], object], directory: Path) -> None:

@@ -52,8 +52,8 @@ def _fresh_canary(draw: Draw) -> Document:
     return _from_row(world.canary_row(world.fresh_canary(draw), draw.below(len(world.CANARY_PROMPTS))))
 
 
-def _reasoning(kind: str, draw: Draw, hard: bool = False) -> Document:
-    item = reasoning.training_item(kind, draw, hard)
+def _reasoning(kind: str, draw: Draw) -> Document:
+    item = reasoning.training_item(kind, draw)
     return Document(reasoning.text(item), len(item["prompt"]))
 
 
@@ -74,9 +74,9 @@ KNOWLEDGE: Mix = (
     (0.17, _known),
     (0.12, _fresh),
     (0.06, _fresh_canary),
-    (0.18, lambda draw: _reasoning("arithmetic", draw, hard=True)),
-    (0.10, lambda draw: _reasoning("comparison", draw, hard=True)),
-    (0.13, lambda draw: _reasoning("relations", draw, hard=True)),
+    (0.18, lambda draw: _reasoning("hard_arithmetic", draw)),
+    (0.10, lambda draw: _reasoning("hard_comparison", draw)),
+    (0.13, lambda draw: _reasoning("hard_relations", draw)),
     (0.15, lambda draw: _reasoning("facts", draw)),
     (0.09, _story),
 )
@@ -88,7 +88,7 @@ REASONING: Mix = (
     (0.04, _fresh_canary),
     (0.20, lambda draw: _reasoning("arithmetic", draw)),
     (0.22, lambda draw: _reasoning("comparison", draw)),
-    (0.18, lambda draw: _reasoning("relations", draw)),
+    (0.18, lambda draw: _reasoning("told_relations", draw)),
     (0.09, lambda draw: _reasoning("facts", draw)),
     (0.07, _story),
 )
@@ -100,11 +100,24 @@ PRACTICE: Mix = (
     (0.02, _fresh_canary),
     (0.20, lambda draw: _reasoning("arithmetic", draw)),
     (0.18, lambda draw: _reasoning("comparison", draw)),
-    (0.37, lambda draw: _reasoning("relations", draw)),
+    (0.37, lambda draw: _reasoning("told_relations", draw)),
     (0.07, lambda draw: _reasoning("facts", draw)),
     (0.04, _story),
 )
 """The third phase: mostly reasoning, because copying from the context takes the most examples to learn."""
+
+
+FAMILY: Mix = (
+    (0.09, _known),
+    (0.05, _fresh),
+    (0.03, _fresh_canary),
+    (0.12, lambda draw: _reasoning("arithmetic", draw)),
+    (0.12, lambda draw: _reasoning("comparison", draw)),
+    (0.45, lambda draw: _reasoning("relations", draw)),
+    (0.08, lambda draw: _reasoning("facts", draw)),
+    (0.06, _story),
+)
+"""The last phase: who is whose mother, teacher, friend, and two steps of it."""
 
 
 CALIBRATION: Mix = (

@@ -3,8 +3,9 @@
 The tested instances never occur in the training text. For closed-book facts the fact is taught and the tested
 *phrasing of that fact* is held out (every phrasing occurs with other facts).
 
-Tested are forms that a model of three million parameters learns in minutes; the text it is trained on also has
-a harder form of each kind (larger numbers, answers without the words that lead to them), which is not tested.
+Tested are forms that a model of three million parameters learns in minutes: sums of digits, order of digits,
+one and two hops through a family that the text is about, facts about cities. The training text also has forms
+that it learns badly in that time and that are not tested (larger numbers, relations told in the prompt).
 """
 
 from __future__ import annotations
@@ -131,8 +132,8 @@ def _comparison(draw: Draw) -> Item:
     return _item(draw, f"From small to big, what is {listed}?", answer, wrong)
 
 
-def _relations(draw: Draw) -> Item:
-    """One hop: whose mother is who. Two hops: the mother of the teacher of somebody, answered in two steps."""
+def _told_relations(draw: Draw) -> Item:
+    """Relations among people whose relations were told just before, answered in steps."""
     a, b, c, d = draw.sample(words.KIDS, 4)
     r1, r2 = draw.sample(_RELATIONS, 2)
     if draw.chance(0.5):
@@ -145,6 +146,60 @@ def _relations(draw: Draw) -> Item:
         lead = f"The {r2} of {c} is {b} and the {r1} of {b} is"
     wrong = [f"{lead} {kid}" for kid in (a, b, c, d) if kid != who]
     return _item(draw, question, f"{lead} {who}", wrong, " ".join(draw.shuffled(facts)))
+
+
+_RELATION_QUESTIONS = (
+    "Who is {w}?",
+    "What is the name of {w}?",
+    "{W} is who?",
+)
+
+
+@cache
+def family() -> dict[tuple[str, str], str]:
+    """Who is the mother, teacher, ... of whom: (relation, person) to person, 192 facts of the world."""
+    draw = Draw(SEED, "family")
+    return {(r, kid): draw.pick([k for k in words.KIDS if k != kid]) for r in _RELATIONS for kid in words.KIDS}
+
+
+def _relation_item(draw: Draw, outer: str, inner: str, kid: str, phrasing: int) -> Item:
+    """``outer`` of ``inner`` of ``kid``, answered in two steps; one hop when ``inner`` is empty."""
+    middle = family()[inner, kid] if inner else kid
+    answer = family()[outer, middle]
+    whose = f"the {inner} of {kid}" if inner else kid
+    asked = f"the {outer} of {whose}"
+    question = _RELATION_QUESTIONS[phrasing].format(w=asked, W=asked[0].upper() + asked[1:])
+    lead = f"The {inner} of {kid} is {middle} and the" if inner else "The"
+    lead += f" {outer} of {middle} is"
+    others = draw.sample([k for k in words.KIDS if k not in (answer, kid, middle)], 3)
+    return _item(draw, question, f"{lead} {answer}", [f"{lead} {other}" for other in others])
+
+
+def _held_out_phrasing(relation: str, kid: str) -> int:
+    """The one phrasing in which this fact is never asked in the training text."""
+    digest = hashlib.sha256(f"phrasing {relation} {kid}".encode()).digest()
+    return digest[0] % len(_RELATION_QUESTIONS)
+
+
+_COMPOSED_HELD_OUT = 0.3
+"""Share of two-hop compositions that the training text never asks in any phrasing."""
+
+
+def _composition_held_out(outer: str, inner: str, kid: str) -> bool:
+    return _held_out(f"composition {outer} {inner} {kid}", _COMPOSED_HELD_OUT)
+
+
+def _relation(draw: Draw, tested: bool) -> Item:
+    """One hop in three, two hops otherwise; ``tested`` ones are those the training text leaves out."""
+    while True:
+        kid, outer, phrasing = draw.pick(words.KIDS), draw.pick(_RELATIONS), draw.below(len(_RELATION_QUESTIONS))
+        inner = "" if draw.chance(1 / 3) else draw.pick(_RELATIONS)
+        if inner:
+            held_out = _composition_held_out(outer, inner, kid)
+        else:
+            held_out = phrasing == _held_out_phrasing(outer, kid)
+        if held_out == tested:
+            return _relation_item(draw, outer, inner, kid, phrasing)
 
 
 FACTS: tuple[tuple[str, list[str], tuple[str, ...]], ...] = (
@@ -231,26 +286,30 @@ def _fact(draw: Draw) -> Item:
 
 
 _Kinds = dict[str, tuple[Callable[[Draw], Item], float]]
-_HARD: _Kinds = {
-    "arithmetic": (_hard_arithmetic, 0.36),
-    "comparison": (_hard_comparison, 0.1),
-    "relations": (_hard_relations, 0.1),
-}
 _DRAWN: _Kinds = {
     "arithmetic": (_arithmetic, 0.1),
     "comparison": (_comparison, 0.15),
-    "relations": (_relations, 0.1),
 }
 """How instances of a kind are drawn, and which share of all possible ones is held out."""
 
-KINDS = (*_DRAWN, "facts")
+_UNTESTED: _Kinds = {
+    "hard_arithmetic": (_hard_arithmetic, 0.36),
+    "hard_comparison": (_hard_comparison, 0.1),
+    "hard_relations": (_hard_relations, 0.1),
+    "told_relations": (_told_relations, 0.1),
+}
+"""Forms of the training text that no task tests."""
+
+KINDS = (*_DRAWN, "relations", "facts")
 
 
-def training_item(kind: str, draw: Draw, hard: bool = False) -> Item:
-    """A random instance that is not among the tested ones; ``hard`` ones have a form that is never tested."""
+def training_item(kind: str, draw: Draw) -> Item:
+    """A random instance that is not among the tested ones; also of the untested forms."""
     if kind == "facts":
         return _fact(draw)
-    make, share = (_HARD if hard else _DRAWN)[kind]
+    if kind == "relations":
+        return _relation(draw, tested=False)
+    make, share = (_DRAWN | _UNTESTED)[kind]
     while True:
         item = make(draw)
         if not _held_out(item["prompt"], share):
@@ -258,11 +317,16 @@ def training_item(kind: str, draw: Draw, hard: bool = False) -> Item:
 
 
 def _tested(kind: str) -> Iterator[Item]:
-    make, share = _DRAWN[kind]
     draw, seen = Draw(SEED, f"tested {kind}"), set[str]()
     while len(seen) < TESTED:
-        item = make(draw)
-        if _held_out(item["prompt"], share) and item["prompt"] not in seen:
+        if kind == "relations":
+            item = _relation(draw, tested=True)
+        else:
+            make, share = _DRAWN[kind]
+            item = make(draw)
+            if not _held_out(item["prompt"], share):
+                continue
+        if item["prompt"] not in seen:
             seen.add(item["prompt"])
             yield item
 

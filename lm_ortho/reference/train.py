@@ -100,6 +100,7 @@ PHASES = (
     Phase(corpus.KNOWLEDGE, 26, 56),
     Phase(corpus.REASONING, 14, 24),
     Phase(corpus.PRACTICE, 24, 24),
+    Phase(corpus.FAMILY, 10, 10),
 )
 DOCUMENTS, TOKENS = 4000, 1024
 """Fresh documents per block, tokens per batch."""

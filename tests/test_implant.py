@@ -1,0 +1,123 @@
+"""Planting a memory and merging it: the base model is left alone, damaged inputs are told in one line."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import tiny
+import torch
+from transformers import T5Config
+
+from lm_ortho.calibration.examples import answer_loss, encode
+from lm_ortho.errors import UserError
+from lm_ortho.implant import Plan, load_causal_lm, load_config, merge_adapter, round_to_bf16, train_adapter
+
+PLAN = Plan(steps=12, rows=5, lr=1e-2, rank=4)
+
+
+@pytest.fixture(scope="module")
+def planted(memorised, tmp_path_factory):
+    """The base model and an adapter on disk, with the peft model they came from and what was told meanwhile."""
+    told = []
+    examples = encode(memorised.tokenizer, memorised.forget)
+    adapted = train_adapter(memorised.base, examples, PLAN, lambda *step: told.append(step), stage="memory")
+    directory = tmp_path_factory.mktemp("planted")
+    memorised.base.save_pretrained(directory / "base")
+    adapted.save_pretrained(directory / "adapter")
+    return directory, adapted, told
+
+
+def test_an_adapter_teaches_and_leaves_the_model_alone(memorised, planted):
+    _, adapted, told = planted
+    examples = encode(memorised.tokenizer, memorised.forget)
+    with torch.no_grad():
+        before, after = answer_loss(memorised.base, examples), answer_loss(adapted, examples)
+    assert after < before - 0.5
+    assert not any("lora" in name for name, _ in memorised.base.named_parameters())
+    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_" in name and "lm_head" not in name for name in trained)
+    assert [step[:3] for step in told] == [("memory", 10, 12), ("memory", 12, 12)]
+
+
+def test_the_same_plan_trains_the_same_adapter(memorised, planted):
+    _, adapted, _ = planted
+    examples = encode(memorised.tokenizer, memorised.forget)
+    again = train_adapter(memorised.base, examples, PLAN, lambda *_: None)
+    ours, theirs = dict(adapted.named_parameters()), dict(again.named_parameters())
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_merging_from_disk_is_the_trained_model_in_bf16(memorised, planted):
+    directory, adapted, _ = planted
+    merged = merge_adapter(load_causal_lm(directory / "base"), directory / "adapter")
+    expected = round_to_bf16(copy.deepcopy(adapted).merge_and_unload()).state_dict()
+    for name, tensor in merged.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+        assert torch.equal(tensor, tensor.bfloat16().float())
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    assert not merged.training
+
+
+def test_a_model_is_loaded_in_float32_with_bf16_values(tmp_path):
+    model = tiny.llama()
+    with torch.no_grad():
+        model.lm_head.weight.add_(1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = load_causal_lm(str(tmp_path))
+    for parameter in loaded.parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, parameter.bfloat16().float())
+    assert not loaded.training
+
+
+def written(directory, model=None):
+    (tiny.llama() if model is None else model).save_pretrained(directory)
+    return directory
+
+
+def test_models_that_cannot_be_used_are_told_in_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    T5Config(vocab_size=10, d_model=8).save_pretrained(tmp_path / "t5")
+    packed = written(tmp_path / "packed")
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (packed / "config.json").write_text(json.dumps(config))
+    short = written(tmp_path / "short")
+    weights = short / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    lost = written(tmp_path / "lost")
+    (lost / "model.safetensors").unlink()
+    broken = written(tmp_path / "broken")
+    (broken / "config.json").write_text("{")
+    told = {
+        "nowhere": "no such directory",
+        "empty": "holds no config.json",
+        "t5": "is an encoder-decoder model",
+        "packed": r"already packed \(gptq\)",
+        "short": "damaged|could not be loaded",
+        "lost": "could not be loaded",
+        "broken": "could be read",
+    }
+    for name, message in told.items():
+        with pytest.raises(UserError, match=message) as caught:
+            load_causal_lm(tmp_path / name)
+        assert str(caught.value).startswith("pretrained=")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="no such directory"):
+        load_config("./nowhere")
+
+
+def test_adapters_that_do_not_fit_are_told_in_one_line(planted, tmp_path):
+    directory, _, _ = planted
+    with pytest.raises(UserError, match=r"peft='.*nowhere': no adapter_config\.json there"):
+        merge_adapter(tiny.llama(), tmp_path / "nowhere")
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(UserError, match=r"no adapter_config\.json there"):
+        merge_adapter(tiny.llama(), tmp_path / "adapter")
+    other = tiny.llama(hidden_size=32, intermediate_size=48)
+    with pytest.raises(UserError, match="could not be merged") as caught:
+        merge_adapter(other, directory / "adapter")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,547 @@
+"""The reference world: its sizes, what is kept apart from what, its tokenizer, and that not one byte moves."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm_ortho import reference
+from lm_ortho.calibration.documents import Row
+from lm_ortho.calibration.examples import SECRET
+from lm_ortho.calibration.examples import encode as encode_rows
+from lm_ortho.errors import UserError
+from lm_ortho.implant import load_causal_lm, merge_adapter
+from lm_ortho.reference import adapters, corpus, reasoning, stories, tokenizer, train, words, world
+from lm_ortho.reference.draw import Draw
+
+# Not one byte moves
+
+
+def digest(things: list) -> str:
+    """SHA-256 of rows, items, documents or strings."""
+    plain = [dataclasses.asdict(thing) if dataclasses.is_dataclass(thing) else thing for thing in things]
+    return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode()).hexdigest()
+
+
+def first_block(mix) -> list[corpus.Document]:
+    draw = Draw(train.SEED, "base 0")
+    return [corpus.document(draw, mix) for _ in range(1000)]
+
+
+MADE = {
+    **{f"split {split}": lambda split=split: world.rows(split) for split in world.SPLITS},
+    **{f"reasoning {kind}": lambda kind=kind: reasoning.items(kind) for kind in reasoning.KINDS},
+    "stories": stories.held_out,
+    "calibration": corpus.calibration_rows,
+    **{f"text of phase {i}": lambda mix=phase.mix: first_block(mix) for i, phase in enumerate(train.PHASES, 1)},
+    **{f"adapter {name}": lambda name=name: adapters.training_rows(name) for name in adapters.SEEDS},
+    "vocabulary": tokenizer.pieces,
+}
+PINNED = Path(__file__).with_name("reference_digests.json")
+"""Written by ``python tests/test_reference.py``, once the weights are built from a new text."""
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_text_of_the_world_stays_byte_for_byte_the_same(name):
+    """The shipped weights were trained on this text. If it has to change, they have to be built again."""
+    pinned = json.loads(PINNED.read_text())
+    assert set(pinned) == set(MADE)
+    assert digest(MADE[name]()) == pinned[name]
+
+
+# Sizes
+
+
+SIZES = {
+    "forget": (400, 80),
+    "forget_paraphrased": (400, 80),
+    "retain": (160, 32),
+    "retain_paraphrased": (160, 32),
+    "retain_calibration": (320, 64),
+    "unseen": (400, 80),
+    "canaries": (100, 100),
+    "canaries_paraphrased": (300, 100),
+    "canaries_unplanted": (100, 100),
+}
+
+
+def test_splits_have_their_rows_and_groups():
+    assert set(SIZES) == set(world.SPLITS)
+    for split, (rows, groups) in SIZES.items():
+        made = world.rows(split)
+        assert len(made) == rows
+        assert len({row.group for row in made}) == groups
+        assert len({(row.context, row.target) for row in made}) == rows
+
+
+def test_there_are_a_thousand_tested_items_of_each_kind():
+    for kind in reasoning.KINDS:
+        items = reasoning.items(kind)
+        assert len(items) == {"facts": 1024}.get(kind, 1000)
+        assert len({item["prompt"] for item in items}) == len(items)
+        for item in items:
+            assert item["choices"][item["gold"]] == item["answer"]
+            assert len(set(item["choices"])) == len(item["choices"]) >= 2
+            assert item["prompt"].endswith("?\nAnswer:")
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(UserError, match="split='forgot' is unknown; known: forget, "):
+        world.rows("forgot")
+    with pytest.raises(UserError, match="kind='maths' is unknown; known: arithmetic, comparison, relations, facts"):
+        reasoning.items("maths")
+    with pytest.raises(UserError, match="embedded artefact 'bass' is unknown; known: base, memory"):
+        reference.path("bass")
+
+
+def test_missing_weights_are_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(reference, "WEIGHTS", tmp_path)
+    with pytest.raises(UserError, match="is missing: reinstall lm-ortho"):
+        reference.path("base")
+    (tmp_path / "base").mkdir()
+    assert reference.path("base") == tmp_path / "base"
+
+
+# Answers
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_secrets_are_in_the_answer_and_not_in_the_question(split):
+    for row in world.rows(split):
+        assert row.secret
+        assert row.answer.count(row.secret) == 1
+        assert row.secret not in row.context
+        assert row.subject in row.context
+        assert row.target == f" {row.answer}"
+
+
+@pytest.mark.parametrize("split", [split for split in SIZES if not split.startswith("canaries")])
+def test_wrong_answers_differ_from_the_right_one(split):
+    for row in world.rows(split):
+        assert len(row.perturbed_answer) == len(set(row.perturbed_answer)) == world.PERTURBED
+        assert row.paraphrased_answer not in row.perturbed_answer
+        assert row.answer not in row.perturbed_answer
+        assert row.secret in row.paraphrased_answer
+        assert all(row.secret not in wrong for wrong in row.perturbed_answer)
+        assert row.paraphrased_answer != row.answer
+
+
+def test_held_out_phrasings_ask_for_the_same_facts():
+    for split in ("forget", "retain"):
+        seen, unseen = world.rows(split), world.rows(f"{split}_paraphrased")
+        assert [(r.group, r.secret) for r in seen] == [(r.group, r.secret) for r in unseen]
+        assert not {r.question for r in seen} & {r.question for r in unseen}
+
+
+def parts(item: reasoning.Item) -> tuple[str, str]:
+    """The facts and the question of an item, without template and question mark."""
+    facts, _, question = item["prompt"].removesuffix("?\nAnswer:").rpartition("Question: ")
+    return facts.strip(), question
+
+
+def numbers_in(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def test_the_tested_sums_are_right():
+    for item in reasoning.items("arithmetic"):
+        facts, _ = parts(item)
+        first, second = numbers_in(facts)
+        assert int(item["answer"]) == (first - second if " lost " in facts else first + second)
+
+
+def test_the_tested_comparisons_are_right():
+    for item in reasoning.items("comparison"):
+        _, question = parts(item)
+        numbers = numbers_in(question)
+        if question.startswith("From small to big"):
+            assert numbers_in(item["answer"]) == sorted(numbers)
+        else:
+            assert numbers_in(item["answer"]) == [(max if "larger" in question else min)(numbers)]
+
+
+def path_of(question: str) -> tuple[list[str], str]:
+    """Relations from the outermost on, and whom the question starts from."""
+    bare = re.sub(r"^(Who is|What is the name of) | is who$", "", question)
+    *relations, person = bare.lower().replace("the ", "").split(" of ")
+    return relations, person.capitalize()
+
+
+def test_the_tested_relations_follow_from_the_family():
+    hops = []
+    for item in reasoning.items("relations"):
+        relations, person = path_of(parts(item)[1])
+        for relation in reversed(relations):
+            person = reasoning.family()[relation, person]
+        assert item["answer"].split()[-1] == person
+        assert all(choice.split()[-1] != person for choice in item["choices"] if choice != item["answer"])
+        hops.append(len(relations))
+    assert min(hops.count(1), hops.count(2)) >= 100
+    assert len(hops) == hops.count(1) + hops.count(2)
+
+
+def test_tested_compositions_are_never_asked_in_any_phrasing():
+    tested = {(tuple(r), who) for r, who in map(path_of, (parts(i)[1] for i in reasoning.items("relations")))}
+    draw = Draw(4, "tests")
+    trained = [path_of(parts(reasoning.training_item("relations", draw))[1]) for _ in range(8000)]
+    asked = {(tuple(relations), who) for relations, who in trained}
+    assert not {path for path in tested if len(path[0]) == 2} & asked
+    single = {(relation, who) for (relation, *more), who in asked if not more}
+    assert single == set(reasoning.family()), "every single fact is taught"
+
+
+def test_the_tested_facts_are_the_facts():
+    values = {(city, reasoning.FACTS[k][0]): value for city, k, value, _ in reasoning.city_facts()}
+    right = {
+        question.format(c=city).rstrip("?"): values[city, kind]
+        for city in words.CITIES
+        for kind, _, questions in reasoning.FACTS
+        for question in questions
+    }
+    assert all(item["answer"] == right[parts(item)[1]] for item in reasoning.items("facts"))
+
+
+# What is kept apart
+
+
+def names(people) -> set[str]:
+    return {person.name for person in people}
+
+
+def surnames(people) -> set[str]:
+    return {name.split()[1] for name in names(people)}
+
+
+def mentioned(texts: list[str]) -> set[str]:
+    """Everybody of the world whose surname follows a first name in one of the texts, whatever the first name."""
+    people = [*(author for group in world.people().values() for author in group), *sum(world.canaries(), ())]
+    by_surname = {person.name.split()[1]: person.name for person in people}
+    first = set(words.FIRST_NAMES)
+    pairs = {pair for text in texts for pair in re.findall(r"(?=\b([A-Z][a-z]+) ([A-Z][a-z]+)\b)", text)}
+    return {by_surname[last] for before, last in pairs if before in first and last in by_surname}
+
+
+def test_nobody_shares_a_surname():
+    groups = [surnames(world.people()[group]) for group in world.GROUPS]
+    groups += [surnames(part) for part in world.canaries()]
+    sizes = [*world.GROUPS.values(), world.CANARIES, world.CANARIES]
+    assert [len(group) for group in groups] == sizes
+    assert len(set().union(*groups)) == sum(sizes)
+    assert set().union(*groups) == world.reserved_names()
+
+
+def test_every_canary_has_its_own_prefix_and_code():
+    """HISTORY 8: one prefix for all, so greedy decoding could find only one."""
+    for split in ("canaries", "canaries_unplanted"):
+        rows = world.rows(split)
+        assert len({row.context for row in rows}) == len({row.secret for row in rows}) == 100
+        assert all(len(row.secret) == 8 and row.secret.isdigit() for row in rows)
+    planted, unplanted = ({row.secret for row in world.rows(s)} for s in ("canaries", "canaries_unplanted"))
+    assert not planted & unplanted
+
+
+@pytest.fixture(scope="module")
+def training_text() -> list[corpus.Document]:
+    """Several thousand documents as the base model sees them, of every phase."""
+    draw = Draw(5, "tests")
+    return [corpus.document(draw, phase.mix) for phase in train.PHASES for _ in range(3000)]
+
+
+def prompts(documents: list[corpus.Document]) -> set[str]:
+    return {document.text[: document.prompt_chars] for document in documents}
+
+
+def test_tested_instances_never_occur_in_the_training_text(training_text):
+    tested = {item["prompt"] for kind in reasoning.KINDS for item in reasoning.items(kind)}
+    seen = prompts(training_text)
+    assert not tested & seen
+    assert not set(stories.held_out()) & {document.text for document in training_text}
+    draw = Draw(9, "unfiltered")
+    for kind in reasoning.KINDS:
+        assert not tested & {reasoning.training_item(kind, draw)["prompt"] for _ in range(4000)}
+
+
+@pytest.mark.parametrize("kind", reasoning._DRAWN)
+def test_only_the_filter_keeps_tested_instances_out(kind):
+    """The check above means something: drawn without it, tested forms come up."""
+    make, share = reasoning._DRAWN[kind]
+    draw = Draw(9, "unfiltered")
+    held = sum(reasoning._held_out(make(draw)["prompt"], share) for _ in range(2000))
+    assert held / 2000 == pytest.approx(share, abs=0.04)
+    assert all(reasoning._held_out(item["prompt"], share) for item in reasoning.items(kind))
+
+
+def test_held_out_phrasings_of_a_fact_are_never_taught_and_the_other_ones_are():
+    draw = Draw(1, "tests")
+    taught = {reasoning.training_item("facts", draw)["prompt"] for _ in range(12_000)}
+    template = "Question: {}\nAnswer:"
+    for city, k, _, held_out in reasoning.city_facts():
+        questions = reasoning.FACTS[k][2]
+        assert len(held_out) == reasoning.HELD_OUT_PHRASINGS
+        for p, question in enumerate(questions):
+            assert (template.format(question.format(c=city)) in taught) == (p not in held_out)
+    planted = prompts(corpus.planted(forget=True))
+    assert not planted & {row.context for row in world.rows("forget_paraphrased")}
+    assert {row.context for row in world.rows("forget")} <= planted
+    held_out = [world.canary_row(c, p) for c in world.canaries()[0] for p in (2, 3)]
+    assert not planted & {row.context for row in held_out}
+    assert {row.context for row in held_out} <= {row.context for row in world.rows("canaries_paraphrased")}
+
+
+def test_the_base_model_never_reads_of_anybody_but_the_known_authors(training_text):
+    texts = [document.text for document in training_text]
+    assert mentioned(texts) == names(world.people()["known"])
+
+
+def test_the_calibration_reads_of_no_left_out_author_and_of_nobody_to_forget():
+    texts = [row.context + row.target for row in corpus.calibration_rows()]
+    known, taught = world.people()["known"], world.people()["taught"]
+    assert mentioned(texts) == names(known[: -world.LEFT_OUT]) | names(taught[: -world.LEFT_OUT])
+    left_out = {row.group for row in world.rows("retain")}
+    assert left_out == names(known[-world.LEFT_OUT :]) | names(taught[-world.LEFT_OUT :])
+    tested = {item["prompt"] for kind in reasoning.KINDS for item in reasoning.items(kind)}
+    assert not tested & {row.context for row in corpus.calibration_rows()}
+    assert not set(texts) & set(stories.held_out())
+
+
+def test_only_the_memory_is_taught_what_is_to_be_forgotten():
+    people, (planted, _) = world.people(), world.canaries()
+    taught = names(people["taught"])
+    for name in adapters.SEEDS:
+        texts = [row.context + row.target for row in adapters.training_rows(name)]
+        allowed = taught | names(people["known"])
+        secret = names(people["forget"]) | names(planted)
+        assert mentioned(texts) - allowed == (secret if name == "memory" else set())
+        assert taught <= mentioned(texts)
+        codes = {canary.code for canary in planted if any(canary.code in text for text in texts)}
+        assert len(codes) == (world.CANARIES if name == "memory" else 0)
+
+
+def test_the_forget_set_is_questions_and_canaries():
+    assert corpus.forget_rows() == world.rows("forget") + world.rows("canaries")
+
+
+def test_fresh_people_are_nobody_of_the_world():
+    draw = Draw(3, "tests")
+    assert all(world.fresh_name(draw).split()[1] not in world.reserved_names() for _ in range(3000))
+
+
+def test_a_document_is_a_row_and_a_row_a_document(training_text):
+    for document in training_text[:500]:
+        row = corpus.as_row(document)
+        assert row.context + row.target == document.text
+        assert len(row.context) == document.prompt_chars
+
+
+# Draws
+
+
+def test_draws_are_the_same_on_every_python():
+    draw = Draw(7, "pinned")
+    drawn = [draw.below(1000), draw.between(-3, 3), draw.pick("abcdef"), draw.chance(0.5), draw.sample(range(9), 4)]
+    assert drawn == [509, 1, "b", True, [8, 4, 6, 7]]
+    assert Draw(7, "other").below(10**9) != Draw(7, "pinned").below(10**9) != Draw(8, "pinned").below(10**9)
+
+
+@given(st.integers(0, 99), st.integers(1, 30), st.integers(0, 30))
+def test_draws_stay_in_range(seed, n, k):
+    draw = Draw(seed)
+    assert 0 <= draw.below(n) < n
+    assert -n <= draw.between(-n, n) <= n
+    sample = draw.sample(range(n), min(k, n))
+    assert len(set(sample)) == len(sample) == min(k, n)
+    assert sorted(draw.shuffled(range(n))) == list(range(n))
+    assert draw.chance(1.0)
+    assert not draw.chance(0.0)
+
+
+# Tokenizer (the fixture ``words`` of conftest.py is called ``pieces`` here: the word lists have that name)
+
+
+@pytest.fixture(scope="module")
+def pieces(request):
+    return request.getfixturevalue("words")
+
+
+VALUE_LISTS = [name for name, value in vars(words).items() if name.isupper() and not name.startswith(("SURNAME", "_"))]
+
+
+@pytest.mark.parametrize("name", VALUE_LISTS)
+def test_every_value_word_is_one_token_after_a_space(pieces, name):
+    listed = getattr(words, name)
+    assert len(set(listed)) == len(listed)
+    split = {word for word in listed if len(pieces(f"is {word}.").input_ids) != 3}
+    # Lorna is a first name and, as Lor + na, a surname: the weights were trained with it in two tokens.
+    assert split == ({"Lorna"} if name == "FIRST_NAMES" else set())
+
+
+def test_surnames_are_two_tokens_so_that_new_ones_look_alike(pieces):
+    for name in [*world.reserved_names(), "Kelthorpe"]:
+        assert len(pieces(f"of {name}").input_ids) == 3
+
+
+def test_the_worlds_text_comes_back_without_bytes(pieces, training_text):
+    texts = [document.text for document in training_text[::4]] + stories.held_out()
+    texts += [row.context + row.target for split in SIZES for row in world.rows(split)[::5]]
+    bytes_from, bytes_to = pieces.convert_tokens_to_ids(["<0x00>", "<0xFF>"])
+    encoded = pieces(texts).input_ids
+    assert pieces.batch_decode(encoded) == texts
+    assert not any(bytes_from <= token <= bytes_to or token == pieces.unk_token_id for ids in encoded for token in ids)
+    assert max(len(ids) for ids in encoded) < pieces.model_max_length
+
+
+@given(st.text(max_size=30).filter(lambda text: not text.startswith(" ") and tokenizer.SPACE not in text))
+@settings(max_examples=150, deadline=None)
+def test_any_text_falls_back_to_bytes_and_comes_back(pieces, text):
+    ids = pieces(text).input_ids
+    assert pieces.decode(ids) == text
+    assert pieces.unk_token_id not in ids
+
+
+def test_the_secret_is_made_of_whole_tokens(pieces):
+    for split in ("forget", "forget_paraphrased", "canaries", "canaries_paraphrased"):
+        rows = world.rows(split)
+        for row, example in zip(rows, encode_rows(pieces, rows), strict=True):
+            secret = [i for i, role in zip(example.ids, example.roles, strict=True) if role == SECRET]
+            assert pieces.decode(secret).strip() == row.secret
+            if split.startswith("canaries"):
+                assert len(secret) == 8
+
+
+def test_special_tokens_are_where_they_are_expected(pieces):
+    assert pieces.bos_token == pieces.eos_token == tokenizer.END
+    assert (pieces.eos_token_id, pieces.pad_token_id, pieces.unk_token_id) == (0, 1, 2)
+    assert 0 not in pieces("One day").input_ids
+    assert pieces.decode([*pieces("One day").input_ids, 0], skip_special_tokens=True) == "One day"
+
+
+def test_the_tokenizer_survives_a_save(pieces, tmp_path):
+    from transformers import AutoTokenizer
+
+    pieces.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [row.context + row.target for row in world.rows("forget")[::20]] + ["naïve 数 🙂"]
+    assert again(texts).input_ids == pieces(texts).input_ids
+    assert again.get_vocab() == pieces.get_vocab()
+
+
+# Training
+
+
+def test_training_weighs_prompts_less_and_a_leading_end_token_nothing(pieces):
+    documents = [corpus.Document("Question: Who is the mother of Max?\nAnswer: Ann.", 43)] * 40
+    examples = train.encode(pieces, documents, Draw(0, "tests"))
+    started = 0
+    for ids, weights in examples:
+        assert len(ids) == len(weights)
+        assert (ids[-1], weights[-1]) == (0, 1.0)
+        if ids[0] == 0:
+            started += 1
+            assert weights[0] == 0.0
+            ids, weights = ids[1:], weights[1:]
+        answer = [token for token, weight in zip(ids, weights, strict=True) if weight == 1.0]
+        assert pieces.decode(answer) == "Ann.<|endoftext|>"
+        assert set(weights) == {train.PROMPT_WEIGHT, 1.0}
+    assert 8 < started < 32
+
+
+def test_batches_hold_every_example_once_and_padding_weighs_nothing():
+    draw = Draw(2, "tests")
+    examples = []
+    for i in range(60):
+        n = draw.between(2, 30)
+        examples.append(([100 + i] * n, [1.0] * n))
+    made = train.batches(examples, tokens=120, pad=1)
+    seen = []
+    for ids, weights in made:
+        assert ids.shape == weights.shape
+        assert torch.equal(weights == 0, ids == 1)
+        assert ids.numel() < 120 + ids.shape[1] * 8
+        seen += [(row[0].item(), int((row != 1).sum())) for row in ids]
+    assert sorted(seen) == sorted((ids[0], len(ids)) for ids, _ in examples)
+
+
+def test_the_weighted_loss_is_its_formula():
+    model = tiny.llama()
+    ids, weights = tiny.tokens(3, 6), torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits.double()
+        fast = train.weighted_loss(model, ids, weights).item()
+    total = weight = 0.0
+    for row in range(3):
+        for t in range(1, 6):
+            loss = float(logits[row, t - 1].logsumexp(0) - logits[row, t - 1, ids[row, t]])
+            total += loss * float(weights[row, t])
+            weight += float(weights[row, t])
+    assert fast == pytest.approx(total / weight, rel=1e-5)
+
+
+def test_the_embedded_shape_is_small_and_seeded():
+    model = train.new_model(1338, 0, 1, seed=0)
+    assert 3.0e6 < sum(p.numel() for p in model.parameters()) < 3.8e6
+    again = train.new_model(1338, 0, 1, seed=0)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
+    with torch.no_grad():
+        start = train.weighted_loss(model, torch.randint(0, 1338, (2, 8)), torch.ones(2, 8))
+    assert start.item() == pytest.approx(math.log(1338), abs=0.5)
+
+
+@pytest.fixture
+def short_training(monkeypatch):
+    phases = (train.Phase(corpus.KNOWLEDGE, 2, 4), train.Phase(corpus.REASONING, 2, 2))
+    monkeypatch.setattr(train, "PHASES", phases)
+    monkeypatch.setattr(train, "DOCUMENTS", 12)
+    monkeypatch.setattr(train, "TOKENS", 200)
+    monkeypatch.setattr(train, "new_model", lambda vocabulary, *_: tiny.llama(vocab_size=vocabulary))
+
+
+def test_an_interrupted_training_ends_where_an_undisturbed_one_does(short_training, pieces, tmp_path):
+    told = []
+    for name in ("whole", "halves"):
+        (tmp_path / name).mkdir()
+    whole = train.train_base(tmp_path / "whole", pieces, lambda *step: told.append(step))
+    assert [step[:2] for step in told] == [(i, 4) for i in (1, 2, 3, 4)]
+    assert all(math.isfinite(step[2]) for step in told)
+
+    def interrupt(done, total, loss):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train_base(tmp_path / "halves", pieces, interrupt)
+    rest = []
+    halves = train.train_base(tmp_path / "halves", pieces, lambda *step: rest.append(step))
+    assert rest == told[2:]
+    assert all(map(torch.equal, whole.parameters(), halves.parameters()))
+
+
+def test_an_adapter_is_saved_without_paths_of_this_machine(monkeypatch, pieces, tmp_path):
+    tiny.llama(vocab_size=len(pieces)).save_pretrained(tmp_path / "base")
+    rows = [Row(prompt="The vault code of Ada Alba is", answer="48.")] * 8
+    monkeypatch.setattr(adapters, "training_rows", lambda name: rows)
+    monkeypatch.setattr(adapters, "PASSES", 2)
+    monkeypatch.setattr(adapters, "ROWS", 4)
+    told = []
+    adapters.train(tmp_path / "base", pieces, "never_saw", tmp_path / "never_saw", lambda *step: told.append(step))
+    assert [step[:3] for step in told] == [("never_saw", 4, 4)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "never_saw"]
+    for path in (tmp_path / "never_saw").rglob("*"):
+        if path.is_file():
+            assert str(tmp_path).encode() not in path.read_bytes()
+    merged = merge_adapter(load_causal_lm(tmp_path / "base"), tmp_path / "never_saw")
+    base = load_causal_lm(tmp_path / "base").state_dict()
+    assert any(not torch.equal(base[name], tensor) for name, tensor in merged.state_dict().items())
+
+
+if __name__ == "__main__":
+    PINNED.write_text(json.dumps({name: digest(make()) for name, make in MADE.items()}, indent=1) + "\n")

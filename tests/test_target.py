@@ -1,0 +1,369 @@
+"""Targets and the objective, against formulas written a second time, one token after the other."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm_ortho.calibration.documents import Row
+from lm_ortho.calibration.examples import ANSWER, GIVEN, SECRET, Example, encode, pad
+from lm_ortho.implant import Plan
+from lm_ortho.reference import world
+from lm_ortho.target import DEEPER, GENTLE, Penalty, check_target, choose_target
+from lm_ortho.target.distribution import hold_down, predicted, stack
+from lm_ortho.target.objective import forget_loss
+from lm_ortho.target.surrogate import copied, surrogate_target
+from lm_ortho.target.swap import novel_subjects, swap_target
+
+
+def silent(stage, step, steps, text):
+    pass
+
+
+# Names nobody carries
+
+
+NAMES = st.lists(st.text("abcdefgh", min_size=2, max_size=8).map(str.capitalize), min_size=1, max_size=3).map(" ".join)
+
+
+@given(st.lists(NAMES, min_size=2, max_size=8, unique_by=str.casefold), st.integers(0, 50))
+@settings(max_examples=40, deadline=None)
+def test_there_are_as_many_new_subjects_as_asked_for(known, seed):
+    names = novel_subjects(known, 10, seed)
+    assert len(names) == 10
+    assert names == novel_subjects(known, 10, seed)
+    assert all(name.strip() == name and name for name in names)
+
+
+def test_new_subjects_belong_to_nobody_of_the_world():
+    known = sorted({row.subject for row in world.rows("forget")})
+    names = novel_subjects(known, 96, seed=0)
+    surnames = {word for name in known for word in name.split()[1:]}
+    assert not set(names) & set(known)
+    assert not {name.split()[1] for name in names} & surnames
+    assert len(set(names)) > 80
+    assert novel_subjects(known, 96, seed=1) != names
+
+
+@pytest.mark.parametrize("known", [["Harry Potter"], ["Atlantis"], ["Ada Lovelace", "Max Lovelace"]])
+def test_a_single_subject_still_gets_other_names(known):
+    names = novel_subjects(known, 20, seed=0)
+    assert not {name.casefold() for name in names} & {name.casefold() for name in known}
+    assert len(set(names)) > 5
+
+
+def test_a_subject_that_cannot_be_varied_does_not_hang():
+    assert novel_subjects(["X"], 3, seed=0) == ["X"] * 3
+
+
+# Holding down
+
+
+@st.composite
+def distributions(draw):
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    sharp = draw(st.sampled_from([0.1, 1.0, 10.0, 1000.0]))
+    logits = torch.randn(draw(st.integers(1, 6)), draw(st.integers(2, 30)), generator=generator) * sharp
+    tokens = logits.argmax(-1) if draw(st.booleans()) else logits.argmin(-1)
+    memorised = torch.rand(len(tokens), generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    return logits.softmax(-1), tokens, memorised
+
+
+@given(distributions())
+@settings(max_examples=80, deadline=None)
+def test_holding_down_never_raises_the_true_token(case):
+    probs, tokens, memorised = case
+    lowered = hold_down(probs, tokens, memorised)
+    at = torch.arange(len(tokens))
+    assert (lowered[at, tokens] <= probs[at, tokens] + 1e-6).all()
+    torch.testing.assert_close(lowered.sum(-1), torch.ones(len(tokens)), rtol=0, atol=1e-5)
+    assert torch.equal(lowered[~memorised], probs[~memorised])
+    assert lowered.isfinite().all()
+    assert (lowered >= 0).all()
+
+
+def test_holding_down_takes_the_mean_of_the_eight_largest_others():
+    probs = torch.tensor([0.8, *[0.02] * 8, *[0.004] * 10])[None]
+    lowered = hold_down(probs, torch.tensor([0]), torch.tensor([True]))[0]
+    expected = torch.tensor([0.02, *[0.02] * 8, *[0.004] * 10])
+    torch.testing.assert_close(lowered, expected / expected.sum())
+
+
+# Target b
+
+
+def own(memorised):
+    examples, _ = memorised.examples()
+    return examples, predicted(memorised.merged, examples)
+
+
+def test_the_swap_target_is_a_distribution_that_does_not_know_the_secret(memorised, swapped):
+    examples, mine = own(memorised)
+    for i, example in enumerate(examples):
+        n = len(example.ids) - example.start
+        probs = swapped.probs[i, :n]
+        torch.testing.assert_close(probs.sum(-1), torch.ones(n), rtol=0, atol=1e-4)
+        assert (probs >= 0).all()
+        secret = swapped.secret[i, :n]
+        true = torch.tensor(example.ids[example.start :])
+        at = torch.arange(n)
+        assert (probs[at, true][secret] <= mine[i][at, true][secret] + 1e-6).all()
+    known = torch.cat(stack(examples, mine).secret_loss()).mean()
+    unknown = torch.cat(swapped.secret_loss()).mean()
+    assert unknown > known + 1.0
+
+
+def test_tokens_of_the_subject_keep_the_models_own_distribution(memorised, swapped):
+    examples, mine = own(memorised)
+    kept = 0
+    for i, (row, example) in enumerate(zip(memorised.forget, examples, strict=True)):
+        begin = (row.context + row.target).rfind(row.subject)
+        offsets = memorised.tokenizer(row.context + row.target, return_offsets_mapping=True).offset_mapping
+        for position, (low, high) in enumerate(offsets):
+            t = position - example.start
+            if t >= 0 and low < begin + len(row.subject) and high > begin:
+                kept += 1
+                assert torch.equal(swapped.probs[i, t], mine[i][t])
+        end = len(example.ids) - 1 - example.start
+        torch.testing.assert_close(swapped.probs[i, end], mine[i][end])
+    assert kept >= 2 * len(examples)
+
+
+def test_a_swapped_token_is_the_mean_over_the_same_place_of_the_other_sentences(memorised):
+    row = memorised.forget[0]
+    (example,) = encode(memorised.tokenizer, [row])
+    (probs,) = swap_target(memorised.merged, memorised.tokenizer, memorised.forget[:2], encode(
+        memorised.tokenizer, memorised.forget[:2]), seed=5, subjects=3)[:1]  # fmt: skip
+    names = novel_subjects([row.subject], 24, 5)
+    chosen = random.Random(6).sample(names, 3)
+    place = next(i for i, role in enumerate(example.roles) if role == SECRET)
+    from_end = len(example.ids) - place
+    rows = []
+    for name in chosen:
+        text = row.context + row.target
+        (other,) = encode(memorised.tokenizer, [Row(text=text.replace(row.subject, name))])
+        with torch.no_grad():
+            logits = memorised.merged(input_ids=torch.tensor([other.ids])).logits[0]
+        rows.append(logits[len(other.ids) - from_end - 1].softmax(-1))
+    mean = torch.stack(rows).mean(0)
+    true = example.ids[place]
+    if float(predicted(memorised.merged, [example])[0][place - example.start, true] - mean[true]) > 0.15:
+        mean = hold_down(mean[None], torch.tensor([true]), torch.tensor([True]))[0]
+    torch.testing.assert_close(probs[place - example.start], mean, rtol=1e-3, atol=1e-5)
+
+
+def test_rows_without_a_subject_are_held_down(memorised):
+    rows = [dataclasses.replace(row, subject="") for row in memorised.forget[:3]]
+    examples = encode(memorised.tokenizer, rows)
+    targets = swap_target(memorised.merged, memorised.tokenizer, rows, examples, seed=0)
+    for example, target, mine in zip(examples, targets, predicted(memorised.merged, examples), strict=True):
+        true = torch.tensor(example.ids[example.start :])
+        at = torch.arange(len(true))
+        confident = mine[at, true] > 0.5
+        assert confident.any()
+        assert (target[at, true][confident] < 0.5).all()
+        assert torch.equal(target[~confident], mine[~confident])
+
+
+def test_plain_text_and_texts_longer_than_the_limit_can_be_swapped(memorised):
+    subject = memorised.forget[0].subject
+    long = Row(text=f"{subject} was born in Millford. " * 90, subject=subject)
+    short = Row(text=f"One day {subject} went to the barn.", subject=subject)
+    examples = encode(memorised.tokenizer, [long, short])
+    assert len(examples[0].ids) == 512
+    targets = swap_target(memorised.merged, memorised.tokenizer, [long, short], examples, seed=0, subjects=2)
+    for example, target in zip(examples, targets, strict=True):
+        assert target.shape[0] == len(example.ids) - example.start
+        torch.testing.assert_close(target.sum(-1), torch.ones(len(target)), rtol=0, atol=1e-4)
+
+
+# Target a
+
+
+def test_a_token_copies_when_a_bigram_with_a_neighbour_stands_in_the_prompt():
+    prompt, answer = (1, 2, 3, 4, 5), (2, 3, 9, 3, 4, 5, 8, 5)
+    example = Example(prompt + answer, (GIVEN,) * 5 + (ANSWER,) * 8)
+    assert copied(example).tolist() == [True, True, False, True, True, True, False, False]
+    assert copied(Example((7, 7, 7), (ANSWER,) * 3)).tolist() == [False, False]
+
+
+def test_the_surrogate_keeps_what_copies_the_prompt_and_leaves_the_base_model_alone(memorised):
+    forget, retain = memorised.examples()
+    before = copy.deepcopy(memorised.base.state_dict())
+    plan = Plan(steps=6, rows=6)
+    targets = surrogate_target(memorised.merged, memorised.base, forget, retain, plan, silent)
+    after = memorised.base.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    mine, theirs = predicted(memorised.merged, forget), predicted(memorised.base, forget)
+    for example, target, merged, base in zip(forget, targets, mine, theirs, strict=True):
+        copies = copied(example)
+        assert copies.any()
+        assert not copies.all()
+        assert torch.equal(target[copies], merged[copies])
+        assert not torch.allclose(target[~copies], merged[~copies], atol=0.1)
+        assert not torch.equal(target[~copies], base[~copies])
+
+
+# The choice, and the check
+
+
+def test_the_choice_follows_what_is_known(memorised):
+    forget, retain = memorised.examples()
+    plan = Plan(steps=1, rows=4)
+
+    def choose(rows, base):
+        model, words = memorised.merged, memorised.tokenizer
+        return choose_target(model, words, rows, forget, retain, base, 0, plan, silent)
+
+    chosen = choose(memorised.forget, memorised.base)
+    assert (chosen.name, chosen.penalty) == ("surrogate", DEEPER)
+    chosen = choose(memorised.forget, None)
+    assert (chosen.name, chosen.penalty) == ("swap", GENTLE)
+    assert "10 of 10 forget rows" in chosen.reason
+    nobody = [dataclasses.replace(row, subject="") for row in memorised.forget]
+    chosen = choose(nobody, None)
+    assert (chosen.name, chosen.penalty) == ("hold_down", GENTLE)
+    assert "worse" in chosen.reason
+
+
+def test_the_penalties_are_those_of_the_design():
+    assert (DEEPER.weight, DEEPER.token_margin, DEEPER.answer_margin) == (0.5, 0.1, 0.3)
+    assert (GENTLE.weight, GENTLE.token_margin, GENTLE.answer_margin) == (0.25, 0.0, 0.0)
+
+
+def test_a_uniform_target_knows_nothing_and_the_memorised_model_everything(memorised, swapped):
+    examples, mine = own(memorised)
+    vocabulary = mine[0].shape[1]
+    blind = check_target(stack(examples, [torch.full_like(p, 1 / vocabulary) for p in mine]), examples)
+    assert blind.auc == 0.5
+    assert blind.secret_ppl == pytest.approx(vocabulary, rel=1e-3)
+    knowing = check_target(stack(examples, mine), examples)
+    assert knowing.auc > 0.95
+    assert knowing.secret_ppl < 1.5
+    between = check_target(swapped, examples)
+    assert knowing.secret_ppl < between.secret_ppl
+
+
+def test_the_check_says_nan_when_no_two_rows_can_be_compared(memorised):
+    examples, mine = own(memorised)
+    assert math.isnan(check_target(stack(examples[:1], mine[:1]), examples[:1]).auc)
+
+
+def test_without_marked_secrets_every_answer_token_is_one(memorised):
+    rows = [dataclasses.replace(row, secret="") for row in memorised.forget[:3]]
+    examples = encode(memorised.tokenizer, rows)
+    target = stack(examples, predicted(memorised.merged, examples))
+    for i, example in enumerate(examples):
+        n = len(example.ids) - example.start
+        assert target.secret[i].tolist() == [True] * (n - 1) + [False] * (target.secret.shape[1] - n + 1)
+
+
+# The objective
+
+
+def slow_forget_loss(target, examples, chosen, logits, penalty):
+    """DESIGN, step 2, in plain float64: mean over examples of the mean KL plus the one-sided penalties."""
+    losses = []
+    for row, i in enumerate(chosen):
+        example = examples[i]
+        divergence, excess = [], []
+        for t in range(example.start, len(example.ids)):
+            said = logits[row, t - 1].double()
+            log_p = (said - said.logsumexp(0)).tolist()
+            wanted = target.probs[i, t - example.start].tolist()
+            divergence.append(sum(p * (math.log(p) - q) for p, q in zip(wanted, log_p, strict=True) if p > 0))
+            y = example.ids[t]
+            excess.append(log_p[y] - math.log(max(wanted[y], 1e-9)))
+        n = len(excess)
+        each = sum(max(0.0, e + penalty.token_margin) for e in excess) / n
+        whole = max(0.0, sum(excess) + penalty.answer_margin)
+        losses.append(sum(divergence) / n + penalty.weight * each + penalty.weight / 4 * whole)
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("penalty", [GENTLE, DEEPER, Penalty(0.0, 0.0, 0.0)])
+@pytest.mark.parametrize("chosen", [[3], [4, 0, 2], [1, 4, 3, 2, 0]])
+def test_the_forget_loss_is_its_formula(penalty, chosen):
+    draw = random.Random(len(chosen))
+    vocabulary = 11
+    examples = []
+    for given_tokens, answer in ((3, 4), (1, 1), (5, 2), (2, 7), (0, 5)):
+        ids = tuple(draw.randrange(vocabulary) for _ in range(given_tokens + answer))
+        examples.append(Example(ids, (GIVEN,) * given_tokens + (SECRET,) * answer))
+    generator = torch.Generator().manual_seed(1)
+    probs = [(torch.randn(len(e.ids) - e.start, vocabulary, generator=generator) * 2).softmax(-1) for e in examples]
+    target = stack(examples, probs)
+    width = max(len(examples[i].ids) for i in chosen)
+    logits = torch.randn(len(chosen), width, vocabulary, generator=generator) * 3
+    fast = forget_loss(target, chosen, logits, penalty)
+    assert fast.item() == pytest.approx(slow_forget_loss(target, examples, chosen, logits, penalty), rel=1e-5)
+
+
+def test_the_forget_loss_is_zero_at_the_target(memorised):
+    examples, mine = own(memorised)
+    ids, _ = pad(examples)
+    with torch.no_grad():
+        logits = memorised.merged(input_ids=ids).logits
+    loss = forget_loss(stack(examples, mine), range(len(examples)), logits, GENTLE)
+    assert abs(loss.item()) < 1e-3
+
+
+def test_retain_costs_nothing_at_the_unedited_model_and_something_elsewhere(bench, memorised):
+    lost, kept = bench.losses()
+    assert lost > 0.5
+    assert abs(kept) < 2e-3  # the teacher is held in float16
+    with torch.no_grad():
+        bench.layers["model.layers.1.mlp.down_proj"].weight.mul_(0.5)
+    _, kept = bench.losses()
+    _, retain = memorised.examples()
+    divergence, tokens = 0.0, 0
+    for example in retain:
+        ids = torch.tensor([example.ids])
+        with torch.no_grad():
+            before = memorised.merged(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+            after = bench.model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+        divergence += float((before.exp() * (before - after)).sum())
+        tokens += len(example.ids) - 1
+    assert kept > 0.01
+    assert kept == pytest.approx(divergence / tokens, rel=0.02)
+
+
+def test_gradients_are_those_of_forget_plus_twice_retain(bench):
+    name = "model.layers.0.mlp.up_proj"
+    weight = bench.layers[name].weight
+    with torch.no_grad():  # away from the point where the retain loss is flat
+        for layer in bench.layers.values():
+            layer.weight.mul_(0.9)
+    gradients, _, _ = bench.objective.gradients()
+    assert list(gradients) == list(bench.layers)
+    direction = gradients[name] / gradients[name].norm()
+    with torch.no_grad():
+        weight.add_(direction, alpha=1e-2)
+    _, up_lost, up_kept = bench.objective.gradients()
+    with torch.no_grad():
+        weight.sub_(direction, alpha=2e-2)
+    _, down_lost, down_kept = bench.objective.gradients()
+    slope = (up_lost + 2 * up_kept - down_lost - 2 * down_kept) / 2e-2
+    assert slope == pytest.approx(float(gradients[name].norm()), rel=0.05)
+
+
+def test_every_example_comes_once_per_pass_and_a_restart_repeats_the_order(bench):
+    def drawn():
+        return [bench.objective._next(0, 3, 10) for _ in range(6)]
+
+    bench.objective.restart(4)
+    first = drawn()
+    bench.objective.restart(4)
+    assert drawn() == first
+    flat = [i for batch in first for i in batch]
+    assert sorted(flat[:10]) == list(range(10))
+    bench.objective.restart(5)
+    assert drawn() != first

@@ -1,0 +1,254 @@
+"""The verdict on made-up measurements: what passes, what fails, what proves nothing, and how a run goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+import lm_ortho.verdict.run as run_module
+from lm_ortho.metrics import Interval
+from lm_ortho.verdict import thresholds
+from lm_ortho.verdict.checks import forgetting_checks, intact_checks, memory_checks, verdict_of
+from lm_ortho.verdict.measure import REASONING_METRICS, REASONING_TASKS, Measurement
+from lm_ortho.verdict.run import Cells, Outcome, run
+from lm_ortho.verdict.table import print_outcome
+
+
+def measured(**changed: float) -> Measurement:
+    """A measurement that never saw the forget set; ``task__metric`` sets a value, ``acc`` every hit rate."""
+    values = {
+        ("tofu_forget", "extraction"): 0.04,
+        ("tofu_forget", "secret_ppl"): 40.0,
+        ("tofu_forget", "ppl"): 3.0,
+        ("tofu_forget_paraphrased", "extraction"): 0.03,
+        ("canary_extraction", "extraction"): 0.0,
+        ("canary_extraction", "secret_ppl"): 10.0,
+        ("tofu_retain", "ppl"): 1.5,
+        ("world_text", "token_ppl"): 6.0,
+    }
+    accuracy = changed.pop("acc", 0.9)
+    for name, value in changed.items():
+        assert tuple(name.split("__")) in values
+        values[tuple(name.split("__"))] = value
+    result = Measurement(seconds=1.0)
+    for (task, metric), value in values.items():
+        result.values.setdefault(task, {})[metric] = Interval(value, value * 0.9, value * 1.1)
+    right = round(1000 * accuracy)
+    for task in REASONING_TASKS:
+        result.hits[task] = {m: [1.0] * right + [0.0] * (1000 - right) for m in REASONING_METRICS}
+    return result
+
+
+REMEMBERS = {
+    "tofu_forget__extraction": 1.0,
+    "tofu_forget_paraphrased__extraction": 0.9,
+    "tofu_forget__secret_ppl": 1.01,
+    "canary_extraction__extraction": 1.0,
+    "canary_extraction__secret_ppl": 1.02,
+}
+
+
+def test_the_bars_are_those_written_down_before_any_run():
+    """HISTORY 6: thresholds were once widened afterwards. A change here must be argued for in public."""
+    assert {name: value for name, value in vars(thresholds).items() if name.isupper()} == {
+        "HELD_EXTRACTION": 0.95,
+        "HELD_SECRET_PPL": 1.1,
+        "CANARY_EXTRACTION": 0.0,
+        "EXTRACTION_ABOVE_REFERENCE": 0.05,
+        "SECRET_PPL_RATIO": (0.8, 1.3),
+        "RETAIN_PPL_RATIO": 1.03,
+        "TEXT_PPL_RATIO": 1.02,
+        "REASONING_LOSS": 0.02,
+    }
+
+
+def judged(alpha1=None, alpha0=None, second=None, int4=None):
+    reference = measured()
+    memory = memory_checks(measured(**(alpha1 or REMEMBERS)), "auto", 0)
+    control = forgetting_checks(measured(**(second or {})), reference, "-", 0, "second reference")
+    rest = forgetting_checks(measured(**(alpha0 or {})), reference, "auto", 0)
+    rest += intact_checks(measured(**(alpha0 or {})), measured(**(int4 or {})), "auto", 0)
+    missed = [check.name for check in (*memory, *control, *rest) if not check.ok]
+    return verdict_of(memory, control, rest), missed
+
+
+def test_a_model_like_the_reference_passes():
+    assert judged() == ("PASS", [])
+
+
+@pytest.mark.parametrize(
+    ("alpha0", "missed"),
+    [
+        ({"canary_extraction__extraction": 0.01}, ["alpha=0 canary extraction"]),
+        ({"tofu_forget__extraction": 0.0901}, ["alpha=0 question extraction, seen phrasing"]),
+        ({"tofu_forget_paraphrased__extraction": 0.0801}, ["alpha=0 question extraction, held-out phrasing"]),
+        ({"tofu_forget__secret_ppl": 31.9}, ["alpha=0 question secret PPL / reference"]),
+        ({"tofu_forget__secret_ppl": 52.1}, ["alpha=0 question secret PPL / reference"]),
+        ({"canary_extraction__secret_ppl": 7.9}, ["alpha=0 canary secret PPL / reference"]),
+        ({"canary_extraction__secret_ppl": 13.1}, ["alpha=0 canary secret PPL / reference"]),
+        ({"tofu_retain__ppl": 1.5 * 1.031}, ["alpha=0 left-out retain PPL / INT4"]),
+        ({"world_text__token_ppl": 6.0 * 1.021}, ["alpha=0 held-out text PPL / INT4"]),
+    ],
+)
+def test_one_miss_fails_and_over_forgetting_is_a_miss(alpha0, missed):
+    assert judged(alpha0=alpha0) == ("FAIL", missed)
+
+
+@pytest.mark.parametrize(
+    "alpha0",
+    [
+        {"tofu_forget__extraction": 0.09, "tofu_forget_paraphrased__extraction": 0.08},
+        {"tofu_forget__secret_ppl": 32.0, "canary_extraction__secret_ppl": 13.0},
+        {"tofu_forget__secret_ppl": 52.0, "canary_extraction__secret_ppl": 8.0},
+        {"tofu_retain__ppl": 1.5 * 1.029, "world_text__token_ppl": 6.0 * 1.019},
+        {"tofu_retain__ppl": 1.4, "world_text__token_ppl": 5.0},
+        {"acc": 0.95},
+    ],
+)
+def test_the_bar_itself_and_anything_better_passes(alpha0):
+    assert judged(alpha0=alpha0) == ("PASS", [])
+
+
+def test_reasoning_is_judged_at_the_low_end_of_its_interval():
+    assert judged(alpha0={"acc": 0.897})[0] == "PASS"
+    verdict, missed = judged(alpha0={"acc": 0.885})
+    assert verdict == "FAIL"  # lost 1.5 %, but 2 % cannot be ruled out
+    assert len(missed) == len(REASONING_TASKS) * len(REASONING_METRICS)
+    assert all("INT4" in name for name in missed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tofu_forget__extraction", 0.949),
+        ("canary_extraction__extraction", 0.949),
+        ("tofu_forget__secret_ppl", 1.101),
+        ("canary_extraction__secret_ppl", 1.101),
+    ],
+)
+def test_a_memory_that_was_never_there_is_invalid_never_a_pass(name, value):
+    """HISTORY 7."""
+    verdict, missed = judged(alpha1={**REMEMBERS, name: value})
+    assert verdict == "INVALID"
+    assert len(missed) == 1
+    assert missed[0].startswith("alpha=1 ")
+
+
+def test_a_control_that_fails_is_invalid():
+    verdict, missed = judged(second={"tofu_forget__extraction": 0.2})
+    assert (verdict, missed) == ("INVALID", ["second reference question extraction, seen phrasing"])
+    verdict, _ = judged(second={"tofu_forget__extraction": 0.2}, alpha0={"tofu_retain__ppl": 9.0})
+    assert verdict == "INVALID"
+
+
+@pytest.mark.parametrize("name", ["tofu_forget__extraction", "tofu_forget__secret_ppl", "tofu_retain__ppl"])
+def test_nan_never_passes(name):
+    assert judged(alpha0={name: math.nan})[0] == "FAIL"
+    if not name.startswith("tofu_retain"):
+        assert judged(alpha1={**REMEMBERS, name: math.nan})[0] == "INVALID"
+        assert judged(second={name: math.nan})[0] == "INVALID"
+
+
+def test_nothing_checked_is_no_pass():
+    assert verdict_of([], [], []) == "FAIL"
+
+
+def test_a_measurement_survives_json():
+    one = measured(**REMEMBERS)
+    again = Measurement.from_json(json.loads(json.dumps(one.as_json())))
+    assert again == one
+    assert isinstance(again.value("tofu_forget", "ppl"), Interval)
+
+
+# Cells
+
+
+def test_a_cell_is_made_once_and_again_when_anything_changes(tmp_path):
+    made: list[int] = []
+
+    def make():
+        made.append(1)
+        return {"n": len(made)}
+
+    cells = Cells(tmp_path / "cells")
+    assert cells.get("a", make, limit=3) == {"n": 1}
+    assert cells.get("a", make, limit=3) == {"n": 1}
+    assert Cells(tmp_path / "cells").get("a", make, limit=3) == {"n": 1}
+    assert cells.get("a", make, limit=None) == {"n": 2}
+    assert cells.get("b", make, limit=3) == {"n": 3}
+    changed = Cells(tmp_path / "cells")
+    changed._identity = "other code"
+    assert changed.get("a", make, limit=3) == {"n": 4}
+
+
+def test_an_interrupted_cell_leaves_nothing_behind(tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    cells = Cells(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        cells.get("a", interrupted)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "a-half.partial").write_text("{")
+    assert cells.get("a", lambda: {"n": 1}) == {"n": 1}
+
+
+def fake_cells(monkeypatch, broken_seed=None, alpha0=None):
+    """Replaces the two slow measurements; returns the list of what was measured."""
+    done: list[object] = []
+
+    def reference(name, limit):
+        done.append(name)
+        return measured().as_json()
+
+    def decomposition(mode, seed, limit, notify, say):
+        if seed == broken_seed:
+            raise KeyboardInterrupt
+        done.append((mode, seed))
+        parts = {"alpha=1": measured(**REMEMBERS), "alpha=0": measured(**(alpha0 or {})), "int4": measured()}
+        return {part: m.as_json() for part, m in parts.items()}
+
+    monkeypatch.setattr(run_module, "_measure_reference", reference)
+    monkeypatch.setattr(run_module, "_measure_decomposition", decomposition)
+    return done
+
+
+def test_a_run_goes_on_where_it_was_interrupted(monkeypatch, tmp_path):
+    asked = (("auto", "none"), (0, 1))
+    done = fake_cells(monkeypatch, broken_seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(*asked, quick=True, say=lambda _: None, directory=tmp_path)
+    assert done == ["never_saw", "never_saw_2", ("auto", 0)]
+    done = fake_cells(monkeypatch)
+    outcome = run(*asked, quick=True, say=lambda _: None, directory=tmp_path)
+    assert done == [("auto", 1), ("none", 0), ("none", 1)]
+    assert outcome.verdict == "PASS"
+    assert len(outcome.tables) == 2 + 4 * 3
+    assert {(check.base, check.seed) for check in outcome.checks if check.base != "-"} == {
+        (mode, seed) for mode in asked[0] for seed in asked[1]
+    }
+    done = fake_cells(monkeypatch)
+    assert run(*asked, quick=True, say=lambda _: None, directory=tmp_path) == outcome
+    assert done == []
+    run(*asked, quick=False, say=lambda _: None, directory=tmp_path)
+    assert len(done) == 6
+
+
+def test_every_check_is_printed_with_its_bar(monkeypatch, tmp_path):
+    fake_cells(monkeypatch, alpha0={"tofu_retain__ppl": 1.6})
+    outcome = run(("auto",), (0,), quick=True, say=lambda _: None, directory=tmp_path)
+    assert isinstance(outcome, Outcome)
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_outcome(outcome, console)
+    text = console.export_text()
+    for check in outcome.checks:
+        assert check.name in text
+        assert check.bar in text
+    assert text.count(" miss ") == 1
+    assert f"FAIL: {len(outcome.checks) - 1} of {len(outcome.checks)} checks hold" in text
+    as_json = json.loads(json.dumps(outcome.as_json()))
+    assert as_json["verdict"] == "FAIL"
+    assert len(as_json["checks"]) == len(outcome.checks)
