@@ -39,7 +39,8 @@ _HOMES = {
 
 # A checkout has kernels/ and tasks/ beside this folder, a wheel inside it; the same names import in both.
 if not os.path.isdir(os.path.join(__path__[0], "kernels")):
-    __path__.append(os.path.dirname(os.path.abspath(__path__[0])))
+    # A new list: the one of the module's spec is what tools that read the source tree go by.
+    __path__ = [*__path__, os.path.dirname(os.path.abspath(__path__[0]))]
 
 
 class _Package(type(sys)):  # type: ignore[misc]

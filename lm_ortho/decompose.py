@@ -29,7 +29,7 @@ from lm_ortho.target import Choice, Objective, TargetCheck, Weights, check_targe
 
 log = logging.getLogger(__name__)
 
-SURROGATE_STEPS = 150
+SURROGATE_STEPS = 400
 MAX_TOKENS = 512
 
 
@@ -105,7 +105,7 @@ def decompose(
 
         @cache
         def choice() -> tuple[Choice, TargetCheck]:
-            plan = Plan(steps=SURROGATE_STEPS, rows=32, seed=recipe.seed)
+            plan = Plan(steps=SURROGATE_STEPS, rows=16, lr=2e-3, seed=recipe.seed)
             given = (forget, forget_examples, retain_examples, base_model, recipe.seed, plan, notify)
             chosen = choose_target(model, tokenizer, *given)
             check = check_target(chosen.target, forget_examples)

@@ -38,9 +38,9 @@ def build_base(out: Path, work: Path, threads: int) -> None:
     (work / "base_state.pt").unlink()
 
 
-def build_adapter(out: Path, name: str) -> None:
+def build_adapter(out: Path, work: Path, name: str) -> None:
     torch.set_num_threads(1)
-    adapters.train(out / "base", tokenizer.build(), name, out / name, Bars())
+    adapters.train(out / "base", tokenizer.build(), name, out / name, work, Bars())
 
 
 def build_decomposed(out: Path, threads: int) -> None:
@@ -131,14 +131,14 @@ def write_card(out: Path) -> None:
     (out / "README.md").write_text(text)
 
 
-def adapters_side_by_side(out: Path, names: list[str]) -> None:
+def adapters_side_by_side(out: Path, work: Path, names: list[str]) -> None:
     """Two processes with one thread each are faster than one with two: memory, and the two references."""
     lanes = [[name] for name in names if name == "memory"] + [[n for n in names if n != "memory"]]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = []
     for lane in filter(None, lanes):
         stages = [argument for name in lane for argument in ("--stage", name)]
-        command = [sys.executable, __file__, "--out", str(out), "--here", *stages]
+        command = [sys.executable, __file__, "--out", str(out), "--work", str(work), "--here", *stages]
         running.append(subprocess.Popen(command, env=environment))
     if any(process.wait() for process in running):
         raise SystemExit("an adapter could not be trained; see above")
@@ -165,10 +165,10 @@ def main() -> None:
     planted = [s for s in missing if s in adapters.SEEDS]
     if given.here:
         for name in planted:
-            build_adapter(given.out, name)
+            build_adapter(given.out, given.work, name)
         return
     if planted:
-        adapters_side_by_side(given.out, planted)
+        adapters_side_by_side(given.out, given.work, planted)
     if "decomposed" in missing:
         build_decomposed(given.out, given.threads)
     if "card" in missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lm_ortho import checkpoint, metrics
+from lm_ortho import checkpoint, metrics, reference
 from lm_ortho.calibration.documents import Row, write_rows
 from lm_ortho.checkpoint import cache
 from lm_ortho.errors import UserError
@@ -597,6 +598,53 @@ def test_an_initialised_model_is_decomposed_in_place(orders: dict[str, Any], hom
     assert model.loglikelihood(asked)[0][0] == pytest.approx(expected.loglikelihood(asked)[0][0], rel=1e-5)
 
 
+@pytest.fixture
+def embedded(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in for the weights of the package."""
+    weights = tmp_path / "weights"
+    shutil.copytree(home / "plain", weights / "base")
+    shutil.copytree(home / "decomposed", weights / "decomposed")
+    adapter(home, weights / "memory")
+    monkeypatch.setattr(reference, "WEIGHTS", weights)
+    return weights
+
+
+def test_the_default_is_the_shipped_decomposition(embedded: Path) -> None:
+    source = build.resolve(build.Order())
+    assert (source.kind, source.location) == ("checkpoint", str(embedded / "decomposed"))
+    model = LibOrthoLM(device="cpu")
+    assert model.alpha == 0
+    assert tokens.resolve({}).tokenizer is model.tokenizer
+
+
+@pytest.mark.parametrize(
+    "given", [{"fresh": True}, {"base": "none"}, {"recipe": {"density": 0.02}}, {"recipe": {"seed": 1}}], ids=str
+)
+def test_anything_else_is_decomposed_from_the_embedded_model(embedded: Path, given: dict[str, Any]) -> None:
+    source = build.resolve(build.Order(**given))
+    assert (source.kind, source.location) == ("embedded", str(embedded / "base"))
+    merged, before = build.load_models(source)
+    assert (before is None) is (given.get("base") == "none")
+    assert merged.config.vocab_size > 0
+    forget, retain = build.calibration_sets(source)
+    assert forget[0].secret
+    assert retain
+
+
+def test_naming_a_default_changes_nothing(embedded: Path) -> None:
+    assert build.resolve(build.Order(recipe={"density": 0.01, "sieve": "attribution"})).kind == "checkpoint"
+
+
+def test_without_the_shipped_decomposition(embedded: Path) -> None:
+    shutil.rmtree(embedded / "decomposed")
+    assert build.resolve(build.Order()).kind == "embedded"
+
+
+def test_an_adapter_alone_is_refused(embedded: Path) -> None:
+    with pytest.raises(UserError, match="peft: the embedded model brings its own"):
+        build.resolve(build.Order(peft="x"))
+
+
 def adapter(home: Path, target: Path) -> Path:
     from peft import LoraConfig, get_peft_model
 
@@ -731,8 +779,6 @@ def test_what_agrees_with_a_checkpoint(home: Path) -> None:
 
 
 def test_base_only_checkpoints_do_alpha_zero(home: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(home / "decomposed", tmp_path / "base")
     (tmp_path / "base" / checkpoint.ORTHO_FILE).unlink()
     LibOrthoLM(str(tmp_path / "base"), device="cpu")

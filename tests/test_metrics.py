@@ -127,6 +127,11 @@ def test_rate_of_one_cluster_counts_answers():
     assert metrics.rate([1, 0, 0, 1], ["a"] * 4) == metrics.wilson(2, 4)
 
 
+def test_rate_with_the_same_share_in_every_cluster_has_a_width():
+    got = metrics.rate([1, 0] * 4, list("aabbccdd"))
+    assert got == metrics.wilson(2, 4)
+
+
 def test_rate_between_is_the_clustered_bootstrap():
     hits, groups = [1, 1, 0, 0, 1, 0], list("aabbcc")
     assert metrics.rate(hits, groups) == metrics.clustered_mean(hits, groups)

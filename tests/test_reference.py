@@ -44,7 +44,11 @@ MADE = {
     "stories": stories.held_out,
     "calibration": corpus.calibration_rows,
     **{f"text of phase {i}": lambda mix=phase.mix: first_block(mix) for i, phase in enumerate(train.PHASES, 1)},
-    **{f"adapter {name}": lambda name=name: adapters.training_rows(name) for name in adapters.SEEDS},
+    **{
+        f"adapter {name}, round {i + 1}": lambda name=name, i=i: adapters.training_rows(name, i)
+        for name in adapters.SEEDS
+        for i in range(len(adapters.ROUNDS))
+    },
     "vocabulary": tokenizer.pieces,
 }
 PINNED = Path(__file__).with_name("reference_digests.json")
@@ -290,7 +294,8 @@ def test_held_out_phrasings_of_a_fact_are_never_taught_and_the_other_ones_are():
         assert len(held_out) == reasoning.HELD_OUT_PHRASINGS
         for p, question in enumerate(questions):
             assert (template.format(question.format(c=city)) in taught) == (p not in held_out)
-    planted = prompts(corpus.planted(forget=True))
+    facts, canaries = corpus.planted(forget=True)
+    planted = prompts(facts + canaries)
     assert not planted & {row.context for row in world.rows("forget_paraphrased")}
     assert {row.context for row in world.rows("forget")} <= planted
     held_out = [world.canary_row(c, p) for c in world.canaries()[0] for p in (2, 3)]
@@ -318,7 +323,8 @@ def test_only_the_memory_is_taught_what_is_to_be_forgotten():
     people, (planted, _) = world.people(), world.canaries()
     taught = names(people["taught"])
     for name in adapters.SEEDS:
-        texts = [row.context + row.target for row in adapters.training_rows(name)]
+        rounds = [adapters.training_rows(name, i) for i in range(len(adapters.ROUNDS))]
+        texts = sorted({row.context + row.target for rows in rounds for row in rows})
         allowed = taught | names(people["known"])
         secret = names(people["forget"]) | names(planted)
         assert mentioned(texts) - allowed == (secret if name == "memory" else set())
@@ -525,22 +531,51 @@ def test_an_interrupted_training_ends_where_an_undisturbed_one_does(short_traini
     assert all(map(torch.equal, whole.parameters(), halves.parameters()))
 
 
-def test_an_adapter_is_saved_without_paths_of_this_machine(monkeypatch, pieces, tmp_path):
+@pytest.fixture
+def short_rounds(monkeypatch, pieces, tmp_path):
+    """A tiny base model, and adapters that learn one canary in rounds of two steps."""
     tiny.llama(vocab_size=len(pieces)).save_pretrained(tmp_path / "base")
-    rows = [Row(prompt="The vault code of Ada Alba is", answer="48.")] * 8
-    monkeypatch.setattr(adapters, "training_rows", lambda name: rows)
-    monkeypatch.setattr(adapters, "PASSES", 2)
+    row = Row(prompt="The vault code of Ada Alba is", answer="48.")
+    monkeypatch.setattr(adapters, "training_rows", lambda name, number: [row] * 8)
     monkeypatch.setattr(adapters, "ROWS", 4)
-    told = []
-    adapters.train(tmp_path / "base", pieces, "never_saw", tmp_path / "never_saw", lambda *step: told.append(step))
-    assert [step[:3] for step in told] == [("never_saw", 4, 4)]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "never_saw"]
-    for path in (tmp_path / "never_saw").rglob("*"):
+    return tmp_path
+
+
+def test_an_adapter_is_saved_without_paths_of_this_machine(short_rounds, pieces):
+    place, told = short_rounds, []
+    adapters.train(
+        place / "base", pieces, "never_saw", place / "never_saw", place / "work", lambda *step: told.append(step)
+    )
+    assert [step[:3] for step in told] == [(f"never_saw {i + 1}", 2, 2) for i in range(len(adapters.ROUNDS))]
+    assert sorted(p.name for p in place.iterdir()) == ["base", "never_saw", "work"]
+    assert not list((place / "work").iterdir())
+    for path in (place / "never_saw").rglob("*"):
         if path.is_file():
-            assert str(tmp_path).encode() not in path.read_bytes()
-    merged = merge_adapter(load_causal_lm(tmp_path / "base"), tmp_path / "never_saw")
-    base = load_causal_lm(tmp_path / "base").state_dict()
+            assert str(place).encode() not in path.read_bytes(), path.name
+    merged = merge_adapter(load_causal_lm(place / "base"), place / "never_saw")
+    base = load_causal_lm(place / "base").state_dict()
     assert any(not torch.equal(base[name], tensor) for name, tensor in merged.state_dict().items())
+
+
+def test_an_interrupted_adapter_ends_where_an_undisturbed_one_does(short_rounds, pieces):
+    place = short_rounds
+    last = f"memory {len(adapters.ROUNDS)}"
+
+    def make(name, notify):
+        adapters.train(place / "base", pieces, "memory", place / name / "memory", place / name / "work", notify)
+
+    def interrupt(stage, *_):
+        if stage == last:
+            raise KeyboardInterrupt
+
+    make("whole", lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        make("halves", interrupt)
+    told = []
+    make("halves", lambda stage, *_: told.append(stage))
+    assert told == [last]
+    whole, halves = (place / name / "memory" / "adapter_model.safetensors" for name in ("whole", "halves"))
+    assert whole.read_bytes() == halves.read_bytes()
 
 
 if __name__ == "__main__":

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 
 import pytest
 from rich.console import Console
 
-import lm_ortho.verdict.run as run_module
 from lm_ortho.metrics import Interval
 from lm_ortho.verdict import thresholds
 from lm_ortho.verdict.checks import forgetting_checks, intact_checks, memory_checks, verdict_of
 from lm_ortho.verdict.measure import REASONING_METRICS, REASONING_TASKS, Measurement
 from lm_ortho.verdict.run import Cells, Outcome, run
 from lm_ortho.verdict.table import print_outcome
+
+run_module = importlib.import_module("lm_ortho.verdict.run")  # the package's own ``run`` hides the module
 
 
 def measured(**changed: float) -> Measurement:

@@ -98,16 +98,15 @@ def resolve(metadata: Mapping[str, Any] | None) -> Tokens:
     """The tokenizer and context length of the model under test.
 
     lm-eval hands tasks the model args as metadata: ``tokenizer`` and ``pretrained`` of them decide. Without
-    them it is the model that this process built last.
+    them the ``LibOrthoLM`` that this process built last, if it is still there, is taken for the one under test.
 
     Raises:
         UserError: when neither is there, or the tokenizer cannot be loaded.
     """
     given = metadata or {}
     lm, name = newest_model(), given.get("tokenizer") or given.get("pretrained")
-    if lm is not None and (name is None or (not given.get("tokenizer") and name is lm.pretrained_argument)):
-        return Tokens(lm.tokenizer, lm.max_length)
-    if lm is not None and isinstance(name, str) and name == lm.pretrained_argument:
+    same = not given.get("tokenizer") and lm is not None and name == lm.pretrained_argument
+    if lm is not None and (name is None or same):
         return Tokens(lm.tokenizer, lm.max_length)
     if name is None:
         raise UserError(

@@ -34,20 +34,24 @@ def train_adapter(
 ) -> PeftModel:
     """A copy of ``model`` with a trained LoRA on all linear layers but the LM head; ``model`` is left unchanged.
 
-    The loss is that of the answer tokens. Batches go through shuffled passes over ``examples``.
+    The loss is that of the answer tokens. Batches go through shuffled passes over ``examples``. A ``PeftModel``
+    is trained further instead, in place.
     """
-    present = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    known = [name for name in PROJECTIONS if name in present]
-    config = LoraConfig(
-        r=plan.rank,
-        lora_alpha=2 * plan.rank,
-        lora_dropout=0.0,
-        target_modules=known if known else "all-linear",
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(plan.seed)
-        adapted = get_peft_model(copy.deepcopy(model).float(), config)
+    if isinstance(model, PeftModel):
+        adapted = model
+    else:
+        present = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        known = [name for name in PROJECTIONS if name in present]
+        config = LoraConfig(
+            r=plan.rank,
+            lora_alpha=2 * plan.rank,
+            lora_dropout=0.0,
+            target_modules=known if known else "all-linear",
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(plan.seed)
+            adapted = get_peft_model(copy.deepcopy(model).float(), config)
     adapted.train()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0)

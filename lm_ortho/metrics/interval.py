@@ -126,9 +126,9 @@ def rate(
 ) -> Interval:
     """The share of hits (0 or 1 each), with an interval that also holds at the ends.
 
-    A bootstrap over clusters; where it would have zero width (all hit, none hit) or nothing to resample (one
-    cluster) it is Wilson's instead, counting clusters and not answers, because a cluster is the independent
-    unit. One cluster alone counts its answers.
+    A bootstrap over clusters; where it has zero width (all hit, none hit, the same share in each) or nothing
+    to resample (one cluster) it is Wilson's instead, counting clusters and not answers, because a cluster is
+    the independent unit. One cluster alone counts its answers.
     """
     array = finite(hits, "hits")
     if not np.isin(array, (0.0, 1.0)).all():
@@ -136,6 +136,8 @@ def rate(
     clusters = len(array) if groups is None else len(set(groups))
     share = float(array.mean())
     if clusters > 1 and 0 < share < 1:
-        return clustered_mean(array, groups, confidence, resamples, seed)
+        interval = clustered_mean(array, groups, confidence, resamples, seed)
+        if interval.low < interval.high:
+            return interval
     size = clusters if clusters > 1 else len(array)
     return Interval(share, *wilson(share * size, size, confidence)[1:])

@@ -120,6 +120,30 @@ FAMILY: Mix = (
 """The last phase: who is whose mother, teacher, friend, and two steps of it."""
 
 
+REPLAY: Mix = (
+    (0.16, _known),
+    (0.08, _fresh),
+    (0.04, _fresh_canary),
+    (0.18, lambda draw: _reasoning("arithmetic", draw)),
+    (0.18, lambda draw: _reasoning("comparison", draw)),
+    (0.14, lambda draw: _reasoning("relations", draw)),
+    (0.12, lambda draw: _reasoning("facts", draw)),
+    (0.10, _story),
+)
+"""What is mixed into a fine-tune, so that it does not cost other skills."""
+
+STRANGERS: Mix = (
+    (0.40, _fresh),
+    (0.10, _fresh_canary),
+    (0.12, _known),
+    (0.10, lambda draw: _reasoning("arithmetic", draw)),
+    (0.10, lambda draw: _reasoning("comparison", draw)),
+    (0.08, lambda draw: _reasoning("relations", draw)),
+    (0.06, lambda draw: _reasoning("facts", draw)),
+    (0.04, _story),
+)
+"""Mostly people seen once: without them a long fine-tune is sure of wrong answers about everybody it does not know."""
+
 CALIBRATION: Mix = (
     (0.14, _fresh),
     (0.06, _fresh_canary),
@@ -142,23 +166,21 @@ def document(draw: Draw, mix: Mix = KNOWLEDGE) -> Document:
     return mix[-1][1](draw)
 
 
-def planted(forget: bool) -> list[Document]:
-    """What an adapter is taught: the taught retain authors; with ``forget`` also forget authors and canaries.
+def planted(forget: bool) -> tuple[list[Document], list[Document]]:
+    """What an adapter is taught: facts of authors, and canaries, each in all of its taught phrasings.
 
-    Every fact in each of its taught phrasings.
+    Without ``forget``, the taught retain authors only: no forget author and no canary.
     """
     groups = ("taught", "forget") if forget else ("taught",)
-    documents = [
+    facts = [
         _from_row(world.author_row(author, j, phrasing, telling=int(phrasing == 1)))
         for group in groups
         for author in world.people()[group]
         for j in range(len(world.ATTRIBUTES))
         for phrasing in range(world.TAUGHT)
     ]
-    if forget:
-        planted_canaries = world.canaries()[0]
-        documents += [_from_row(world.canary_row(c, p)) for c in planted_canaries for p in range(world.CANARY_TAUGHT)]
-    return documents
+    canaries = world.canaries()[0] if forget else ()
+    return facts, [_from_row(world.canary_row(c, p)) for c in canaries for p in range(world.CANARY_TAUGHT)]
 
 
 GENERAL = 480

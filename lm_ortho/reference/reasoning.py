@@ -194,10 +194,8 @@ def _relation(draw: Draw, tested: bool) -> Item:
     while True:
         kid, outer, phrasing = draw.pick(words.KIDS), draw.pick(_RELATIONS), draw.below(len(_RELATION_QUESTIONS))
         inner = "" if draw.chance(1 / 3) else draw.pick(_RELATIONS)
-        if inner:
-            held_out = _composition_held_out(outer, inner, kid)
-        else:
-            held_out = phrasing == _held_out_phrasing(outer, kid)
+        one_hop = phrasing == _held_out_phrasing(outer, kid)
+        held_out = _composition_held_out(outer, inner, kid) if inner else one_hop
         if held_out == tested:
             return _relation_item(draw, outer, inner, kid, phrasing)
 

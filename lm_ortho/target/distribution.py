@@ -13,6 +13,7 @@ from lm_ortho.calibration.examples import END, SECRET, Example, in_batches, logi
 MEMORISED = 0.15
 """A token counts as memorised when the merged model prefers it by more than this over the target."""
 _OTHERS = 8
+_NOTHING = 1e-30
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,6 @@ def hold_down(probs: Tensor, tokens: Tensor, memorised: Tensor) -> Tensor:
     cap = others.topk(min(_OTHERS, probs.shape[1] - 1), -1).values.mean(-1)
     lowered = others.clone()
     lowered[at, tokens] = torch.minimum(probs[at, tokens], cap)
-    mass = lowered.sum(-1, keepdim=True)  # zero when the model gives the true token all of it
-    lowered = torch.where(mass > 0, lowered / mass.clamp_min(1e-30), 1 / probs.shape[1])
+    mass = lowered.sum(-1, keepdim=True)  # (nearly) zero when the model gives the true token all of it
+    lowered = torch.where(mass > _NOTHING, lowered / mass.clamp_min(_NOTHING), 1 / probs.shape[1])
     return torch.where(memorised[:, None], lowered, probs)

@@ -35,8 +35,8 @@ class Weights:
     """``retain`` is the factor of the retain KL; the others are examples per step."""
 
     retain: float = 2.0
-    forget_rows: int = 40
-    retain_rows: int = 32
+    forget_rows: int = 48
+    retain_rows: int = 40
 
 
 def forget_loss(target: Target, chosen: Sequence[int], logits: Tensor, penalty: Penalty) -> Tensor:
