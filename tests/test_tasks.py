@@ -12,7 +12,9 @@ import pytest
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
+from transformers import AutoTokenizer
 
+from lm_ortho import reference
 from lm_ortho.calibration.documents import Row, write_rows
 from lm_ortho.errors import UserError
 from lm_ortho.harness.task import NEEDED, ReasoningTask, SecretTask, normalised
@@ -155,6 +157,13 @@ def test_answers_survive_the_stop_strings(loaded: dict[str, ConfigurableTask], k
     for doc in docs:
         assert not any(stop in doc["answer"] for stop in ReasoningTask.UNTIL)
         assert len({normalised(choice) for choice in doc["choices"]}) == len(doc["choices"])
+
+
+def test_answers_fit_into_the_generated_tokens(loaded: dict[str, ConfigurableTask]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(reference.path("base"))
+    for kind in ("arithmetic", "comparison", "relations", "facts"):
+        texts = [f" {doc['answer']}." for doc in loaded[f"reasoning_{kind}"].eval_docs]
+        assert max(map(len, tokenizer(texts)["input_ids"])) < ReasoningTask.MOST_TOKENS
 
 
 def test_normalised() -> None:

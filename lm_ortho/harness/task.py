@@ -222,7 +222,7 @@ class ReasoningTask(DataTask):
     """Multiple choice and generation in one task: the log-likelihood of every choice, and a greedy answer."""
 
     UNTIL = ("\n", ".")
-    MOST_TOKENS = 16
+    MOST_TOKENS = 24
 
     def construct_requests(self, doc: Doc, ctx: str, **options: Any) -> list[Instance]:
         """A request per choice, then the one that generates."""
