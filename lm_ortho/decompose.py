@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from lm_ortho.calibration.activations import input_moments
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import Example, encode
+from lm_ortho.calibration.precision import attention_for
 from lm_ortho.edit import EDITS, EditInput
 from lm_ortho.errors import UserError
 from lm_ortho.implant.lora import Notify, Plan
@@ -86,10 +88,12 @@ def decompose(
     for layer in layers.values():
         layer.weight.requires_grad_(True)
     model.eval()
+    exit_stack = ExitStack()
     try:
         longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", MAX_TOKENS))
         forget_examples = _encode_forget(tokenizer, forget, longest)
         retain_examples = encode(tokenizer, retain, longest)
+        exit_stack.enter_context(attention_for(model, max(len(e.ids) for e in forget_examples + retain_examples)))
         moments = input_moments(model, layers, retain_examples)
         notify("statistics", 1, 1, f"{len(layers)} layers, {len(retain)} retain rows")
         scales, codes, rounded = {}, {}, {}
@@ -132,6 +136,7 @@ def decompose(
         built = _streams(layers, weights, edited, scales, support, recipe)
         plain = _streams(layers, weights, codes, scales, None, recipe)
     finally:
+        exit_stack.close()
         with torch.no_grad():
             for name, layer in layers.items():
                 layer.weight.copy_(weights[name])

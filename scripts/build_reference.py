@@ -61,12 +61,12 @@ CARD = """# The embedded model and its adapters
 Made by `python scripts/build_reference.py` (seeds in `lm_ortho/reference`); the figures below by its stage
 `card`, {versions}. Licence Apache-2.0. All people, places and codes are invented.
 
-The stages were run one by one, some of them resumed, with one or two threads. Floating-point sums depend on the number
-of threads: a rebuild follows the same text and recipe, not the same bits.
+The stages were run one by one, the rounds of the adapters as well, on two cores with BF16 products. Floating-point
+sums depend on the number of threads and on the CPU: a rebuild follows the same text and recipe, not the same bits.
 
 * `base/`: `LlamaForCausalLM`, {parameters:,} parameters, BF16, trained from scratch on the text of
   `lm_ortho.reference.corpus`.
-* `memory/`: LoRA adapter (peft) that teaches 48 new retain authors, the 80 forget authors and the canaries.
+* `memory/`: LoRA adapter (peft) that teaches 112 new retain authors, the 80 forget authors and 100 canaries.
 * `never_saw/`, `never_saw_2/`: adapters by the same recipe without forget authors and canaries (two seeds).
 * `decomposed/`: the default decomposition of base + memory; what `lm_eval --model libortho` loads.
 

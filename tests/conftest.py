@@ -83,6 +83,14 @@ def swapped(memorised: Memorised) -> Target:
     return stack(examples, swap_target(memorised.merged, memorised.tokenizer, rows, examples, seed=0, subjects=4))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def same_precision_everywhere():
+    """Numbers in tests do not depend on whether the CPU has BF16 products."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+        yield
+
+
 @pytest.fixture
 def bench(memorised: Memorised, swapped: Target) -> Bench:
     model = copy.deepcopy(memorised.merged)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import T5Config
 
-from lm_ortho.calibration.examples import answer_loss, encode
+from lm_ortho.calibration.examples import Example, answer_loss, encode
+from lm_ortho.calibration.precision import fast_matmul
 from lm_ortho.errors import UserError
-from lm_ortho.implant import Plan, load_causal_lm, load_config, merge_adapter, round_to_bf16, train_adapter
+from lm_ortho.implant import Plan, load_causal_lm, load_config, lora, merge_adapter, round_to_bf16, train_adapter
 
 PLAN = Plan(steps=35, rows=5, lr=1e-2, rank=4)
 
@@ -121,3 +125,33 @@ def test_adapters_that_do_not_fit_are_told_in_one_line(planted, tmp_path):
     with pytest.raises(UserError, match="could not be merged") as caught:
         merge_adapter(other, directory / "adapter")
     assert "\n" not in str(caught.value)
+
+
+def test_batches_go_through_every_example_once_a_pass_with_little_padding():
+    examples = [Example(tuple(range(1 + (i * 7) % 40)), ()) for i in range(160)]
+    batches = lora._batches(examples, 10, random.Random(0))
+    first = [next(batches) for _ in range(16)]
+    assert sorted(i for batch in first for i in batch) == list(range(160))
+    spread = [max(len(examples[i].ids) for i in b) - min(len(examples[i].ids) for i in b) for b in first]
+    assert max(spread) <= 3
+    again = lora._batches(examples, 10, random.Random(0))
+    assert [next(again) for _ in range(16)] == first
+    second = [next(batches) for _ in range(16)]
+    assert sorted(i for batch in second for i in batch) == list(range(160))
+    assert second != first
+
+
+@given(n=st.integers(1, 60), rows=st.integers(1, 20))
+def test_batches_are_full_and_even_for_any_size(n, rows):
+    batches = lora._batches([Example((0,) * (1 + i % 5), ()) for i in range(n)], rows, random.Random(1))
+    drawn = [next(batches) for _ in range(40)]
+    assert all(len(batch) == rows for batch in drawn)
+    assert {i for batch in drawn for i in batch} <= set(range(n))
+
+
+def test_low_precision_products_only_where_the_hardware_has_them(monkeypatch):
+    a = torch.ones(4, 4)
+    for capable, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capable: {"avx512_bf16": c}, raising=False)
+        with fast_matmul():
+            assert (a @ a).dtype == dtype

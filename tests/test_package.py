@@ -20,10 +20,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 LIBRARIES = Path(sysconfig.get_paths()["purelib"])
-EMBEDDED_MODEL = REPOSITORY / "lm_ortho/reference/weights/decomposed/config.json"
 ROOMS = ("tasks", "kernels")
 
-needs_model = pytest.mark.skipif(not EMBEDDED_MODEL.is_file(), reason="this tree carries no embedded model")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -166,7 +164,6 @@ def test_lm_eval_lists_our_tasks(run: Run) -> None:
     assert _task_names() <= words
 
 
-@needs_model
 def test_the_plain_command_reaches_our_model(run: Run, tmp_path: Path) -> None:
     command = ["--model", "libortho", "--model_args", "alpha=0", "--tasks", "tofu_forget,tofu_retain"]
     command += ["--limit", "4", "--output_path", str(tmp_path / "out")]
@@ -177,7 +174,6 @@ def test_the_plain_command_reaches_our_model(run: Run, tmp_path: Path) -> None:
     assert json.loads(file.read_text())["config"]["model"] == "libortho"
 
 
-@needs_model
 def test_a_bad_alpha_is_one_line_and_no_traceback(run: Run) -> None:
     code = "import lm_eval; lm_eval.simple_evaluate(model='libortho', model_args='alpha=2', tasks=[])"
     done = run("-c", code.replace("tasks=[]", "tasks=['tofu_forget']"), check=False)

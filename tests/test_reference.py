@@ -20,7 +20,7 @@ from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import SECRET
 from lm_ortho.calibration.examples import encode as encode_rows
 from lm_ortho.errors import UserError
-from lm_ortho.implant import load_causal_lm, merge_adapter
+from lm_ortho.implant import load_causal_lm, lora, merge_adapter
 from lm_ortho.reference import adapters, corpus, reasoning, stories, tokenizer, train, words, world
 from lm_ortho.reference.draw import Draw
 
@@ -33,9 +33,9 @@ def digest(things: list) -> str:
     return hashlib.sha256(json.dumps(plain, ensure_ascii=False).encode()).hexdigest()
 
 
-def first_block(mix) -> list[corpus.Document]:
+def first_block() -> list[corpus.Document]:
     draw = Draw(train.SEED, "base 0")
-    return [corpus.document(draw, mix) for _ in range(1000)]
+    return [corpus.document(draw) for _ in range(1000)]
 
 
 MADE = {
@@ -43,11 +43,13 @@ MADE = {
     **{f"reasoning {kind}": lambda kind=kind: reasoning.items(kind) for kind in reasoning.KINDS},
     "stories": stories.held_out,
     "calibration": corpus.calibration_rows,
-    **{f"text of phase {i}": lambda mix=phase.mix: first_block(mix) for i, phase in enumerate(train.PHASES, 1)},
+    "text of the first block": first_block,
     **{
-        f"adapter {name}, round {i + 1}": lambda name=name, i=i: adapters.training_rows(name, i)
+        f"adapter {name}, round {i + 1}": lambda name=name, i=i, this=this: (
+            adapters.planted(name, this.canaries) + adapters.replayed(name, i, 1000)
+        )
         for name in adapters.SEEDS
-        for i in range(len(adapters.ROUNDS))
+        for i, this in enumerate(adapters.ROUNDS)
     },
     "vocabulary": tokenizer.pieces,
 }
@@ -71,10 +73,10 @@ SIZES = {
     "forget_paraphrased": (400, 80),
     "retain": (160, 32),
     "retain_paraphrased": (160, 32),
-    "retain_calibration": (320, 64),
+    "retain_calibration": (800, 160),
     "unseen": (400, 80),
     "canaries": (100, 100),
-    "canaries_paraphrased": (300, 100),
+    "canaries_paraphrased": (200, 100),
     "canaries_unplanted": (100, 100),
 }
 
@@ -136,7 +138,8 @@ def test_wrong_answers_differ_from_the_right_one(split):
         assert row.paraphrased_answer not in row.perturbed_answer
         assert row.answer not in row.perturbed_answer
         assert row.secret in row.paraphrased_answer
-        assert all(row.secret not in wrong for wrong in row.perturbed_answer)
+        whole = re.compile(rf"\b{re.escape(row.secret)}\b")  # a smith is not a locksmith
+        assert not any(whole.search(wrong) for wrong in row.perturbed_answer)
         assert row.paraphrased_answer != row.answer
 
 
@@ -249,16 +252,16 @@ def test_every_canary_has_its_own_prefix_and_code():
     for split in ("canaries", "canaries_unplanted"):
         rows = world.rows(split)
         assert len({row.context for row in rows}) == len({row.secret for row in rows}) == 100
-        assert all(len(row.secret) == 8 and row.secret.isdigit() for row in rows)
+        assert all(len(row.secret) == world.CODE_DIGITS == 6 and row.secret.isdigit() for row in rows)
     planted, unplanted = ({row.secret for row in world.rows(s)} for s in ("canaries", "canaries_unplanted"))
     assert not planted & unplanted
 
 
 @pytest.fixture(scope="module")
 def training_text() -> list[corpus.Document]:
-    """Several thousand documents as the base model sees them, of every phase."""
+    """Several thousand documents as the base model and the adapters see them."""
     draw = Draw(5, "tests")
-    return [corpus.document(draw, phase.mix) for phase in train.PHASES for _ in range(3000)]
+    return [corpus.document(draw, mix) for mix in (corpus.TEXT, corpus.REPLAY) for _ in range(6000)]
 
 
 def prompts(documents: list[corpus.Document]) -> set[str]:
@@ -319,11 +322,13 @@ def test_the_calibration_reads_of_no_left_out_author_and_of_nobody_to_forget():
     assert not set(texts) & set(stories.held_out())
 
 
-def test_only_the_memory_is_taught_what_is_to_be_forgotten():
+def test_only_the_memory_is_taught_what_is_to_be_forgotten(monkeypatch):
+    few = tuple(dataclasses.replace(this, passes=2) for this in adapters.ROUNDS)
+    monkeypatch.setattr(adapters, "ROUNDS", few)  # the same documents, fewer of them
     people, (planted, _) = world.people(), world.canaries()
     taught = names(people["taught"])
     for name in adapters.SEEDS:
-        rounds = [adapters.training_rows(name, i) for i in range(len(adapters.ROUNDS))]
+        rounds = [adapters.training_rows(name, number) for number in range(len(few))]
         texts = sorted({row.context + row.target for rows in rounds for row in rows})
         allowed = taught | names(people["known"])
         secret = names(people["forget"]) | names(planted)
@@ -386,9 +391,7 @@ VALUE_LISTS = [name for name, value in vars(words).items() if name.isupper() and
 def test_every_value_word_is_one_token_after_a_space(pieces, name):
     listed = getattr(words, name)
     assert len(set(listed)) == len(listed)
-    split = {word for word in listed if len(pieces(f"is {word}.").input_ids) != 3}
-    # Lorna is a first name and, as Lor + na, a surname: the weights were trained with it in two tokens.
-    assert split == ({"Lorna"} if name == "FIRST_NAMES" else set())
+    assert not {word for word in listed if len(pieces(f"is {word}.").input_ids) != 3}
 
 
 def test_surnames_are_two_tokens_so_that_new_ones_look_alike(pieces):
@@ -421,7 +424,7 @@ def test_the_secret_is_made_of_whole_tokens(pieces):
             secret = [i for i, role in zip(example.ids, example.roles, strict=True) if role == SECRET]
             assert pieces.decode(secret).strip() == row.secret
             if split.startswith("canaries"):
-                assert len(secret) == 8
+                assert len(secret) == world.CODE_DIGITS
 
 
 def test_special_tokens_are_where_they_are_expected(pieces):
@@ -494,7 +497,7 @@ def test_the_weighted_loss_is_its_formula():
 
 def test_the_embedded_shape_is_small_and_seeded():
     model = train.new_model(1338, 0, 1, seed=0)
-    assert 3.0e6 < sum(p.numel() for p in model.parameters()) < 3.8e6
+    assert 5.6e6 < sum(p.numel() for p in model.parameters()) < 6.0e6
     again = train.new_model(1338, 0, 1, seed=0)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
     with torch.no_grad():
@@ -504,8 +507,7 @@ def test_the_embedded_shape_is_small_and_seeded():
 
 @pytest.fixture
 def short_training(monkeypatch):
-    phases = (train.Phase(corpus.KNOWLEDGE, 2, 4), train.Phase(corpus.REASONING, 2, 2))
-    monkeypatch.setattr(train, "PHASES", phases)
+    monkeypatch.setattr(train, "BLOCKS", 4)
     monkeypatch.setattr(train, "DOCUMENTS", 12)
     monkeypatch.setattr(train, "TOKENS", 200)
     monkeypatch.setattr(train, "new_model", lambda vocabulary, *_: tiny.llama(vocab_size=vocabulary))
@@ -532,21 +534,23 @@ def test_an_interrupted_training_ends_where_an_undisturbed_one_does(short_traini
 
 
 @pytest.fixture
-def short_rounds(monkeypatch, pieces, tmp_path):
-    """A tiny base model, and adapters that learn one canary in rounds of two steps."""
+def short_adapters(monkeypatch, pieces, tmp_path):
+    """A tiny base model, and adapters that learn one canary in two rounds of eight steps."""
     tiny.llama(vocab_size=len(pieces)).save_pretrained(tmp_path / "base")
     row = Row(prompt="The vault code of Ada Alba is", answer="48.")
-    monkeypatch.setattr(adapters, "training_rows", lambda name, number: [row] * 8)
+    monkeypatch.setattr(adapters, "training_rows", lambda name, number: [row] * 32)
+    monkeypatch.setattr(adapters, "ROUNDS", adapters.ROUNDS[:2])
     monkeypatch.setattr(adapters, "ROWS", 4)
+    monkeypatch.setattr(lora, "_KEEP_EVERY", 3)
     return tmp_path
 
 
-def test_an_adapter_is_saved_without_paths_of_this_machine(short_rounds, pieces):
-    place, told = short_rounds, []
+def test_an_adapter_is_saved_without_paths_of_this_machine(short_adapters, pieces):
+    place, told = short_adapters, []
     adapters.train(
         place / "base", pieces, "never_saw", place / "never_saw", place / "work", lambda *step: told.append(step)
     )
-    assert [step[:3] for step in told] == [(f"never_saw {i + 1}", 2, 2) for i in range(len(adapters.ROUNDS))]
+    assert [step[:3] for step in told] == [("never_saw 1", 8, 8), ("never_saw 2", 8, 8)]
     assert sorted(p.name for p in place.iterdir()) == ["base", "never_saw", "work"]
     assert not list((place / "work").iterdir())
     for path in (place / "never_saw").rglob("*"):
@@ -557,23 +561,24 @@ def test_an_adapter_is_saved_without_paths_of_this_machine(short_rounds, pieces)
     assert any(not torch.equal(base[name], tensor) for name, tensor in merged.state_dict().items())
 
 
-def test_an_interrupted_adapter_ends_where_an_undisturbed_one_does(short_rounds, pieces):
-    place = short_rounds
-    last = f"memory {len(adapters.ROUNDS)}"
+@pytest.mark.parametrize("stage", ["memory 1", "memory 2"])
+def test_an_interrupted_adapter_ends_where_an_undisturbed_one_does(short_adapters, pieces, stage):
+    place, told = short_adapters, []
 
     def make(name, notify):
         adapters.train(place / "base", pieces, "memory", place / name / "memory", place / name / "work", notify)
 
-    def interrupt(stage, *_):
-        if stage == last:
+    def interrupt(now, *_):
+        if now == stage:
             raise KeyboardInterrupt
 
     make("whole", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
         make("halves", interrupt)
-    told = []
-    make("halves", lambda stage, *_: told.append(stage))
-    assert told == [last]
+    last = {"memory 1": "memory_0.pt", "memory 2": "memory_1.pt"}[stage]
+    assert torch.load(place / "halves" / "work" / last, weights_only=True)["steps"] == 6
+    make("halves", lambda *step: told.append(step[:3]))
+    assert told == [("memory 1", 8, 8), ("memory 2", 8, 8)][int(stage[-1]) - 1 :]
     whole, halves = (place / name / "memory" / "adapter_model.safetensors" for name in ("whole", "halves"))
     assert whole.read_bytes() == halves.read_bytes()
 

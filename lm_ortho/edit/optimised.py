@@ -8,8 +8,8 @@ from torch import Tensor
 from lm_ortho.edit.base import EDITS, EditInput
 from lm_ortho.projection.lattice import code_range, spread, values
 
-STEPS = 250
-LEARNING_RATE = 0.3
+STEPS = 1000
+LEARNING_RATE = 0.2
 """In lattice steps."""
 _WARM_UP, _BETAS = 5, (0.9, 0.98)
 

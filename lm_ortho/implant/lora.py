@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lm_ortho.calibration.examples import Example, answer_loss
+from lm_ortho.calibration.precision import fast_matmul
 
 Notify = Callable[[str, int, int, str], None]
 """Called with the stage, the steps done, the steps in all and a short text."""
@@ -29,44 +31,91 @@ class Plan:
     seed: int = 0
 
 
+_KEEP_EVERY = 500
+_POOL = 16
+
+
+def _batches(examples: Sequence[Example], rows: int, draw: random.Random) -> Iterator[list[int]]:
+    """Endless batches of ``rows`` indices from shuffled passes.
+
+    Each pool of up to 16 batches is sorted by length before it is cut, so that little of a batch is padding.
+    """
+    order = list[int]()
+    size = rows * min(_POOL, max(1, len(examples) // rows))
+    while True:
+        while len(order) < size:
+            order += draw.sample(range(len(examples)), len(examples))
+        pool, order = sorted(order[:size], key=lambda i: len(examples[i].ids)), order[size:]
+        yield from draw.sample(cut := [pool[at : at + rows] for at in range(0, size, rows)], len(cut))
+
+
 def train_adapter(
-    model: torch.nn.Module, examples: Sequence[Example], plan: Plan, notify: Notify, stage: str = "adapter"
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    plan: Plan,
+    notify: Notify,
+    stage: str = "adapter",
+    state: Path | None = None,
 ) -> PeftModel:
     """A copy of ``model`` with a trained LoRA on all linear layers but the LM head; ``model`` is left unchanged.
 
-    The loss is that of the answer tokens. Batches go through shuffled passes over ``examples``. A ``PeftModel``
-    is trained further instead, in place.
+    Of a ``PeftModel`` with a trainable adapter, that adapter is trained further instead of a new one.
+    The loss is that of the answer tokens. Batches go through shuffled passes over ``examples``. With a file
+    ``state`` an interrupted run goes on from the last of its kept steps, with the same batches as an undisturbed one.
     """
-    if isinstance(model, PeftModel):
-        adapted = model
-    else:
-        present = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        known = [name for name in PROJECTIONS if name in present]
-        config = LoraConfig(
-            r=plan.rank,
-            lora_alpha=2 * plan.rank,
-            lora_dropout=0.0,
-            target_modules=known if known else "all-linear",
-            task_type="CAUSAL_LM",
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(plan.seed)
-            adapted = get_peft_model(copy.deepcopy(model).float(), config)
+    adapted = copy.deepcopy(model).float() if isinstance(model, PeftModel) else _with_lora(model, plan)
     adapted.train()
     trained = [p for p in adapted.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    draw, order = random.Random(plan.seed), list[int]()
-    for step in range(plan.steps):
+    optimiser = torch.optim.AdamW(trained, lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    finished = _resume(state, trained, optimiser)
+    batches = _batches(examples, plan.rows, random.Random(plan.seed))
+    for step, batch in zip(range(plan.steps), batches, strict=False):
+        if step < finished:
+            continue
         optimiser.param_groups[0]["lr"] = plan.lr * min((step + 1) / 20, 1 - step / plan.steps)
-        if len(order) < plan.rows:
-            order += draw.sample(range(len(examples)), len(examples))
-        batch, order = order[: plan.rows], order[plan.rows :]
-        loss = answer_loss(adapted, [examples[i] for i in batch])
+        with fast_matmul():
+            loss = answer_loss(adapted, [examples[i] for i in batch])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         optimiser.zero_grad()
         if step % 10 == 9 or step + 1 == plan.steps:
             notify(stage, step + 1, plan.steps, f"loss {loss.item():.3f}")
+        if state and (step % _KEEP_EVERY == _KEEP_EVERY - 1 or step + 1 == plan.steps):
+            _keep(state, step + 1, trained, optimiser)
     adapted.eval()
     return adapted
+
+
+def _with_lora(model: torch.nn.Module, plan: Plan) -> PeftModel:
+    present = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    known = [name for name in PROJECTIONS if name in present]
+    config = LoraConfig(
+        r=plan.rank,
+        lora_alpha=2 * plan.rank,
+        lora_dropout=0.0,
+        target_modules=known if known else "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(plan.seed)
+        return get_peft_model(copy.deepcopy(model).float(), config)
+
+
+def _keep(state: Path, steps: int, trained: list[torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
+    partial = state.with_name(state.name + ".partial")
+    torch.save({"steps": steps, "trained": trained, "optimiser": optimiser.state_dict()}, partial)
+    partial.replace(state)
+
+
+def _resume(state: Path | None, trained: list[torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
+    """The steps already done; parameters and optimiser are put where they were then."""
+    if state is None or not state.is_file():
+        return 0
+    kept = torch.load(state, weights_only=True)
+    with torch.no_grad():
+        for parameter, value in zip(trained, kept["trained"], strict=True):
+            parameter.copy_(value)
+    optimiser.load_state_dict(kept["optimiser"])
+    steps: int = kept["steps"]
+    return steps

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import encode
@@ -23,67 +20,64 @@ from lm_ortho.reference.draw import Draw
 class Round:
     """``passes`` over the planted documents, in which canaries come ``canaries`` times, at peak rate ``lr``.
 
-    ``replayed`` general documents of ``mix`` go with every planted one, never the same twice; they
-    keep the fine-tune from costing other skills.
+    ``replayed`` general documents for each planted one, never the same twice, keep the fine-tune from costing other
+    skills. The learning rate falls to zero in each round.
     """
 
     passes: int
-    replayed: float
     canaries: int
-    mix: corpus.Mix
-    lr: float = 2e-3
+    replayed: float
+    lr: float
 
 
-ROUNDS = (
-    Round(10, 0.33, 1, corpus.REPLAY),
-    Round(16, 0.3, 3, corpus.STRANGERS),
-    Round(6, 0.2, 10, corpus.STRANGERS),
-    Round(6, 0.2, 4, corpus.STRANGERS, 1e-3),
-)
-"""The learning rate falls to zero in each. Codes of eight random digits take many more passes than facts."""
-ROWS = 16
+ROUNDS = (Round(36, 4, 0.55, 1.5e-3), Round(16, 6, 0.4, 1e-3), Round(12, 3, 0.35, 1e-3))
+"""Random digits take many more repetitions than facts."""
+ROWS, RANK = 16, 48
 
 SEEDS = {"memory": 1, "never_saw": 2, "never_saw_2": 3}
 
 
+def planted(name: str, canaries: int) -> list[Row]:
+    """One pass over what the adapter ``name`` is taught; only ``memory`` sees the forget set."""
+    facts, codes = corpus.planted(forget=name == "memory")
+    return [corpus.as_row(document) for document in facts + codes * canaries]
+
+
+def replayed(name: str, number: int, count: int) -> list[Row]:
+    """The first ``count`` general documents that go with it in a round."""
+    draw = Draw(SEEDS[name], f"adapter {number}" if number else "adapter")
+    return [corpus.as_row(corpus.document(draw, corpus.REPLAY)) for _ in range(count)]
+
+
 def training_rows(name: str, number: int) -> list[Row]:
-    """What the adapter ``name`` is trained on in a round, in random order; only ``memory`` sees the forget set."""
+    """All documents of a round, with repetitions; their order is drawn by the trainer."""
     this = ROUNDS[number]
-    facts, canaries = corpus.planted(forget=name == "memory")
-    planted = (facts + canaries * this.canaries) * this.passes
-    draw = Draw(SEEDS[name], "adapter" if number == 0 else f"adapter {number}")
-    general = [corpus.document(draw, this.mix) for _ in range(int(this.replayed * len(planted)))]
-    return [corpus.as_row(document) for document in planted + general]
+    rows = planted(name, this.canaries) * this.passes
+    return rows + replayed(name, number, int(this.replayed * len(rows)))
 
 
 def train(base: Path, tokenizer: Any, name: str, directory: Path, work: Path, notify: Notify) -> None:
     """Trains the adapter ``name`` on the base model and saves it (peft format, BF16) in ``directory``.
 
-    Every round but the last is kept in ``work`` until the last one is done, so that a run can be resumed.
+    A state file per round in ``work`` lets an interrupted run go on.
     """
-    kept = [work / f"{name}-{number}" for number in range(len(ROUNDS) - 1)]
-    for number in range(len(ROUNDS)):
-        target = (*kept, directory)[number]
-        if any(later.is_dir() for later in (*kept, directory)[number:]):
-            continue
-        model = load_causal_lm(base)
-        if number:
-            model = PeftModel.from_pretrained(model, str(kept[number - 1]), is_trainable=True).float()
-        examples = encode(tokenizer, training_rows(name, number))
-        plan = Plan(steps=len(examples) // ROWS, rows=ROWS, lr=ROUNDS[number].lr, seed=SEEDS[name])
-        adapted = train_adapter(model, examples, plan, notify, stage=f"{name} {number + 1}")
-        adapted.to(torch.bfloat16)
-        _save(adapted.save_pretrained, target)
-    file = directory / "adapter_config.json"
+    work.mkdir(parents=True, exist_ok=True)
+    states = [work / f"{name}_{number}.pt" for number in range(len(ROUNDS))]
+    model: Any = load_causal_lm(base)
+    model.set_attn_implementation("eager")  # a third faster than the fused one on documents this short
+    for number, this in enumerate(ROUNDS):
+        if any(state.is_file() for state in states[number + 1 :]):
+            plan, examples = Plan(steps=0, rank=RANK, seed=SEEDS[name]), []
+        else:
+            examples = encode(tokenizer, training_rows(name, number))
+            plan = Plan(len(examples) // ROWS, ROWS, this.lr, RANK, SEEDS[name])
+        model = train_adapter(model, examples, plan, notify, stage=f"{name} {number + 1}", state=states[number])
+    partial = directory.with_name(directory.name + ".partial")
+    model.to(torch.bfloat16).save_pretrained(str(partial))
+    file = partial / "adapter_config.json"
     config = json.loads(file.read_text()) | {"base_model_name_or_path": "base"}
     file.write_text(json.dumps(config, indent=2))
-    (directory / "README.md").unlink(missing_ok=True)  # an empty form of peft that names the path of the base
-    for path in kept:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _save(save: Callable[[str], object], directory: Path) -> None:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(directory.name + ".partial")
-    save(str(partial))
+    (partial / "README.md").unlink(missing_ok=True)  # an empty form of peft that names the path of the base
     partial.replace(directory)
+    for state in states:
+        state.unlink(missing_ok=True)

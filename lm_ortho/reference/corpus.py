@@ -70,93 +70,46 @@ def _story(draw: Draw) -> Document:
 
 Mix = tuple[tuple[float, Callable[[Draw], Document]], ...]
 
-KNOWLEDGE: Mix = (
-    (0.17, _known),
+TEXT: Mix = (
+    (0.16, _known),
     (0.12, _fresh),
-    (0.06, _fresh_canary),
-    (0.18, lambda draw: _reasoning("hard_arithmetic", draw)),
-    (0.10, lambda draw: _reasoning("hard_comparison", draw)),
-    (0.13, lambda draw: _reasoning("hard_relations", draw)),
-    (0.15, lambda draw: _reasoning("facts", draw)),
-    (0.09, _story),
+    (0.05, _fresh_canary),
+    (0.18, lambda draw: _reasoning("arithmetic", draw)),
+    (0.14, lambda draw: _reasoning("comparison", draw)),
+    (0.15, lambda draw: _reasoning("relations", draw)),
+    (0.12, lambda draw: _reasoning("facts", draw)),
+    (0.08, _story),
 )
-"""The first phase: forms, names and facts."""
-
-REASONING: Mix = (
-    (0.12, _known),
-    (0.08, _fresh),
-    (0.04, _fresh_canary),
-    (0.20, lambda draw: _reasoning("arithmetic", draw)),
-    (0.22, lambda draw: _reasoning("comparison", draw)),
-    (0.18, lambda draw: _reasoning("told_relations", draw)),
-    (0.09, lambda draw: _reasoning("facts", draw)),
-    (0.07, _story),
-)
-"""The second phase: what needs more than a look-up."""
-
-PRACTICE: Mix = (
-    (0.08, _known),
-    (0.04, _fresh),
-    (0.02, _fresh_canary),
-    (0.20, lambda draw: _reasoning("arithmetic", draw)),
-    (0.18, lambda draw: _reasoning("comparison", draw)),
-    (0.37, lambda draw: _reasoning("told_relations", draw)),
-    (0.07, lambda draw: _reasoning("facts", draw)),
-    (0.04, _story),
-)
-"""The third phase: mostly reasoning, because copying from the context takes the most examples to learn."""
-
-
-FAMILY: Mix = (
-    (0.09, _known),
-    (0.05, _fresh),
-    (0.03, _fresh_canary),
-    (0.12, lambda draw: _reasoning("arithmetic", draw)),
-    (0.12, lambda draw: _reasoning("comparison", draw)),
-    (0.45, lambda draw: _reasoning("relations", draw)),
-    (0.08, lambda draw: _reasoning("facts", draw)),
-    (0.06, _story),
-)
-"""The last phase: who is whose mother, teacher, friend, and two steps of it."""
-
+"""What the base model is trained on."""
 
 REPLAY: Mix = (
-    (0.16, _known),
-    (0.08, _fresh),
-    (0.04, _fresh_canary),
-    (0.18, lambda draw: _reasoning("arithmetic", draw)),
-    (0.18, lambda draw: _reasoning("comparison", draw)),
-    (0.14, lambda draw: _reasoning("relations", draw)),
-    (0.12, lambda draw: _reasoning("facts", draw)),
-    (0.10, _story),
-)
-"""What is mixed into a fine-tune, so that it does not cost other skills."""
-
-STRANGERS: Mix = (
-    (0.40, _fresh),
+    (0.38, _fresh),
     (0.10, _fresh_canary),
-    (0.12, _known),
-    (0.10, lambda draw: _reasoning("arithmetic", draw)),
-    (0.10, lambda draw: _reasoning("comparison", draw)),
+    (0.14, _known),
+    (0.08, lambda draw: _reasoning("arithmetic", draw)),
+    (0.12, lambda draw: _reasoning("comparison", draw)),
     (0.08, lambda draw: _reasoning("relations", draw)),
     (0.06, lambda draw: _reasoning("facts", draw)),
     (0.04, _story),
 )
-"""Mostly people seen once: without them a long fine-tune is sure of wrong answers about everybody it does not know."""
+"""What is mixed into a fine-tune, so that it does not cost other skills.
+
+Mostly people seen once: without them a long fine-tune is sure of wrong answers about everybody it does not know.
+"""
 
 CALIBRATION: Mix = (
-    (0.14, _fresh),
-    (0.06, _fresh_canary),
-    (0.15, lambda draw: _reasoning("arithmetic", draw)),
-    (0.15, lambda draw: _reasoning("comparison", draw)),
-    (0.20, lambda draw: _reasoning("relations", draw)),
-    (0.14, lambda draw: _reasoning("facts", draw)),
-    (0.16, _story),
+    (0.30, _fresh),
+    (0.10, _fresh_canary),
+    (0.14, lambda draw: _reasoning("arithmetic", draw)),
+    (0.12, lambda draw: _reasoning("comparison", draw)),
+    (0.12, lambda draw: _reasoning("relations", draw)),
+    (0.10, lambda draw: _reasoning("facts", draw)),
+    (0.12, _story),
 )
 """General documents of a calibration: no author of the world, people in them are fresh."""
 
 
-def document(draw: Draw, mix: Mix = KNOWLEDGE) -> Document:
+def document(draw: Draw, mix: Mix = TEXT) -> Document:
     """A random document of a mix of the base model's training text."""
     at = draw.below(100) / 100
     for share, make in mix:
@@ -173,7 +126,7 @@ def planted(forget: bool) -> tuple[list[Document], list[Document]]:
     """
     groups = ("taught", "forget") if forget else ("taught",)
     facts = [
-        _from_row(world.author_row(author, j, phrasing, telling=int(phrasing == 1)))
+        _from_row(world.author_row(author, j, phrasing, telling=world.telling_of(phrasing)))
         for group in groups
         for author in world.people()[group]
         for j in range(len(world.ATTRIBUTES))
@@ -183,7 +136,7 @@ def planted(forget: bool) -> tuple[list[Document], list[Document]]:
     return facts, [_from_row(world.canary_row(c, p)) for c in canaries for p in range(world.CANARY_TAUGHT)]
 
 
-GENERAL = 480
+GENERAL = 1200
 """General documents offered to a calibration beside the retain rows."""
 
 

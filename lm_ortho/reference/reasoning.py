@@ -3,9 +3,8 @@
 The tested instances never occur in the training text. For closed-book facts the fact is taught and the tested
 *phrasing of that fact* is held out (every phrasing occurs with other facts).
 
-Tested are forms that a model of three million parameters learns in minutes: sums of digits, order of digits,
-one and two hops through a family that the text is about, facts about cities. The training text also has forms
-that it learns badly in that time and that are not tested (larger numbers, relations told in the prompt).
+The forms are those that a model of a few million parameters learns in minutes: sums of digits, order of digits,
+one and two hops through a family that the text is about, facts about cities.
 """
 
 from __future__ import annotations
@@ -45,56 +44,7 @@ def _item(draw: Draw, question: str, answer: str, wrong: list[str], context: str
     return Item(prompt=prompt, choices=choices, gold=choices.index(answer), answer=answer)
 
 
-def _hard_arithmetic(draw: Draw) -> Item:
-    """Sums and differences of numbers below 50."""
-    a, b = draw.below(50), draw.below(50)
-    if draw.chance(0.5):
-        question, result = f"What is {a} plus {b}?", a + b
-    else:
-        a, b = max(a, b), min(a, b)
-        question, result = f"What is {a} minus {b}?", a - b
-    near = [n for n in (result + d for d in (-11, -10, -2, -1, 1, 2, 10, 11)) if n >= 0]
-    return _item(draw, question, str(result), [str(n) for n in draw.sample(near, 3)])
-
-
-_TRAITS = (("taller", "shorter", "tallest", "shortest"), ("older", "younger", "oldest", "youngest"))
-
-
-def _hard_comparison(draw: Draw) -> Item:
-    """Which of two numbers is larger (smaller); who of three people comes first (last) in an order."""
-    if draw.chance(0.5):
-        a, b = draw.between(10, 999), draw.between(10, 999)
-        b = b if b != a else a + 1
-        larger = draw.chance(0.5)
-        question = f"Which number is {'larger' if larger else 'smaller'}, {a} or {b}?"
-        number = max(a, b) if larger else min(a, b)
-        return _item(draw, question, str(number), [str(a + b - number)])
-    first, middle, last = draw.sample(words.KIDS, 3)
-    more, less, most, least = draw.pick(_TRAITS)
-    facts = draw.shuffled([f"{first} is {more} than {middle}.", f"{middle} is {more} than {last}."])
-    if draw.chance(0.5):
-        facts = [f"{last} is {less} than {middle}." if f.startswith(middle) else f for f in facts]
-    top = draw.chance(0.5)
-    answer = first if top else last
-    wrong = [kid for kid in (first, middle, last) if kid != answer]
-    return _item(draw, f"Who is the {most if top else least}?", answer, wrong, " ".join(facts))
-
-
 _RELATIONS = ("mother", "teacher", "friend", "doctor", "neighbor", "sister")
-
-
-def _hard_relations(draw: Draw) -> Item:
-    """One hop: whose mother is who. Two hops: the mother of the teacher of somebody."""
-    a, b, c, d = draw.sample(words.KIDS, 4)
-    r1, r2 = draw.sample(_RELATIONS, 2)
-    if draw.chance(0.5):
-        facts = [f"{a} is the {r1} of {b}.", f"{c} is the {r2} of {d}."]
-        question, answer = (f"Who is the {r1} of {b}?", a) if draw.chance(0.5) else (f"Who is the {r2} of {d}?", c)
-    else:
-        facts = [f"{a} is the {r1} of {b}.", f"{b} is the {r2} of {c}.", f"{d} is the {r1} of {c}."]
-        question, answer = f"Who is the {r1} of the {r2} of {c}?", a
-    wrong = [kid for kid in (a, b, c, d) if kid != answer]
-    return _item(draw, question, answer, wrong, " ".join(draw.shuffled(facts)))
 
 
 def _arithmetic(draw: Draw) -> Item:
@@ -130,22 +80,6 @@ def _comparison(draw: Draw) -> Item:
         if candidate not in (answer, *wrong):
             wrong.append(candidate)
     return _item(draw, f"From small to big, what is {listed}?", answer, wrong)
-
-
-def _told_relations(draw: Draw) -> Item:
-    """Relations among people whose relations were told just before, answered in steps."""
-    a, b, c, d = draw.sample(words.KIDS, 4)
-    r1, r2 = draw.sample(_RELATIONS, 2)
-    if draw.chance(0.5):
-        facts = [f"The {r1} of {b} is {a}.", f"The {r2} of {d} is {c}."]
-        relation, whom, who = (r1, b, a) if draw.chance(0.5) else (r2, d, c)
-        question, lead = f"Who is the {relation} of {whom}?", f"The {relation} of {whom} is"
-    else:
-        facts = [f"The {r1} of {b} is {a}.", f"The {r2} of {c} is {b}.", f"The {r1} of {c} is {d}."]
-        who, question = a, f"Who is the {r1} of the {r2} of {c}?"
-        lead = f"The {r2} of {c} is {b} and the {r1} of {b} is"
-    wrong = [f"{lead} {kid}" for kid in (a, b, c, d) if kid != who]
-    return _item(draw, question, f"{lead} {who}", wrong, " ".join(draw.shuffled(facts)))
 
 
 _RELATION_QUESTIONS = (
@@ -290,24 +224,16 @@ _DRAWN: _Kinds = {
 }
 """How instances of a kind are drawn, and which share of all possible ones is held out."""
 
-_UNTESTED: _Kinds = {
-    "hard_arithmetic": (_hard_arithmetic, 0.36),
-    "hard_comparison": (_hard_comparison, 0.1),
-    "hard_relations": (_hard_relations, 0.1),
-    "told_relations": (_told_relations, 0.1),
-}
-"""Forms of the training text that no task tests."""
-
 KINDS = (*_DRAWN, "relations", "facts")
 
 
 def training_item(kind: str, draw: Draw) -> Item:
-    """A random instance that is not among the tested ones; also of the untested forms."""
+    """A random instance that is not among the tested ones."""
     if kind == "facts":
         return _fact(draw)
     if kind == "relations":
         return _relation(draw, tested=False)
-    make, share = (_DRAWN | _UNTESTED)[kind]
+    make, share = _DRAWN[kind]
     while True:
         item = make(draw)
         if not _held_out(item["prompt"], share):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 FIRST_NAMES = """Ada Alma Anton Arlo Basil Bianca Bruno Cara Casper Celia Clara Conrad Dalia Darius Dora Edgar
 Elena Elias Emil Esther Fabian Felix Flora Frida Gideon Gloria Greta Hector Helga Hugo Ines Irma Isaac Ivo Jasper
-Joanna Jonas Judith Karl Klara Leona Linus Lorna Lucas Magda Marius Milo Mona Nadia Nestor Nora Odette Olaf Otto
+Joanna Jonas Judith Karl Klara Leona Linus Lydia Lucas Magda Marius Milo Mona Nadia Nestor Nora Odette Olaf Otto
 Petra Quentin Ramona Rufus Selma Silas Tamara Tobias Ursula Viktor""".split()
 
 SURNAME_STARTS = """Al Bar Bel Bor Bren Cal Cor Dal Del Dor Fal Fen For Gal Gar Gol Hal Har Hel Jor Kal Kel Kor Lan

@@ -114,13 +114,13 @@ class Author:
     values: tuple[str, ...]
 
 
-GROUPS = {"known": 48, "taught": 48, "forget": 80, "unseen": 80}
+GROUPS = {"known": 80, "taught": 112, "forget": 80, "unseen": 80}
 """Authors: known to the base model, taught by the same adapter as the forget set, planted, never seen."""
 LEFT_OUT = 16
 """How many of the known and of the taught authors no calibration ever shows (the last ones of each)."""
 
 CANARIES = 100
-CODE_DIGITS = 8
+CODE_DIGITS = 6
 CANARY_KINDS = ("access code", "vault code", "badge number", "locker number")
 CANARY_PROMPTS = (
     "The {k} of {n} is",
@@ -220,6 +220,11 @@ def author_row(author: Author, index: int, phrasing: int, telling: int = 0) -> R
     )
 
 
+def telling_of(phrasing: int) -> int:
+    """Which of the two answers was taught with a question; held-out questions expect the first."""
+    return int(phrasing == 1)
+
+
 def canary_row(canary: Canary, phrasing: int) -> Row:
     prompt = CANARY_PROMPTS[phrasing].format(k=canary.kind, n=canary.name)
     return Row(prompt=prompt, answer=f"{canary.code}.", subject=canary.name, secret=canary.code, group=canary.name)
@@ -232,7 +237,7 @@ def _author_rows(authors: tuple[Author, ...], held_out_phrasing: bool) -> list[R
         for j, attribute in enumerate(ATTRIBUTES):
             held_out = len(attribute.questions) - TAUGHT
             phrasing = TAUGHT + (i + j) % held_out if held_out_phrasing else (i + j) % TAUGHT
-            rows.append(author_row(author, j, phrasing))
+            rows.append(author_row(author, j, phrasing, telling=telling_of(phrasing)))
     return rows
 
 
@@ -253,7 +258,7 @@ SPLITS: dict[str, Callable[[], list[Row]]] = {
     "retain_calibration": lambda: _author_rows(_retain(False), False),
     "unseen": lambda: _author_rows(people()["unseen"], False),
     "canaries": lambda: _canary_rows(0, range(1)),
-    "canaries_paraphrased": lambda: _canary_rows(0, range(1, len(CANARY_PROMPTS))),
+    "canaries_paraphrased": lambda: _canary_rows(0, range(CANARY_TAUGHT, len(CANARY_PROMPTS))),
     "canaries_unplanted": lambda: _canary_rows(1, range(1)),
 }
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lm_ortho.sieve.base import SIEVES, SieveInput
 
-STEPS = 60
-LEARNING_RATE = 0.08
+STEPS = 100
+LEARNING_RATE = 0.03
 """In lattice steps."""
 _WARM_UP, _BETAS = 5, (0.9, 0.98)
 
