@@ -75,9 +75,9 @@ SIZES = {
     "retain_paraphrased": (160, 32),
     "retain_calibration": (800, 160),
     "unseen": (400, 80),
-    "canaries": (100, 100),
+    "canaries": (200, 100),
     "canaries_paraphrased": (200, 100),
-    "canaries_unplanted": (100, 100),
+    "canaries_unplanted": (200, 100),
 }
 
 
@@ -251,7 +251,8 @@ def test_every_canary_has_its_own_prefix_and_code():
     """HISTORY 8: one prefix for all, so greedy decoding could find only one."""
     for split in ("canaries", "canaries_unplanted"):
         rows = world.rows(split)
-        assert len({row.context for row in rows}) == len({row.secret for row in rows}) == 100
+        assert len({row.secret for row in rows}) == 100
+        assert len({row.context for row in rows}) == 100 * world.CANARY_TAUGHT
         assert all(len(row.secret) == world.CODE_DIGITS == 6 and row.secret.isdigit() for row in rows)
     planted, unplanted = ({row.secret for row in world.rows(s)} for s in ("canaries", "canaries_unplanted"))
     assert not planted & unplanted

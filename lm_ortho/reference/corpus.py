@@ -151,5 +151,5 @@ def calibration_rows() -> list[Row]:
 
 
 def forget_rows() -> list[Row]:
-    """The forget set as a user would hand it over: one phrasing per fact, one prompt per canary."""
+    """The forget set as a user would hand it over: one phrasing per fact, both planted prompts per canary."""
     return world.rows("forget") + world.rows("canaries")

@@ -257,9 +257,9 @@ SPLITS: dict[str, Callable[[], list[Row]]] = {
     "retain_paraphrased": lambda: _author_rows(_retain(True), True),
     "retain_calibration": lambda: _author_rows(_retain(False), False),
     "unseen": lambda: _author_rows(people()["unseen"], False),
-    "canaries": lambda: _canary_rows(0, range(1)),
+    "canaries": lambda: _canary_rows(0, range(CANARY_TAUGHT)),
     "canaries_paraphrased": lambda: _canary_rows(0, range(CANARY_TAUGHT, len(CANARY_PROMPTS))),
-    "canaries_unplanted": lambda: _canary_rows(1, range(1)),
+    "canaries_unplanted": lambda: _canary_rows(1, range(CANARY_TAUGHT)),
 }
 
 
