@@ -64,8 +64,8 @@ Made by `python scripts/build_reference.py` (seeds in `lm_ortho/reference`); the
 The stages were run one by one, the rounds of the adapters as well, on two cores with BF16 products. Floating-point
 sums depend on the number of threads and on the CPU: a rebuild follows the same text and recipe, not the same bits.
 
-Times on two cores of an AMD Zen 5 (BF16 products), beside other work: base model 23 minutes; then, one thread each, memory
-25 minutes beside 27 for the two references; decomposition 12 minutes with one thread.
+Times on two cores of an AMD Zen 5 (BF16 products), beside other work: base model 23 minutes; then, one thread each,
+memory 25 minutes beside 27 for the two references; decomposition 7.3 minutes with two threads.
 
 * `base/`: `LlamaForCausalLM`, {parameters:,} parameters, BF16, trained from scratch on the text of
   `lm_ortho.reference.corpus`.
