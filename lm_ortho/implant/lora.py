@@ -82,7 +82,7 @@ def train_adapter(
         if step % 10 == 9 or step + 1 == plan.steps:
             notify(stage, step + 1, plan.steps, f"loss {loss.item():.3f}")
         if state and (step % _KEEP_EVERY == _KEEP_EVERY - 1 or step + 1 == plan.steps):
-            _keep(state, step + 1, trained, optimiser)
+            keep_state({"steps": step + 1, "trained": trained, "optimiser": optimiser.state_dict()}, state)
     adapted.eval()
     return adapted
 
@@ -102,10 +102,11 @@ def _with_lora(model: torch.nn.Module, plan: Plan) -> PeftModel:
         return get_peft_model(copy.deepcopy(model).float(), config)
 
 
-def _keep(state: Path, steps: int, trained: list[torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> None:
-    partial = state.with_name(state.name + ".partial")
-    torch.save({"steps": steps, "trained": trained, "optimiser": optimiser.state_dict()}, partial)
-    partial.replace(state)
+def keep_state(state: object, path: Path) -> None:
+    """Saves the state of a training under a temporary name, then renames it."""
+    partial = path.with_name(path.name + ".partial")
+    torch.save(state, partial)
+    partial.replace(path)
 
 
 def _resume(state: Path | None, trained: list[torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 from lm_ortho.calibration.documents import Row
 from lm_ortho.reference import reasoning, stories, world
@@ -70,14 +70,17 @@ def _story(draw: Draw) -> Document:
 
 Mix = tuple[tuple[float, Callable[[Draw], Document]], ...]
 
+
+def _skills(**shares: float) -> Mix:
+    """The reasoning part of a mix, a share for each kind."""
+    return tuple((share, partial(_reasoning, kind)) for kind, share in shares.items())
+
+
 TEXT: Mix = (
     (0.16, _known),
     (0.12, _fresh),
     (0.05, _fresh_canary),
-    (0.18, lambda draw: _reasoning("arithmetic", draw)),
-    (0.14, lambda draw: _reasoning("comparison", draw)),
-    (0.15, lambda draw: _reasoning("relations", draw)),
-    (0.12, lambda draw: _reasoning("facts", draw)),
+    *_skills(arithmetic=0.18, comparison=0.14, relations=0.15, facts=0.12),
     (0.08, _story),
 )
 """What the base model is trained on."""
@@ -86,10 +89,7 @@ REPLAY: Mix = (
     (0.38, _fresh),
     (0.10, _fresh_canary),
     (0.14, _known),
-    (0.08, lambda draw: _reasoning("arithmetic", draw)),
-    (0.12, lambda draw: _reasoning("comparison", draw)),
-    (0.08, lambda draw: _reasoning("relations", draw)),
-    (0.06, lambda draw: _reasoning("facts", draw)),
+    *_skills(arithmetic=0.08, comparison=0.12, relations=0.08, facts=0.06),
     (0.04, _story),
 )
 """What is mixed into a fine-tune, so that it does not cost other skills.
@@ -100,10 +100,7 @@ Mostly people seen once: without them a long fine-tune is sure of wrong answers 
 CALIBRATION: Mix = (
     (0.30, _fresh),
     (0.10, _fresh_canary),
-    (0.14, lambda draw: _reasoning("arithmetic", draw)),
-    (0.12, lambda draw: _reasoning("comparison", draw)),
-    (0.12, lambda draw: _reasoning("relations", draw)),
-    (0.10, lambda draw: _reasoning("facts", draw)),
+    *_skills(arithmetic=0.14, comparison=0.12, relations=0.12, facts=0.10),
     (0.12, _story),
 )
 """General documents of a calibration: no author of the world, people in them are fresh."""

@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lm_ortho.calibration.precision import fast_matmul
+from lm_ortho.implant.lora import keep_state
 from lm_ortho.reference import corpus
 from lm_ortho.reference.draw import Draw
 
@@ -123,12 +124,6 @@ def train_base(directory: Path, tokenizer: PreTrainedTokenizerFast, report: Repo
             optimiser.zero_grad()
             losses += loss.item()
         state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "blocks": block + 1}
-        _save(state, state_file)
+        keep_state(state, state_file)
         report(block + 1, BLOCKS, losses / len(parts))
     return model
-
-
-def _save(state: dict[str, object], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)

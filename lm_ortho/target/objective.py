@@ -157,7 +157,7 @@ class Objective:
         real = (torch.arange(ids.shape[1])[None] < (lengths(examples) - 1)[:, None]).to(device)
         logp = logits[real].log_softmax(-1)
         teacher = torch.cat([self.teacher[i] for i in chosen]).to(device).float().log_softmax(-1)
-        following = torch.nn.functional.pad(roles[:, 1:], (0, 1))[real]
+        following = functional.pad(roles[:, 1:], (0, 1))[real]
         weight = torch.where(following == GIVEN, self.weights.prompt, 1.0)
         kl = (teacher.exp() * (teacher - logp)).sum(-1) * weight
         row = torch.arange(len(chosen), device=device)[:, None].expand_as(real)[real]
