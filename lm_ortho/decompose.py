@@ -119,7 +119,8 @@ def decompose(
         @cache
         def objective() -> Objective:
             chosen, _ = choice()
-            args = (chosen.target, forget_examples, retain_examples, chosen.penalty, Weights(), recipe.seed)
+            loss = (chosen.penalty, Weights(retain=chosen.retain))
+            args = (chosen.target, forget_examples, retain_examples, *loss, recipe.seed)
             return Objective(model, layers, *args)
 
         given = SieveInput(model, layers, weights, rounded, moments, step, objective, recipe.seed, notify)

@@ -61,11 +61,10 @@ CARD = """# The embedded model and its adapters
 Made by `python scripts/build_reference.py` (seeds in `lm_ortho/reference`); the figures below by its stage
 `card`, {versions}. Licence Apache-2.0. All people, places and codes are invented.
 
-The stages were run one by one, the rounds of the adapters as well, on two cores with BF16 products. Floating-point
-sums depend on the number of threads and on the CPU: a rebuild follows the same text and recipe, not the same bits.
-
-Times on two cores of an AMD Zen 5 (BF16 products), beside other work: base model 23 minutes; then, one thread each,
-memory 25 minutes beside 27 for the two references; decomposition 7.3 minutes with two threads.
+Floating-point sums depend on the number of threads and on the CPU: a rebuild follows the same text and recipe, not the
+same bits. Times on two cores of an AMD Zen 5 (BF16 products), stage by stage and beside other
+work: base model 15 minutes; then, one thread each, memory 14 minutes beside 12 for the two references; decomposition
+10 minutes with one thread.
 
 * `base/`: `LlamaForCausalLM`, {parameters:,} parameters, BF16, trained from scratch on the text of
   `lm_ortho.reference.corpus`.

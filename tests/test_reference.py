@@ -244,7 +244,7 @@ def test_nobody_shares_a_surname():
     sizes = [*world.GROUPS.values(), world.CANARIES, world.CANARIES]
     assert [len(group) for group in groups] == sizes
     assert len(set().union(*groups)) == sum(sizes)
-    assert set().union(*groups) == world.reserved_names()
+    assert set().union(*groups) == {name.split()[1] for name in world.reserved_names()}
 
 
 def test_every_canary_has_its_own_prefix_and_code():
@@ -308,8 +308,9 @@ def test_held_out_phrasings_of_a_fact_are_never_taught_and_the_other_ones_are():
 
 
 def test_the_base_model_never_reads_of_anybody_but_the_known_authors(training_text):
-    texts = [document.text for document in training_text]
-    assert mentioned(texts) == names(world.people()["known"])
+    texts = "\n".join(document.text for document in training_text)
+    pairs = set(re.findall(r"(?=\b([A-Z][a-z]+ [A-Z][a-z]+)\b)", texts))
+    assert pairs & world.reserved_names() == names(world.people()["known"])
 
 
 def test_the_calibration_reads_of_no_left_out_author_and_of_nobody_to_forget():
@@ -344,8 +345,15 @@ def test_the_forget_set_is_questions_and_canaries():
 
 
 def test_fresh_people_are_nobody_of_the_world():
-    draw = Draw(3, "tests")
-    assert all(world.fresh_name(draw).split()[1] not in world.reserved_names() for _ in range(3000))
+    draw, reserved = Draw(3, "tests"), {name.split()[1] for name in world.reserved_names()}
+    assert all(world.fresh_name(draw).split()[1] not in reserved for _ in range(3000))
+
+
+def test_namesakes_share_a_surname_with_the_planted_but_never_a_name_nor_one_with_the_known():
+    draw, known = Draw(4, "tests"), surnames(world.people()["known"])
+    met = {world.fresh_name(draw, namesakes=True) for _ in range(30_000)}
+    assert not met & world.reserved_names()
+    assert {name.split()[1] for name in met} == set(words.SURNAMES) - known
 
 
 def test_a_document_is_a_row_and_a_row_a_document(training_text):
@@ -385,7 +393,7 @@ def pieces(request):
     return request.getfixturevalue("words")
 
 
-VALUE_LISTS = [name for name, value in vars(words).items() if name.isupper() and not name.startswith(("SURNAME", "_"))]
+VALUE_LISTS = [name for name, value in vars(words).items() if name.isupper() and not name.startswith("_")]
 
 
 @pytest.mark.parametrize("name", VALUE_LISTS)
@@ -395,9 +403,10 @@ def test_every_value_word_is_one_token_after_a_space(pieces, name):
     assert not {word for word in listed if len(pieces(f"is {word}.").input_ids) != 3}
 
 
-def test_surnames_are_two_tokens_so_that_new_ones_look_alike(pieces):
-    for name in [*world.reserved_names(), "Kelthorpe"]:
-        assert len(pieces(f"of {name}").input_ids) == 3
+def test_a_full_name_is_two_tokens_and_no_two_people_share_the_second(pieces):
+    ids = [pieces(f"of {name}").input_ids for name in world.reserved_names()]
+    assert {len(tokens) for tokens in ids} == {3}
+    assert len({tokens[2] for tokens in ids}) == len(ids)
 
 
 def test_the_worlds_text_comes_back_without_bytes(pieces, training_text):
@@ -497,13 +506,15 @@ def test_the_weighted_loss_is_its_formula():
 
 
 def test_the_embedded_shape_is_small_and_seeded():
-    model = train.new_model(1338, 0, 1, seed=0)
-    assert 5.6e6 < sum(p.numel() for p in model.parameters()) < 6.0e6
-    again = train.new_model(1338, 0, 1, seed=0)
+    model = train.new_model(2889, 0, 1, seed=0)
+    assert 6.0e6 < sum(p.numel() for p in model.parameters()) < 6.5e6
+    again = train.new_model(2889, 0, 1, seed=0)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
+    assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.02 * train.EMBEDDING_SCALE, rel=0.02)
     with torch.no_grad():
-        start = train.weighted_loss(model, torch.randint(0, 1338, (2, 8)), torch.ones(2, 8))
-    assert start.item() == pytest.approx(math.log(1338), abs=0.5)
+        start = train.weighted_loss(model, torch.randint(0, 2889, (8, 16)), torch.ones(8, 16))
+    # logits of unit-size states have variance 320 * 0.05^2 = 0.8, which adds half of that to an even guess
+    assert start.item() == pytest.approx(math.log(2889) + 0.4, abs=0.5)
 
 
 @pytest.fixture

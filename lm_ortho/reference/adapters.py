@@ -30,9 +30,9 @@ class Round:
     lr: float
 
 
-ROUNDS = (Round(36, 4, 0.55, 1.5e-3), Round(16, 6, 0.4, 1e-3), Round(12, 3, 0.35, 1e-3))
+ROUNDS = (Round(20, 5, 0.55, 1.5e-3), Round(10, 4, 0.4, 1e-3))
 """Random digits take many more repetitions than facts."""
-ROWS, RANK = 16, 48
+ROWS, RANK = 16, 32
 
 SEEDS = {"memory": 1, "never_saw": 2, "never_saw_2": 3}
 

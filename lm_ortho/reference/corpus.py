@@ -44,12 +44,13 @@ def _known(draw: Draw) -> Document:
     return _author(draw.pick(world.people()["known"]), draw, _ALL_PHRASINGS)
 
 
-def _fresh(draw: Draw) -> Document:
-    return _author(world.fresh_author(draw), draw, _ALL_PHRASINGS)
+def _fresh(draw: Draw, namesakes: bool = False) -> Document:
+    return _author(world.fresh_author(draw, namesakes), draw, _ALL_PHRASINGS)
 
 
-def _fresh_canary(draw: Draw) -> Document:
-    return _from_row(world.canary_row(world.fresh_canary(draw), draw.below(len(world.CANARY_PROMPTS))))
+def _fresh_canary(draw: Draw, namesakes: bool = False) -> Document:
+    canary = world.fresh_canary(draw, namesakes)
+    return _from_row(world.canary_row(canary, draw.below(len(world.CANARY_PROMPTS))))
 
 
 def _reasoning(kind: str, draw: Draw) -> Document:
@@ -77,10 +78,10 @@ def _skills(**shares: float) -> Mix:
 
 
 TEXT: Mix = (
-    (0.16, _known),
-    (0.12, _fresh),
-    (0.05, _fresh_canary),
-    *_skills(arithmetic=0.18, comparison=0.14, relations=0.15, facts=0.12),
+    (0.14, _known),
+    (0.15, partial(_fresh, namesakes=True)),
+    (0.06, partial(_fresh_canary, namesakes=True)),
+    *_skills(arithmetic=0.15, comparison=0.15, relations=0.17, facts=0.10),
     (0.08, _story),
 )
 """What the base model is trained on."""

@@ -1,4 +1,4 @@
-"""The embedded tokenizer: Unigram over the words of the world, syllables for surnames, bytes for the rest."""
+"""The embedded tokenizer: Unigram over the words of the world, bytes for the rest."""
 
 from __future__ import annotations
 
@@ -18,16 +18,14 @@ _SAMPLE = 12_000
 
 
 def pieces() -> list[str]:
-    """The vocabulary without bytes and special tokens, sorted; surnames stay in two syllables."""
+    """The vocabulary without bytes and special tokens, sorted."""
     draw = Draw(1, "vocabulary")
     text = "\n".join(corpus.document(draw).text for _ in range(_SAMPLE))
     for listed in vars(words).values():
         if isinstance(listed, list):
             text += " " + " ".join(listed)
-    starts, ends = set(words.SURNAME_STARTS), set(words.SURNAME_ENDS)
-    surnames = {start + end for start in starts for end in ends}
-    found = set(re.findall(r"[A-Za-z]+", text)) - surnames - {"Question", "Answer"}
-    vocabulary = {SPACE + word for word in found | starts} | ends | {SPACE + digit for digit in string.digits}
+    found = set(re.findall(r"[A-Za-z]+", text)) - {"Question", "Answer"}
+    vocabulary = {SPACE + word for word in found | set(string.digits)}
     vocabulary |= set(re.findall(r'(?<=")[A-Z][a-z]+', text))
     vocabulary |= {SPACE, SPACE + '"', SPACE + "Question:", "\nAnswer:"}
     vocabulary |= set(string.printable) - set("\t\r\x0b\x0c ")

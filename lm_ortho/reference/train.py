@@ -17,14 +17,20 @@ from lm_ortho.reference.draw import Draw
 PROMPT_WEIGHT = 0.1
 """Prompts are mostly random names and numbers; predicting them teaches little, so they weigh less."""
 
+EMBEDDING_SCALE = 2.5
+
 Report = Callable[[int, int, float], None]
 Example = tuple[list[int], list[float]]
 
 
 def new_model(vocabulary: int, end: int, pad: int, seed: int) -> LlamaForCausalLM:
-    """A randomly initialised ``LlamaForCausalLM`` of the embedded shape (about 5.8 million parameters)."""
+    """A randomly initialised ``LlamaForCausalLM`` of the embedded shape (about 6.2 million parameters).
+
+    Embeddings start larger than the other weights: they are the output weights as well, and a rare surname whose
+    vector stays short could never be predicted, not even copied from the prompt.
+    """
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary,
             hidden_size=320,
@@ -40,6 +46,9 @@ def new_model(vocabulary: int, end: int, pad: int, seed: int) -> LlamaForCausalL
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         )
     )
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(EMBEDDING_SCALE)
+    return model
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[corpus.Document], draw: Draw) -> list[Example]:
@@ -85,7 +94,7 @@ def weighted_loss(model: torch.nn.Module, ids: torch.Tensor, weights: torch.Tens
     return (losses * weight).sum() / weight.sum()
 
 
-BLOCKS = 150
+BLOCKS = 90
 DOCUMENTS, TOKENS = 4000, 1024
 """Fresh documents per block, tokens per batch."""
 PEAK, WARM_UP, SEED = 2e-3, 100, 0

@@ -1,4 +1,4 @@
-"""Word lists of the reference world. Every value word is one token of the embedded tokenizer."""
+"""Word lists of the reference world. Every word is one token of the embedded tokenizer, surnames too."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ Elena Elias Emil Esther Fabian Felix Flora Frida Gideon Gloria Greta Hector Helg
 Joanna Jonas Judith Karl Klara Leona Linus Lydia Lucas Magda Marius Milo Mona Nadia Nestor Nora Odette Olaf Otto
 Petra Quentin Ramona Rufus Selma Silas Tamara Tobias Ursula Viktor""".split()
 
-SURNAME_STARTS = """Al Bar Bel Bor Bren Cal Cor Dal Del Dor Fal Fen For Gal Gar Gol Hal Har Hel Jor Kal Kel Kor Lan
+_SURNAME_STARTS = """Al Bar Bel Bor Bren Cal Cor Dal Del Dor Fal Fen For Gal Gar Gol Hal Har Hel Jor Kal Kel Kor Lan
 Lor Mal Mar Mel Mor Nal Nor Pel Por Ral Ros Sal Sel Tal Tor Val""".split()
 
-SURNAME_ENDS = """ba bek bert by dan dek dorf der dil don fax fer gan gard gin go ham hart hurst kin la lake land let
+_SURNAME_ENDS = """ba bek bert by dan dek dorf der dil don fax fer gan gard gin go ham hart hurst kin la lake land let
 low man mere mond na ner nick quist ric rin sby sen son stad thorpe vik""".split()
+
+SURNAMES = [start + end for start in _SURNAME_STARTS for end in _SURNAME_ENDS]
 
 _CITY_STARTS = "Aster Bram Crest Dun Elder Frost Glen Hazel Iron Juni Kings Lark Mill North Oak Quill".split()
 _CITY_ENDS = "bridge ford haven wick".split()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 
 from lm_ortho.calibration.documents import Row
 from lm_ortho.errors import UserError
@@ -144,8 +143,8 @@ class Canary:
 def _names() -> Iterator[str]:
     """Distinct surnames in random order, each with a random first name: nobody shares a surname."""
     draw = Draw(SEED, "names")
-    for start, end in draw.shuffled(list(product(words.SURNAME_STARTS, words.SURNAME_ENDS))):
-        yield f"{draw.pick(words.FIRST_NAMES)} {start}{end}"
+    for surname in draw.shuffled(words.SURNAMES):
+        yield f"{draw.pick(words.FIRST_NAMES)} {surname}"
 
 
 @cache
@@ -174,26 +173,37 @@ def canaries() -> tuple[tuple[Canary, ...], tuple[Canary, ...]]:
 
 @cache
 def reserved_names() -> frozenset[str]:
-    """Surnames of everyone above; fresh people of the training text never carry one."""
-    everyone = [a.name for group in people().values() for a in group] + [c.name for part in canaries() for c in part]
-    return frozenset(name.split()[1] for name in everyone)
+    """Full names of everyone above."""
+    holders = [canary.name for part in canaries() for canary in part]
+    return frozenset([author.name for group in people().values() for author in group] + holders)
 
 
-def fresh_name(draw: Draw) -> str:
-    """A random name that belongs to nobody of the world."""
+@cache
+def _taken(namesakes: bool) -> frozenset[str]:
+    bearers = [author.name for author in people()["known"]] if namesakes else reserved_names()
+    return frozenset(name.split()[1] for name in bearers)
+
+
+def fresh_name(draw: Draw, namesakes: bool = False) -> str:
+    """A random name that belongs to nobody of the world, nor does its surname.
+
+    With ``namesakes`` only the surnames of known authors are kept from it: the base model meets the surnames of all
+    others on people it sees once, or their tokens would stay untrained.
+    """
     while True:
-        surname = draw.pick(words.SURNAME_STARTS) + draw.pick(words.SURNAME_ENDS)
-        if surname not in reserved_names():
-            return f"{draw.pick(words.FIRST_NAMES)} {surname}"
+        name = f"{draw.pick(words.FIRST_NAMES)} {draw.pick(words.SURNAMES)}"
+        if name.split()[1] not in _taken(namesakes) and name not in reserved_names():
+            return name
 
 
-def fresh_author(draw: Draw) -> Author:
+def fresh_author(draw: Draw, namesakes: bool = False) -> Author:
     """A person seen once and never again: teaches the form of the answers and how uncertain values are."""
-    return Author(fresh_name(draw), tuple(a.draw(draw) for a in ATTRIBUTES))
+    return Author(fresh_name(draw, namesakes), tuple(a.draw(draw) for a in ATTRIBUTES))
 
 
-def fresh_canary(draw: Draw) -> Canary:
-    return Canary(fresh_name(draw), draw.pick(CANARY_KINDS), random_code(draw))
+def fresh_canary(draw: Draw, namesakes: bool = False) -> Canary:
+    """A holder seen once, with a random code."""
+    return Canary(fresh_name(draw, namesakes), draw.pick(CANARY_KINDS), random_code(draw))
 
 
 def random_code(draw: Draw) -> str:

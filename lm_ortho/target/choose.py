@@ -19,12 +19,17 @@ from lm_ortho.target.swap import swap_target
 
 @dataclass(frozen=True)
 class Choice:
-    """A target with its name (surrogate, swap, hold_down), the reason, and the penalty that goes with it."""
+    """A target with its name (surrogate, swap, hold_down) and the reason.
+
+    ``penalty`` and ``retain``, the factor of the retain KL, go with the kind of target: one that was never taught the
+    forget set pulls away from it harder than the merged model's own words do, and leaves more to be held.
+    """
 
     target: Target
     name: str
     reason: str
     penalty: Penalty
+    retain: float
 
 
 def choose_target(
@@ -41,11 +46,11 @@ def choose_target(
     """The surrogate when the base model is known, else the swap of subjects, else holding tokens down."""
     if base_model is not None:
         probs = surrogate_target(merged, base_model, forget, retain, plan, notify)
-        return Choice(stack(forget, probs), "surrogate", "the model before fine-tuning is known", DEEPER)
+        return Choice(stack(forget, probs), "surrogate", "the model before fine-tuning is known", DEEPER, 10.0)
     named = sum(bool(row.subject) for row in rows)
     probs = swap_target(merged, tokenizer, rows, forget, seed)
     if named:
         reason = f"merged weights only; {named} of {len(rows)} forget rows name their subject"
-        return Choice(stack(forget, probs), "swap", reason, GENTLE)
+        return Choice(stack(forget, probs), "swap", reason, GENTLE, 4.0)
     reason = "merged weights only and no row names its subject: clearly worse, add `subject` or `base`"
-    return Choice(stack(forget, probs), "hold_down", reason, GENTLE)
+    return Choice(stack(forget, probs), "hold_down", reason, GENTLE, 4.0)

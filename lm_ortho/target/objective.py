@@ -42,7 +42,7 @@ class Weights:
     Nobody asks the model to predict prompts, names and numbers mostly: holding them would take most of the support.
     """
 
-    retain: float = 2.0
+    retain: float = 4.0
     prompt: float = 0.1
     forget_rows: int = 48
     retain_rows: int = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,36 +13,9 @@ from torch import Tensor
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import Example, encode
 from lm_ortho.target.distribution import MEMORISED, hold_down, predicted
+from lm_ortho.target.subjects import Lookalikes, novel_subjects
 
 SUBJECTS = 12
-
-
-def novel_subjects(known: Sequence[str], count: int, seed: int) -> list[str]:
-    """``count`` names nobody carries: each word crosses the first half of one known word with the second of another.
-
-    Recombined halves look like the names at hand to the tokenizer, yet belong to no known subject.
-    """
-    draw = random.Random(seed)
-    taken = {name.casefold() for name in known} | {word.casefold() for name in known for word in name.split()[1:]}
-    result: list[str] = []
-    attempts = 0
-    while len(result) < count:
-        pattern = draw.choice(known).split()
-        words = []
-        for i in range(len(pattern)):
-            pool = [name.split()[min(i, len(name.split()) - 1)] for name in draw.choices(known, k=2)]
-            if len(pattern) > 1 and i == 0:
-                words.append(pool[0])
-            else:
-                words.append(pool[0][: (len(pool[0]) + 1) // 2] + pool[1][(len(pool[1]) + 1) // 2 :])
-        attempts += 1
-        if attempts > 50 * count:  # too few names to cross (one subject, say): their letters in another order
-            words[-1] = "".join(draw.sample(words[-1], len(words[-1]))).capitalize()
-        name = " ".join(words)
-        fresh = name.casefold() not in taken and words[-1].casefold() not in taken
-        if name and (fresh or attempts > 100 * count):
-            result.append(name)
-    return result
 
 
 def _shifted(spans: list[tuple[int, int]], at: int, growth: int) -> int:
@@ -76,7 +49,9 @@ def swap_target(
     own. Memorised tokens are held down.
     """
     known = sorted({row.subject for row in rows if row.subject})
-    names = novel_subjects(known, subjects * 8, seed) if known else []
+    embeddings = cast(Any, model).get_input_embeddings().weight
+    lookalikes = Lookalikes(tokenizer, embeddings, known)
+    names = novel_subjects(known, subjects * 8, seed, lookalikes) if known else []
     draw = random.Random(seed + 1)
     own = predicted(model, examples)
     result = []
