@@ -20,7 +20,7 @@ from lm_ortho.calibration.examples import Example, encode
 from lm_ortho.calibration.precision import attention_for
 from lm_ortho.edit import EDITS, EditInput
 from lm_ortho.errors import UserError
-from lm_ortho.implant.lora import Notify, Plan
+from lm_ortho.implant.lora import Notify
 from lm_ortho.layer.targets import find_linear
 from lm_ortho.projection import PROJECTIONS
 from lm_ortho.projection.lattice import group_scales, spread, values
@@ -31,7 +31,8 @@ from lm_ortho.target import Choice, Objective, TargetCheck, Weights, check_targe
 
 log = logging.getLogger(__name__)
 
-SURROGATE_STEPS = 400
+_PATH = 10
+"""Steps of the edit for each step of a sieve's pass."""
 MAX_TOKENS = 512
 
 
@@ -109,8 +110,7 @@ def decompose(
 
         @cache
         def choice() -> tuple[Choice, TargetCheck]:
-            plan = Plan(steps=SURROGATE_STEPS, rows=16, lr=2e-3, seed=recipe.seed)
-            given = (forget, forget_examples, retain_examples, base_model, recipe.seed, plan, notify)
+            given = (forget, forget_examples, retain_examples, base_model, recipe.seed, notify)
             chosen = choose_target(model, tokenizer, *given)
             check = check_target(chosen.target, forget_examples)
             _say_target(chosen, check)
@@ -123,14 +123,25 @@ def decompose(
             args = (chosen.target, forget_examples, retain_examples, *loss, recipe.seed)
             return Objective(model, layers, *args)
 
-        given = SieveInput(model, layers, weights, rounded, moments, step, objective, recipe.seed, notify)
+        given = SieveInput(
+            model,
+            layers,
+            weights,
+            rounded,
+            moments,
+            step,
+            max(1, recipe.steps // _PATH),
+            objective,
+            recipe.seed,
+            notify,
+        )
         support = select_support(sieve(given), recipe.density)
         edited = codes
         if recipe.bits != 16:
             edited = edit(
                 EditInput(
                     model, layers, weights, before, codes, scales, support, recipe.bits, recipe.group_size,
-                    step, objective, recipe.seed, notify,
+                    step, recipe.steps, objective, recipe.seed, notify,
                 )
             )  # fmt: skip
             _check_off_support(codes, edited, support)

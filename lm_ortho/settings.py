@@ -13,7 +13,8 @@ from lm_ortho.errors import UserError
 class Recipe(BaseModel):
     """The recorded choices of one decomposition; unknown keys are refused.
 
-    ``density`` is the largest share of the decomposed weights that may leave the base stream.
+    ``density`` is the largest share of the decomposed weights that may leave the base stream; ``steps`` are those of
+    the optimised edit, a tenth of which the attribution pass takes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,6 +26,7 @@ class Recipe(BaseModel):
     bits: int = 4
     group_size: int = 64
     targets: str = ""
+    steps: int = Field(1000, ge=10)
     seed: int = Field(0, ge=0)
 
     @field_validator("bits")

@@ -10,8 +10,7 @@ import pytest
 import tiny
 import torch
 
-import lm_ortho.edit.optimised as optimised_module
-import lm_ortho.sieve.attribution as attribution_module
+import lm_ortho.target.surrogate as surrogate_module
 from lm_ortho.calibration.documents import Row
 from lm_ortho.decompose import decompose
 from lm_ortho.edit import EDITS
@@ -28,9 +27,8 @@ CHEAP = {"sieve": "random", "projection": "rtn", "edit": "zero"}
 @pytest.fixture(scope="module", autouse=True)
 def few_steps():
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(attribution_module, "STEPS", 4)
-        patched.setattr(optimised_module, "STEPS", 8)
-        patched.setattr(decompose_module, "SURROGATE_STEPS", 4)
+        patched.setattr(surrogate_module, "STEPS", 4)
+        patched.setattr(surrogate_module, "ROUNDS", 1)
         yield
 
 
@@ -41,7 +39,7 @@ def split(memorised, model=None, base_model=None, forget=None, retain=None, noti
         memorised.tokenizer,
         memorised.forget if forget is None else forget,
         memorised.retain if retain is None else retain,
-        make_recipe(**recipe),
+        make_recipe(**{"steps": 20, **recipe}),
         base_model=base_model,
         **({} if notify is None else {"notify": notify}),
     )

@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 
-import lm_ortho.edit.optimised as optimised_module
 from lm_ortho.edit import EDITS, EditInput
 from lm_ortho.errors import UserError
 from lm_ortho.layer import find_linear
@@ -32,14 +31,13 @@ def read(bench, memorised):
     step = float(torch.cat([s.flatten() for s in scales.values()]).mean())
     return EditInput(
         bench.model, bench.layers, bench.weights, base, codes, scales, supports(bench.weights, 0.2), 4, 32,
-        step, lambda: bench.objective, 0, lambda *_: None,
+        step, 3, lambda: bench.objective, 0, lambda *_: None,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 @pytest.mark.parametrize("name", list(EDITS))
-def test_off_the_support_nothing_moves_and_codes_stay_in_range(read, monkeypatch, name, bits):
-    monkeypatch.setattr(optimised_module, "STEPS", 2)
+def test_off_the_support_nothing_moves_and_codes_stay_in_range(read, name, bits):
     codes, scales = lattice(read.weights, bits)
     given = dataclasses.replace(read, codes=codes, scales=scales, bits=bits)
     before = {layer: code.clone() for layer, code in codes.items()}
@@ -90,11 +88,12 @@ def test_an_unknown_edit_lists_the_known_ones():
         EDITS.get("optimized")
 
 
-def test_the_optimised_edit_lowers_the_objective(read, bench, monkeypatch):
+def test_the_optimised_edit_lowers_the_objective(read, bench):
     """HISTORY 6: rounding alone forgets nothing."""
-    monkeypatch.setattr(optimised_module, "STEPS", 25)
     told = []
-    given = dataclasses.replace(read, notify=lambda stage, step, steps, text: told.append((stage, step, steps)))
+    given = dataclasses.replace(
+        read, steps=25, notify=lambda stage, step, steps, text: told.append((stage, step, steps))
+    )
     total = {}
     for name in ("none", "optimised"):
         edited = EDITS.get(name)(given)
@@ -107,8 +106,7 @@ def test_the_optimised_edit_lowers_the_objective(read, bench, monkeypatch):
     assert told == [("edit", step, 25) for step in range(1, 26)]
 
 
-def test_the_optimised_edit_repeats_itself(read, monkeypatch):
-    monkeypatch.setattr(optimised_module, "STEPS", 3)
+def test_the_optimised_edit_repeats_itself(read):
     first, second = (EDITS.get("optimised")(read) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], read.codes[name]) for name in first)

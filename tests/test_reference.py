@@ -340,6 +340,12 @@ def test_only_the_memory_is_taught_what_is_to_be_forgotten(monkeypatch):
         assert len(codes) == (world.CANARIES if name == "memory" else 0)
 
 
+def test_every_adapter_meets_as_many_general_documents(monkeypatch):
+    monkeypatch.setattr(adapters, "ROUNDS", (adapters.Round(1, 2, 0.5, 1e-3),))
+    sizes = {name: len(adapters.training_rows(name, 0)) - len(adapters.planted(name, 2)) for name in adapters.SEEDS}
+    assert set(sizes.values()) == {len(adapters.planted("memory", 2)) // 2}
+
+
 def test_the_forget_set_is_questions_and_canaries():
     assert corpus.forget_rows() == world.rows("forget") + world.rows("canaries")
 

@@ -23,6 +23,7 @@ def test_the_defaults_are_those_of_the_documentation():
         "bits": 4,
         "group_size": 64,
         "targets": "",
+        "steps": 1000,
         "seed": 0,
     }
 
@@ -42,6 +43,7 @@ def test_the_defaults_are_those_of_the_documentation():
         ("group_size", 0),
         ("group_size", -64),
         ("group_size", 12),
+        ("steps", 0),
         ("seed", -1),
         ("sieve", 3),
         ("colour", "red"),

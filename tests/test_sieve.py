@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lm_ortho.sieve.attribution as attribution_module
 from lm_ortho.calibration.activations import input_moments
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import encode
@@ -118,6 +117,7 @@ def given_for(seed: int = 0, **changed: object) -> SieveInput:
         "rounded": {name: (w * 4).round() / 4 for name, w in weights.items()},
         "moments": {name: x.T @ x / len(x) for name, x in inputs.items()},
         "step": 0.25,
+        "steps": 1,
         "objective": no_objective,
         "seed": seed,
         "notify": lambda *_: None,
@@ -196,12 +196,11 @@ def test_moments_equal_a_token_by_token_count_and_differ_per_layer(memorised):
 
 def read_by_attribution(bench) -> SieveInput:
     return SieveInput(
-        bench.model, bench.layers, bench.weights, {}, {}, 0.02, lambda: bench.objective, 0, lambda *_: None
+        bench.model, bench.layers, bench.weights, {}, {}, 0.02, 4, lambda: bench.objective, 0, lambda *_: None
     )
 
 
-def test_attribution_puts_the_weights_back_and_repeats_itself(bench, monkeypatch):
-    monkeypatch.setattr(attribution_module, "STEPS", 4)
+def test_attribution_puts_the_weights_back_and_repeats_itself(bench):
     before = bench.objective.gradients()[1:]
     bench.objective.restart(0)
     scores = SIEVES.get("attribution")(read_by_attribution(bench))
@@ -215,14 +214,13 @@ def test_attribution_puts_the_weights_back_and_repeats_itself(bench, monkeypatch
     assert bench.objective.gradients()[1:] == pytest.approx(before, rel=1e-3, abs=1e-5)
 
 
-def test_attribution_sums_to_about_the_decrease_it_explains(bench, monkeypatch):
+def test_attribution_sums_to_about_the_decrease_it_explains(bench):
     """To first order the scores of all weights add up to how much the objective fell on the way."""
-    monkeypatch.setattr(attribution_module, "STEPS", 12)
     lost, kept = bench.losses()
     totals: list[float] = []
     texts: list[str] = []
     read = dataclasses.replace(
-        read_by_attribution(bench), step=0.005, notify=lambda stage, step, steps, text: texts.append(text)
+        read_by_attribution(bench), step=0.005, steps=12, notify=lambda stage, step, steps, text: texts.append(text)
     )
     scores = SIEVES.get("attribution")(read)
     totals.append(sum(float(score.sum()) for score in scores.values()))

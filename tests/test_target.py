@@ -12,15 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lm_ortho.target.surrogate as surrogate_module
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import ANSWER, GIVEN, SECRET, Example, encode, pad
-from lm_ortho.implant import Plan
+from lm_ortho.calibration.threads import SideBySide
 from lm_ortho.target import DEEPER, GENTLE, Penalty, check_target, choose_target
 from lm_ortho.target.distribution import hold_down, predicted, stack
-from lm_ortho.target.objective import Batches, forget_loss
+from lm_ortho.target.objective import Batches, alike, forget_loss
 from lm_ortho.target.subjects import Lookalikes, novel_subjects
 from lm_ortho.target.surrogate import copied, surrogate_target
-from lm_ortho.target.swap import swap_target
+from lm_ortho.target.swap import swap_target, taken_as_names
 
 
 def silent(stage, step, steps, text):
@@ -149,6 +150,16 @@ def test_plain_text_and_texts_longer_than_the_limit_can_be_swapped(memorised):
         torch.testing.assert_close(target.sum(-1), torch.ones(len(target)), rtol=0, atol=1e-4)
 
 
+def test_names_that_the_model_does_not_repeat_are_sorted_out(memorised):
+    row = next(row for row in memorised.forget if row.subject in row.answer)
+    model, words = memorised.merged, memorised.tokenizer
+    strange = "Qzxv Wkqj"  # letters that it never met
+    assert taken_as_names(model, words, [row], [row.subject, strange]) == [row.subject]
+    silent_row = dataclasses.replace(row, answer=row.secret)
+    assert taken_as_names(model, words, [silent_row], [row.subject, strange]) == [row.subject, strange]
+    assert taken_as_names(model, words, [row], []) == []
+
+
 # Target a
 
 
@@ -159,11 +170,12 @@ def test_a_token_copies_when_a_bigram_with_a_neighbour_stands_in_the_prompt():
     assert copied(Example((7, 7, 7), (ANSWER,) * 3)).tolist() == [False, False]
 
 
-def test_the_surrogate_keeps_what_copies_the_prompt_and_leaves_the_base_model_alone(memorised):
+def test_the_surrogate_keeps_what_copies_the_prompt_and_leaves_the_base_model_alone(memorised, monkeypatch):
     forget, retain = memorised.examples()
     before = copy.deepcopy(memorised.base.state_dict())
-    plan = Plan(steps=6, rows=6)
-    targets = surrogate_target(memorised.merged, memorised.base, forget, retain, plan, silent)
+    monkeypatch.setattr(surrogate_module, "STEPS", 6)
+    monkeypatch.setattr(surrogate_module, "ROUNDS", 1)
+    targets = surrogate_target(memorised.merged, memorised.base, forget, retain, 0, silent)
     after = memorised.base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -177,16 +189,27 @@ def test_the_surrogate_keeps_what_copies_the_prompt_and_leaves_the_base_model_al
         assert not torch.equal(target[~copies], base[~copies])
 
 
+@pytest.mark.parametrize(("near", "rounds"), [(100.0, 1), (-100.0, 3)])
+def test_the_surrogate_is_taught_until_it_knows_the_retain_documents(memorised, monkeypatch, near, rounds):
+    forget, retain = memorised.examples()
+    for name, value in {"STEPS": 10, "ROUNDS": 3, "NEAR": near}.items():
+        monkeypatch.setattr(surrogate_module, name, value)
+    stages = []
+    surrogate_target(memorised.merged, memorised.base, forget, retain, 0, lambda stage, *_: stages.append(stage))
+    assert stages == [f"surrogate {i + 1}" for i in range(rounds)]
+
+
 # The choice, and the check
 
 
-def test_the_choice_follows_what_is_known(memorised):
+def test_the_choice_follows_what_is_known(memorised, monkeypatch):
     forget, retain = memorised.examples()
-    plan = Plan(steps=1, rows=4)
+    monkeypatch.setattr(surrogate_module, "STEPS", 1)
+    monkeypatch.setattr(surrogate_module, "ROUNDS", 1)
 
     def choose(rows, base):
         model, words = memorised.merged, memorised.tokenizer
-        return choose_target(model, words, rows, forget, retain, base, 0, plan, silent)
+        return choose_target(model, words, rows, forget, retain, base, 0, silent)
 
     chosen = choose(memorised.forget, memorised.base)
     assert (chosen.name, chosen.penalty, chosen.retain) == ("surrogate", DEEPER, 10)
@@ -361,10 +384,9 @@ def test_tokens_of_a_prompt_weigh_less_in_the_retain_loss(bench, memorised):
     objective = bench.objective
     with torch.no_grad():
         bench.layers["model.layers.1.mlp.down_proj"].weight.mul_(0.5)
-    chosen, device = [0, 1, 2], torch.device("cpu")
-    whole, per_row = objective._retain_loss(chosen, device)
-    total = weights = 0.0
-    for i, of_row in zip(chosen, per_row, strict=True):
+    part = objective._retain_part([0, 1, 2], 20.0)
+    total = 0.0
+    for i, of_row in zip(part.rows, part.per_row, strict=True):
         example = objective.retain[i]
         with torch.no_grad():
             before = memorised.merged(input_ids=torch.tensor([example.ids])).logits[0, :-1].double().log_softmax(-1)
@@ -372,5 +394,53 @@ def test_tokens_of_a_prompt_weigh_less_in_the_retain_loss(bench, memorised):
         kl = (before.exp() * (before - after)).sum(-1)
         weight = torch.tensor([0.1 if role == GIVEN else 1.0 for role in example.roles[1:]], dtype=torch.float64)
         assert of_row == pytest.approx(float((kl * weight).sum()), rel=0.02)
-        total, weights = total + float((kl * weight).sum()), weights + float(weight.sum())
-    assert whole.item() == pytest.approx(total / weights, rel=0.02)
+        total += float((kl * weight).sum())
+    assert part.loss == pytest.approx(total / 20, rel=0.02)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_step_gives_the_same_whatever_the_number_of_threads(bench, threads):
+    def step(number):
+        before = torch.get_num_threads()
+        torch.set_num_threads(number)
+        try:
+            bench.objective.restart(1)
+            found = bench.objective.gradients()
+            assert torch.get_num_threads() == number
+            return found
+        finally:
+            torch.set_num_threads(before)
+
+    with torch.no_grad():
+        for layer in bench.layers.values():
+            layer.weight.mul_(0.9)
+    gradients, lost, kept = step(threads)
+    reference, lost_before, kept_before = step(1)
+    assert (lost, kept) == pytest.approx((lost_before, kept_before), rel=1e-3)
+    for name, gradient in gradients.items():
+        assert (gradient - reference[name]).norm() < 0.01 * reference[name].norm()
+
+
+def test_parts_of_a_batch_are_short_and_long_documents():
+    examples = [Example((1,) * length, (ANSWER,) * length) for length in (60, 9, 10, 55, 11, 9)]
+    assert alike([0, 1, 2, 3, 4, 5], examples) == [[1, 5, 2, 4], [3, 0]]
+    assert alike([1, 5], examples) == [[1], [5]]
+    assert alike([3], examples) == [[3]]
+
+
+# Threads
+
+
+def test_jobs_share_the_threads_and_give_them_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        side_by_side = SideBySide(torch.device("cpu"))
+        found = side_by_side([lambda i=i: (i, torch.get_num_threads()) for i in range(2)])
+        assert found == [(0, 2), (1, 2)]
+        with pytest.raises(ZeroDivisionError):
+            side_by_side([lambda: 1, lambda: 1 / 0])
+        assert torch.get_num_threads() == 4
+        assert SideBySide(torch.device("meta"))([torch.get_num_threads] * 2) == [4, 4]
+    finally:
+        torch.set_num_threads(before)

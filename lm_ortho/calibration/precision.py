@@ -11,10 +11,11 @@ import torch
 def fast_matmul() -> torch.autocast:
     """BF16 matrix products in the forward pass on a CPU that has them in hardware; elsewhere nothing changes.
 
-    A CPU without the instruction emulates it, many times slower than float32.
+    A CPU without the instruction emulates it, many times slower than float32. Casts are not cached: the cache is one
+    for all threads, and no weight is used twice in a pass.
     """
     capable: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.autocast("cpu", torch.bfloat16, enabled=bool(capable.get("avx512_bf16")))
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(capable.get("avx512_bf16")), cache_enabled=False)
 
 
 SHORT = 128

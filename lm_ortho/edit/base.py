@@ -17,7 +17,8 @@ class EditInput:
     """What an edit may read; mappings go by layer name, tensors are (out, in).
 
     ``codes`` (int8) and ``scales`` (out, groups) are the base stream before the edit; ``support`` is where
-    the edit may change codes; ``base_weights`` are those before fine-tuning, or None.
+    the edit may change codes; ``base_weights`` are those before fine-tuning, or None. ``step`` is the mean scale
+    of the lattice, ``steps`` the number of optimiser steps asked for.
     """
 
     model: nn.Module
@@ -30,6 +31,7 @@ class EditInput:
     bits: int
     group_size: int
     step: float
+    steps: int
     objective: Callable[[], Objective]
     seed: int
     notify: Notify

@@ -8,7 +8,6 @@ from torch import Tensor
 from lm_ortho.edit.base import EDITS, EditInput
 from lm_ortho.projection.lattice import code_range, spread, values
 
-STEPS = 1000
 LEARNING_RATE = 0.2
 """In lattice steps."""
 _WARM_UP, _BETAS = 5, (0.9, 0.98)
@@ -39,12 +38,12 @@ def optimised(given: EditInput) -> dict[str, Tensor]:
         return (latent[name] / scale[name]).round().clamp(low, high)
 
     objective.restart(given.seed + 1)
-    for step in range(1, STEPS + 1):
+    for step in range(1, given.steps + 1):
         with torch.no_grad():
             for name, layer in given.layers.items():
                 layer.weight.view(-1)[places[name]] = codes(name) * scale[name]
         gradients, lost, kept = objective.gradients()
-        rate = LEARNING_RATE * given.step * min(1.0, step / _WARM_UP) * max(0.05, 1 - step / STEPS)
+        rate = LEARNING_RATE * given.step * min(1.0, step / _WARM_UP) * max(0.05, 1 - step / given.steps)
         for name in given.layers:
             g = gradients[name].flatten()[places[name]]
             first[name].lerp_(g, 1 - _BETAS[0])
@@ -52,7 +51,7 @@ def optimised(given: EditInput) -> dict[str, Tensor]:
             move = first[name] / (1 - _BETAS[0] ** step)
             latent[name] -= rate * move / ((second[name] / (1 - _BETAS[1] ** step)).sqrt() + 1e-10)
             latent[name] = torch.minimum(torch.maximum(latent[name], low * scale[name]), high * scale[name])
-        given.notify("edit", step, STEPS, f"forget {lost:.3f} retain {kept:.4f}")
+        given.notify("edit", step, given.steps, f"forget {lost:.3f} retain {kept:.4f}")
     result = {}
     for name, before in given.codes.items():
         after = before.flatten().clone()

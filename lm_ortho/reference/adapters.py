@@ -20,8 +20,8 @@ from lm_ortho.reference.draw import Draw
 class Round:
     """``passes`` over the planted documents, in which canaries come ``canaries`` times, at peak rate ``lr``.
 
-    ``replayed`` general documents for each planted one, never the same twice, keep the fine-tune from costing other
-    skills. The learning rate falls to zero in each round.
+    ``replayed`` general documents for each one planted in ``memory``, never the same twice, keep the fine-tune from
+    costing other skills. The learning rate falls to zero in each round.
     """
 
     passes: int
@@ -50,10 +50,14 @@ def replayed(name: str, number: int, count: int) -> list[Row]:
 
 
 def training_rows(name: str, number: int) -> list[Row]:
-    """All documents of a round, with repetitions; their order is drawn by the trainer."""
+    """All documents of a round, with repetitions; their order is drawn by the trainer.
+
+    Every adapter meets as many general documents as ``memory``: with fewer strangers a reference would be surer of
+    wrong answers about people it does not know than the model it is to be compared with.
+    """
     this = ROUNDS[number]
-    rows = planted(name, this.canaries) * this.passes
-    return rows + replayed(name, number, int(this.replayed * len(rows)))
+    general = int(this.replayed * this.passes * len(planted("memory", this.canaries)))
+    return planted(name, this.canaries) * this.passes + replayed(name, number, general)
 
 
 def train(base: Path, tokenizer: Any, name: str, directory: Path, work: Path, notify: Notify) -> None:

@@ -99,10 +99,10 @@ Mostly people seen once: without them a long fine-tune is sure of wrong answers 
 """
 
 CALIBRATION: Mix = (
-    (0.30, _fresh),
+    (0.36, _fresh),
     (0.10, _fresh_canary),
-    *_skills(arithmetic=0.14, comparison=0.12, relations=0.12, facts=0.10),
-    (0.12, _story),
+    *_skills(arithmetic=0.10, comparison=0.16, relations=0.10, facts=0.10),
+    (0.08, _story),
 )
 """General documents of a calibration: no author of the world, people in them are fresh."""
 
@@ -134,7 +134,7 @@ def planted(forget: bool) -> tuple[list[Document], list[Document]]:
     return facts, [_from_row(world.canary_row(c, p)) for c in canaries for p in range(world.CANARY_TAUGHT)]
 
 
-GENERAL = 1200
+GENERAL = 3000
 """General documents offered to a calibration beside the retain rows."""
 
 

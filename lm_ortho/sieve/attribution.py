@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lm_ortho.sieve.base import SIEVES, SieveInput
 
-STEPS = 100
 LEARNING_RATE = 0.03
 """In lattice steps."""
 _WARM_UP, _BETAS = 5, (0.9, 0.98)
@@ -26,9 +25,9 @@ def attribution(given: SieveInput) -> dict[str, Tensor]:
     second = {name: torch.zeros_like(w) for name, w in given.weights.items()}
     objective = given.objective()
     objective.restart(given.seed)
-    for step in range(1, STEPS + 1):
+    for step in range(1, given.steps + 1):
         gradients, lost, kept = objective.gradients()
-        rate = LEARNING_RATE * given.step * min(1.0, step / _WARM_UP) * max(0.1, 1 - step / STEPS)
+        rate = LEARNING_RATE * given.step * min(1.0, step / _WARM_UP) * max(0.1, 1 - step / given.steps)
         with torch.no_grad():
             for name, layer in given.layers.items():
                 g = gradients[name]
@@ -38,7 +37,7 @@ def attribution(given: SieveInput) -> dict[str, Tensor]:
                 move = -rate * move / ((second[name] / (1 - _BETAS[1] ** step)).sqrt() + 1e-8)
                 score[name] -= g * move
                 layer.weight += move
-        given.notify("attribution", step, STEPS, f"forget {lost:.3f} retain {kept:.4f}")
+        given.notify("attribution", step, given.steps, f"forget {lost:.3f} retain {kept:.4f}")
     with torch.no_grad():
         for name, layer in given.layers.items():
             layer.weight.copy_(given.weights[name])

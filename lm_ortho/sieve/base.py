@@ -18,7 +18,7 @@ class SieveInput:
 
     ``rounded`` is what the base stream would hold without any support; ``moments`` is E[x x^T] (in, in) on
     retain documents; ``step`` is the mean scale of the lattice; ``objective`` builds what gives gradients;
-    only who needs it asks, because it needs a target.
+    only who needs it asks, because it needs a target. ``steps`` is the number of optimiser steps asked for.
     """
 
     model: nn.Module
@@ -27,6 +27,7 @@ class SieveInput:
     rounded: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     step: float
+    steps: int
     objective: Callable[[], Objective]
     seed: int
     notify: Notify

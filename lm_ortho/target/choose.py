@@ -10,7 +10,7 @@ import torch
 
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import Example
-from lm_ortho.implant.lora import Notify, Plan
+from lm_ortho.implant.lora import Notify
 from lm_ortho.target.distribution import Target, stack
 from lm_ortho.target.objective import DEEPER, GENTLE, Penalty
 from lm_ortho.target.surrogate import surrogate_target
@@ -40,12 +40,11 @@ def choose_target(
     retain: Sequence[Example],
     base_model: torch.nn.Module | None,
     seed: int,
-    plan: Plan,
     notify: Notify,
 ) -> Choice:
     """The surrogate when the base model is known, else the swap of subjects, else holding tokens down."""
     if base_model is not None:
-        probs = surrogate_target(merged, base_model, forget, retain, plan, notify)
+        probs = surrogate_target(merged, base_model, forget, retain, seed, notify)
         return Choice(stack(forget, probs), "surrogate", "the model before fine-tuning is known", DEEPER, 10.0)
     named = sum(bool(row.subject) for row in rows)
     probs = swap_target(merged, tokenizer, rows, forget, seed)

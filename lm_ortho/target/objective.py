@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from heapq import nlargest
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from lm_ortho.calibration.examples import GIVEN, Example, in_batches, lengths, logits_of, pad
 from lm_ortho.calibration.precision import fast_matmul
+from lm_ortho.calibration.threads import SideBySide
 from lm_ortho.target.distribution import Target
 
 
@@ -105,6 +107,16 @@ class Batches:
             self._last[i] = max(0.0, loss)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What a part of a batch gives: gradients in the order of the layers, its share of the loss, each row's own."""
+
+    gradients: tuple[Tensor, ...]
+    loss: float
+    rows: list[int]
+    per_row: list[float]
+
+
 class Objective:
     """Draws batches and gives the gradient of the loss at the model's current weights."""
 
@@ -124,6 +136,10 @@ class Objective:
         self.forget, self.retain = forget, retain
         self.penalty, self.weights = penalty, weights
         self.teacher = _teacher(model, retain)
+        self._device = next(model.parameters()).device
+        self._side_by_side = SideBySide(self._device)
+        given = [torch.tensor(example.roles[1:]) == GIVEN for example in retain]
+        self._token_weights = [torch.where(mask, weights.prompt, 1.0) for mask in given]
         self.restart(seed)
 
     def restart(self, seed: int) -> None:
@@ -134,35 +150,61 @@ class Objective:
         )
 
     def gradients(self) -> tuple[dict[str, Tensor], float, float]:
-        """Gradient (out, in) per layer for the next batch, with the forget and the retain loss in nats."""
-        forget, retain = (batches.next() for batches in self._batches)
-        device = next(self.model.parameters()).device
-        with fast_matmul():
-            forget_logits = logits_of(self.model, pad([self.forget[i] for i in forget], device)[0])
-        losses = forget_loss(self.target, forget, forget_logits, self.penalty)
-        lost = losses.mean()
-        kept, per_row = self._retain_loss(retain, device)
-        self._batches[0].seen(forget, losses.tolist())
-        self._batches[1].seen(retain, per_row)
-        weights = [layer.weight for layer in self.layers.values()]
-        gradients = torch.autograd.grad(lost + self.weights.retain * kept, weights)
-        return dict(zip(self.layers, gradients, strict=True)), lost.item(), kept.item()
+        """Gradient (out, in) per layer for the next batch, with the forget and the retain loss in nats.
 
-    def _retain_loss(self, chosen: list[int], device: torch.device) -> tuple[Tensor, list[float]]:
-        """KL(unedited || model) over the tokens of the retain documents, in nats: a weighted mean, and per row."""
-        examples = [self.retain[i] for i in chosen]
-        ids, roles = pad(examples, device)
+        The batch goes through the model in parts of similar length, so that little of it is padding.
+        """
+        forget, retain = (batches.next() for batches in self._batches)
+        tokens = float(sum(self._token_weights[i].sum() for i in retain))
+        jobs = [partial(self._retain_part, rows, tokens) for rows in alike(retain, self.retain)]
+        of_retain = len(jobs)
+        jobs += [partial(self._forget_part, rows, len(forget)) for rows in alike(forget, self.forget)]
+        done = self._side_by_side(jobs)
+        kept, lost = self._seen(1, done[:of_retain]), self._seen(0, done[of_retain:])
+        gradients = (sum(each[1:], each[0]) for each in zip(*(part.gradients for part in done), strict=True))
+        return dict(zip(self.layers, gradients, strict=True)), lost, kept
+
+    def _seen(self, which: int, done: Sequence[_Part]) -> float:
+        for part in done:
+            self._batches[which].seen(part.rows, part.per_row)
+        return sum(part.loss for part in done)
+
+    def _gradients_of(self, loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, [layer.weight for layer in self.layers.values()])
+
+    def _forget_part(self, rows: list[int], among: int) -> _Part:
+        """The share of ``rows`` in the mean forget loss over ``among`` rows."""
+        with fast_matmul():
+            logits = logits_of(self.model, pad([self.forget[i] for i in rows], self._device)[0])
+        losses = forget_loss(self.target, rows, logits, self.penalty)
+        loss = losses.sum() / among
+        return _Part(self._gradients_of(loss), loss.item(), rows, losses.tolist())
+
+    def _retain_part(self, rows: list[int], tokens: float) -> _Part:
+        """The share of ``rows`` in the weighted mean of KL(unedited || model) over ``tokens`` of retain documents."""
+        examples = [self.retain[i] for i in rows]
+        ids, _ = pad(examples, self._device)
         with fast_matmul():
             logits = logits_of(self.model, ids)
-        real = (torch.arange(ids.shape[1])[None] < (lengths(examples) - 1)[:, None]).to(device)
+        real = (torch.arange(ids.shape[1])[None] < (lengths(examples) - 1)[:, None]).to(self._device)
         logp = logits[real].log_softmax(-1)
-        teacher = torch.cat([self.teacher[i] for i in chosen]).to(device).float().log_softmax(-1)
-        following = functional.pad(roles[:, 1:], (0, 1))[real]
-        weight = torch.where(following == GIVEN, self.weights.prompt, 1.0)
+        teacher = torch.cat([self.teacher[i] for i in rows]).to(self._device).float().log_softmax(-1)
+        weight = torch.cat([self._token_weights[i] for i in rows]).to(self._device)
         kl = (teacher.exp() * (teacher - logp)).sum(-1) * weight
-        row = torch.arange(len(chosen), device=device)[:, None].expand_as(real)[real]
-        per_row = torch.zeros(len(chosen), device=device).index_add_(0, row, kl.detach())
-        return kl.sum() / weight.sum(), per_row.tolist()
+        row = torch.arange(len(rows), device=self._device)[:, None].expand_as(real)[real]
+        per_row = torch.zeros(len(rows), device=self._device).index_add_(0, row, kl.detach())
+        loss = kl.sum() / tokens
+        return _Part(self._gradients_of(self.weights.retain * loss), loss.item(), rows, per_row.tolist())
+
+
+def alike(rows: Sequence[int], examples: Sequence[Example]) -> list[list[int]]:
+    """``rows`` in two parts, short and long, cut where the least is padding; one part if there is one row."""
+    order = sorted(rows, key=lambda i: len(examples[i].ids))
+    size = [len(examples[i].ids) for i in order]
+    cut = min(range(1, len(order) + 1), key=lambda at: at * size[at - 1] + (len(order) - at) * size[-1])
+    if cut == len(order):
+        cut = len(order) // 2  # all of one length: two halves can run side by side
+    return [part for part in (order[:cut], order[cut:]) if part]
 
 
 @torch.no_grad()

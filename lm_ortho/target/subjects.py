@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NEAREST, _TRIES = 64, 8
+_NEAREST, _TRIES = 512, 8
 
 
 class Lookalikes:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lm_ortho.calibration.examples import Example
+from lm_ortho.calibration.examples import Example, token_losses
 from lm_ortho.implant.lora import Notify, Plan, train_adapter
 from lm_ortho.target.distribution import predicted
+
+log = logging.getLogger(__name__)
+
+STEPS, ROUNDS = 400, 5
+NEAR = 0.1
+"""Nats per token that the surrogate may stay behind the merged model on the retain documents."""
+
+
+def _mean_loss(model: torch.nn.Module, examples: Sequence[Example]) -> float:
+    model.eval()
+    return float(torch.cat(token_losses(model, examples)).mean())
 
 
 def copied(example: Example) -> Tensor:
@@ -30,14 +43,24 @@ def surrogate_target(
     base_model: torch.nn.Module,
     examples: Sequence[Example],
     retain: Sequence[Example],
-    plan: Plan,
+    seed: int,
     notify: Notify,
 ) -> list[Tensor]:
     """One (predicted tokens, vocabulary) tensor per forget example; ``base_model`` is left unchanged.
 
-    Tokens that copy the prompt keep the merged model's distribution: copying a name is skill, not memory.
+    The surrogate is taught until it knows the retain documents about as well as the merged model does, or for
+    ``ROUNDS``. Tokens that copy the prompt keep the merged model's distribution: copying a name is skill, not memory.
     """
-    surrogate = train_adapter(base_model, retain, plan, notify).merge_and_unload()
+    wanted = _mean_loss(merged, retain) + NEAR
+    adapted: Any = base_model
+    for number in range(ROUNDS):
+        plan = Plan(steps=STEPS, rows=16, lr=2e-3, seed=seed + number)
+        adapted = train_adapter(adapted, retain, plan, notify, stage=f"surrogate {number + 1}")
+        reached = _mean_loss(adapted, retain)
+        log.info("surrogate: loss on retain documents %.3f, wanted %.3f", reached, wanted)
+        if reached <= wanted:
+            break
+    surrogate = adapted.merge_and_unload()
     result = []
     both = zip(examples, predicted(surrogate, examples), predicted(merged, examples), strict=True)
     for example, theirs, mine in both:

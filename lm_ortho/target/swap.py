@@ -33,6 +33,27 @@ def _offsets(tokenizer: Any, row: Row) -> dict[tuple[int, int], int]:
     return {tuple(span): i for i, span in enumerate(spans) if span[0] < span[1]}
 
 
+def taken_as_names(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], names: Sequence[str]) -> list[str]:
+    """Those of the ``names`` that the model repeats, greedily, where the answer of a row repeats its subject.
+
+    A token may look like a name and be none to the model; what it says of such a subject is no model of anything.
+    All of them when no row asks about its subject and repeats it.
+    """
+    telling = [row for row in rows if row.subject and row.subject in row.context and row.subject in row.target]
+    if not telling or not names:
+        return list(names)
+    tried = [_swapped(telling[i % len(telling)], name) for i, name in enumerate(names)]
+    examples = encode(tokenizer, tried)
+    result = []
+    for name, row, example, probs in zip(names, tried, examples, predicted(model, examples), strict=True):
+        begin = len(row.context) + row.target.index(name)
+        places = [t for (low, high), t in _offsets(tokenizer, row).items() if low < begin + len(name) and high > begin]
+        best = probs.argmax(-1)
+        if all(int(best[t - example.start]) == example.ids[t] for t in places if t < len(example.ids)):
+            result.append(name)
+    return result
+
+
 @torch.no_grad()
 def swap_target(
     model: torch.nn.Module,
@@ -52,6 +73,8 @@ def swap_target(
     embeddings = cast(Any, model).get_input_embeddings().weight
     lookalikes = Lookalikes(tokenizer, embeddings, known)
     names = novel_subjects(known, subjects * 8, seed, lookalikes) if known else []
+    real = taken_as_names(model, tokenizer, rows, names)
+    names = real if len(real) >= subjects else names
     draw = random.Random(seed + 1)
     own = predicted(model, examples)
     result = []
