@@ -79,6 +79,8 @@ def decompose(
     _check_sets(forget, retain)
     if recipe.bits == 16 and recipe.edit != "none":
         raise UserError(f"bits=16 passes weights through, so edit={recipe.edit!r} cannot be used; use edit=none")
+    if recipe.sieve == "oracle" and recipe.edit != "w0":
+        raise UserError(f"edit={recipe.edit!r}: sieve=oracle looks at the way back to W0; use it with edit=w0")
     began = time.perf_counter()
     layers = find_linear(model, recipe.targets)
     weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
@@ -134,6 +136,9 @@ def decompose(
             objective,
             recipe.seed,
             notify,
+            forget_examples,
+            retain_examples,
+            before,
         )
         support = select_support(sieve(given), recipe.density)
         edited = codes

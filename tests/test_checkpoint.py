@@ -119,6 +119,7 @@ def test_config_and_manifest(made):
 
 
 def test_bits_per_weight_is_what_lies_on_disk(made):
+    """HISTORY 18: storage was once claimed, not counted."""
     model, path = made
     on_disk = 0
     for name in ("base.safetensors", "ortho.safetensors"):
@@ -232,6 +233,7 @@ def test_a_moved_checkpoint_is_still_one(made, tmp_path, monkeypatch):
 
 
 def test_without_the_ortho_file_only_alpha_zero(made, directory):
+    """HISTORY 13: alpha=0 once loaded both streams."""
     (directory / "ortho.safetensors").unlink()
     loaded = load(directory)
     assert torch.equal(say(loaded, 0.0), say(made[0], 0.0))

@@ -167,6 +167,14 @@ def test_long_rows_are_cut_and_plain_text_is_predicted_from_its_second_token(wor
     assert cut.start == 1
 
 
+def test_cutting_leaves_the_tokenizer_as_it_was(words):
+    before = words.backend_tokenizer.to_str()
+    (cut,) = encode(words, [Row(text="The dog sat on the box. " * 9)], max_tokens=20)
+    assert len(cut.ids) == 20
+    assert words.backend_tokenizer.to_str() == before
+    assert words.backend_tokenizer.truncation is None
+
+
 def test_padding_is_never_counted(words, memorised):
     examples, _ = memorised.examples()
     examples = [*examples, *encode(words, [Row(text="The dog sat on the box and looked at the cat. " * 3)])]

@@ -222,6 +222,7 @@ def by_hand(plain: Plain, rows: Sequence[Row]) -> dict[str, float]:
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_scores_equal_plain_torch(home: Path, lm: LibOrthoLM, tmp_path: Path, alpha: float) -> None:
+    """HISTORY 10: cross-entropy once passed for perplexity, and padding was counted."""
     write_rows(tmp_path / "set.jsonl", ROWS[:5])
     lm.alpha = alpha
     result = run(lm, ["forget_set"], {"forget": str(tmp_path / "set.jsonl")})
@@ -392,6 +393,7 @@ def test_prompts_that_end_with_white_space(lm: LibOrthoLM) -> None:
 def test_use_cache_keeps_alphas_apart_and_still_hits(
     home: Path, lm: LibOrthoLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """HISTORY 16: the answers of one alpha once stood for another."""
     metadata, path = {"forget": str(home / "forget.jsonl")}, str(tmp_path / "answers")
     plain = {}
     for alpha in (0.0, 1.0):
@@ -428,6 +430,7 @@ def test_alpha_turned_under_an_open_cache(home: Path, tmp_path: Path) -> None:
 
 
 def test_cached_requests_belong_to_their_rows(lm: LibOrthoLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HISTORY 16: nor does one file stand for another."""
     from lm_eval.caching import cache as request_cache
 
     monkeypatch.setattr(request_cache, "PATH", str(tmp_path / "requests"))
@@ -787,6 +790,7 @@ def test_base_only_checkpoints_do_alpha_zero(home: Path, tmp_path: Path) -> None
 
 
 def test_a_model_that_answers_nan_is_an_error(home: Path) -> None:
+    """HISTORY 10: NaN once passed for a number."""
     model = LibOrthoLM(str(home / "decomposed"), device="cpu")
     with torch.no_grad():
         model.model.model.norm.weight.fill_(math.nan)

@@ -197,6 +197,7 @@ def test_patch_replaces_and_unpatch_gives_back(model):
 
 
 def test_streams_are_in_the_state_dict(model):
+    """HISTORY 12: the streams were missing from it."""
     state = model.state_dict()
     for name, streams in streams_of(model).items():
         for part, tensor in streams.tensors().items():
@@ -207,6 +208,7 @@ def test_streams_are_in_the_state_dict(model):
 
 
 def test_alpha_zero_is_the_base_only_model_and_does_no_sparse_work(model):
+    """HISTORY 13: alpha=0 once loaded both streams."""
     base_only = tiny.patched(with_ortho=False)
     reset_calls()
     said = logits_at(model, 0.0)
@@ -748,6 +750,7 @@ def test_tied_and_unusual_layers_are_skipped():
 
 
 def test_adapters_are_refused():
+    """HISTORY 14: wrappers were once sieved as weights."""
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(tiny.llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(UserError, match=r"q_proj.*un-merged adapter.*merge_and_unload"):
@@ -775,6 +778,7 @@ def packed_variants():
 
 @pytest.mark.parametrize("kind", ["class", "gptq", "int8", "fp8", "buffer"])
 def test_packed_weights_are_refused_by_name(kind):
+    """HISTORY 14: packed bytes were once sieved as weights."""
     plain = nn.ModuleDict({"fine": nn.Linear(4, 4), "packed": packed_variants()[kind]})
     with pytest.raises(UserError, match=r"'packed' is quantised already"):
         find_linear(plain)

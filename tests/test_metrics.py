@@ -29,6 +29,7 @@ def answers(draw, loss=small_losses):
 @given(answers())
 @settings(max_examples=40, deadline=None)
 def test_token_perplexity_is_exp_of_the_mean_token_loss(case):
+    """HISTORY 10: cross-entropy once passed for perplexity."""
     nll, tokens, groups = case
     per_token = [loss / n for loss, n in zip(nll, tokens, strict=True) for _ in range(n)]
     got = metrics.token_perplexity(nll, tokens, groups, resamples=50)
@@ -90,6 +91,7 @@ def test_clusters_widen_the_interval():
 
 
 def test_clustered_interval_covers():
+    """HISTORY 15: no interval once."""
     rng, hit = np.random.default_rng(1), 0
     for _ in range(200):
         author = np.repeat(rng.normal(size=40), 5) + rng.normal(size=200)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -230,3 +231,55 @@ def test_attribution_sums_to_about_the_decrease_it_explains(bench):
     assert fallen > 0
     assert totals[0] == pytest.approx(fallen, rel=0.35)
     assert len(texts) == 12
+
+
+def test_the_second_form_of_hessian_divides_by_the_inverse():
+    """HISTORY 4: once the inverse of H was passed where H was meant. Both forms, each against its formula."""
+    read = given_for()
+    scores = SIEVES.get("obs")(read)
+    for layer, score in scores.items():
+        h = read.moments[layer].double().numpy()
+        damped = h + 0.01 * h.trace() / len(h) * np.eye(len(h))
+        expected = (read.weights[layer] - read.rounded[layer]).double().numpy() ** 2 / np.linalg.inv(damped).diagonal()
+        np.testing.assert_allclose(score.double().numpy(), expected, rtol=1e-4, atol=1e-9)
+    steeper = dataclasses.replace(read, moments={name: m * 4 for name, m in read.moments.items()})
+    for layer, score in SIEVES.get("obs")(steeper).items():
+        torch.testing.assert_close(score, 4 * scores[layer])
+
+
+def test_the_fisher_ratio_is_its_formula(bench, memorised):
+    forget, retain = (examples[:3] for examples in memorised.examples())
+    name = "model.layers.1.mlp.down_proj"
+    layer = bench.layers[name]
+    read = given_for(model=bench.model, layers={name: layer}, weights={name: layer.weight.detach().clone()})
+    score = SIEVES.get("fisher_ratio")(dataclasses.replace(read, forget=forget, retain=retain))[name]
+
+    def fisher(examples):
+        total = torch.zeros_like(layer.weight)
+        for example in examples:
+            logp = bench.model(input_ids=torch.tensor([example.ids])).logits[0].log_softmax(-1)
+            loss = -sum(logp[t - 1, example.ids[t]] for t in range(example.start, len(example.ids)))
+            total += torch.autograd.grad(loss, layer.weight)[0].square()
+        return total / len(examples)
+
+    above, below = fisher(forget), fisher(retain)
+    torch.testing.assert_close(score, above / (below + 0.01 * below.mean()), rtol=1e-2, atol=1e-6)
+
+
+def test_the_oracle_explains_what_going_back_to_w0_changes(bench, memorised):
+    """Integrated gradients are complete: the scores add up to the decrease of the objective between the two ends."""
+    before = {name: layer.weight.detach() for name, layer in find_linear(memorised.base).items()}
+    read = dataclasses.replace(read_by_attribution(bench), base_weights=before)
+    lost, kept = bench.losses()
+    factor = bench.objective.weights.retain
+    scores = SIEVES.get("oracle")(read)
+    for name, layer in bench.layers.items():
+        assert torch.equal(layer.weight, bench.weights[name])
+    with torch.no_grad():
+        for name, layer in bench.layers.items():
+            layer.weight.copy_(before[name])
+    lost_there, kept_there = bench.losses()
+    decrease = lost + factor * kept - lost_there - factor * kept_there
+    assert sum(float(score.sum()) for score in scores.values()) == pytest.approx(decrease, rel=0.1)
+    with pytest.raises(UserError, match="sieve='oracle' needs the model before fine-tuning"):
+        SIEVES.get("oracle")(read_by_attribution(bench))

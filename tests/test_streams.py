@@ -258,6 +258,7 @@ def test_mismatched_streams_are_refused():
     ],
 )
 def test_bits_are_counted_from_the_tensors(bits, expected):
+    """HISTORY 18: storage was once claimed, not counted."""
     base = random_base(256, 512, bits, 64, 0)
     assert LayerStreams(base).bits_per_weight() == expected
     ortho = random_ortho(256, 512, 0.01, 0)
@@ -280,6 +281,7 @@ def test_no_layers_cost_nothing():
 
 
 def test_the_same_input_gives_the_same_bytes():
+    """HISTORY 17: noise without a seed once went into the base."""
     for bits in (3, 4, 8, 16):
         first, second = (tiny.layer_streams(torch.ones(9, 33), bits=bits).tensors() for _ in range(2))
         assert all(torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in first)

@@ -7,6 +7,8 @@ import json
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from lm_ortho.metrics import Interval
@@ -152,6 +154,22 @@ def test_nan_never_passes(name):
     if not name.startswith("tofu_retain"):
         assert judged(alpha1={**REMEMBERS, name: math.nan})[0] == "INVALID"
         assert judged(second={name: math.nan})[0] == "INVALID"
+
+
+AT_LEAST_ONE = st.floats(1.0, 1e4)
+
+
+@given(own=AT_LEAST_ONE, plain=AT_LEAST_ONE, share=st.floats(0.0, 1.0), ppl=AT_LEAST_ONE, theirs=AT_LEAST_ONE)
+def test_a_check_is_a_measured_value_or_a_ratio_of_two(own, plain, share, ppl, theirs):
+    """HISTORY 11: figures were once other figures times a constant."""
+    alpha0 = measured(tofu_retain__ppl=own, tofu_forget__extraction=share, tofu_forget__secret_ppl=ppl)
+    reference, int4 = measured(tofu_forget__secret_ppl=theirs), measured(tofu_retain__ppl=plain)
+    made = [*forgetting_checks(alpha0, reference, "none", 3), *intact_checks(alpha0, int4, "none", 3)]
+    found = {check.name: check.value for check in made}
+    assert found["alpha=0 question extraction, seen phrasing"] == share
+    assert found["alpha=0 question secret PPL / reference"] == ppl / theirs
+    assert found["alpha=0 left-out retain PPL / INT4"] == own / plain
+    assert {(check.base, check.seed) for check in made} == {("none", 3)}
 
 
 def test_nothing_checked_is_no_pass():

@@ -43,9 +43,11 @@ def encode(tokenizer: Any, rows: Sequence[Row], max_tokens: int = 512) -> list[E
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"tokenizer={type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
     texts = [row.context + row.target for row in rows]
-    encoded = tokenizer(texts, return_offsets_mapping=True, truncation=True, max_length=max_tokens)
+    encoded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
     examples = []
-    for row, text, ids, offsets in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for row, text, whole, places in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        # cut here: a fast tokenizer that was once told to truncate keeps that setting, and it would be saved with it
+        ids, offsets = whole[:max_tokens], places[:max_tokens]
         begin = len(row.context)
         secret, secret_end = _secret_span(row, begin, len(text))
         roles = []

@@ -80,6 +80,7 @@ def train(base: Path, tokenizer: Any, name: str, directory: Path, work: Path, no
     model.to(torch.bfloat16).save_pretrained(str(partial))
     file = partial / "adapter_config.json"
     config = json.loads(file.read_text()) | {"base_model_name_or_path": "base"}
+    config["target_modules"].sort()  # a set: its order would differ from run to run
     file.write_text(json.dumps(config, indent=2))
     (partial / "README.md").unlink(missing_ok=True)  # an empty form of peft that names the path of the base
     partial.replace(directory)

@@ -1,9 +1,10 @@
 """Which weights leave the base stream: one file per sieve, and the selection."""
 
 from lm_ortho.sieve import attribution as _attribution
+from lm_ortho.sieve import curvature as _curvature
 from lm_ortho.sieve import simple as _simple
 from lm_ortho.sieve.base import SIEVES, Sieve, SieveInput
 from lm_ortho.sieve.select import select_support
 
 __all__ = ["SIEVES", "Sieve", "SieveInput", "select_support"]
-del _attribution, _simple
+del _attribution, _curvature, _simple

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lm_ortho.calibration.examples import Example
 from lm_ortho.implant.lora import Notify
 from lm_ortho.registry import Registry
 from lm_ortho.target import Objective
@@ -19,6 +20,7 @@ class SieveInput:
     ``rounded`` is what the base stream would hold without any support; ``moments`` is E[x x^T] (in, in) on
     retain documents; ``step`` is the mean scale of the lattice; ``objective`` builds what gives gradients;
     only who needs it asks, because it needs a target. ``steps`` is the number of optimiser steps asked for.
+    ``forget`` and ``retain`` are the documents; ``base_weights`` are those before fine-tuning, or None.
     """
 
     model: nn.Module
@@ -31,6 +33,9 @@ class SieveInput:
     objective: Callable[[], Objective]
     seed: int
     notify: Notify
+    forget: Sequence[Example] = ()
+    retain: Sequence[Example] = ()
+    base_weights: Mapping[str, Tensor] | None = None
 
 
 Sieve = Callable[[SieveInput], dict[str, Tensor]]

@@ -47,7 +47,7 @@ class Weights:
     retain: float = 4.0
     prompt: float = 0.1
     forget_rows: int = 48
-    retain_rows: int = 64
+    retain_rows: int = 96
 
 
 def forget_loss(target: Target, chosen: Sequence[int], logits: Tensor, penalty: Penalty) -> Tensor:
