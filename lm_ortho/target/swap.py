@@ -15,8 +15,7 @@ from lm_ortho.calibration.examples import Example, encode
 from lm_ortho.target.distribution import MEMORISED, hold_down, predicted
 from lm_ortho.target.subjects import Lookalikes, novel_subjects
 
-SUBJECTS = 4
-"""The mean over many is less sure of itself than any model that never saw the rows (docs/decisions/0017)."""
+SUBJECTS = 12
 
 
 def _shifted(spans: list[tuple[int, int]], at: int, growth: int) -> int:
