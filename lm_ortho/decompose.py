@@ -126,20 +126,9 @@ def decompose(
             return Objective(model, layers, *args)
 
         given = SieveInput(
-            model,
-            layers,
-            weights,
-            rounded,
-            moments,
-            step,
-            max(1, recipe.steps // _PATH),
-            objective,
-            recipe.seed,
-            notify,
-            forget_examples,
-            retain_examples,
-            before,
-        )
+            model, layers, weights, rounded, moments, step, max(1, recipe.steps // _PATH), objective, recipe.seed,
+            notify, forget_examples, retain_examples, before,
+        )  # fmt: skip
         support = select_support(sieve(given), recipe.density)
         edited = codes
         if recipe.bits != 16:

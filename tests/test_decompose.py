@@ -77,8 +77,8 @@ def test_the_ortho_stream_holds_the_density_and_is_not_empty(made):
     assert made.report["density_reached"] == pytest.approx(stored / weights)
     assert made.report["density_reached"] <= 0.05
     moved = {name: stream.base.codes() != made.plain[name].base.codes() for name, stream in made.streams.items()}
-    assert sum(int(m.sum()) for m in moved.values()) > 0.05 * stored, "eight steps of an edit change some codes"
-    assert made.report["steps_moved"] > 0
+    assert sum(int(m.sum()) for m in moved.values()) > 0.05 * stored, "twenty steps of an edit change some codes"
+    assert made.report["steps_moved"] > 0.3
 
 
 def test_the_report_says_what_was_decided(memorised, made):

@@ -40,9 +40,7 @@ def oracle(given: SieveInput) -> dict[str, Tensor]:
         for name in given.layers:
             score[name] -= gradients[name] * way[name] / ORACLE_STEPS
         given.notify("oracle", step, ORACLE_STEPS, f"forget {lost:.3f} retain {kept:.4f}")
-    with torch.no_grad():
-        for name, layer in given.layers.items():
-            layer.weight.copy_(given.weights[name])
+    _put_back(given)
     return score
 
 
@@ -72,7 +70,11 @@ def attribution(given: SieveInput) -> dict[str, Tensor]:
                 score[name] -= g * move
                 layer.weight += move
         given.notify("attribution", step, given.steps, f"forget {lost:.3f} retain {kept:.4f}")
+    _put_back(given)
+    return score
+
+
+def _put_back(given: SieveInput) -> None:
     with torch.no_grad():
         for name, layer in given.layers.items():
             layer.weight.copy_(given.weights[name])
-    return score

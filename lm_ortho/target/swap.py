@@ -70,11 +70,12 @@ def swap_target(
     own. Memorised tokens are held down.
     """
     known = sorted({row.subject for row in rows if row.subject})
-    embeddings = cast(Any, model).get_input_embeddings().weight
-    lookalikes = Lookalikes(tokenizer, embeddings, known)
-    names = novel_subjects(known, subjects * 8, seed, lookalikes) if known else []
-    real = taken_as_names(model, tokenizer, rows, names)
-    names = real if len(real) >= subjects else names
+    names: list[str] = []
+    if known:
+        lookalikes = Lookalikes(tokenizer, cast(Any, model).get_input_embeddings().weight, known)
+        names = novel_subjects(known, subjects * 8, seed, lookalikes)
+        real = taken_as_names(model, tokenizer, rows, names)
+        names = real if len(real) >= subjects else names
     draw = random.Random(seed + 1)
     own = predicted(model, examples)
     result = []
