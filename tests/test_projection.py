@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm_ortho.calibration.activations import DAMPING
 from lm_ortho.errors import UserError
 from lm_ortho.projection import PROJECTIONS
-from lm_ortho.projection.gptq import DAMPING
 from lm_ortho.projection.lattice import code_range, group_scales, grouped, nearest_codes, spread, values
 
 

@@ -9,6 +9,18 @@ from torch import Tensor, nn
 
 from lm_ortho.calibration.examples import Example, in_batches, lengths, pad
 
+DAMPING = 0.01
+"""Share of the mean diagonal that is added to it before inverting, as in the code of GPTQ."""
+
+
+def damped_inverse(moment: Tensor) -> Tensor:
+    """Inverse (in, in) in float64 of a second moment, damped; inputs that never fire get a unit diagonal."""
+    h = moment.double().clone()
+    diagonal = h.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal += DAMPING * diagonal.mean()
+    return torch.cholesky_inverse(torch.linalg.cholesky(h))
+
 
 @torch.no_grad()
 def input_moments(model: nn.Module, layers: Mapping[str, nn.Linear], examples: Sequence[Example]) -> dict[str, Tensor]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lm_ortho.calibration.activations import damped_inverse
 from lm_ortho.projection.base import PROJECTIONS
 from lm_ortho.projection.lattice import code_range, spread
-
-DAMPING = 0.01
-"""Share of the mean diagonal that is added to it, as in the paper's code."""
 
 
 @PROJECTIONS.register("gptq")
@@ -20,12 +18,7 @@ def gptq(weight: Tensor, scales: Tensor, hessian: Tensor, bits: int, group_size:
     """
     low, high = code_range(bits)
     left = weight.double().clone()
-    h = hessian.double().clone()
-    diagonal = h.diagonal()
-    diagonal[diagonal == 0] = 1.0
-    diagonal += DAMPING * diagonal.mean()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    factor = torch.linalg.cholesky(inverse, upper=True)
+    factor = torch.linalg.cholesky(damped_inverse(hessian), upper=True)
     per_weight = spread(scales, group_size, weight.shape[1]).double()
     codes = torch.empty_like(left)
     for j in range(left.shape[1]):

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lm_ortho.calibration.activations import DAMPING, damped_inverse
 from lm_ortho.calibration.examples import Example, answer_loss
 from lm_ortho.sieve.base import SIEVES, SieveInput
 
-DAMPING = 0.01
-"""Share of the mean diagonal that is added before inverting or dividing."""
 DOCUMENTS = 512
 """Documents of each set whose gradients are taken, evenly spaced."""
 
@@ -25,9 +24,7 @@ def obs(given: SieveInput) -> dict[str, Tensor]:
     """
     result = {}
     for name, weight in given.weights.items():
-        moment = given.moments[name].double()
-        damped = moment + (DAMPING * moment.diagonal().mean() + 1e-12) * torch.eye(len(moment), dtype=torch.float64)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped)).diagonal()
+        inverse = damped_inverse(given.moments[name]).diagonal()
         result[name] = (weight - given.rounded[name]).square() / inverse.to(weight)
     return result
 
