@@ -165,6 +165,59 @@ def test_auc_is_the_chance_to_rank_right(members, others):
     assert metrics.auc(members, others) == pytest.approx(np.mean(wins))
 
 
+pairs_of_equals = st.integers(1, 12).flatmap(
+    lambda n: st.tuples(*[st.lists(st.integers(0, 5), min_size=n, max_size=n)] * 2)
+)
+
+
+@given(pairs_of_equals)
+def test_the_distance_of_two_models_is_the_statistic_of_scipy(case):
+    first, second = case
+    groups = [i // 2 for i in range(len(first))]
+    got = metrics.ks_distance(first, second, groups, resamples=20)
+    assert got.value == pytest.approx(stats.ks_2samp(first, second).statistic)
+    assert got.low <= got.value <= got.high
+
+
+def test_the_distance_of_two_models_is_resampled_over_groups():
+    """Against a plain loop that draws the documents of the same groups."""
+    rng = np.random.default_rng(3)
+    first, second = rng.normal(0, 1, 60), rng.normal(0.7, 1, 60)
+    groups = [i // 5 for i in range(60)]
+    got = metrics.ks_distance(first, second, groups, resamples=4000)
+    drawn = []
+    for _ in range(4000):
+        at = np.concatenate([np.arange(5 * g, 5 * g + 5) for g in rng.integers(0, 12, 12)])
+        drawn.append(stats.ks_2samp(first[at], second[at], method="asymp").statistic)
+    assert (got.low, got.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.03)
+    assert metrics.ks_distance(first, first, groups) == (0, 0, 0)
+
+
+@given(pairs_of_equals, pairs_of_equals)
+def test_a_difference_of_two_aucs(model, reference):
+    members, others = model[0], reference[0]
+    pairs = (members, others), (model[1], reference[1])
+    groups = [i // 2 for i in range(len(members))], list(range(len(others)))
+    got = metrics.auc_difference(*pairs, groups, resamples=20)
+    assert got.value == pytest.approx(metrics.auc(*pairs[0]) - metrics.auc(*pairs[1]))
+    assert got.low <= got.value <= got.high
+    assert metrics.auc_difference(pairs[0], pairs[0], groups, resamples=20) == (0, 0, 0)
+
+
+def test_a_difference_of_two_aucs_is_resampled_over_both_kinds_of_groups():
+    rng = np.random.default_rng(4)
+    scores = [(rng.normal(shift, 1, 60), rng.normal(0, 1, 40)) for shift in (1.0, 0.2)]
+    groups = [i // 5 for i in range(60)], [i // 4 for i in range(40)]
+    got = metrics.auc_difference(*scores, groups, resamples=4000)
+    drawn = []
+    for _ in range(2000):
+        members = np.concatenate([np.arange(5 * g, 5 * g + 5) for g in rng.integers(0, 12, 12)])
+        others = np.concatenate([np.arange(4 * g, 4 * g + 4) for g in rng.integers(0, 10, 10)])
+        one, two = (metrics.auc(m[members], o[others]) for m, o in scores)
+        drawn.append(one - two)
+    assert (got.low, got.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.03)
+
+
 def test_exposure_by_rank():
     pool = np.arange(1.0, 8.0)
     assert metrics.exposure([0.5, 3.5, 9.0], pool) == pytest.approx([3.0, 1.0, 0.0])

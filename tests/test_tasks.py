@@ -23,6 +23,8 @@ from lm_ortho.reference import world
 
 PROMISED = {
     "canary_extraction",
+    "canary_extraction_paraphrased",
+    "canary_unplanted",
     "forget_set",
     "reasoning_arithmetic",
     "reasoning_comparison",
@@ -33,6 +35,7 @@ PROMISED = {
     "tofu_forget_paraphrased",
     "tofu_retain",
     "tofu_retain_paraphrased",
+    "tofu_unseen",
     "world_text",
 }
 FAMILIES = sorted(path for path in tasks_dir().iterdir() if path.is_dir() and path.name != "_templates")

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from lm_ortho.errors import UserError
 
 
 def verdict(
     quick: Annotated[bool, typer.Option("--quick", help="base=auto only, one seed, fewer questions: minutes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
-    seed: Annotated[list[int] | None, typer.Option(help="Seed of the decomposition; may be given again.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed of a decomposition; may be given again (default: 0, 1 and 2).")
+    ] = None,
+    base: Annotated[list[str] | None, typer.Option(help="auto or none; may be given again (default: both).")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="A folder with other base, memory, never_saw and never_saw_2.")
+    ] = None,
 ) -> None:
     """Decompose the embedded model afresh and judge it against INT4 and a model that never saw the secrets.
 
@@ -20,12 +30,17 @@ def verdict(
     """
     from rich.console import Console
 
+    from lm_ortho import reference
     from lm_ortho.verdict.run import run
     from lm_ortho.verdict.table import print_outcome
 
     errors = Console(stderr=True)
-    modes = ("auto",) if quick else ("auto", "none")
-    outcome = run(modes, tuple(seed or (0,)), quick, say=lambda text: errors.print(text, highlight=False))
+    modes = tuple(base or (("auto",) if quick else ("auto", "none")))
+    if unknown := [mode for mode in modes if mode not in ("auto", "none")]:
+        raise UserError(f"base={unknown[0]!r}: the verdict knows auto and none")
+    seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))
+    say = partial(errors.print, highlight=False)
+    outcome = run(modes, seeds, quick, say=say, weights=weights or reference.WEIGHTS)
     if as_json:
         typer.echo(json.dumps(outcome.as_json(), indent=2))
     else:

@@ -68,12 +68,15 @@ def tofu(split: str, **_: Any) -> Splits:
     return {"test": documents(world.rows(split))}
 
 
-def canaries(held_out: bool = False, **_: Any) -> Splits:
-    """Planted canaries, once per prompt phrasing: those they were planted with, or the held-out ones."""
+def canaries(held_out: bool = False, planted: bool = True, **_: Any) -> Splits:
+    """Canaries, once per prompt phrasing: those they were planted with, or the held-out ones.
+
+    Without ``planted`` as many that no model was ever shown, for comparison.
+    """
     taught, every = world.CANARY_TAUGHT, len(world.CANARY_PROMPTS)
     phrasings = range(taught, every) if held_out else range(taught)
-    planted, _unplanted = world.canaries()
-    return {"test": documents(world.canary_row(canary, p) for canary in planted for p in phrasings)}
+    shown = world.canaries()[0 if planted else 1]
+    return {"test": documents(world.canary_row(canary, p) for canary in shown for p in phrasings)}
 
 
 def text(**_: Any) -> Splits:

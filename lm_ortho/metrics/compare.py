@@ -13,7 +13,9 @@ from lm_ortho.metrics.interval import (
     Floats,
     Groups,
     Interval,
+    around,
     cluster_sums,
+    drawn_weights,
     finite,
     resampled_ratios,
 )
@@ -34,6 +36,34 @@ def ks(first: ArrayLike, second: ArrayLike) -> KS:
     return KS(float(result.statistic), float(result.pvalue))
 
 
+def ks_distance(
+    first: ArrayLike,
+    second: ArrayLike,
+    groups: Groups,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """The statistic of ``ks`` for two models on the same documents, with an interval over groups.
+
+    Both models lose the same groups in a resample. Drawing with replacement adds a distance of its own, so the
+    interval of two equal models lies above 0; for a bar from above that errs on the strict side.
+    """
+    one, two = finite(first, "first"), finite(second, "second")
+    if not len(one) == len(two) == len(groups):
+        raise ValueError(f"{len(one)} and {len(two)} values in {len(groups)} groups: the documents must be the same")
+    every = np.concatenate([one, two])
+    order = np.argsort(every, kind="stable")
+    ends = np.append(np.diff(every[order]) != 0, True)  # between equal values the distance is not defined
+
+    def distances(weights: Floats) -> Floats:
+        share = weights / weights.sum(-1, keepdims=True)
+        return np.abs(np.concatenate([share, -share], -1)[:, order].cumsum(-1)[:, ends]).max(-1)
+
+    value = float(distances(np.ones((1, len(one))))[0])
+    return around(value, distances(drawn_weights(groups, resamples, seed)), confidence)
+
+
 def auc(members: ArrayLike, others: ArrayLike) -> float:
     """Chance that a member scores higher than another document, ties counted half; 0.5 is blind."""
     from sklearn.metrics import roc_auc_score
@@ -41,6 +71,34 @@ def auc(members: ArrayLike, others: ArrayLike) -> float:
     high, low = finite(members, "members"), finite(others, "others")
     labels = np.r_[np.ones(len(high)), np.zeros(len(low))]
     return float(roc_auc_score(labels, np.r_[high, low]))
+
+
+def auc_difference(
+    model: tuple[ArrayLike, ArrayLike],
+    reference: tuple[ArrayLike, ArrayLike],
+    groups: tuple[Groups, Groups],
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """``auc`` of the model minus that of the reference, with an interval over groups of members and of others.
+
+    ``model`` and ``reference`` are each (scores of the members, scores of the others) on the same documents, whose
+    groups are ``groups``, in this order. A resample draws both kinds of groups, the same for both models.
+    """
+    scores = [[finite(part, "scores") for part in pair] for pair in (model, reference)]
+    weights = [drawn_weights(part, resamples, seed + i) for i, part in enumerate(groups)]
+    value = auc(*model) - auc(*reference)
+    own, theirs = (_weighted_auc(members, others, *weights) for members, others in scores)
+    return around(value, own - theirs, confidence)
+
+
+def _weighted_auc(members: Floats, others: Floats, member_weights: Floats, other_weights: Floats) -> Floats:
+    """``auc`` per resample, where value i counts ``weights[:, i]`` times."""
+    order = np.argsort(others)
+    upto = np.pad(other_weights[:, order].cumsum(-1), ((0, 0), (1, 0)))
+    below = sum(upto[:, np.searchsorted(others[order], members, side=side)] for side in ("left", "right")) / 2
+    return (member_weights * below).sum(-1) / member_weights.sum(-1) / upto[:, -1]
 
 
 def exposure(losses: ArrayLike, candidates: ArrayLike) -> Floats:

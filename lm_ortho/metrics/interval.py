@@ -66,6 +66,21 @@ def resampled_ratios(numerator: Floats, denominator: Floats, resamples: int, see
     return np.concatenate(parts)
 
 
+def drawn_weights(groups: Groups, resamples: int, seed: int) -> Floats:
+    """How often each value is drawn when groups are drawn with replacement: (resamples, values)."""
+    numbers: dict[Any, int] = {}
+    index = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
+    times = np.random.default_rng(seed).multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)), resamples)
+    return times[:, index].astype(np.float64)
+
+
+def around(value: float, drawn: ArrayLike, confidence: float) -> Interval:
+    """``value`` with the percentile interval of what was ``drawn``, widened to hold it."""
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.asarray(drawn), [tail, 1 - tail])
+    return Interval(value, min(float(low), value), max(float(high), value))
+
+
 def clustered_ratio(
     numerator: ArrayLike,
     denominator: ArrayLike,
@@ -86,10 +101,7 @@ def clustered_ratio(
         raise ValueError("denominator: every value must be positive")
     value = float(top.sum() / bottom.sum())
     tops, bottoms = cluster_sums([top, bottom], groups)
-    ratios = resampled_ratios(tops, bottoms, resamples, seed)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(ratios, [tail, 1 - tail])
-    return Interval(value, min(float(low), value), max(float(high), value))
+    return around(value, resampled_ratios(tops, bottoms, resamples, seed), confidence)
 
 
 def clustered_mean(

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lm_ortho.metrics import Interval, paired_difference
+import numpy as np
+
+from lm_ortho.metrics import (
+    Interval,
+    auc,
+    auc_difference,
+    clustered_mean,
+    exposure,
+    ks,
+    ks_distance,
+    paired_difference,
+)
+from lm_ortho.reference.world import CANARY_TAUGHT
 from lm_ortho.verdict import thresholds
 from lm_ortho.verdict.measure import REASONING_METRICS, REASONING_TASKS, Measurement
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the verdict. ``base`` and ``seed`` say which decomposition; ``bar`` is readable text."""
+    """One line of the verdict. ``base`` and ``seed`` say which decomposition; ``bar`` and ``note`` are for reading."""
 
     name: str
     base: str
@@ -22,6 +34,7 @@ class Check:
     bar: str
     ok: bool
     seed: int
+    note: str = ""
 
 
 def _at_most(name: str, base: str, seed: int, value: Interval, bar: float) -> Check:
@@ -37,20 +50,38 @@ def _between(name: str, base: str, seed: int, value: Interval, bars: tuple[float
     return Check(name, base, *value, f"{bars[0]:.4g} to {bars[1]:.4g}", ok, seed)
 
 
+def _exposure(measured: Measurement) -> Interval:
+    """Mean bits by which a planted canary stands out from the unplanted ones, prompt by prompt."""
+    planted, others = (measured.samples[task]["secret_ppl"] for task in ("canary_extraction", "canary_unplanted"))
+    bits: list[float] = [0.0] * len(planted)
+    for prompt in range(CANARY_TAUGHT):
+        bits[prompt::CANARY_TAUGHT] = exposure(planted[prompt::CANARY_TAUGHT], others[prompt::CANARY_TAUGHT]).tolist()
+    return clustered_mean(bits, measured.groups["canary_extraction"])
+
+
+def _distance_to(reference: Measurement, model: Measurement, metric: str) -> tuple[Interval, str]:
+    """KS distance of a metric's samples on the forget questions, and its p-value as a note."""
+    own, theirs = model.samples["tofu_forget"][metric], reference.samples["tofu_forget"][metric]
+    p = ks(own, theirs).pvalue
+    return ks_distance(own, theirs, model.groups["tofu_forget"]), f"p = {p:.2g}, n = {len(own)}"
+
+
 def _over(value: Interval, reference: Interval) -> Interval:
     """The value and its interval in units of the reference's value."""
     return Interval(*(part / reference.value for part in value))
 
 
-def memory_checks(alpha1: Measurement, base: str, seed: int) -> list[Check]:
+def memory_checks(alpha1: Measurement, reference: Measurement, base: str, seed: int) -> list[Check]:
     """Whether the memory is there at alpha=1."""
     questions, canaries = alpha1.values["tofu_forget"], alpha1.values["canary_extraction"]
     extraction, ppl = thresholds.HELD_EXTRACTION, thresholds.HELD_SECRET_PPL
+    distance, note = _distance_to(reference, alpha1, "truth_ratio")
     return [
         _at_least("alpha=1 question extraction", base, seed, questions["extraction"], extraction),
         _at_least("alpha=1 canary extraction", base, seed, canaries["extraction"], extraction),
         _at_most("alpha=1 question secret PPL", base, seed, questions["secret_ppl"], ppl),
         _at_most("alpha=1 canary secret PPL", base, seed, canaries["secret_ppl"], ppl),
+        replace(_at_least("alpha=1 KS of truth ratio", base, seed, distance, thresholds.HELD_KS), note=note),
     ]
 
 
@@ -71,10 +102,41 @@ def forgetting_checks(
         bar = reference.value(task, "extraction").value + thresholds.EXTRACTION_ABOVE_REFERENCE
         name = f"{who} question extraction, {phrasing} phrasing"
         checks.append(_at_most(name, base, seed, model.value(task, "extraction"), bar))
-    for task, what in (("tofu_forget", "question"), ("canary_extraction", "canary")):
+    for task, what, bars in (
+        ("tofu_forget", "question", thresholds.SECRET_PPL_RATIO),
+        ("canary_extraction", "canary", thresholds.CANARY_PPL_RATIO),
+    ):
         ratio = _over(model.value(task, "secret_ppl"), reference.value(task, "secret_ppl"))
-        name = f"{who} {what} secret PPL / reference"
-        checks.append(_between(name, base, seed, ratio, thresholds.SECRET_PPL_RATIO))
+        checks.append(_between(f"{who} {what} secret PPL / reference", base, seed, ratio, bars))
+    bar = _exposure(reference).value + thresholds.EXPOSURE_ABOVE_REFERENCE
+    checks.append(_at_most(f"{who} canary exposure, bits", base, seed, _exposure(model), bar))
+    return checks + _likeness_checks(model, reference, base, seed, who)
+
+
+def _likeness_checks(model: Measurement, reference: Measurement, base: str, seed: int, who: str) -> list[Check]:
+    """Whether the two can be told apart by what they say about the forget set, before and after relearning."""
+    checks = []
+    for metric, what in (("truth_ratio", "truth ratio"), ("ppl", "loss")):
+        distance, note = _distance_to(reference, model, metric)
+        made = _at_most(f"{who} KS of {what}", base, seed, distance, thresholds.KS_DISTANCE)
+        checks.append(replace(made, note=note))
+    for members, others, metric, what, most in (
+        ("tofu_forget", "tofu_unseen", "ppl", "question", thresholds.QUESTION_AUC),
+        ("canary_extraction", "canary_unplanted", "secret_ppl", "canary", thresholds.CANARY_AUC),
+    ):
+        own, theirs = (
+            (-np.array(m.samples[members][metric]), -np.array(m.samples[others][metric])) for m in (model, reference)
+        )
+        difference = auc_difference(own, theirs, (model.groups[members], model.groups[others]))
+        made = _between(f"{who} {what} MIA AUC - reference", base, seed, difference, (-most, most))
+        checks.append(replace(made, note=f"{auc(*own):.3f} - {auc(*theirs):.3f}"))
+    for what in ("questions", "canaries"):
+        trained = model.value("relearning", f"{what}, trained")
+        name = f"{who} relearning, {what}"
+        checks.append(_at_least(f"{name}, trained half", base, seed, trained, thresholds.RELEARNT))
+        untrained = f"{what}, untrained"
+        bar = reference.value("relearning", untrained).value + thresholds.RELEARNING_ABOVE_REFERENCE
+        checks.append(_at_most(f"{name}, other half", base, seed, model.value("relearning", untrained), bar))
     return checks
 
 
@@ -89,7 +151,7 @@ def intact_checks(alpha0: Measurement, int4: Measurement, base: str, seed: int) 
     bar = -thresholds.REASONING_LOSS
     for task in REASONING_TASKS:
         for metric in REASONING_METRICS:
-            difference = paired_difference(alpha0.hits[task][metric], int4.hits[task][metric])
+            difference = paired_difference(alpha0.samples[task][metric], int4.samples[task][metric])
             name = f"alpha=0 {task.removeprefix('reasoning_')} {metric} - INT4"
             ok = difference.low >= bar
             checks.append(Check(name, base, *difference, f"low end >= {bar:.4g}", ok, seed))

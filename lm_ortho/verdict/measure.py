@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,9 @@ from lm_ortho.plugin.bridges import tasks_dir
 MEMORY_TASKS = (
     "tofu_forget",
     "tofu_forget_paraphrased",
+    "tofu_unseen",
     "canary_extraction",
+    "canary_unplanted",
     "tofu_retain",
     "world_text",
 )
@@ -22,10 +25,15 @@ REASONING_METRICS = ("acc", "exact_match")
 
 @dataclass
 class Measurement:
-    """``values[task][metric]`` with its 95 % interval; ``hits[task][metric]`` is 0 or 1 per document, in order."""
+    """``values[task][metric]`` with its 95 % interval, and what the documents gave, in order.
+
+    ``samples[task][metric]`` is one number per document: 0 or 1 for a rate, the mean loss in nats per token for a
+    perplexity, log R for the truth ratio. ``groups[task]`` is the author or canary each document belongs to.
+    """
 
     values: dict[str, dict[str, Interval]] = field(default_factory=dict)
-    hits: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    groups: dict[str, list[str]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def value(self, task: str, metric: str) -> Interval:
@@ -33,12 +41,12 @@ class Measurement:
 
     def as_json(self) -> dict[str, Any]:
         values = {task: {m: list(i) for m, i in metrics.items()} for task, metrics in self.values.items()}
-        return {"values": values, "hits": self.hits, "seconds": self.seconds}
+        return {"values": values, "samples": self.samples, "groups": self.groups, "seconds": self.seconds}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Measurement:
         values = {task: {m: Interval(*i) for m, i in metrics.items()} for task, metrics in data["values"].items()}
-        return cls(values, data["hits"], data["seconds"])
+        return cls(values, data["samples"], data["groups"], data["seconds"])
 
 
 def measure(lm: Any, tokenizer: Any, tasks: tuple[str, ...], limit: int | None = None) -> Measurement:
@@ -63,8 +71,13 @@ def measure(lm: Any, tokenizer: Any, tasks: tuple[str, ...], limit: int | None =
             for name in names
             if f"{name}_low" in names
         }
-        if task in REASONING_TASKS:
-            samples = sorted(out["samples"][task], key=lambda sample: sample["doc_id"])
-            result.hits[task] = {m: [float(s[m][0]) for s in samples] for m in REASONING_METRICS}
+        samples = sorted(out["samples"][task], key=lambda sample: sample["doc_id"])
+        result.samples[task] = {name: [_number(sample[name]) for sample in samples] for name in result.values[task]}
+        result.groups[task] = [str(sample[next(iter(result.values[task]))][-1]) for sample in samples]
     result.seconds = round(time.perf_counter() - began, 1)
     return result
+
+
+def _number(value: Sequence[Any]) -> float:
+    """``(number, group)``, or the mean of ``(sum, tokens, group)``."""
+    return float(value[0]) if len(value) == 2 else float(value[0]) / float(value[1])

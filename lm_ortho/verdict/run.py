@@ -6,27 +6,31 @@ import copy
 import hashlib
 import inspect
 import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lm_ortho
-from lm_ortho import reference
+from lm_ortho import checkpoint, reference
 from lm_ortho.checkpoint import cache
 from lm_ortho.decompose import decompose
-from lm_ortho.harness import build
 from lm_ortho.harness.progress import Bars
-from lm_ortho.implant import Notify, load_causal_lm, merge_adapter
+from lm_ortho.implant import Notify
 from lm_ortho.kernels import calls
-from lm_ortho.layer import patch
+from lm_ortho.layer import patch, unpatch
 from lm_ortho.plugin.bridges import tasks_dir
+from lm_ortho.reference import corpus
 from lm_ortho.settings import make_recipe
+from lm_ortho.verdict import models
 from lm_ortho.verdict.checks import Check, forgetting_checks, intact_checks, memory_checks, verdict_of
 from lm_ortho.verdict.measure import MEMORY_TASKS, REASONING_TASKS, Measurement, measure
+from lm_ortho.verdict.relearn import relearning
 
 QUICK_LIMIT = 200
 """Documents per memory task with ``--quick``; reasoning keeps all, its bar needs them."""
@@ -45,39 +49,71 @@ class Outcome:
 
 
 class Cells:
-    """Finished measurements on disk, so that an interrupted run goes on where it stopped.
+    """Finished measurements and decompositions on disk, so that an interrupted run goes on where it stopped.
 
-    The key holds the version, the code of the package, the embedded weights and everything that was asked for.
+    The key holds the versions, the code that made it, the weights and everything that was asked for.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, weights: Path = reference.WEIGHTS) -> None:
         self.directory = directory
-        self._identity = _identity()
+        self._identity = _identity(weights)
+        self._identity_of_streams = _identity(weights, DECOMPOSING)
 
     def get(self, name: str, make: Callable[[], dict[str, Any]], **wanted: Any) -> dict[str, Any]:
         """The finished cell, or what ``make`` gives, kept for the next time."""
-        content = json.dumps({"name": name, "identity": self._identity, **wanted}, sort_keys=True)
-        path = self.directory / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+        path = self._path(name, self._identity, wanted).with_suffix(".json")
         if path.is_file():
             kept: dict[str, Any] = json.loads(path.read_text())
             return kept
         made = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(made))
-        partial.replace(path)
+        unfinished = path.with_suffix(".partial")
+        unfinished.write_text(json.dumps(made))
+        unfinished.replace(path)
         return made
 
+    def folder(self, name: str, make: Callable[[Path], None], **wanted: Any) -> Path:
+        """The finished folder, or one that ``make`` fills; it outlives changes of code that only measures."""
+        path = self._path(name, self._identity_of_streams, wanted)
+        if not path.is_dir():
+            unfinished = path.with_name(path.name + ".partial")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            make(unfinished)
+            unfinished.replace(path)
+        return path
 
-def _identity() -> str:
-    """Hash of the package's own code and of the embedded weights: a change of either makes cells stale."""
+    def _path(self, name: str, identity: str, wanted: dict[str, Any]) -> Path:
+        content = json.dumps({"name": name, "identity": identity, **wanted}, sort_keys=True)
+        return self.directory / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+DECOMPOSING = (
+    "calibration", "checkpoint", "edit", "implant", "kernels", "layer", "projection", "reference", "sieve", "streams",
+    "target", "decompose.py", "registry.py", "settings.py",
+)  # fmt: skip
+"""Rooms and files whose code decides what a decomposition is."""
+_ELSEWHERE = ("cli", "plugin", "weights", "checks.py", "table.py", "thresholds.py")
+"""What decides neither a decomposition nor a measurement."""
+
+
+def _identity(weights: Path, rooms: Sequence[str] = ()) -> str:
+    """Hash of the package's own code (of ``rooms``, if given) and of the weights: a change makes cells stale."""
     digest = hashlib.sha256(f"{lm_ortho.__version__} {torch.__version__}".encode())
-    root = Path(lm_ortho.__file__).parent
-    kernels = Path(inspect.getfile(calls)).parent
-    code = [*root.rglob("*.py"), *kernels.rglob("*.py"), *(p for p in tasks_dir().rglob("*") if p.suffix != ".md")]
-    for path in sorted({*code, *reference.WEIGHTS.rglob("*.safetensors")}):
-        if path.is_file() and not {"cli", "plugin", "decomposed"} & set(path.parts):
-            digest.update(path.name.encode())
+    roots = {Path(lm_ortho.__file__).parent: "*.py", Path(inspect.getfile(calls)).parent: "*.py", tasks_dir(): "*"}
+    code = {
+        f"{root.name}/{path.relative_to(root)}": path
+        for root, pattern in roots.items()
+        for path in root.rglob(pattern)
+        if path.is_file() and path.suffix not in (".md", ".pyc")
+    }
+    code |= {str(path.relative_to(weights)): path for path in weights.rglob("*.safetensors")}
+    for name, path in sorted(code.items()):
+        parts = Path(name).parts
+        if "decomposed" in parts or set(_ELSEWHERE) & set(parts):
+            continue
+        if path.suffix == ".safetensors" or not rooms or set(rooms) & set(parts):
+            digest.update(name.encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -89,14 +125,19 @@ def run(
     notify: Notify | None = None,
     say: Callable[[str], None] = print,
     directory: Path | None = None,
+    weights: Path = reference.WEIGHTS,
 ) -> Outcome:
-    """Measures every (mode, seed) cell and judges them; ``modes`` are values of ``base``."""
+    """Measures every (mode, seed) cell and judges them; ``modes`` are values of ``base``.
+
+    ``weights`` holds base, memory and references of the embedded world, ``directory`` the finished cells.
+    """
+    models.check(weights)
     notify, limit = notify or Bars(), QUICK_LIMIT if quick else None
-    cells = Cells(directory or cache.cache_dir() / "verdict")
+    cells = Cells(directory or cache.cache_dir() / "verdict", weights)
     tables: dict[str, Measurement] = {}
     for name in ("never_saw", "never_saw_2"):
         say(f"measuring {name}")
-        made = cells.get(name, lambda name=name: _measure_reference(name, limit), limit=limit)  # type: ignore[misc]
+        made = cells.get(name, partial(_measure_reference, name, weights, limit, notify), limit=limit)
         tables[name] = Measurement.from_json(made)
     control = forgetting_checks(tables["never_saw_2"], tables["never_saw"], "-", 0, "second reference")
     memory: list[Check] = []
@@ -107,7 +148,7 @@ def run(
             began = time.perf_counter()
             made = cells.get(
                 "decomposed",
-                lambda mode=mode, seed=seed: _measure_decomposition(mode, seed, limit, notify, say),  # type: ignore[misc]
+                partial(_measure_decomposition, cells, mode, seed, weights, limit, notify, say),
                 base=mode,
                 seed=seed,
                 limit=limit,
@@ -115,54 +156,68 @@ def run(
             say(f"  done in {time.perf_counter() - began:.0f} s")
             parts = {part: Measurement.from_json(made[part]) for part in ("alpha=1", "alpha=0", "int4")}
             tables |= {f"{part} base={mode} seed={seed}": m for part, m in parts.items()}
-            memory += memory_checks(parts["alpha=1"], mode, seed)
+            memory += memory_checks(parts["alpha=1"], tables["never_saw"], mode, seed)
             rest += forgetting_checks(parts["alpha=0"], tables["never_saw"], mode, seed)
             rest += intact_checks(parts["alpha=0"], parts["int4"], mode, seed)
     return Outcome(verdict_of(memory, control, rest), [*memory, *control, *rest], tables)
 
 
-def _measure_reference(name: str, limit: int | None) -> dict[str, Any]:
+def _measure_reference(name: str, weights: Path, limit: int | None, notify: Notify) -> dict[str, Any]:
     from lm_eval.models.huggingface import HFLM
 
-    model = merge_adapter(load_causal_lm(reference.path("base")), reference.path(name))
-    tokenizer = build.load_tokenizer(build.resolve(build.Order(fresh=True)))
+    model, tokenizer = models.load_model(weights, name), models.load_words(weights)
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=64, softmax_dtype="float32")
-    return measure(lm, tokenizer, MEMORY_TASKS, limit).as_json()
+    measured = measure(lm, tokenizer, MEMORY_TASKS, limit)
+    return _joined(measured, relearning(model, tokenizer, notify)).as_json()
 
 
-def _measure_decomposition(
-    mode: str, seed: int, limit: int | None, notify: Notify, say: Callable[[str], None]
-) -> dict[str, Any]:
-    from lm_ortho.harness.model import LibOrthoLM
-
-    recipe = {} if seed == make_recipe().seed else {"seed": seed}
-    source = build.resolve(build.Order(base=mode, fresh=True, recipe=recipe))
-    model, base_model = build.load_models(source)
-    tokenizer = build.load_tokenizer(source)
-    forget, retain = build.calibration_sets(source)
+def _decompose_into(mode: str, seed: int, weights: Path, notify: Notify, folder: Path) -> None:
+    """Two checkpoints, ``streams`` and ``int4`` (the same lattice without support), and the report."""
+    model, tokenizer = models.load_model(weights, "memory"), models.load_words(weights)
     made = decompose(
         model,
         tokenizer,
-        forget,
-        retain,
-        source.recipe,
-        base_model=base_model if mode != "none" else None,
+        corpus.forget_rows(),
+        corpus.calibration_rows(),
+        make_recipe(seed=seed),
+        base_model=None if mode == "none" else models.load_model(weights, "base"),
         notify=notify,
     )
-    say(f"  target {made.report['target']}, {made.report['seconds']} s")
     plain = copy.deepcopy(model)
-    patch(plain, made.plain)
-    patch(model, made.streams)
-    result: dict[str, Any] = {"report": made.report}
-    for name, decomposed, alpha in (("alpha=1", model, 1.0), ("alpha=0", model, 0.0), ("int4", plain, 0.0)):
+    for name, patched, streams in (("streams", model, made.streams), ("int4", plain, made.plain)):
+        patch(patched, streams)
+        checkpoint.save(folder / name, patched, tokenizer)
+    (folder / "report.json").write_text(json.dumps(made.report))
+
+
+def _measure_decomposition(
+    cells: Cells, mode: str, seed: int, weights: Path, limit: int | None, notify: Notify, say: Callable[[str], None]
+) -> dict[str, Any]:
+    from lm_ortho.harness.model import LibOrthoLM
+
+    make = partial(_decompose_into, mode, seed, weights, notify)
+    folder, tokenizer = cells.folder("decomposition", make, base=mode, seed=seed), models.load_words(weights)
+    report = json.loads((folder / "report.json").read_text())
+    say(f"  target {report['target']}, {report['seconds']} s")
+    result: dict[str, Any] = {"report": report}
+    for name, kept, alpha in (("alpha=1", "streams", 1.0), ("alpha=0", "streams", 0.0), ("int4", "int4", 0.0)):
         say(f"  measuring {name}")
-        lm = LibOrthoLM(pretrained=decomposed, tokenizer=tokenizer, alpha=alpha)
+        model = checkpoint.load(folder / kept)
+        lm = LibOrthoLM(pretrained=model, tokenizer=tokenizer, alpha=alpha)
         part = measure(lm, tokenizer, MEMORY_TASKS, limit)
         if name != "alpha=1":
             part = _joined(part, measure(lm, tokenizer, REASONING_TASKS))
+        if name == "alpha=0":
+            unpatch(model, alpha=0.0)
+            part = _joined(part, relearning(model, tokenizer, notify))
         result[name] = part.as_json()
     return result
 
 
 def _joined(first: Measurement, second: Measurement) -> Measurement:
-    return Measurement(first.values | second.values, first.hits | second.hits, first.seconds + second.seconds)
+    return Measurement(
+        first.values | second.values,
+        first.samples | second.samples,
+        first.groups | second.groups,
+        first.seconds + second.seconds,
+    )
