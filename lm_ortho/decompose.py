@@ -1,4 +1,4 @@
-"""The one function that goes through the steps of a decomposition in order."""
+"""The steps of a decomposition, and the one function that goes through them in order."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,144 @@ class Decomposition:
     report: dict[str, Any]
 
 
+class Workbench:
+    """A merged model on which supports and edits are made; a context manager that puts its weights back.
+
+    Statistics, lattice and projection are made on entering, target and objective when a sieve or an edit first asks
+    for them, so that several sieves and edits can be compared at the price of one preparation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        forget: Sequence[Row],
+        retain: Sequence[Row],
+        recipe: Recipe,
+        *,
+        base_model: nn.Module | None = None,
+        notify: Notify = _silent,
+    ) -> None:
+        """Of ``recipe``, lattice, projection, targets and seed count here. Raises what ``decompose`` does."""
+        self._projection = PROJECTIONS.get(recipe.projection)
+        _check_sets(forget, retain)
+        self.model, self.tokenizer, self.recipe, self.notify = model, tokenizer, recipe, notify
+        self._rows, self._retain_rows, self._base_model = forget, retain, base_model
+        self.layers = find_linear(model, recipe.targets)
+        self.weights = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        _check_finite(self.weights)
+        self.base_weights = _base_weights(base_model, self.layers)
+        longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", MAX_TOKENS))
+        self.forget = _encode_forget(tokenizer, forget, longest)
+        self.retain = encode(tokenizer, retain, longest)
+
+    def __enter__(self) -> Self:
+        self._was_trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.model.requires_grad_(False)
+        for layer in self.layers.values():
+            layer.weight.requires_grad_(True)
+        self.model.eval()
+        self._stack = ExitStack()
+        try:
+            longest = max(len(e.ids) for e in self.forget + self.retain)
+            self._stack.enter_context(attention_for(self.model, longest))
+            self._prepare()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        self._stack.close()
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                layer.weight.copy_(self.weights[name])
+        self.model.requires_grad_(False)
+        for parameter in self._was_trainable:
+            parameter.requires_grad_(True)
+
+    def _prepare(self) -> None:
+        recipe = self.recipe
+        self.moments = input_moments(self.model, self.layers, self.retain)
+        self.notify("statistics", 1, 1, f"{len(self.layers)} layers, {len(self.retain)} retain rows")
+        self.scales, self.codes, self.rounded = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+        for i, (name, weight) in enumerate(self.weights.items(), 1):
+            if recipe.bits == 16:
+                self.rounded[name] = weight.bfloat16().float()
+                continue
+            scales = group_scales(weight, recipe.bits, recipe.group_size)
+            codes = self._projection(weight, scales, self.moments[name], recipe.bits, recipe.group_size)
+            self.scales[name], self.codes[name] = scales, codes
+            self.rounded[name] = values(codes, scales, recipe.group_size)
+            self.notify("projection", i, len(self.weights), name)
+        self._step = _mean_step(self.scales, self.weights)
+
+    @cached_property
+    def choice(self) -> tuple[Choice, TargetCheck]:
+        """The target, and what it gives away by itself; said aloud once."""
+        given = (self._rows, self.forget, self.retain, self._base_model, self.recipe.seed, self.notify)
+        chosen = choose_target(self.model, self.tokenizer, *given)
+        check = check_target(chosen.target, self.forget)
+        _say_target(chosen, check)
+        return chosen, check
+
+    @cached_property
+    def _objective(self) -> Objective:
+        chosen, _ = self.choice
+        args = (chosen.target, self.forget, self.retain, chosen.penalty, Weights(retain=chosen.retain))
+        return Objective(self.model, self.layers, *args, self.recipe.seed)
+
+    def objective(self) -> Objective:
+        """What sieve and edit descend; made at the first call, at the merged weights."""
+        return self._objective
+
+    def scores(self, sieve: str, steps: int) -> dict[str, Tensor]:
+        """What the sieve gives each weight (out, in); ``steps`` as in the recipe."""
+        return SIEVES.get(sieve)(
+            SieveInput(
+                self.model, self.layers, self.weights, self.rounded, self.moments, self._step, max(1, steps // _PATH),
+                self.objective, self.recipe.seed, self.notify, self.forget, self.retain, self.base_weights,
+            )
+        )  # fmt: skip
+
+    def edited(self, edit: str, support: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+        """Codes (out, in) int8 after the edit, unchanged off the support; those of the projection for 16 bits."""
+        if self.recipe.bits == 16:
+            return self.codes
+        codes = EDITS.get(edit)(
+            EditInput(
+                self.model, self.layers, self.weights, self.base_weights, self.codes, self.scales, support,
+                self.recipe.bits, self.recipe.group_size, self._step, steps, self.objective, self.recipe.seed,
+                self.notify,
+            )
+        )  # fmt: skip
+        _check_off_support(self.codes, codes, support)
+        return codes
+
+    def streams(self, codes: dict[str, Tensor], support: dict[str, Tensor] | None) -> dict[str, LayerStreams]:
+        """The streams of these codes; without a support there is no ortho stream."""
+        return _streams(self.layers, self.weights, codes, self.scales, support, self.recipe)
+
+    def report(self, codes: dict[str, Tensor], support: dict[str, Tensor]) -> dict[str, Any]:
+        """What was decided and reached, as plain JSON."""
+        total = sum(w.numel() for w in self.weights.values())
+        picked = sum(int(mask.sum()) for mask in support.values())
+        lattice = self.recipe.bits != 16
+        return {
+            "density_reached": picked / total,
+            "weights": total,
+            "support": picked,
+            "base_known": self._base_model is not None,
+            "forget_rows": len(self.forget),
+            "retain_rows": len(self.retain),
+            "target": _target_report(*self.choice) if "choice" in vars(self) else None,
+            "steps_moved": _steps_moved(self.weights, codes, self.scales, support, self.recipe) if lattice else 0.0,
+        }
+
+
 def decompose(
     model: nn.Module,
     tokenizer: Any,
@@ -71,98 +209,19 @@ def decompose(
     Raises:
         UserError: for an unknown sieve, projection or edit, empty or identical sets, NaN weights.
     """
-    sieve, projection, edit = (
-        SIEVES.get(recipe.sieve),
-        PROJECTIONS.get(recipe.projection),
-        EDITS.get(recipe.edit),
-    )
-    _check_sets(forget, retain)
+    began = time.perf_counter()
+    for registry, name in ((SIEVES, recipe.sieve), (EDITS, recipe.edit)):
+        registry.get(name)
     if recipe.bits == 16 and recipe.edit != "none":
         raise UserError(f"bits=16 passes weights through, so edit={recipe.edit!r} cannot be used; use edit=none")
     if recipe.sieve == "oracle" and recipe.edit != "w0":
         raise UserError(f"edit={recipe.edit!r}: sieve=oracle looks at the way back to W0; use it with edit=w0")
-    began = time.perf_counter()
-    layers = find_linear(model, recipe.targets)
-    weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    _check_finite(weights)
-    before = _base_weights(base_model, layers)
-    was_trainable = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
-    for layer in layers.values():
-        layer.weight.requires_grad_(True)
-    model.eval()
-    exit_stack = ExitStack()
-    try:
-        longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", MAX_TOKENS))
-        forget_examples = _encode_forget(tokenizer, forget, longest)
-        retain_examples = encode(tokenizer, retain, longest)
-        exit_stack.enter_context(attention_for(model, max(len(e.ids) for e in forget_examples + retain_examples)))
-        moments = input_moments(model, layers, retain_examples)
-        notify("statistics", 1, 1, f"{len(layers)} layers, {len(retain)} retain rows")
-        scales, codes, rounded = {}, {}, {}
-        for i, (name, weight) in enumerate(weights.items(), 1):
-            if recipe.bits == 16:
-                rounded[name] = weight.bfloat16().float()
-                continue
-            scales[name] = group_scales(weight, recipe.bits, recipe.group_size)
-            codes[name] = projection(weight, scales[name], moments[name], recipe.bits, recipe.group_size)
-            rounded[name] = values(codes[name], scales[name], recipe.group_size)
-            notify("projection", i, len(weights), name)
-        step = _mean_step(scales, weights)
-
-        @cache
-        def choice() -> tuple[Choice, TargetCheck]:
-            given = (forget, forget_examples, retain_examples, base_model, recipe.seed, notify)
-            chosen = choose_target(model, tokenizer, *given)
-            check = check_target(chosen.target, forget_examples)
-            _say_target(chosen, check)
-            return chosen, check
-
-        @cache
-        def objective() -> Objective:
-            chosen, _ = choice()
-            loss = (chosen.penalty, Weights(retain=chosen.retain))
-            args = (chosen.target, forget_examples, retain_examples, *loss, recipe.seed)
-            return Objective(model, layers, *args)
-
-        given = SieveInput(
-            model, layers, weights, rounded, moments, step, max(1, recipe.steps // _PATH), objective, recipe.seed,
-            notify, forget_examples, retain_examples, before,
-        )  # fmt: skip
-        support = select_support(sieve(given), recipe.density)
-        edited = codes
-        if recipe.bits != 16:
-            edited = edit(
-                EditInput(
-                    model, layers, weights, before, codes, scales, support, recipe.bits, recipe.group_size,
-                    step, recipe.steps, objective, recipe.seed, notify,
-                )
-            )  # fmt: skip
-            _check_off_support(codes, edited, support)
-        built = _streams(layers, weights, edited, scales, support, recipe)
-        plain = _streams(layers, weights, codes, scales, None, recipe)
-    finally:
-        exit_stack.close()
-        with torch.no_grad():
-            for name, layer in layers.items():
-                layer.weight.copy_(weights[name])
-        model.requires_grad_(False)
-        for parameter in was_trainable:
-            parameter.requires_grad_(True)
-    total = sum(w.numel() for w in weights.values())
-    picked = sum(int(mask.sum()) for mask in support.values())
-    report: dict[str, Any] = {
-        "density_reached": picked / total,
-        "weights": total,
-        "support": picked,
-        "seconds": round(time.perf_counter() - began, 1),
-        "base_known": base_model is not None,
-        "forget_rows": len(forget),
-        "retain_rows": len(retain),
-        "target": _target_report(*choice()) if choice.cache_info().currsize else None,
-        "steps_moved": _steps_moved(weights, edited, scales, support, recipe) if recipe.bits != 16 else 0.0,
-    }
-    return Decomposition(built, plain, report)
+    with Workbench(model, tokenizer, forget, retain, recipe, base_model=base_model, notify=notify) as bench:
+        support = select_support(bench.scores(recipe.sieve, recipe.steps), recipe.density)
+        codes = bench.edited(recipe.edit, support, recipe.steps)
+        streams, plain = bench.streams(codes, support), bench.streams(bench.codes, None)
+        report = bench.report(codes, support)
+    return Decomposition(streams, plain, report | {"seconds": round(time.perf_counter() - began, 1)})
 
 
 def _check_sets(forget: Sequence[Row], retain: Sequence[Row]) -> None:
