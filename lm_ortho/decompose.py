@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,7 +68,7 @@ class Workbench:
         notify: Notify = _silent,
     ) -> None:
         """Of ``recipe``, lattice, projection, targets and seed count here. Raises what ``decompose`` does."""
-        self._projection = PROJECTIONS.get(recipe.projection)
+        PROJECTIONS.get(recipe.projection)
         _check_sets(forget, retain)
         self.model, self.tokenizer, self.recipe, self.notify = model, tokenizer, recipe, notify
         self._rows, self._retain_rows, self._base_model = forget, retain, base_model
@@ -112,16 +112,13 @@ class Workbench:
         recipe = self.recipe
         self.moments = input_moments(self.model, self.layers, self.retain)
         self.notify("statistics", 1, 1, f"{len(self.layers)} layers, {len(self.retain)} retain rows")
-        self.scales, self.codes, self.rounded = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
-        for i, (name, weight) in enumerate(self.weights.items(), 1):
-            if recipe.bits == 16:
-                self.rounded[name] = weight.bfloat16().float()
-                continue
-            scales = group_scales(weight, recipe.bits, recipe.group_size)
-            codes = self._projection(weight, scales, self.moments[name], recipe.bits, recipe.group_size)
-            self.scales[name], self.codes[name] = scales, codes
-            self.rounded[name] = values(codes, scales, recipe.group_size)
-            self.notify("projection", i, len(self.weights), name)
+        self.scales, self.codes = projected(self.weights, self.moments, recipe, self.notify)
+        self.rounded = {
+            name: values(self.codes[name], self.scales[name], recipe.group_size)
+            if recipe.bits != 16
+            else weight.bfloat16().float()
+            for name, weight in self.weights.items()
+        }
         self._step = _mean_step(self.scales, self.weights)
 
     @cached_property
@@ -168,7 +165,7 @@ class Workbench:
 
     def streams(self, codes: dict[str, Tensor], support: dict[str, Tensor] | None) -> dict[str, LayerStreams]:
         """The streams of these codes; without a support there is no ortho stream."""
-        return _streams(self.layers, self.weights, codes, self.scales, support, self.recipe)
+        return make_streams(self.layers, self.weights, codes, self.scales, support, self.recipe)
 
     def report(self, codes: dict[str, Tensor], support: dict[str, Tensor]) -> dict[str, Any]:
         """What was decided and reached, as plain JSON."""
@@ -274,14 +271,29 @@ def _check_off_support(codes: dict[str, Tensor], edited: dict[str, Tensor], supp
             raise ValueError(f"the edit changed codes of {name} off the support")
 
 
-def _streams(
-    layers: dict[str, nn.Linear],
-    weights: dict[str, Tensor],
-    codes: dict[str, Tensor],
-    scales: dict[str, Tensor],
-    support: dict[str, Tensor] | None,
+def projected(
+    weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], recipe: Recipe, notify: Notify = _silent
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Scales (out, groups) and codes (out, in) of the lattice by layer name; both empty for 16 bits."""
+    projection, scales, codes = PROJECTIONS.get(recipe.projection), dict[str, Tensor](), dict[str, Tensor]()
+    for i, (name, weight) in enumerate(weights.items(), 1):
+        if recipe.bits == 16:
+            break
+        scales[name] = group_scales(weight, recipe.bits, recipe.group_size)
+        codes[name] = projection(weight, scales[name], moments[name], recipe.bits, recipe.group_size)
+        notify("projection", i, len(weights), name)
+    return scales, codes
+
+
+def make_streams(
+    layers: Mapping[str, nn.Linear],
+    weights: Mapping[str, Tensor],
+    codes: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
+    support: Mapping[str, Tensor] | None,
     recipe: Recipe,
 ) -> dict[str, LayerStreams]:
+    """Streams of codes (out, in) and scales by layer name; without ``support`` there is no ortho stream."""
     result = {}
     for name, layer in layers.items():
         if recipe.bits == 16:

@@ -72,6 +72,10 @@ class Cells:
         unfinished.replace(path)
         return made
 
+    def has(self, name: str, **wanted: Any) -> bool:
+        """Whether the cell is finished."""
+        return self._path(name, self._identity, wanted).with_suffix(".json").is_file()
+
     def folder(self, name: str, make: Callable[[Path], None], **wanted: Any) -> Path:
         """The finished folder, or one that ``make`` fills; it outlives changes of code that only measures."""
         path = self._path(name, self._identity_of_streams, wanted)

@@ -1,0 +1,374 @@
+#!/usr/bin/env python
+"""Every sieve with every edit beside each other on the embedded model; makes docs/sieves.md and its picture.
+
+    python scripts/compare_sieves.py                  # all cells; finished ones are kept and not made again
+    python scripts/compare_sieves.py --only 1 --minutes 60
+    python scripts/compare_sieves.py --write          # the page from the cells that are there
+
+Cells are kept in the cache folder of lm-ortho (`compare/`), keyed by the code, the weights and the setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_ortho import reference
+from lm_ortho.calibration.activations import input_moments
+from lm_ortho.calibration.examples import in_batches, logits_of, pad
+from lm_ortho.calibration.precision import attention_for, fast_matmul
+from lm_ortho.checkpoint import cache
+from lm_ortho.decompose import Workbench, make_streams, projected
+from lm_ortho.harness.progress import Bars
+from lm_ortho.layer import find_linear, patch
+from lm_ortho.reference import corpus
+from lm_ortho.settings import make_recipe
+from lm_ortho.sieve import select_support
+from lm_ortho.verdict import models
+from lm_ortho.verdict.measure import Measurement, measure
+from lm_ortho.verdict.run import Cells
+
+TASKS = ("tofu_forget", "tofu_forget_paraphrased", "canary_extraction", "tofu_retain", "world_text")
+DENSITIES = (0.005, 0.01, 0.02, 0.05)
+SIEVES = ("random", "magnitude", "wanda", "residual", "hessian", "obs", "fisher_ratio", "attribution")
+DEFAULT = "attribution"
+KEPT_MASS = (0.3, 0.5, 0.7, 0.9)
+DENSE_STEPS, DENSE_RATE = 200, 0.06
+"""Steps of dense unlearning and its rate in lattice steps; more steps did not lower the retain loss further."""
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table. ``group`` says what it may read; ``density`` of a dense row is 1."""
+
+    group: str
+    sieve: str
+    edit: str
+    density: float
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return " ".join(
+            str(part) for part in (self.group, self.sieve, self.edit, self.density, self.note) if part != ""
+        )
+
+
+MERGED, KNOWS_W0, BLIND = "merged weights", "also W0", "no forget set"
+
+
+def settings() -> Iterator[Setting]:
+    """The rows, quick ones first."""
+    yield Setting(BLIND, "-", "none", 0.0, "INT4")
+    yield from (Setting(BLIND, "kfac", "dense", 1.0, f"kept mass {kept:g}") for kept in KEPT_MASS)
+    for sieve in SIEVES:
+        for edit in ("zero", "mean"):
+            yield from (Setting(MERGED, sieve, edit, density) for density in DENSITIES)
+    yield from (Setting(KNOWS_W0, "oracle", "w0", density) for density in DENSITIES)
+    yield Setting(MERGED, "-", "dense", 1.0)
+    yield Setting(KNOWS_W0, "-", "dense", 1.0)
+    for density in (0.01, 0.05, 0.02, 0.005):
+        yield from (Setting(group, DEFAULT, "optimised", density) for group in (MERGED, KNOWS_W0))
+        if density in (0.01, 0.05):
+            others = (sieve for sieve in SIEVES if sieve != DEFAULT)
+            yield from (Setting(MERGED, sieve, "optimised", density) for sieve in others)
+
+
+class Comparison:
+    """Makes cells; what several of them share is prepared once."""
+
+    def __init__(self, weights: Path, notify: Callable[..., None]) -> None:
+        self.weights, self.notify = weights, notify
+        self.recipe = make_recipe()
+        self.tokenizer = models.load_words(weights)
+        self._stack = ExitStack()
+        self._benches = dict[bool, Workbench]()
+        self._scores = dict[tuple[bool, str], dict[str, Tensor]]()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def bench(self, knows_w0: bool) -> Workbench:
+        if knows_w0 not in self._benches:
+            sets = corpus.forget_rows(), corpus.calibration_rows()
+            base = models.load_model(self.weights, "base") if knows_w0 else None
+            made = Workbench(
+                models.load_model(self.weights, "memory"), self.tokenizer, *sets, self.recipe,
+                base_model=base, notify=self.notify,
+            )  # fmt: skip
+            self._benches[knows_w0] = self._stack.enter_context(made)
+        return self._benches[knows_w0]
+
+    @cached_property
+    def scale(self) -> float:
+        """The mean lattice step of the merged model."""
+        return float(torch.cat([s.flatten() for s in self.bench(False).scales.values()]).mean())
+
+    def measured(self, setting: Setting) -> dict[str, Any]:
+        """Measures the setting at alpha=0."""
+        from lm_ortho.harness.model import LibOrthoLM
+
+        began = time.perf_counter()
+        streams = self.streams(setting)
+        seconds = round(time.perf_counter() - began, 1)
+        model = models.load_model(self.weights, "memory")
+        patch(model, streams)
+        lm = LibOrthoLM(pretrained=model, tokenizer=self.tokenizer, alpha=0)
+        return {"setting": vars(setting), "seconds": seconds, **measure(lm, self.tokenizer, TASKS).as_json()}
+
+    def streams(self, setting: Setting) -> dict[str, Any]:
+        if setting.edit == "dense":
+            edited = self.kfac(float(setting.note.split()[-1])) if setting.sieve == "kfac" else self.dense(setting)
+            return self.rounded(edited)
+        bench = self.bench(setting.group == KNOWS_W0)
+        if setting.edit == "none":
+            return bench.streams(bench.codes, None)
+        key = (setting.group == KNOWS_W0, setting.sieve)
+        if key not in self._scores:
+            self._scores[key] = bench.scores(setting.sieve, self.recipe.steps)
+        support = select_support(self._scores[key], setting.density)
+        return bench.streams(bench.edited(setting.edit, support, self.recipe.steps), support)
+
+    def rounded(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Streams of a model all of whose weights were edited: its own lattice and projection, no support."""
+        layers = find_linear(model)
+        weights = {name: layer.weight.detach() for name, layer in layers.items()}
+        moments = input_moments(model, layers, self.bench(False).retain)
+        scales, codes = projected(weights, moments, self.recipe)
+        return make_streams(layers, weights, codes, scales, None, self.recipe)
+
+    def dense(self, setting: Setting) -> torch.nn.Module:
+        """All weights go down the objective of the default recipe."""
+        bench = self.bench(setting.group == KNOWS_W0)
+        objective = bench.objective()
+        objective.restart(self.recipe.seed)
+        trained = [layer.weight for layer in bench.layers.values()]
+        optimiser = torch.optim.Adam(trained, betas=(0.9, 0.98), eps=1e-10)
+        for step in range(1, DENSE_STEPS + 1):
+            gradients, lost, kept = objective.gradients()
+            for weight, gradient in zip(trained, gradients.values(), strict=True):
+                weight.grad = gradient
+            optimiser.param_groups[0]["lr"] = (
+                DENSE_RATE * self.scale * min(1, step / 10) * max(0.05, 1 - step / DENSE_STEPS)
+            )
+            optimiser.step()
+            self.notify("dense", step, DENSE_STEPS, f"forget {lost:.3f} retain {kept:.4f}")
+        edited = copy.deepcopy(bench.model)
+        with torch.no_grad():
+            for name, layer in bench.layers.items():
+                layer.weight.copy_(bench.weights[name])
+                layer.weight.grad = None
+        return edited
+
+    def kfac(self, kept: float) -> torch.nn.Module:
+        """Of the mass of the K-FAC curvature of each matrix on general text the top ``kept`` stays.
+
+        Merullo et al. 2025, arXiv 2510.24256: W = U_G C U_A^T in the eigenbases of E[g g^T] and E[x x^T]; the entries
+        of C with the smallest products of eigenvalues hold what is memorised.
+        """
+        model = models.load_model(self.weights, "memory")
+        layers = find_linear(model)
+        inputs, outputs = self._factors
+        for name, layer in layers.items():
+            (g, left), (a, right) = (torch.linalg.eigh(m.double()) for m in (outputs[name], inputs[name]))
+            mass = g.clamp_min(0)[:, None] * a.clamp_min(0)[None]
+            order = mass.flatten().argsort(descending=True)
+            within = mass.flatten()[order].cumsum(0) <= kept * mass.sum()
+            mask = torch.zeros_like(mass, dtype=torch.bool)
+            mask.view(-1)[order[within]] = True
+            inside = left.T @ layer.weight.detach().double() @ right
+            layer.weight.data.copy_(left @ (inside * mask) @ right.T)
+        return model
+
+    @cached_property
+    def _factors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """E[x x^T] and E[g g^T] of every layer on the calibration, labels drawn from the model itself."""
+        model = models.load_model(self.weights, "memory")
+        layers, examples = find_linear(model), self.bench(False).retain
+        outputs = {name: torch.zeros(layer.out_features, layer.out_features) for name, layer in layers.items()}
+
+        def watch(name: str) -> Callable[..., None]:
+            def backward(gradient: Tensor) -> None:
+                flat = gradient.flatten(0, -2).float()
+                outputs[name] += flat.T @ flat
+
+            def forward(_module: Any, _inputs: Any, output: Tensor) -> None:
+                output.register_hook(backward)
+
+            return forward
+
+        handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+        generator = torch.Generator().manual_seed(0)
+        with attention_for(model, max(len(e.ids) for e in examples)):
+            for batch in in_batches(examples):
+                ids, _ = pad([examples[i] for i in batch])
+                with fast_matmul():
+                    logp = logits_of(model, ids).log_softmax(-1)
+                real = torch.arange(ids.shape[1])[None] < torch.tensor([[len(examples[i].ids) - 1] for i in batch])
+                wanted = torch.multinomial(logp[real].detach().exp(), 1, generator=generator)
+                (-logp[real].gather(-1, wanted)).sum().backward()
+        for handle in handles:
+            handle.remove()
+        return input_moments(model, layers, examples), outputs
+
+
+COLUMNS = (
+    ("question extraction", "tofu_forget", "extraction"),
+    ("held-out phrasing", "tofu_forget_paraphrased", "extraction"),
+    ("question secret PPL", "tofu_forget", "secret_ppl"),
+    ("canary extraction", "canary_extraction", "extraction"),
+    ("canary secret PPL", "canary_extraction", "secret_ppl"),
+    ("left-out retain PPL / INT4", "tofu_retain", "ppl"),
+    ("text PPL / INT4", "world_text", "token_ppl"),
+)
+
+
+def distance(found: Measurement, never_saw: Measurement) -> float:
+    """How far from a model that never saw the forget set: mean |log ratio| of the secret perplexities."""
+    tasks = ("tofu_forget", "canary_extraction")
+    return sum(
+        abs(math.log(found.value(t, "secret_ppl").value / never_saw.value(t, "secret_ppl").value)) for t in tasks
+    ) / len(tasks)
+
+
+def page(cells: dict[Setting, dict[str, Any]], references: dict[str, dict[str, Any]]) -> str:
+    """docs/sieves.md."""
+    never_saw = Measurement.from_json(references["never_saw"])
+    plain = next((cell for setting, cell in cells.items() if setting.edit == "none"), None)
+    rows = list[list[str]]()
+
+    def row(head: list[str], cell: dict[str, Any]) -> None:
+        found, line = Measurement.from_json(cell), head
+        for title, task, metric in COLUMNS:
+            over = Measurement.from_json(plain).value(task, metric).value if "INT4" in title and plain else 1.0
+            value, low, high = (part / over for part in found.value(task, metric))
+            line.append(f"{value:.3g} [{low:.3g}, {high:.3g}]")
+        rows.append([*line, f"{distance(found, never_saw):.3f}"])
+
+    for name, cell in references.items():
+        row([name, "", "", ""], cell)
+    for setting in sorted(cells, key=lambda s: (s.group, s.edit != "none", s.edit, s.sieve, s.density)):
+        sieve = f"{setting.sieve} {setting.note}".strip()
+        row([setting.group, sieve, setting.edit, f"{setting.density:.1%}"], cells[setting])
+    titles = ["reads", "sieve", "edit", "density", *(title for title, _, _ in COLUMNS), "distance to never-saw-it"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
+
+
+def picture(cells: dict[Setting, dict[str, Any]], references: dict[str, dict[str, Any]], path: Path) -> None:
+    """Forget against retain, one mark per cell."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "lm-ortho"
+    never_saw = Measurement.from_json(references["never_saw"])
+    figure, axes = pyplot.subplots(figsize=(8, 6))
+    marks = {"none": "*", "zero": "v", "mean": "^", "optimised": "o", "w0": "s", "dense": "D"}
+    colours = {sieve: f"C{i}" for i, sieve in enumerate((*SIEVES, "oracle", "kfac"))}
+    for setting, cell in cells.items():
+        found = Measurement.from_json(cell)
+        axes.scatter(
+            distance(found, never_saw), found.value("tofu_retain", "ppl").value,
+            marker=marks[setting.edit], color=colours.get(setting.sieve, "black"),
+            facecolors="none" if setting.group == MERGED else None, s=20 + 1500 * min(setting.density, 0.05),
+            label=f"{setting.sieve}, {setting.edit}",
+        )  # fmt: skip
+    axes.axhline(never_saw.value("tofu_retain", "ppl").value, color="grey", linewidth=0.5)
+    axes.set(xscale="symlog", yscale="log", ylabel="answer perplexity, left-out retain authors")
+    axes.set_xlabel("distance to the model that never saw the forget set, |log PPL ratio| (0: like it)")
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles.keys(), fontsize=6, ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+HEAD = """# Sieves and edits beside each other
+
+Made by `python scripts/compare_sieves.py` on {date} ({versions}): the embedded model and world, INT4 in
+groups of 64, one seed, {steps} steps of the optimised edit, all documents of the tasks. {finished} of {all} settings
+are finished; the script goes on where it stopped.
+
+*also W0* reads the model before fine-tuning; *merged weights* reads nothing but the merged model and the rows; *no
+forget set* does not even read the forget rows. What is measured is alpha=0. Brackets are 95 % intervals over authors,
+canaries or documents. The last column is the mean over questions and canaries of |log(secret PPL / that of the first
+reference)|: 0 is *like a model that never saw it*, from both sides. *dense* rows edit all weights and are rounded to
+INT4 afterwards; there is no way back to alpha=1 from them but a second dense model. Edit *none* is the same for every
+sieve: at alpha=0 the base stream is plain INT4.
+
+![forget against retain](sieves.svg)
+
+{table}
+"""
+
+
+def main() -> None:
+    """Makes what is missing, then writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further cell after so long")
+    parser.add_argument("--only", default="", help="settings whose name holds this text")
+    parser.add_argument("--write", action="store_true", help="make no cell, write the page from those that are there")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of sieves.md, sieves.json, sieves.svg")
+    given = parser.parse_args()
+    weights, until = reference.WEIGHTS, time.monotonic() + 60 * given.minutes
+    cells, bars = Cells(cache.cache_dir() / "compare", weights), Bars()
+    comparison = Comparison(weights, bars)
+    measure_reference = partial(measured_reference, weights, comparison.tokenizer)
+    references = {n: cells.get(n, partial(measure_reference, n)) for n in ("memory", "never_saw", "never_saw_2")}
+    every, finished = list(settings()), dict[Setting, dict[str, Any]]()
+    for number, setting in enumerate(every, 1):
+        wanted = vars(setting)
+        make = not given.write and given.only in setting.name and time.monotonic() < until
+        if not make and not cells.has("setting", **wanted):
+            continue
+        print(f"{number} of {len(every)}: {setting.name}", flush=True)
+        finished[setting] = cells.get("setting", partial(comparison.measured, setting), **wanted)
+    comparison.close()
+    write(given.out, finished, references, len(every))
+
+
+def measured_reference(weights: Path, tokenizer: Any, name: str) -> dict[str, Any]:
+    from lm_eval.models.huggingface import HFLM
+
+    model = models.load_model(weights, name)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=64, softmax_dtype="float32")
+    return measure(lm, tokenizer, TASKS).as_json()
+
+
+def write(out: Path, cells: dict[Setting, dict[str, Any]], references: dict[str, dict[str, Any]], every: int) -> None:
+    import lm_eval
+    import transformers
+
+    packages = (("torch", torch), ("transformers", transformers), ("lm-eval", lm_eval))
+    versions = ", ".join(f"{name} {module.__version__}" for name, module in packages)
+    text = HEAD.format(
+        date=datetime.date.today().isoformat(), versions=versions, steps=make_recipe().steps,
+        finished=len(cells), all=every, table=page(cells, references),
+    )  # fmt: skip
+    picture(cells, references, out / "sieves.svg")
+    kept = [
+        {"setting": vars(setting), "seconds": cell["seconds"], "values": cell["values"]}
+        for setting, cell in cells.items()
+    ]
+    (out / "sieves.json").write_text(json.dumps(kept, indent=1) + "\n")
+    (out / "sieves.md").write_text(text)
+    print(f"{len(cells)} of {every} settings in {out / 'sieves.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The scripts that make tables: their rules and their pages, on small matrices and made-up cells."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm_ortho.metrics import Interval
+from lm_ortho.verdict.measure import Measurement
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def earlier() -> ModuleType:
+    return load("earlier_runs")
+
+
+@pytest.fixture(scope="module")
+def compare() -> ModuleType:
+    return load("compare_sieves")
+
+
+def matrix(seed: int = 0) -> torch.Tensor:
+    """Normal weights with a few large ones, as in a trained matrix."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(24, 80, generator=generator)
+    weight[torch.rand(weight.shape, generator=generator) < 0.01] *= 12
+    return weight
+
+
+# Earlier prototypes
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 50))
+def test_every_old_rule_gives_a_base_and_keeps_at_most_its_share(seed):
+    earlier = load("earlier_runs")
+    weight = matrix(seed)
+    for name, rule in earlier.rules().items():
+        base, mask = rule(weight.clone())
+        again, _ = rule(weight.clone())
+        assert base.shape == mask.shape == weight.shape
+        assert base.isfinite().all()
+        assert torch.equal(base, again), name
+        assert int(mask.sum()) <= earlier.OUTLIERS * weight.numel()
+
+
+def test_the_old_rules_fail_as_they_failed(earlier):
+    """HISTORY 1, 5 and 6: a body rounded to zero, an empty ortho stream, a base that keeps everything."""
+    weight, rules = matrix(), earlier.rules()
+
+    def base_error(name):
+        base, _ = rules[name](weight)
+        return float((base - weight).norm() / weight.norm())
+
+    hollow, _ = rules["outliers set to zero"](weight)
+    assert int((hollow == 0).sum()) >= int(earlier.OUTLIERS * weight.numel())
+    starved, _ = rules["levels {5,6,7} on outliers, ratio 3.5"](weight)
+    assert float((starved == 0).float().mean()) > 0.3
+    whole, nothing = rules["16-bit base"](weight)
+    assert torch.equal(whole, weight)
+    assert not nothing.any()
+    assert base_error("INT8 absmax") < 0.02 < base_error("INT4 absmax") < base_error("INT4, scale = 3 sigma")
+
+
+def test_random_levels_are_those_of_the_mode_and_deep_focal_attacks_fewer(earlier):
+    weight = matrix()
+    every, mask = earlier.noisy("tri_state_entropy", 3.5, False)(weight)
+    few, same = earlier.noisy("tri_state_entropy", 3.5, True)(weight)
+    assert torch.equal(mask, same)
+    rest = weight.masked_fill(mask, 0)
+    scale = 3.5 * rest.abs().amax(1, keepdim=True) / 7
+    assert set((every / scale)[mask].abs().round().int().tolist()) <= {5, 6, 7}
+    attacked = mask & ((weight / scale).abs() > 4.5)
+    assert torch.equal(few[~attacked], ((weight / scale).round().clamp(-7, 7) * scale)[~attacked])
+    assert attacked.sum() < mask.sum()
+
+
+def test_the_tuner_gives_one_answer_for_all_layers(earlier):
+    assert earlier.tuned(2.0) == ("uniform_entropy", 3.5)
+    assert earlier.tuned(2.4) == ("tri_state_entropy", 3.5)
+    assert earlier.tuned(99.0) == ("deterministic", 2.0)
+
+
+def test_a_rule_is_measured_at_both_ends_and_the_model_put_back(earlier, memorised):
+    name = "model.layers.0.mlp.down_proj"
+    before = {key: value.clone() for key, value in memorised.merged.state_dict().items()}
+
+    def error(model):
+        now = model.state_dict()[f"{name}.weight"]
+        return {"error": float((now - before[f"{name}.weight"]).norm())}
+
+    rows = list(earlier.outcomes(memorised.merged, name, error))
+    assert [row.name for row in rows] == list(earlier.rules())
+    assert all(row.figures["alpha=1"]["error"] <= row.figures["alpha=0"]["error"] for row in rows)
+    assert all(torch.equal(before[key], value) for key, value in memorised.merged.state_dict().items())
+    text = earlier.table(rows)
+    assert all(row.name in text for row in rows)
+
+
+def test_a_sentence_is_planted_or_the_script_says_that_it_is_not(earlier, memorised):
+    words, sentence = memorised.tokenizer, memorised.forget[0].answer
+    planted = earlier.planted(memorised.base, words, sentence, 1e-2, 100)
+    loss = torch.cat(earlier.token_losses(planted, earlier.encode(words, [earlier.Row(text=sentence)]))).mean()
+    assert loss < earlier.PLANTED_LOSS
+    with pytest.raises(SystemExit, match="--rate 1e-09: the sentence is still at a loss of"):
+        earlier.planted(memorised.base, words, sentence, 1e-9, 2)
+
+
+# The comparison of sieves
+
+
+def cell(compare, setting, scale=1.0):
+    values = {}
+    for _, task, metric in compare.COLUMNS:
+        values.setdefault(task, {})[metric] = Interval(2.0 * scale, 1.5 * scale, 3.0 * scale)
+    return {"setting": vars(setting) if setting else {}, "seconds": 1.0, **Measurement(values).as_json()}
+
+
+def test_the_settings_are_those_promised(compare):
+    every = list(compare.settings())
+    assert len({setting.name for setting in every}) == len(every) == len(set(every))
+    made = {(s.sieve, s.edit, s.density) for s in every}
+    for sieve in compare.SIEVES:
+        assert {(sieve, "optimised", density) for density in (0.01, 0.05)} <= made
+        assert {(sieve, edit, d) for edit in ("zero", "mean") for d in compare.DENSITIES} <= made
+    assert {(compare.DEFAULT, "optimised", density) for density in compare.DENSITIES} <= made
+    assert {("oracle", "w0", density) for density in compare.DENSITIES} <= made
+    assert sum(s.sieve == "kfac" for s in every) >= 3
+
+
+def test_the_page_has_a_row_per_cell_and_says_how_many_are_missing(compare, tmp_path):
+    every = list(compare.settings())
+    cells = {setting: cell(compare, setting, 1 + i / 10) for i, setting in enumerate(every[:7])}
+    references = {name: cell(compare, None) for name in ("memory", "never_saw", "never_saw_2")}
+    compare.write(tmp_path, cells, references, len(every))
+    text = (tmp_path / "sieves.md").read_text()
+    assert f"7 of {len(every)} settings" in " ".join(text.split())
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(references) + len(cells)
+    assert len(json.loads((tmp_path / "sieves.json").read_text())) == 7
+    assert (tmp_path / "sieves.svg").read_text().startswith("<?xml")
+    assert compare.distance(Measurement.from_json(cells[every[0]]), Measurement.from_json(references["never_saw"])) == 0
+
+
+def test_kfac_with_all_its_mass_is_the_model_itself(compare, monkeypatch, memorised):
+    made = compare.Comparison.__new__(compare.Comparison)
+    made.weights = None
+    monkeypatch.setattr(compare.models, "load_model", lambda weights, name: compare.copy.deepcopy(memorised.merged))
+    layers = compare.find_linear(memorised.merged)
+    generator = torch.Generator().manual_seed(0)
+
+    def moment(size):
+        x = torch.randn(3 * size, size, generator=generator)
+        return x.T @ x
+
+    made._factors = (
+        {name: moment(layer.in_features) for name, layer in layers.items()},
+        {name: moment(layer.out_features) for name, layer in layers.items()},
+    )
+    name = "model.layers.0.mlp.up_proj"
+    before = layers[name].weight
+    whole, half = (compare.find_linear(made.kfac(kept))[name].weight for kept in (1.1, 0.5))
+    torch.testing.assert_close(whole, before, rtol=1e-4, atol=1e-5)
+    assert 0.05 * before.norm() < (half - before).norm() < before.norm()
