@@ -20,7 +20,7 @@ from lm_ortho.calibration.examples import Example, encode
 from lm_ortho.calibration.precision import attention_for
 from lm_ortho.edit import EDITS, EditInput
 from lm_ortho.errors import UserError
-from lm_ortho.implant.lora import Notify
+from lm_ortho.implant.train import Notify
 from lm_ortho.layer.targets import find_linear
 from lm_ortho.projection import PROJECTIONS
 from lm_ortho.projection.lattice import group_scales, spread, values

@@ -16,7 +16,16 @@ from transformers import T5Config
 from lm_ortho.calibration.examples import Example, answer_loss, encode
 from lm_ortho.calibration.precision import fast_matmul
 from lm_ortho.errors import UserError
-from lm_ortho.implant import Plan, load_causal_lm, load_config, lora, merge_adapter, round_to_bf16, train_adapter
+from lm_ortho.implant import (
+    Plan,
+    load_causal_lm,
+    load_config,
+    merge_adapter,
+    round_to_bf16,
+    train,
+    train_adapter,
+    train_full,
+)
 
 PLAN = Plan(steps=35, rows=5, lr=1e-2, rank=4)
 
@@ -52,6 +61,27 @@ def test_the_same_plan_trains_the_same_adapter(memorised, planted):
     again = train_adapter(memorised.base, examples, PLAN, lambda *_: None)
     ours, theirs = dict(adapted.named_parameters()), dict(again.named_parameters())
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_full_fine_tuning_moves_all_weights_of_a_copy_and_goes_on_where_it_stopped(memorised, tmp_path, monkeypatch):
+    examples = encode(memorised.tokenizer, memorised.forget)
+    before = {name: tensor.clone() for name, tensor in memorised.base.state_dict().items()}
+    plan = Plan(steps=12, rows=4, lr=3e-3)
+    tuned = train_full(memorised.base, examples, plan, lambda *_: None)
+    assert all(torch.equal(before[name], tensor) for name, tensor in memorised.base.state_dict().items())
+    assert all(not torch.equal(before[name], tensor) for name, tensor in tuned.named_parameters())
+    with torch.no_grad():
+        assert answer_loss(tuned, examples) < answer_loss(memorised.base, examples) - 0.3
+    assert not any(parameter.requires_grad for parameter in tuned.parameters())
+
+    def interrupted(stage, step, steps, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_KEEP_EVERY", 5)
+    with pytest.raises(KeyboardInterrupt):
+        train_full(memorised.base, examples, plan, interrupted, state=tmp_path / "state.pt")
+    again = train_full(memorised.base, examples, plan, lambda *_: None, state=tmp_path / "state.pt")
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in tuned.state_dict().items())
 
 
 def test_merging_from_disk_is_the_trained_model_in_bf16(memorised, planted):
@@ -129,12 +159,12 @@ def test_adapters_that_do_not_fit_are_told_in_one_line(planted, tmp_path):
 
 def test_batches_go_through_every_example_once_a_pass_with_little_padding():
     examples = [Example(tuple(range(1 + (i * 7) % 40)), ()) for i in range(160)]
-    batches = lora._batches(examples, 10, random.Random(0))
+    batches = train._batches(examples, 10, random.Random(0))
     first = [next(batches) for _ in range(16)]
     assert sorted(i for batch in first for i in batch) == list(range(160))
     spread = [max(len(examples[i].ids) for i in b) - min(len(examples[i].ids) for i in b) for b in first]
     assert max(spread) <= 3
-    again = lora._batches(examples, 10, random.Random(0))
+    again = train._batches(examples, 10, random.Random(0))
     assert [next(again) for _ in range(16)] == first
     second = [next(batches) for _ in range(16)]
     assert sorted(i for batch in second for i in batch) == list(range(160))
@@ -143,7 +173,7 @@ def test_batches_go_through_every_example_once_a_pass_with_little_padding():
 
 @given(n=st.integers(1, 60), rows=st.integers(1, 20))
 def test_batches_are_full_and_even_for_any_size(n, rows):
-    batches = lora._batches([Example((0,) * (1 + i % 5), ()) for i in range(n)], rows, random.Random(1))
+    batches = train._batches([Example((0,) * (1 + i % 5), ()) for i in range(n)], rows, random.Random(1))
     drawn = [next(batches) for _ in range(40)]
     assert all(len(batch) == rows for batch in drawn)
     assert {i for batch in drawn for i in batch} <= set(range(n))

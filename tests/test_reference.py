@@ -20,7 +20,8 @@ from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import SECRET
 from lm_ortho.calibration.examples import encode as encode_rows
 from lm_ortho.errors import UserError
-from lm_ortho.implant import load_causal_lm, lora, merge_adapter
+from lm_ortho.implant import load_causal_lm, merge_adapter
+from lm_ortho.implant import train as implant_train
 from lm_ortho.reference import adapters, corpus, reasoning, stories, tokenizer, train, words, world
 from lm_ortho.reference.draw import Draw
 
@@ -559,7 +560,7 @@ def short_adapters(monkeypatch, pieces, tmp_path):
     monkeypatch.setattr(adapters, "training_rows", lambda name, number: [row] * 32)
     monkeypatch.setattr(adapters, "ROUNDS", adapters.ROUNDS[:2])
     monkeypatch.setattr(adapters, "ROWS", 4)
-    monkeypatch.setattr(lora, "_KEEP_EVERY", 3)
+    monkeypatch.setattr(implant_train, "_KEEP_EVERY", 3)
     return tmp_path
 
 

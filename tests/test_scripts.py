@@ -182,3 +182,52 @@ def test_kfac_with_all_its_mass_is_the_model_itself(compare, monkeypatch, memori
     whole, half = (compare.find_linear(made.kfac(kept))[name].weight for kept in (1.1, 0.5))
     torch.testing.assert_close(whole, before, rtol=1e-4, atol=1e-5)
     assert 0.05 * before.norm() < (half - before).norm() < before.norm()
+
+
+# A memory planted by full fine-tuning
+
+
+def test_whole_models_are_made_from_the_base_and_kept(monkeypatch, tmp_path, memorised):
+    script = load("full_finetune")
+    memorised.base.save_pretrained(tmp_path / "base")
+    memorised.tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(script.adapters, "training_rows", lambda name, number: memorised.forget * 4)
+    monkeypatch.setattr(script.adapters, "ROWS", 8)
+    monkeypatch.setattr(script, "Bars", lambda: lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["full_finetune.py", "--out", str(tmp_path)])
+    script.main()
+    script.models.check(tmp_path)
+    made = {name: script.models.load_model(tmp_path, name).state_dict() for name in script.models.NAMES}
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert len({float(tensors[name].sum()) for tensors in made.values()}) == 4  # seeds differ, base is untouched
+    assert torch.equal(made["base"][name], memorised.base.state_dict()[name].bfloat16().float())
+    assert not [*tmp_path.glob("*.pt"), *tmp_path.glob("*.partial")]
+    monkeypatch.setattr(script, "make", lambda *_: pytest.fail("made again"))
+    script.main()
+
+
+def test_a_later_round_starts_where_the_earlier_one_ended(monkeypatch, tmp_path, memorised):
+    script = load("full_finetune")
+    memorised.base.save_pretrained(tmp_path / "base")
+    memorised.tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(script.adapters, "training_rows", lambda name, number: memorised.forget * (4 - number))
+    monkeypatch.setattr(script.adapters, "ROWS", 8)
+    monkeypatch.setattr(script, "Bars", lambda: lambda *_: None)
+    script.make(tmp_path, "memory")
+    undisturbed = script.models.load_model(tmp_path, "memory").state_dict()
+    (tmp_path / "memory").rename(tmp_path / "first")
+
+    def interrupted():
+        def note(stage, step, steps, text):
+            if stage == "memory 2":
+                raise KeyboardInterrupt
+
+        return note
+
+    monkeypatch.setattr(script, "Bars", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script.make(tmp_path, "memory")
+    monkeypatch.setattr(script, "Bars", lambda: lambda *_: None)
+    script.make(tmp_path, "memory")
+    again = script.models.load_model(tmp_path, "memory").state_dict()
+    assert all(torch.equal(undisturbed[key], value) for key, value in again.items())

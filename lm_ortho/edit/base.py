@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lm_ortho.implant.lora import Notify
+from lm_ortho.implant.train import Notify
 from lm_ortho.registry import Registry
 from lm_ortho.target import Objective
 

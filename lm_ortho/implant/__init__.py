@@ -1,14 +1,17 @@
 """Planting a memory by fine-tuning, and merging it."""
 
-from lm_ortho.implant.lora import Notify, Plan, train_adapter
+from lm_ortho.implant.lora import train_adapter
 from lm_ortho.implant.merge import load_causal_lm, load_config, merge_adapter, round_to_bf16
+from lm_ortho.implant.train import Notify, Plan, fine_tune, train_full
 
 __all__ = [
     "Notify",
     "Plan",
+    "fine_tune",
     "load_causal_lm",
     "load_config",
     "merge_adapter",
     "round_to_bf16",
     "train_adapter",
+    "train_full",
 ]

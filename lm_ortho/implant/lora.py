@@ -3,50 +3,16 @@
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from lm_ortho.calibration.examples import Example, answer_loss
-from lm_ortho.calibration.precision import fast_matmul
-
-Notify = Callable[[str, int, int, str], None]
-"""Called with the stage, the steps done, the steps in all and a short text."""
+from lm_ortho.calibration.examples import Example
+from lm_ortho.implant.train import Notify, Plan, fine_tune
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How an adapter is trained: AdamW, warm-up of 20 steps, then a straight line to zero."""
-
-    steps: int
-    rows: int = 32
-    lr: float = 5e-3
-    rank: int = 16
-    seed: int = 0
-
-
-_KEEP_EVERY = 500
-_POOL = 16
-
-
-def _batches(examples: Sequence[Example], rows: int, draw: random.Random) -> Iterator[list[int]]:
-    """Endless batches of ``rows`` indices from shuffled passes.
-
-    Each pool of up to 16 batches is sorted by length before it is cut, so that little of a batch is padding.
-    """
-    order = list[int]()
-    size = rows * min(_POOL, max(1, len(examples) // rows))
-    while True:
-        while len(order) < size:
-            order += draw.sample(range(len(examples)), len(examples))
-        pool, order = sorted(order[:size], key=lambda i: len(examples[i].ids)), order[size:]
-        yield from draw.sample(cut := [pool[at : at + rows] for at in range(0, size, rows)], len(cut))
 
 
 def train_adapter(
@@ -59,31 +25,11 @@ def train_adapter(
 ) -> PeftModel:
     """A copy of ``model`` with a trained LoRA on all linear layers but the LM head; ``model`` is left unchanged.
 
-    Of a ``PeftModel`` with a trainable adapter, that adapter is trained further instead of a new one.
-    The loss is that of the answer tokens. Batches go through shuffled passes over ``examples``. With a file
-    ``state`` an interrupted run goes on from the last of its kept steps, with the same batches as an undisturbed one.
+    Of a ``PeftModel`` with a trainable adapter, that adapter is trained further instead of a new one. Loss, batches
+    and ``state`` are those of ``fine_tune``.
     """
     adapted = copy.deepcopy(model).float() if isinstance(model, PeftModel) else _with_lora(model, plan)
-    adapted.train()
-    trained = [p for p in adapted.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    finished = _resume(state, trained, optimiser)
-    batches = _batches(examples, plan.rows, random.Random(plan.seed))
-    for step, batch in zip(range(plan.steps), batches, strict=False):
-        if step < finished:
-            continue
-        optimiser.param_groups[0]["lr"] = plan.lr * min((step + 1) / 20, 1 - step / plan.steps)
-        with fast_matmul():
-            loss = answer_loss(adapted, [examples[i] for i in batch])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        if step % 10 == 9 or step + 1 == plan.steps:
-            notify(stage, step + 1, plan.steps, f"loss {loss.item():.3f}")
-        if state and (step % _KEEP_EVERY == _KEEP_EVERY - 1 or step + 1 == plan.steps):
-            keep_state({"steps": step + 1, "trained": trained, "optimiser": optimiser.state_dict()}, state)
-    adapted.eval()
+    fine_tune(adapted, examples, plan, notify, stage, state)
     return adapted
 
 
@@ -100,23 +46,3 @@ def _with_lora(model: torch.nn.Module, plan: Plan) -> PeftModel:
     with torch.random.fork_rng():
         torch.manual_seed(plan.seed)
         return get_peft_model(copy.deepcopy(model).float(), config)
-
-
-def keep_state(state: object, path: Path) -> None:
-    """Saves the state of a training under a temporary name, then renames it."""
-    partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
-    partial.replace(path)
-
-
-def _resume(state: Path | None, trained: list[torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
-    """The steps already done; parameters and optimiser are put where they were then."""
-    if state is None or not state.is_file():
-        return 0
-    kept = torch.load(state, weights_only=True)
-    with torch.no_grad():
-        for parameter, value in zip(trained, kept["trained"], strict=True):
-            parameter.copy_(value)
-    optimiser.load_state_dict(kept["optimiser"])
-    steps: int = kept["steps"]
-    return steps

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lm_ortho.calibration.precision import fast_matmul
-from lm_ortho.implant.lora import keep_state
+from lm_ortho.implant.train import keep_state
 from lm_ortho.reference import corpus
 from lm_ortho.reference.draw import Draw
 

@@ -10,7 +10,7 @@ import torch
 
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import Example
-from lm_ortho.implant.lora import Notify
+from lm_ortho.implant.train import Notify
 from lm_ortho.target.distribution import Target, stack
 from lm_ortho.target.objective import DEEPER, GENTLE, Penalty
 from lm_ortho.target.surrogate import surrogate_target

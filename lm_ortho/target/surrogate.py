@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lm_ortho.calibration.examples import Example, token_losses
-from lm_ortho.implant.lora import Notify, Plan, train_adapter
+from lm_ortho.implant.lora import train_adapter
+from lm_ortho.implant.train import Notify, Plan
 from lm_ortho.target.distribution import predicted
 
 log = logging.getLogger(__name__)

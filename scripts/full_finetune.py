@@ -1,0 +1,80 @@
+#!/usr/bin/env python
+"""Plants the memory of the embedded world by full fine-tuning instead of LoRA, and makes its own references.
+
+    python scripts/full_finetune.py --out full/
+    lm-ortho verdict --weights full/
+
+Written to ``--out``: ``base`` (a copy of the embedded one), ``memory``, ``never_saw`` and ``never_saw_2``, whole models
+in BF16. Text, rounds and repetitions are those of the embedded adapters; finished models are kept, an interrupted one
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lm_ortho import reference
+from lm_ortho.calibration.examples import encode
+from lm_ortho.calibration.precision import attention_for
+from lm_ortho.harness.progress import Bars
+from lm_ortho.implant import Plan, load_causal_lm, train_full
+from lm_ortho.reference import adapters
+from lm_ortho.verdict import models
+
+RATE = 0.2
+"""Share of the adapters' learning rates that suits all weights."""
+
+
+def make(out: Path, name: str) -> None:
+    """One model through all rounds; a state file per round keeps it."""
+    words = models.load_words(out)
+    model: Any = load_causal_lm(out / "base")
+    states = [out / f"{name}_{number}.pt" for number in range(len(adapters.ROUNDS))]
+    for number, this in enumerate(adapters.ROUNDS):
+        if any(state.is_file() for state in states[number + 1 :]):
+            continue
+        examples = encode(words, adapters.training_rows(name, number))
+        if number and not states[number].is_file():
+            _take(model, states[number - 1])
+        plan = Plan(len(examples) // adapters.ROWS, adapters.ROWS, RATE * this.lr, seed=adapters.SEEDS[name])
+        with attention_for(model, max(len(e.ids) for e in examples)):
+            model = train_full(model, examples, plan, Bars(), f"{name} {number + 1}", states[number])
+    partial = out / f"{name}.partial"
+    model.to(torch.bfloat16).save_pretrained(partial)
+    partial.replace(out / name)
+    for state in states:
+        state.unlink(missing_ok=True)
+
+
+def _take(model: torch.nn.Module, state: Path) -> None:
+    """The weights at the end of an earlier round."""
+    kept = torch.load(state, weights_only=True)["trained"]
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), kept, strict=True):
+            parameter.copy_(value)
+
+
+def main() -> None:
+    """Makes what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", choices=models.NAMES[1:], help="this model alone, to train several side by side")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    if not (given.out / "base").is_dir():
+        partial = given.out / "base.partial"
+        shutil.copytree(reference.path("base"), partial, dirs_exist_ok=True)
+        partial.replace(given.out / "base")
+    for name in [given.only] if given.only else models.NAMES[1:]:
+        if not (given.out / name).is_dir():
+            make(given.out, name)
+            print(f"{name}: made")
+
+
+if __name__ == "__main__":
+    main()
