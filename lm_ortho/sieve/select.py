@@ -1,4 +1,4 @@
-"""From scores to the support: a budget over the whole model with a cap per matrix."""
+"""From scores to the support: one budget over the whole model."""
 
 from __future__ import annotations
 
@@ -7,35 +7,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-CAP = 3.0
-"""A matrix may hold at most this many times its share of the budget: unbounded, one layer takes most of it."""
 
-
-def select_support(scores: Mapping[str, Tensor], density: float, cap: float = CAP) -> dict[str, Tensor]:
+def select_support(scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
     """Boolean support per layer: exactly ``floor(density * weights)`` positions in all, never more.
 
-    Ties are broken by position, earlier layers first. A NaN score is an error.
+    The highest scores win, wherever they are: one matrix may take most of the budget. Ties are broken by position,
+    earlier layers first.
 
     Raises:
         ValueError: when a score is NaN.
     """
-    total = sum(score.numel() for score in scores.values())
-    budget = int(density * total + 1e-9)
-    kept, places = [], []
     for name, score in scores.items():
-        flat = score.flatten()
-        if flat.isnan().any():
+        if score.isnan().any():
             raise ValueError(f"the sieve gave NaN scores for {name}")
-        k = min(flat.numel(), max(1, int(cap * density * flat.numel())))
-        order = flat.argsort(descending=True, stable=True)[:k]
-        kept.append(flat[order])
-        places.append(order)
-    chosen = torch.cat(kept).argsort(descending=True, stable=True)[:budget]
-    support, offset = {}, 0
-    for (name, score), order in zip(scores.items(), places, strict=True):
-        mine = chosen[(chosen >= offset) & (chosen < offset + len(order))] - offset
-        mask = torch.zeros(score.numel(), dtype=torch.bool)
-        mask[order[mine]] = True
-        support[name] = mask.reshape(score.shape)
-        offset += len(order)
-    return support
+    every = torch.cat([score.flatten() for score in scores.values()])
+    budget = int(density * every.numel() + 1e-9)
+    mask = torch.zeros_like(every, dtype=torch.bool)
+    mask[every.argsort(descending=True, stable=True)[:budget]] = True
+    parts = mask.split([score.numel() for score in scores.values()])
+    return {name: part.reshape(score.shape) for part, (name, score) in zip(parts, scores.items(), strict=True)}
