@@ -25,7 +25,7 @@ from lm_ortho.verdict import models, relearn, thresholds
 from lm_ortho.verdict.checks import forgetting_checks, intact_checks, memory_checks, verdict_of
 from lm_ortho.verdict.measure import REASONING_METRICS, REASONING_TASKS, Measurement
 from lm_ortho.verdict.run import DECOMPOSING, Cells, Outcome, run
-from lm_ortho.verdict.table import print_outcome
+from lm_ortho.verdict.table import markdown, print_outcome, write_text
 
 run_module = importlib.import_module("lm_ortho.verdict.run")  # the package's own ``run`` hides the module
 
@@ -449,6 +449,14 @@ def test_every_check_is_printed_with_its_bar(monkeypatch, tmp_path):
         assert check.bar in text
     assert text.count(" miss ") == 1
     assert f"FAIL: {len(outcome.checks) - 1} of {len(outcome.checks)} checks hold" in text
+    page = markdown(outcome, "lm-ortho verdict --quick")
+    write_text(tmp_path / "page.md", page)
+    assert (tmp_path / "page.md").read_text() == page
+    assert page.startswith(f"# Verdict: FAIL, {len(outcome.checks) - 1} of {len(outcome.checks)} checks hold")
+    assert page.count("**miss**") == 1
+    assert all(f"| {check.name} | {check.bar} |" in page for check in outcome.checks)
+    with pytest.raises(UserError, match=r"out='.*page.md' cannot be written"):
+        write_text(tmp_path / "nowhere" / "page.md", page)
     as_json = json.loads(json.dumps(outcome.as_json()))
     assert as_json["verdict"] == "FAIL"
     assert len(as_json["checks"]) == len(outcome.checks)

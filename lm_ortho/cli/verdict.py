@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -19,6 +20,7 @@ def verdict(
         list[int] | None, typer.Option(help="Seed of a decomposition; may be given again (default: 0, 1 and 2).")
     ] = None,
     base: Annotated[list[str] | None, typer.Option(help="auto or none; may be given again (default: both).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the tables to this Markdown file.")] = None,
     weights: Annotated[
         Path | None, typer.Option(help="A folder with other base, memory, never_saw and never_saw_2.")
     ] = None,
@@ -32,15 +34,19 @@ def verdict(
 
     from lm_ortho import reference
     from lm_ortho.verdict.run import run
-    from lm_ortho.verdict.table import print_outcome
+    from lm_ortho.verdict.table import markdown, print_outcome, write_text
 
     errors = Console(stderr=True)
     modes = tuple(base or (("auto",) if quick else ("auto", "none")))
     if unknown := [mode for mode in modes if mode not in ("auto", "none")]:
         raise UserError(f"base={unknown[0]!r}: the verdict knows auto and none")
+    if out and not out.parent.is_dir():
+        raise UserError(f"out={str(out)!r}: there is no folder {str(out.parent)!r}")
     seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))
     say = partial(errors.print, highlight=False)
     outcome = run(modes, seeds, quick, say=say, weights=weights or reference.WEIGHTS)
+    if out:
+        write_text(out, markdown(outcome, " ".join(["lm-ortho", *sys.argv[1:]])))
     if as_json:
         typer.echo(json.dumps(outcome.as_json(), indent=2))
     else:
