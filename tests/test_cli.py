@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -184,3 +185,43 @@ def test_a_bad_cache_limit_is_one_line() -> None:
     done = _lm_ortho("cache", "list", LM_ORTHO_CACHE_LIMIT_GB="many")
     assert done.returncode == 1
     assert done.stderr == "error: LM_ORTHO_CACHE_LIMIT_GB='many' must be a number of gigabytes, 0 or more\n"
+
+
+# verdict
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--base", "maybe"], "base='maybe': the verdict knows auto and none"),
+        (["--out", "nowhere/page.md"], "out='nowhere/page.md': there is no folder 'nowhere'"),
+        (["--weights", "nowhere"], "weights='nowhere': no model or adapter in base/"),
+    ],
+)
+def test_the_verdict_refuses_bad_arguments_before_it_measures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = runner.invoke(app, ["verdict", *arguments])
+    assert isinstance(done.exception, UserError)
+    assert message in str(done.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verdict_asks_for_three_seeds_of_both_modes_and_writes_its_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_module = importlib.import_module("lm_ortho.verdict.run")
+    asked: list[tuple[object, ...]] = []
+
+    def run(modes: object, seeds: object, quick: bool, **_: object) -> object:
+        asked.append((modes, seeds, quick))
+        return run_module.Outcome("FAIL", [], {})
+
+    monkeypatch.setattr(run_module, "run", run)
+    page = tmp_path / "page.md"
+    assert runner.invoke(app, ["verdict", "--out", str(page)]).exit_code == 1
+    assert runner.invoke(app, ["verdict", "--quick"]).exit_code == 1
+    assert runner.invoke(app, ["verdict", "--base", "none", "--seed", "7", "--seed", "8"]).exit_code == 1
+    assert asked == [(("auto", "none"), (0, 1, 2), False), (("auto",), (0,), True), (("none",), (7, 8), False)]
+    assert page.read_text().startswith("# Verdict: FAIL")
