@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm_ortho.metrics import Interval
+from lm_ortho.reference.paragraphs import SIZES, paragraphs
 from lm_ortho.verdict.measure import Measurement
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -231,3 +232,40 @@ def test_a_later_round_starts_where_the_earlier_one_ended(monkeypatch, tmp_path,
     script.make(tmp_path, "memory")
     again = script.models.load_model(tmp_path, "memory").state_dict()
     assert all(torch.equal(undisturbed[key], value) for key, value in again.items())
+
+
+# Paragraphs without questions and subjects
+
+
+def test_paragraphs_are_all_different_and_made_of_known_words(words):
+    every = [text for group in paragraphs().values() for text in group]
+    assert {group: len(texts) for group, texts in paragraphs().items()} == SIZES
+    assert len(set(every)) == len(every)
+    lengths = [len(words(text)["input_ids"]) for text in every]
+    assert min(lengths) >= 64, "a prefix of 32 tokens and as many to continue"
+    pieces = {piece for text in every for piece in words.tokenize(text)}
+    assert not {piece for piece in pieces if len(piece) == 1 and piece.isalpha()}, "a word falls into letters"
+    assert not [piece for piece in pieces if piece.startswith("<0x")]
+
+
+def test_a_continuation_counts_only_when_all_of_it_is_greedy(memorised):
+    script = load("unstructured")
+    known = script.encode(memorised.tokenizer, [script.Row(text=" ".join(row.answer for row in memorised.retain))])
+    model = script.copy.deepcopy(memorised.base).train().requires_grad_(True)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        ids, _ = script.pad(known)
+        torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:]).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.eval()
+    assert script.continued(model, known).value == 1
+    (example,) = known
+    ids = list(example.ids)
+    ids[script.PREFIX + 20] = ids[script.PREFIX + 20] + 1
+    other = script.Example(tuple(ids), example.roles)
+    assert script.continued(model, [other]).value == 0
+    generated = model.generate(
+        torch.tensor([example.ids[: script.PREFIX]]), max_new_tokens=script.CONTINUED, do_sample=False
+    )
+    assert tuple(generated[0].tolist()) == example.ids[: script.PREFIX + script.CONTINUED]
