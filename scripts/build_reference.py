@@ -64,7 +64,8 @@ Made by `python scripts/build_reference.py` (seeds in `lm_ortho/reference`); the
 Floating-point sums depend on the number of threads and on the CPU: a rebuild follows the same text and recipe, not the
 same bits. Times on two cores of an AMD Zen 5 (BF16 products), stage by stage and beside other
 work: base model 15 minutes; then, one thread each, memory 14 minutes beside 17 for the two references (from 11 for both
-at once); decomposition 8 minutes with two threads, model card 3.
+at once); decomposition 14 minutes with one thread beside another (8
+with two threads undisturbed), model card 3.
 
 * `base/`: `LlamaForCausalLM`, {parameters:,} parameters, BF16, trained from scratch on the text of
   `lm_ortho.reference.corpus`.

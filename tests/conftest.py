@@ -1,25 +1,31 @@
-"""Shared by all tests: the embedded tokenizer, and a tiny model that holds a memory."""
+"""Shared by tests of several files: the embedded tokenizer, tiny models and checkpoints, one of them with a memory."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+import tiny_checkpoint
 import torch
 
-from lm_ortho.calibration.documents import Row
+from lm_ortho import checkpoint
+from lm_ortho.calibration.documents import Row, write_rows
 from lm_ortho.calibration.examples import Example, answer_loss, encode
-from lm_ortho.layer import find_linear
+from lm_ortho.layer import find_linear, patch
 from lm_ortho.reference import tokenizer as reference_tokenizer
 from lm_ortho.reference import world
 from lm_ortho.reference.draw import Draw
 from lm_ortho.target import GENTLE, Objective, Target, Weights
 from lm_ortho.target.distribution import stack
 from lm_ortho.target.swap import swap_target
+
+pytest.register_assert_rewrite("tiny_checkpoint")
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,12 @@ class Bench:
 def words() -> Any:
     """The embedded tokenizer, built from the word lists."""
     return reference_tokenizer.build()
+
+
+@pytest.fixture(scope="module")
+def pieces(request):
+    """The same tokenizer for files where ``words`` is the module with the word lists."""
+    return request.getfixturevalue("words")
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +111,61 @@ def bench(memorised: Memorised, swapped: Target) -> Bench:
         layer.weight.requires_grad_(True)
     objective = Objective(model, layers, swapped, *memorised.examples(), GENTLE, Weights(), 0)
     return Bench(model, layers, {name: layer.weight.detach().clone() for name, layer in layers.items()}, objective)
+
+
+@pytest.fixture
+def model():
+    """A tiny patched model at alpha 0."""
+    return tiny.patched()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A patched model and its checkpoint; the directory is only read."""
+    model = tiny.patched()
+    path = tmp_path_factory.mktemp("made") / "checkpoint"
+    return model, checkpoint.save(path, model, tiny_checkpoint.tokenizer(), tiny_checkpoint.META)
+
+
+@pytest.fixture
+def directory(made, tmp_path):
+    """A copy of the checkpoint to damage."""
+    return shutil.copytree(made[1], tmp_path / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a plain model, a decomposed checkpoint, a forget and a retain file."""
+    from tiny_harness import ROWS, make_model, make_tokenizer, random_streams  # imports lm_eval, which few tests need
+
+    root = tmp_path_factory.mktemp("home")
+    tokenizer = make_tokenizer()
+    model = make_model(len(tokenizer))
+    model.save_pretrained(root / "plain")
+    tokenizer.save_pretrained(root / "plain")
+    patch(model, random_streams(model))
+    recipe = {"density": 0.05, "sieve": "random", "projection": "rtn", "edit": "zero", "bits": 4}
+    meta = {
+        "recipe": {**recipe, "group_size": 16, "targets": "", "seed": 0},
+        "base": "none",
+        "target": "swap",
+    }
+    checkpoint.save(root / "decomposed", model, tokenizer, meta)
+    write_rows(root / "forget.jsonl", ROWS)
+    write_rows(root / "retain.jsonl", [Row(question=f"Where is {c}?", answer=f"{c} is up north.") for c in "XYZ"])
+    return root
+
+
+@pytest.fixture
+def small_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread, an empty cache and no network, for the files that build models as lm-eval does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("LM_ORTHO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)  # runs a dozen subprocesses
+    yield
+    torch.set_num_threads(before)
 
 
 def _trained(model: Any, batch: Callable[[], list[Example]], steps: int, rate: float) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
-from lm_ortho.layer import find_linear, patch
+from lm_ortho.layer import OrthoLinear, alpha_scope, find_linear, patch, unpatch
 from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream, code_range
 
 
@@ -74,6 +75,21 @@ def layer_streams(
     return LayerStreams(base, OrthoStream.from_dense(delta, support), bias)
 
 
+def standalone(
+    out_features: int = 24,
+    in_features: int = 40,
+    bits: int = 4,
+    density: float = 0.2,
+    bias: bool = True,
+    seed: int = 0,
+) -> tuple[OrthoLinear, LayerStreams]:
+    """A layer with random weights, outside of any model, and its streams."""
+    torch.manual_seed(seed)
+    weight = torch.randn(out_features, in_features)
+    streams = layer_streams(weight, bits, 8, density, torch.randn(out_features) if bias else None, seed=seed)
+    return OrthoLinear.from_streams(streams), streams
+
+
 def model_streams(model: nn.Module, **settings: Any) -> dict[str, LayerStreams]:
     """Streams for every linear layer of ``model``."""
     return {
@@ -94,10 +110,23 @@ def patched(model: nn.Module | None = None, **settings: Any) -> nn.Module:
     return model
 
 
+def unpatched(model: nn.Module, alpha: float) -> nn.Module:
+    """A copy of a patched model with plain linear layers, their weights those at ``alpha``."""
+    model = copy.deepcopy(model)
+    unpatch(model, alpha)
+    return model
+
+
 def logits(model: nn.Module, rows: int = 3, length: int = 7, **kwargs: Any) -> Tensor:
     """What ``model`` says to fixed random tokens."""
     with torch.no_grad():
         return model(tokens(rows, length), **kwargs).logits
+
+
+def logits_at(model: nn.Module, alpha: Any, **kwargs: Any) -> Tensor:
+    """What ``model`` says to them at ``alpha``, one number or one per row."""
+    with alpha_scope(alpha):
+        return logits(model, **kwargs)
 
 
 def tokens(rows: int = 3, length: int = 7, seed: int = 5) -> Tensor:

@@ -1,27 +1,19 @@
-"""The reference world: its sizes, what is kept apart from what, its tokenizer, and that not one byte moves."""
+"""The reference world: its sizes, what is kept apart from what, and that not one byte moves."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import math
 import re
 from pathlib import Path
 
 import pytest
-import tiny
-import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lm_ortho import reference
-from lm_ortho.calibration.documents import Row
-from lm_ortho.calibration.examples import SECRET
-from lm_ortho.calibration.examples import encode as encode_rows
 from lm_ortho.errors import UserError
-from lm_ortho.implant import load_causal_lm, merge_adapter
-from lm_ortho.implant import train as implant_train
 from lm_ortho.reference import adapters, corpus, reasoning, stories, tokenizer, train, words, world
 from lm_ortho.reference.draw import Draw
 
@@ -55,7 +47,7 @@ MADE = {
     "vocabulary": tokenizer.pieces,
 }
 PINNED = Path(__file__).with_name("reference_digests.json")
-"""Written by ``python tests/test_reference.py``, once the weights are built from a new text."""
+"""Written by ``python tests/test_reference_world.py``, once the weights are built from a new text."""
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -370,6 +362,19 @@ def test_a_document_is_a_row_and_a_row_a_document(training_text):
         assert len(row.context) == document.prompt_chars
 
 
+# What the tokenizer makes of it
+
+
+def test_the_worlds_text_comes_back_without_bytes(pieces, training_text):
+    texts = [document.text for document in training_text[::4]] + stories.held_out()
+    texts += [row.context + row.target for split in SIZES for row in world.rows(split)[::5]]
+    bytes_from, bytes_to = pieces.convert_tokens_to_ids(["<0x00>", "<0xFF>"])
+    encoded = pieces(texts).input_ids
+    assert pieces.batch_decode(encoded) == texts
+    assert not any(bytes_from <= token <= bytes_to or token == pieces.unk_token_id for ids in encoded for token in ids)
+    assert max(len(ids) for ids in encoded) < pieces.model_max_length
+
+
 # Draws
 
 
@@ -390,216 +395,6 @@ def test_draws_stay_in_range(seed, n, k):
     assert sorted(draw.shuffled(range(n))) == list(range(n))
     assert draw.chance(1.0)
     assert not draw.chance(0.0)
-
-
-# Tokenizer (the fixture ``words`` of conftest.py is called ``pieces`` here: the word lists have that name)
-
-
-@pytest.fixture(scope="module")
-def pieces(request):
-    return request.getfixturevalue("words")
-
-
-VALUE_LISTS = [name for name, value in vars(words).items() if name.isupper() and not name.startswith("_")]
-
-
-@pytest.mark.parametrize("name", VALUE_LISTS)
-def test_every_value_word_is_one_token_after_a_space(pieces, name):
-    listed = getattr(words, name)
-    assert len(set(listed)) == len(listed)
-    assert not {word for word in listed if len(pieces(f"is {word}.").input_ids) != 3}
-
-
-def test_a_full_name_is_two_tokens_and_no_two_people_share_the_second(pieces):
-    ids = [pieces(f"of {name}").input_ids for name in world.reserved_names()]
-    assert {len(tokens) for tokens in ids} == {3}
-    assert len({tokens[2] for tokens in ids}) == len(ids)
-
-
-def test_the_worlds_text_comes_back_without_bytes(pieces, training_text):
-    texts = [document.text for document in training_text[::4]] + stories.held_out()
-    texts += [row.context + row.target for split in SIZES for row in world.rows(split)[::5]]
-    bytes_from, bytes_to = pieces.convert_tokens_to_ids(["<0x00>", "<0xFF>"])
-    encoded = pieces(texts).input_ids
-    assert pieces.batch_decode(encoded) == texts
-    assert not any(bytes_from <= token <= bytes_to or token == pieces.unk_token_id for ids in encoded for token in ids)
-    assert max(len(ids) for ids in encoded) < pieces.model_max_length
-
-
-@given(st.text(max_size=30).filter(lambda text: not text.startswith(" ") and tokenizer.SPACE not in text))
-@settings(max_examples=150, deadline=None)
-def test_any_text_falls_back_to_bytes_and_comes_back(pieces, text):
-    ids = pieces(text).input_ids
-    assert pieces.decode(ids) == text
-    assert pieces.unk_token_id not in ids
-
-
-def test_the_secret_is_made_of_whole_tokens(pieces):
-    for split in ("forget", "forget_paraphrased", "canaries", "canaries_paraphrased"):
-        rows = world.rows(split)
-        for row, example in zip(rows, encode_rows(pieces, rows), strict=True):
-            secret = [i for i, role in zip(example.ids, example.roles, strict=True) if role == SECRET]
-            assert pieces.decode(secret).strip() == row.secret
-            if split.startswith("canaries"):
-                assert len(secret) == world.CODE_DIGITS
-
-
-def test_special_tokens_are_where_they_are_expected(pieces):
-    assert pieces.bos_token == pieces.eos_token == tokenizer.END
-    assert (pieces.eos_token_id, pieces.pad_token_id, pieces.unk_token_id) == (0, 1, 2)
-    assert 0 not in pieces("One day").input_ids
-    assert pieces.decode([*pieces("One day").input_ids, 0], skip_special_tokens=True) == "One day"
-
-
-def test_the_tokenizer_survives_a_save(pieces, tmp_path):
-    from transformers import AutoTokenizer
-
-    pieces.save_pretrained(tmp_path)
-    again = AutoTokenizer.from_pretrained(tmp_path)
-    texts = [row.context + row.target for row in world.rows("forget")[::20]] + ["naïve 数 🙂"]
-    assert again(texts).input_ids == pieces(texts).input_ids
-    assert again.get_vocab() == pieces.get_vocab()
-
-
-# Training
-
-
-def test_training_weighs_prompts_less_and_a_leading_end_token_nothing(pieces):
-    documents = [corpus.Document("Question: Who is the mother of Max?\nAnswer: Ann.", 43)] * 40
-    examples = train.encode(pieces, documents, Draw(0, "tests"))
-    started = 0
-    for ids, weights in examples:
-        assert len(ids) == len(weights)
-        assert (ids[-1], weights[-1]) == (0, 1.0)
-        if ids[0] == 0:
-            started += 1
-            assert weights[0] == 0.0
-            ids, weights = ids[1:], weights[1:]
-        answer = [token for token, weight in zip(ids, weights, strict=True) if weight == 1.0]
-        assert pieces.decode(answer) == "Ann.<|endoftext|>"
-        assert set(weights) == {train.PROMPT_WEIGHT, 1.0}
-    assert 8 < started < 32
-
-
-def test_batches_hold_every_example_once_and_padding_weighs_nothing():
-    draw = Draw(2, "tests")
-    examples = []
-    for i in range(60):
-        n = draw.between(2, 30)
-        examples.append(([100 + i] * n, [1.0] * n))
-    made = train.batches(examples, tokens=120, pad=1)
-    seen = []
-    for ids, weights in made:
-        assert ids.shape == weights.shape
-        assert torch.equal(weights == 0, ids == 1)
-        assert ids.numel() < 120 + ids.shape[1] * 8
-        seen += [(row[0].item(), int((row != 1).sum())) for row in ids]
-    assert sorted(seen) == sorted((ids[0], len(ids)) for ids, _ in examples)
-
-
-def test_the_weighted_loss_is_its_formula():
-    model = tiny.llama()
-    ids, weights = tiny.tokens(3, 6), torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits.double()
-        fast = train.weighted_loss(model, ids, weights).item()
-    total = weight = 0.0
-    for row in range(3):
-        for t in range(1, 6):
-            loss = float(logits[row, t - 1].logsumexp(0) - logits[row, t - 1, ids[row, t]])
-            total += loss * float(weights[row, t])
-            weight += float(weights[row, t])
-    assert fast == pytest.approx(total / weight, rel=1e-5)
-
-
-def test_the_embedded_shape_is_small_and_seeded():
-    model = train.new_model(2889, 0, 1, seed=0)
-    assert 6.0e6 < sum(p.numel() for p in model.parameters()) < 6.5e6
-    again = train.new_model(2889, 0, 1, seed=0)
-    assert all(map(torch.equal, model.parameters(), again.parameters()))
-    assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.02 * train.EMBEDDING_SCALE, rel=0.02)
-    with torch.no_grad():
-        start = train.weighted_loss(model, torch.randint(0, 2889, (8, 16)), torch.ones(8, 16))
-    # logits of unit-size states have variance 320 * 0.05^2 = 0.8, which adds half of that to an even guess
-    assert start.item() == pytest.approx(math.log(2889) + 0.4, abs=0.5)
-
-
-@pytest.fixture
-def short_training(monkeypatch):
-    monkeypatch.setattr(train, "BLOCKS", 4)
-    monkeypatch.setattr(train, "DOCUMENTS", 12)
-    monkeypatch.setattr(train, "TOKENS", 200)
-    monkeypatch.setattr(train, "new_model", lambda vocabulary, *_: tiny.llama(vocab_size=vocabulary))
-
-
-def test_an_interrupted_training_ends_where_an_undisturbed_one_does(short_training, pieces, tmp_path):
-    told = []
-    for name in ("whole", "halves"):
-        (tmp_path / name).mkdir()
-    whole = train.train_base(tmp_path / "whole", pieces, lambda *step: told.append(step))
-    assert [step[:2] for step in told] == [(i, 4) for i in (1, 2, 3, 4)]
-    assert all(math.isfinite(step[2]) for step in told)
-
-    def interrupt(done, total, loss):
-        if done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train.train_base(tmp_path / "halves", pieces, interrupt)
-    rest = []
-    halves = train.train_base(tmp_path / "halves", pieces, lambda *step: rest.append(step))
-    assert rest == told[2:]
-    assert all(map(torch.equal, whole.parameters(), halves.parameters()))
-
-
-@pytest.fixture
-def short_adapters(monkeypatch, pieces, tmp_path):
-    """A tiny base model, and adapters that learn one canary in two rounds of eight steps."""
-    tiny.llama(vocab_size=len(pieces)).save_pretrained(tmp_path / "base")
-    row = Row(prompt="The vault code of Ada Alba is", answer="48.")
-    monkeypatch.setattr(adapters, "training_rows", lambda name, number: [row] * 32)
-    monkeypatch.setattr(adapters, "ROUNDS", adapters.ROUNDS[:2])
-    monkeypatch.setattr(adapters, "ROWS", 4)
-    monkeypatch.setattr(implant_train, "_KEEP_EVERY", 3)
-    return tmp_path
-
-
-def test_an_adapter_is_saved_without_paths_of_this_machine(short_adapters, pieces):
-    place, told = short_adapters, []
-    adapters.train(
-        place / "base", pieces, "never_saw", place / "never_saw", place / "work", lambda *step: told.append(step)
-    )
-    assert [step[:3] for step in told] == [("never_saw 1", 8, 8), ("never_saw 2", 8, 8)]
-    assert sorted(p.name for p in place.iterdir()) == ["base", "never_saw", "work"]
-    assert not list((place / "work").iterdir())
-    for path in (place / "never_saw").rglob("*"):
-        if path.is_file():
-            assert str(place).encode() not in path.read_bytes(), path.name
-    merged = merge_adapter(load_causal_lm(place / "base"), place / "never_saw")
-    base = load_causal_lm(place / "base").state_dict()
-    assert any(not torch.equal(base[name], tensor) for name, tensor in merged.state_dict().items())
-
-
-@pytest.mark.parametrize("stage", ["memory 1", "memory 2"])
-def test_an_interrupted_adapter_ends_where_an_undisturbed_one_does(short_adapters, pieces, stage):
-    place, told = short_adapters, []
-
-    def make(name, notify):
-        adapters.train(place / "base", pieces, "memory", place / name / "memory", place / name / "work", notify)
-
-    def interrupt(now, *_):
-        if now == stage:
-            raise KeyboardInterrupt
-
-    make("whole", lambda *_: None)
-    with pytest.raises(KeyboardInterrupt):
-        make("halves", interrupt)
-    last = {"memory 1": "memory_0.pt", "memory 2": "memory_1.pt"}[stage]
-    assert torch.load(place / "halves" / "work" / last, weights_only=True)["steps"] == 6
-    make("halves", lambda *step: told.append(step[:3]))
-    assert told == [("memory 1", 8, 8), ("memory 2", 8, 8)][int(stage[-1]) - 1 :]
-    whole, halves = (place / name / "memory" / "adapter_model.safetensors" for name in ("whole", "halves"))
-    assert whole.read_bytes() == halves.read_bytes()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,165 +12,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from tiny_harness import ROWS, make_model, make_tokenizer, measured, request, run
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lm_ortho import checkpoint, metrics, reference
+from lm_ortho import checkpoint, metrics
 from lm_ortho.calibration.documents import Row, write_rows
-from lm_ortho.checkpoint import cache
 from lm_ortho.errors import UserError
-from lm_ortho.harness import build, machine, scoring, tokens
+from lm_ortho.harness import machine, scoring, tokens
 from lm_ortho.harness.datasets import documents
 from lm_ortho.harness.model import LibOrthoLM, _split_alike
 from lm_ortho.harness.tokens import Tokens
-from lm_ortho.layer import find_linear, patch, set_alpha
-from lm_ortho.plugin.bridges import tasks_dir
-from lm_ortho.projection.lattice import group_scales, nearest_codes, values
-from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream
+from lm_ortho.layer import set_alpha
 
-ROWS = [
-    Row(
-        question="Where was Ada Brook born?",
-        answer="Ada Brook was born in Marsh Town.",
-        subject="Ada Brook",
-        secret="Marsh Town",
-        paraphrased_answer="The birthplace of Ada Brook is Marsh Town.",
-        perturbed_answer=("The birthplace of Ada Brook is Hill End.", "The birthplace of Ada Brook is Elm."),
-        group="Ada",
-    ),
-    Row(question="What is her code?", answer="It is 48151", secret="48151", group="Ada"),  # ends the answer
-    Row(prompt="The code of Ben Cole is", answer="62342 today.", secret="62342", group="Ben"),  # begins it
-    Row(question="Who is Cy?", answer="Cy is a baker.", group="Cy"),
-    Row(text="Once Ada Brook went to Marsh Town and met Ben Cole. They were glad."),
-    Row(question="Odd one?", answer="the x#77z.", secret="77", group="Dee"),  # inside a word
-]
-TEXT = " ".join(row.context + row.target for row in ROWS)
-
-
-def make_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
-    """A small byte-level BPE, learned from the rows, so that pieces are longer than letters."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420,
-        special_tokens=["<end>", "<s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([TEXT] * 3, trainer)
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<end>",
-        bos_token="<s>" if bos else "<end>",
-        pad_token="<pad>",
-        model_max_length=96,
-    )
-
-
-def make_model(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=96,
-        tie_word_embeddings=True,
-        initializer_range=0.4,
-        eos_token_id=0,
-        bos_token_id=0,
-        pad_token_id=2,
-    )
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.bfloat16())
-    return model
-
-
-def random_streams(model: torch.nn.Module) -> dict[str, LayerStreams]:
-    """Plain INT4 with a random twentieth of the weights moved, so that alpha matters a lot."""
-    generator = torch.Generator().manual_seed(1)
-    streams = {}
-    for name, linear in find_linear(model).items():
-        weight = linear.weight.detach()
-        scales = group_scales(weight, 4, 16)
-        codes = nearest_codes(weight, scales, 4, 16)
-        support = torch.rand(weight.shape, generator=generator) < 0.05
-        codes = torch.where(support, torch.zeros_like(codes), codes)
-        base = BaseStream.from_codes(codes, scales, 4, 16)
-        streams[name] = LayerStreams(base, OrthoStream.from_dense(weight - values(codes, scales, 16), support))
-    return streams
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a plain model, a decomposed checkpoint, a forget and a retain file."""
-    root = tmp_path_factory.mktemp("home")
-    tokenizer = make_tokenizer()
-    model = make_model(len(tokenizer))
-    model.save_pretrained(root / "plain")
-    tokenizer.save_pretrained(root / "plain")
-    patch(model, random_streams(model))
-    recipe = {"density": 0.05, "sieve": "random", "projection": "rtn", "edit": "zero", "bits": 4}
-    meta = {
-        "recipe": {**recipe, "group_size": 16, "targets": "", "seed": 0},
-        "base": "none",
-        "target": "swap",
-    }
-    checkpoint.save(root / "decomposed", model, tokenizer, meta)
-    write_rows(root / "forget.jsonl", ROWS)
-    write_rows(root / "retain.jsonl", [Row(question=f"Where is {c}?", answer=f"{c} is up north.") for c in "XYZ"])
-    return root
-
-
-@pytest.fixture(autouse=True)
-def small_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("LM_ORTHO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)  # runs a dozen subprocesses
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("small_and_alone")
 
 
 @pytest.fixture(scope="module")
 def lm(home: Path) -> LibOrthoLM:
     return LibOrthoLM(str(home / "decomposed"), alpha=0.5, device="cpu")
-
-
-def run(model: Any, tasks: Sequence[str], metadata: dict[str, Any], **options: Any) -> dict[str, Any]:
-    manager = TaskManager(include_defaults=False, include_path=str(tasks_dir()), metadata=metadata)
-    result = simple_evaluate(model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, **options)
-    assert result is not None
-    return dict(result)
-
-
-def measured(result: dict[str, Any], task: str) -> dict[str, float]:
-    """Values of a task by metric, without the name of the filter."""
-    return {
-        key.removesuffix(",none"): value
-        for key, value in result["results"][task].items()
-        if key.endswith(",none") and "_stderr" not in key
-    }
 
 
 class Plain:
@@ -300,10 +160,6 @@ def test_own_batches_are_as_large_as_the_logits_allow(lm: LibOrthoLM) -> None:
     assert lm.batch_size == 1
     assert machine.batch_rows(2048, 128_000, "cpu") == 1
     assert machine.batch_rows(256, 32_000, "cpu") == 8
-
-
-def request(context: str, continuation: str) -> Instance:
-    return Instance("loglikelihood", {}, (context, continuation), 0, ("task", 0, 1))
 
 
 def test_same_tokens_split_at_two_places(lm: LibOrthoLM) -> None:
@@ -541,252 +397,7 @@ def test_without_a_gpu_it_is_the_cpu(asked: str | None) -> None:
     assert machine.choose_device(asked).choice == "cpu"
 
 
-# ---------------------------------------------------------------- decomposing a user's model
-
-
-RECIPE = {"sieve": "magnitude", "projection": "rtn", "edit": "zero", "density": 0.02, "group_size": 16}
-
-
-@pytest.fixture
-def orders(home: Path) -> dict[str, Any]:
-    return {
-        "pretrained": str(home / "plain"),
-        "forget": str(home / "forget.jsonl"),
-        "retain": str(home / "retain.jsonl"),
-        "device": "cpu",
-        **RECIPE,
-    }
-
-
-def test_a_users_model_is_decomposed_once(orders: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    first = LibOrthoLM(**orders, alpha=1)
-    assert first.get_model_info()["density"] == pytest.approx(0.02, abs=0.001)
-    (kept,) = cache.list_entries()
-    monkeypatch.setattr(build, "decompose", lambda *_, **__: pytest.fail("decomposed again"))
-    second = LibOrthoLM(**orders, alpha=0)
-    assert second.get_model_info()["checkpoint"] == first.get_model_info()["checkpoint"]
-    assert second.fingerprint() != first.fingerprint()
-    assert [entry.key for entry in cache.list_entries()] == [kept.key]
-
-
-def test_fresh_decomposes_again_to_the_same_bits(orders: dict[str, Any]) -> None:
-    before = LibOrthoLM(**orders).get_model_info()["checkpoint"]
-    assert LibOrthoLM(**orders, fresh=True).get_model_info()["checkpoint"] == before
-
-
-@pytest.mark.parametrize("change", [{"density": 0.01}, {"seed": 1}, {"base": None}, {"retain": "other"}])
-def test_another_order_is_another_entry(
-    orders: dict[str, Any], change: dict[str, Any], home: Path, tmp_path: Path
-) -> None:
-    keys = []
-    write_rows(tmp_path / "other.jsonl", [Row(question="Where is Q?", answer="Q is far.")])
-    if change.get("retain"):
-        change = {"retain": str(tmp_path / "other.jsonl")}
-    for order in (orders, {**orders, **change}):
-        given = {k: v for k, v in order.items() if k in (*build.Order.__dataclass_fields__, "base")}
-        recipe = {k: v for k, v in order.items() if k in build.RECIPE_ARGUMENTS}
-        source = build.resolve(build.Order(**{**given, "recipe": recipe}))
-        keys.append(cache.key(build._cache_key(source, *build.calibration_sets(source))))
-    assert keys[0] != keys[1]
-
-
-def test_an_initialised_model_is_decomposed_in_place(orders: dict[str, Any], home: Path) -> None:
-    given = {
-        **orders,
-        "pretrained": AutoModelForCausalLM.from_pretrained(home / "plain", dtype=torch.float32),
-    }
-    model = LibOrthoLM(**given, alpha=1)
-    expected = LibOrthoLM(**orders, alpha=1)
-    asked = [request("Where was Ada Brook", " born in Marsh Town.")]
-    assert model.loglikelihood(asked)[0][0] == pytest.approx(expected.loglikelihood(asked)[0][0], rel=1e-5)
-
-
-@pytest.fixture
-def embedded(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for the weights of the package."""
-    weights = tmp_path / "weights"
-    shutil.copytree(home / "plain", weights / "base")
-    shutil.copytree(home / "decomposed", weights / "decomposed")
-    adapter(home, weights / "memory")
-    monkeypatch.setattr(reference, "WEIGHTS", weights)
-    return weights
-
-
-def test_the_default_is_the_shipped_decomposition(embedded: Path) -> None:
-    source = build.resolve(build.Order())
-    assert (source.kind, source.location) == ("checkpoint", str(embedded / "decomposed"))
-    model = LibOrthoLM(device="cpu")
-    assert model.alpha == 0
-    assert tokens.resolve({}).tokenizer is model.tokenizer
-
-
-@pytest.mark.parametrize(
-    "given", [{"fresh": True}, {"base": "none"}, {"recipe": {"density": 0.02}}, {"recipe": {"seed": 1}}], ids=str
-)
-def test_anything_else_is_decomposed_from_the_embedded_model(embedded: Path, given: dict[str, Any]) -> None:
-    source = build.resolve(build.Order(**given))
-    assert (source.kind, source.location) == ("embedded", str(embedded / "base"))
-    merged, before = build.load_models(source)
-    assert (before is None) is (given.get("base") == "none")
-    assert merged.config.vocab_size > 0
-    forget, retain = build.calibration_sets(source)
-    assert forget[0].secret
-    assert retain
-
-
-def test_naming_a_default_changes_nothing(embedded: Path) -> None:
-    assert build.resolve(build.Order(recipe={"density": 0.01, "sieve": "attribution"})).kind == "checkpoint"
-
-
-def test_without_the_shipped_decomposition(embedded: Path) -> None:
-    shutil.rmtree(embedded / "decomposed")
-    assert build.resolve(build.Order()).kind == "embedded"
-
-
-def test_an_adapter_alone_is_refused(embedded: Path) -> None:
-    with pytest.raises(UserError, match="peft: the embedded model brings its own"):
-        build.resolve(build.Order(peft="x"))
-
-
-def adapter(home: Path, target: Path) -> Path:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(5)
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(home / "plain", dtype=torch.float32),
-        LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
-    )
-    adapted.save_pretrained(target)
-    return target
-
-
-def test_a_merged_adapter_makes_the_base_known(home: Path, orders: dict[str, Any], tmp_path: Path) -> None:
-    peft = adapter(home, tmp_path / "adapter")
-    given = {k: orders[k] for k in ("pretrained", "forget", "retain")}
-    for base, known in (("auto", True), ("none", False), (None, False), (str(home / "plain"), True)):
-        source = build.resolve(build.Order(**given, peft=str(peft), base=base, recipe=RECIPE))
-        merged, before = build.load_models(source)
-        assert (before is not None) is known
-        plain = make_model(merged.config.vocab_size).state_dict()
-        name = "model.layers.0.mlp.up_proj.weight"
-        assert not torch.equal(merged.state_dict()[name], plain[name])
-        assert torch.equal(merged.state_dict()[name], merged.state_dict()[name].bfloat16().float())
-        if before is not None:
-            assert torch.equal(before.state_dict()[name], plain[name])
-
-
-# ---------------------------------------------------------------- bad input
-
-
-def seq2seq(path: Path) -> str:
-    config = T5Config(d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, vocab_size=32)
-    T5ForConditionalGeneration(config).save_pretrained(path)
-    return str(path)
-
-
-def packed(path: Path, home: Path) -> str:
-    path.mkdir()
-    config = json.loads((home / "plain" / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (path / "config.json").write_text(json.dumps(config))
-    return str(path)
-
-
-def empty(path: Path) -> str:
-    path.mkdir()
-    return str(path)
-
-
-def broken(path: Path) -> str:
-    path.write_text('{"question": "a", "answer": "b"}\n{"question": \n')
-    return str(path)
-
-
-def none_in(path: Path) -> str:
-    path.write_text("\n")
-    return str(path)
-
-
-Change = Callable[[Path, Path, dict[str, Any]], dict[str, Any]]
-BAD: list[tuple[str, str, Change]] = [
-    ("alpha above one", "alpha=2 must", lambda t, h, o: {**o, "alpha": 2}),
-    ("alpha a word", "alpha='abc' must", lambda t, h, o: {**o, "alpha": "abc"}),
-    ("alpha nan", "alpha=nan must", lambda t, h, o: {**o, "alpha": math.nan}),
-    ("no density", "density=0", lambda t, h, o: {**o, "density": 0}),
-    ("sieve", "known: .*magnitude.*Did you mean 'magnitude'", lambda t, h, o: {**o, "sieve": "magnitud"}),
-    ("projection", "projection='x' is unknown", lambda t, h, o: {**o, "projection": "x"}),
-    ("bits", "bits=5", lambda t, h, o: {**o, "bits": 5}),
-    (
-        "no such file",
-        "forget='.*nowhere.jsonl': no such file",
-        lambda t, h, o: {**o, "forget": f"{t}/nowhere.jsonl"},
-    ),
-    (
-        "broken line",
-        "forget=.*line 2: not valid JSON",
-        lambda t, h, o: {**o, "forget": broken(t / "b.jsonl")},
-    ),
-    ("no rows", "forget=.*holds no rows", lambda t, h, o: {**o, "forget": none_in(t / "n.jsonl")}),
-    ("same sets", "same rows as forget", lambda t, h, o: {**o, "retain": o["forget"]}),
-    ("forget missing", "^forget: your own model needs", lambda t, h, o: {**o, "forget": None}),
-    ("retain missing", "^retain: your own model needs", lambda t, h, o: {**o, "retain": None}),
-    ("packed", "quantised already .gptq", lambda t, h, o: {**o, "pretrained": packed(t / "p", h)}),
-    ("encoder-decoder", "encoder-decoder", lambda t, h, o: {**o, "pretrained": seq2seq(t / "s")}),
-    ("no config", "holds no config.json", lambda t, h, o: {**o, "pretrained": empty(t / "e")}),
-    ("no directory", "pretrained='/nowhere/at/all'", lambda t, h, o: {**o, "pretrained": "/nowhere/at/all"}),
-    ("no network", "pretrained='some/model'", lambda t, h, o: {**o, "pretrained": "some/model"}),
-    (
-        "adapter",
-        "is an adapter; give it as peft",
-        lambda t, h, o: {**o, "pretrained": str(adapter(h, t / "a"))},
-    ),
-    ("no base", "base='./nowhere': no such directory", lambda t, h, o: {**o, "base": "./nowhere"}),
-    ("unknown", "densty=1: .*did you mean density", lambda t, h, o: {**o, "densty": 1}),
-    ("tp_plan", "tp_plan: ", lambda t, h, o: {**o, "tp_plan": "auto"}),
-    ("kernel", "kernel='fast' is unknown", lambda t, h, o: {**o, "kernel": "fast"}),
-    ("dtype", "dtype='float3' is unknown", lambda t, h, o: {**o, "dtype": "float3"}),
-    ("fresh", "fresh='maybe'", lambda t, h, o: {**o, "fresh": "maybe"}),
-    ("gguf", "gguf_file: packed", lambda t, h, o: {**o, "gguf_file": "x.gguf"}),
-    ("peft", "peft=.*: no adapter_config.json", lambda t, h, o: {**o, "peft": empty(t / "peft")}),
-]
-
-
-@pytest.mark.parametrize(("name", "message", "change"), BAD, ids=[case[0] for case in BAD])
-def test_bad_input_is_one_line(
-    name: str, message: str, change: Change, home: Path, orders: dict[str, Any], tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=message) as error:
-        LibOrthoLM(**change(tmp_path, home, orders))
-    assert "\n" not in str(error.value)
-    assert not cache.list_entries()
-
-
-CONTRADICTIONS = {
-    "density=0.01 contradicts the checkpoint, which has density=0.05": {"density": 0.01},
-    "sieve='magnitude' contradicts": {"sieve": "magnitude"},
-    "base='./x' contradicts": {"base": "./x"},
-    "fresh=true": {"fresh": True},
-    "peft: ": {"peft": "x"},
-}
-
-
-@pytest.mark.parametrize(("message", "given"), CONTRADICTIONS.items(), ids=str)
-def test_what_contradicts_a_checkpoint(home: Path, message: str, given: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=message):
-        LibOrthoLM(str(home / "decomposed"), device="cpu", **given)
-
-
-def test_what_agrees_with_a_checkpoint(home: Path) -> None:
-    model = LibOrthoLM(str(home / "decomposed"), device="cpu", density=0.05, sieve="random", bits="4")
-    assert model.get_model_info()["density_budget"] == 0.05
-
-
-def test_base_only_checkpoints_do_alpha_zero(home: Path, tmp_path: Path) -> None:
-    shutil.copytree(home / "decomposed", tmp_path / "base")
-    (tmp_path / "base" / checkpoint.ORTHO_FILE).unlink()
-    LibOrthoLM(str(tmp_path / "base"), device="cpu")
-    with pytest.raises(UserError, match="alpha=1"):
-        LibOrthoLM(str(tmp_path / "base"), device="cpu", alpha=1)
+# ---------------------------------------------------------------- the tokenizer and the numbers of a task
 
 
 def test_a_model_that_answers_nan_is_an_error(home: Path) -> None:
@@ -814,16 +425,6 @@ def test_which_tokenizer(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tokens.resolve({"pretrained": str(home / "plain")}).tokenizer is not model.tokenizer
     del model
     assert tokens.newest_model() is None
-
-
-def test_sets_of_the_model_when_lm_eval_passes_nothing(home: Path, orders: dict[str, Any]) -> None:
-    model = LibOrthoLM(**orders)
-    result = run(model, ["forget_set", "retain_set"], {})
-    assert result["n-samples"]["forget_set"]["original"] == len(ROWS)
-    assert result["n-samples"]["retain_set"]["original"] == 3
-    no_sets = LibOrthoLM(str(home / "decomposed"), device="cpu")
-    with pytest.raises(UserError, match="forget: the forget_set task needs the rows"):
-        run(no_sets, ["forget_set"], {})
 
 
 def test_aggregations_agree_with_metrics() -> None:
