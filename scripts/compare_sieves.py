@@ -211,6 +211,8 @@ class Comparison:
 
             return forward
 
+        for layer in layers.values():
+            layer.weight.requires_grad_(True)
         handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
         generator = torch.Generator().manual_seed(0)
         with attention_for(model, max(len(e.ids) for e in examples)):
@@ -221,6 +223,7 @@ class Comparison:
                 real = torch.arange(ids.shape[1])[None] < torch.tensor([[len(examples[i].ids) - 1] for i in batch])
                 wanted = torch.multinomial(logp[real].detach().exp(), 1, generator=generator)
                 (-logp[real].gather(-1, wanted)).sum().backward()
+                model.zero_grad()
         for handle in handles:
             handle.remove()
         return input_moments(model, layers, examples), outputs

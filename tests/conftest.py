@@ -25,8 +25,6 @@ from lm_ortho.target import GENTLE, Objective, Target, Weights
 from lm_ortho.target.distribution import stack
 from lm_ortho.target.swap import swap_target
 
-pytest.register_assert_rewrite("tiny_checkpoint")
-
 
 @dataclass(frozen=True)
 class Memorised:

@@ -185,6 +185,32 @@ def test_kfac_with_all_its_mass_is_the_model_itself(compare, monkeypatch, memori
     assert 0.05 * before.norm() < (half - before).norm() < before.norm()
 
 
+def test_the_factors_of_kfac_are_the_moments_of_inputs_and_gradients(compare, monkeypatch, memorised):
+    """Against one document at a time, with the labels that were drawn put in the place of random ones."""
+    frozen = compare.copy.deepcopy(memorised.merged).requires_grad_(False)
+    monkeypatch.setattr(compare.models, "load_model", lambda weights, name: compare.copy.deepcopy(frozen))
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.argmax(-1, keepdim=True))
+    _, retain = memorised.examples()
+    made = compare.Comparison.__new__(compare.Comparison)
+    made.weights = None
+    monkeypatch.setattr(compare.Comparison, "bench", lambda self, knows: type("Bench", (), {"retain": retain}))
+    inputs, outputs = made._factors
+    name = "model.layers.1.mlp.up_proj"
+    model = compare.copy.deepcopy(frozen)
+    layer = compare.find_linear(model)[name]
+    layer.weight.requires_grad_(True)
+    expected = torch.zeros(layer.out_features, layer.out_features)
+    for example in retain:
+        kept = []
+        handle = layer.register_forward_hook(lambda _m, _i, output, kept=kept: kept.append(output))
+        logp = model(input_ids=torch.tensor([example.ids])).logits[0, :-1].log_softmax(-1)
+        (gradient,) = torch.autograd.grad(-logp.max(-1).values.sum(), kept)
+        handle.remove()
+        expected += gradient[0].T @ gradient[0]
+    torch.testing.assert_close(outputs[name], expected, rtol=1e-3, atol=1e-5)
+    assert inputs[name].shape == (layer.in_features, layer.in_features)
+
+
 # A memory planted by full fine-tuning
 
 
