@@ -15,6 +15,7 @@ import copy
 import datetime
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -74,7 +75,7 @@ MERGED, KNOWS_W0, BLIND = "merged weights", "also W0", "no forget set"
 def settings() -> Iterator[Setting]:
     """The rows, quick ones first."""
     yield Setting(BLIND, "-", "none", 0.0, "INT4")
-    yield from (Setting(BLIND, "kfac", "dense", 1.0, f"kept mass {kept:g}") for kept in KEPT_MASS)
+    yield from (Setting(BLIND, "kfac", "dense", 1.0, f"late MLPs, kept mass {kept:g}") for kept in KEPT_MASS)
     for sieve in SIEVES:
         for edit in ("zero", "mean"):
             yield from (Setting(MERGED, sieve, edit, density) for density in DENSITIES)
@@ -178,12 +179,17 @@ class Comparison:
         """Of the mass of the K-FAC curvature of each matrix on general text the top ``kept`` stays.
 
         Merullo et al. 2025, arXiv 2510.24256: W = U_G C U_A^T in the eigenbases of E[g g^T] and E[x x^T]; the entries
-        of C with the smallest products of eigenvalues hold what is memorised.
+        of C with the smallest products of eigenvalues hold what is memorised. Edited are the MLPs of the later half
+        of the layers, as late MLPs are in the paper: with every matrix a kept mass of .3 to .9 destroyed the model.
         """
         model = models.load_model(self.weights, "memory")
         layers = find_linear(model)
         inputs, outputs = self._factors
+        blocks = sorted({int(number) for name in layers for number in re.findall(r"\d+", name)[:1]})
+        late = [f".{number}.mlp." for number in blocks[len(blocks) // 2 :]]
         for name, layer in layers.items():
+            if not any(part in name for part in late):
+                continue
             (g, left), (a, right) = (torch.linalg.eigh(m.double()) for m in (outputs[name], inputs[name]))
             mass = g.clamp_min(0)[:, None] * a.clamp_min(0)[None]
             order = mass.flatten().argsort(descending=True)

@@ -178,9 +178,11 @@ def test_kfac_with_all_its_mass_is_the_model_itself(compare, monkeypatch, memori
         {name: moment(layer.in_features) for name, layer in layers.items()},
         {name: moment(layer.out_features) for name, layer in layers.items()},
     )
-    name = "model.layers.0.mlp.up_proj"
+    name = "model.layers.1.mlp.up_proj"
     before = layers[name].weight
     whole, half = (compare.find_linear(made.kfac(kept))[name].weight for kept in (1.1, 0.5))
+    for untouched in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"):
+        assert torch.equal(compare.find_linear(made.kfac(0.5))[untouched].weight, layers[untouched].weight)
     torch.testing.assert_close(whole, before, rtol=1e-4, atol=1e-5)
     assert 0.05 * before.norm() < (half - before).norm() < before.norm()
 
