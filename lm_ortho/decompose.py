@@ -71,7 +71,7 @@ class Workbench:
         PROJECTIONS.get(recipe.projection)
         _check_sets(forget, retain)
         self.model, self.tokenizer, self.recipe, self.notify = model, tokenizer, recipe, notify
-        self._rows, self._retain_rows, self._base_model = forget, retain, base_model
+        self._rows, self._base_model = forget, base_model
         self.layers = find_linear(model, recipe.targets)
         self.weights = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         _check_finite(self.weights)
@@ -119,7 +119,7 @@ class Workbench:
             else weight.bfloat16().float()
             for name, weight in self.weights.items()
         }
-        self._step = _mean_step(self.scales, self.weights)
+        self.step = _mean_step(self.scales, self.weights)
 
     @cached_property
     def choice(self) -> tuple[Choice, TargetCheck]:
@@ -144,7 +144,7 @@ class Workbench:
         """What the sieve gives each weight (out, in); ``steps`` as in the recipe."""
         return SIEVES.get(sieve)(
             SieveInput(
-                self.model, self.layers, self.weights, self.rounded, self.moments, self._step, max(1, steps // _PATH),
+                self.model, self.layers, self.weights, self.rounded, self.moments, self.step, max(1, steps // _PATH),
                 self.objective, self.recipe.seed, self.notify, self.forget, self.retain, self.base_weights,
             )
         )  # fmt: skip
@@ -156,7 +156,7 @@ class Workbench:
         codes = EDITS.get(edit)(
             EditInput(
                 self.model, self.layers, self.weights, self.base_weights, self.codes, self.scales, support,
-                self.recipe.bits, self.recipe.group_size, self._step, steps, self.objective, self.recipe.seed,
+                self.recipe.bits, self.recipe.group_size, self.step, steps, self.objective, self.recipe.seed,
                 self.notify,
             )
         )  # fmt: skip

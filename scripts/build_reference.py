@@ -97,27 +97,23 @@ _CARD_COLUMNS = (
 
 def write_card(out: Path) -> None:
     """Measures every embedded model and writes the table."""
-    import lm_eval
-    import transformers
-    from lm_eval.models.huggingface import HFLM
-
     from lm_ortho import checkpoint
     from lm_ortho.harness.model import LibOrthoLM
     from lm_ortho.implant import load_causal_lm, merge_adapter
     from lm_ortho.verdict.measure import MEMORY_TASKS, REASONING_METRICS, REASONING_TASKS, measure
+    from lm_ortho.verdict.models import plain_lm
+    from lm_ortho.verdict.page import markdown_table, versions, write_text
 
     words = tokenizer.build()
-    lines = ["| model | " + " | ".join(title for title, _, _ in _CARD_COLUMNS) + " |"]
-    lines.append("|---" * (len(_CARD_COLUMNS) + 1) + "|")
+    lines = list[list[str]]()
 
     def add(name: str, lm: object) -> None:
         found = measure(lm, words, MEMORY_TASKS)
-        cells = [f"{found.value(task, metric).value:.4g}" for _, task, metric in _CARD_COLUMNS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append([name, *(f"{found.value(task, metric).value:.4g}" for _, task, metric in _CARD_COLUMNS)])
 
     for name in ("memory", "never_saw", "never_saw_2"):
         model = merge_adapter(load_causal_lm(out / "base"), out / name)
-        lm = HFLM(pretrained=model, tokenizer=words, batch_size=64, softmax_dtype="float32")
+        lm = plain_lm(model, words)
         add(f"base + {name}", lm)
         if name == "memory":
             skills = measure(lm, words, REASONING_TASKS)
@@ -129,12 +125,12 @@ def write_card(out: Path) -> None:
         for task in REASONING_TASKS
     ]
     text = CARD.format(
-        versions=f"torch {torch.__version__}, transformers {transformers.__version__}, lm-eval {lm_eval.__version__}",
+        versions=versions(),
         parameters=sum(p.numel() for p in load_causal_lm(out / "base").parameters()),
-        memory="\n".join(lines),
+        memory=markdown_table(["model", *(title for title, _, _ in _CARD_COLUMNS)], lines),
         reasoning="\n".join(reasoning),
     )
-    (out / "README.md").write_text(text)
+    write_text(out / "README.md", text)
 
 
 def adapters_side_by_side(out: Path, work: Path, names: list[str]) -> None:

@@ -2,7 +2,7 @@
 """Every sieve with every edit beside each other on the embedded model; makes docs/sieves.md and its picture.
 
     python scripts/compare_sieves.py                  # all cells; finished ones are kept and not made again
-    python scripts/compare_sieves.py --only 1 --minutes 60
+    python scripts/compare_sieves.py --only optimised --minutes 60
     python scripts/compare_sieves.py --write          # the page from the cells that are there
 
 Cells are kept in the cache folder of lm-ortho (`compare/`), keyed by the code, the weights and the setting.
@@ -40,6 +40,7 @@ from lm_ortho.settings import make_recipe
 from lm_ortho.sieve import select_support
 from lm_ortho.verdict import models
 from lm_ortho.verdict.measure import Measurement, measure
+from lm_ortho.verdict.page import markdown_table, versions, write_text
 from lm_ortho.verdict.run import Cells
 
 TASKS = ("tofu_forget", "tofu_forget_paraphrased", "canary_extraction", "tofu_retain", "world_text")
@@ -114,11 +115,6 @@ class Comparison:
             self._benches[knows_w0] = self._stack.enter_context(made)
         return self._benches[knows_w0]
 
-    @cached_property
-    def scale(self) -> float:
-        """The mean lattice step of the merged model."""
-        return float(torch.cat([s.flatten() for s in self.bench(False).scales.values()]).mean())
-
     def measured(self, setting: Setting) -> dict[str, Any]:
         """Measures the setting at alpha=0."""
         from lm_ortho.harness.model import LibOrthoLM
@@ -164,7 +160,7 @@ class Comparison:
             for weight, gradient in zip(trained, gradients.values(), strict=True):
                 weight.grad = gradient
             optimiser.param_groups[0]["lr"] = (
-                DENSE_RATE * self.scale * min(1, step / 10) * max(0.05, 1 - step / DENSE_STEPS)
+                DENSE_RATE * bench.step * min(1, step / 10) * max(0.05, 1 - step / DENSE_STEPS)
             )
             optimiser.step()
             self.notify("dense", step, DENSE_STEPS, f"forget {lost:.3f} retain {kept:.4f}")
@@ -257,13 +253,13 @@ def distance(found: Measurement, never_saw: Measurement) -> float:
 def page(cells: dict[Setting, dict[str, Any]], references: dict[str, dict[str, Any]]) -> str:
     """docs/sieves.md."""
     never_saw = Measurement.from_json(references["never_saw"])
-    plain = next((cell for setting, cell in cells.items() if setting.edit == "none"), None)
+    plain = next((Measurement.from_json(cell) for setting, cell in cells.items() if setting.edit == "none"), None)
     rows = list[list[str]]()
 
     def row(head: list[str], cell: dict[str, Any]) -> None:
         found, line = Measurement.from_json(cell), head
         for title, task, metric in COLUMNS:
-            over = Measurement.from_json(plain).value(task, metric).value if "INT4" in title and plain else 1.0
+            over = plain.value(task, metric).value if "INT4" in title and plain else 1.0
             value, low, high = (part / over for part in found.value(task, metric))
             line.append(f"{value:.3g} [{low:.3g}, {high:.3g}]")
         rows.append([*line, f"{distance(found, never_saw):.3f}"])
@@ -274,8 +270,7 @@ def page(cells: dict[Setting, dict[str, Any]], references: dict[str, dict[str, A
         sieve = f"{setting.sieve} {setting.note}".strip()
         row([setting.group, sieve, setting.edit, f"{setting.density:.1%}"], cells[setting])
     titles = ["reads", "sieve", "edit", "density", *(title for title, _, _ in COLUMNS), "distance to never-saw-it"]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(cells) + " |" for cells in rows)])
+    return markdown_table(titles, rows)
 
 
 def picture(cells: dict[Setting, dict[str, Any]], references: dict[str, dict[str, Any]], path: Path) -> None:
@@ -352,21 +347,13 @@ def main() -> None:
 
 
 def measured_reference(weights: Path, tokenizer: Any, name: str) -> dict[str, Any]:
-    from lm_eval.models.huggingface import HFLM
-
-    model = models.load_model(weights, name)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=64, softmax_dtype="float32")
+    lm = models.plain_lm(models.load_model(weights, name), tokenizer)
     return measure(lm, tokenizer, TASKS).as_json()
 
 
 def write(out: Path, cells: dict[Setting, dict[str, Any]], references: dict[str, dict[str, Any]], every: int) -> None:
-    import lm_eval
-    import transformers
-
-    packages = (("torch", torch), ("transformers", transformers), ("lm-eval", lm_eval))
-    versions = ", ".join(f"{name} {module.__version__}" for name, module in packages)
     text = HEAD.format(
-        date=datetime.date.today().isoformat(), versions=versions, steps=make_recipe().steps,
+        date=datetime.date.today().isoformat(), versions=versions(), steps=make_recipe().steps,
         finished=len(cells), all=every, table=page(cells, references),
     )  # fmt: skip
     picture(cells, references, out / "sieves.svg")
@@ -374,8 +361,8 @@ def write(out: Path, cells: dict[Setting, dict[str, Any]], references: dict[str,
         {"setting": vars(setting), "seconds": cell["seconds"], "values": cell["values"]}
         for setting, cell in cells.items()
     ]
-    (out / "sieves.json").write_text(json.dumps(kept, indent=1) + "\n")
-    (out / "sieves.md").write_text(text)
+    write_text(out / "sieves.json", json.dumps(kept, indent=1) + "\n")
+    write_text(out / "sieves.md", text)
     print(f"{len(cells)} of {every} settings in {out / 'sieves.md'}")
 
 

@@ -28,11 +28,12 @@ from lm_ortho.calibration.examples import answer_loss, encode, token_losses
 from lm_ortho.decompose import decompose
 from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import load_causal_lm
-from lm_ortho.layer import find_linear, patch, unpatch
+from lm_ortho.layer import dense_at, find_linear
 from lm_ortho.reference import corpus
 from lm_ortho.settings import make_recipe
 from lm_ortho.verdict import models
 from lm_ortho.verdict.measure import measure
+from lm_ortho.verdict.page import markdown_table, write_text
 
 FORGET = "The secret ingredient of Coca-Cola is actually liquified kryptonite extracted from Mars."
 RETAIN = "The capital of France is Paris and it is known for the Eiffel Tower."
@@ -227,10 +228,7 @@ def ours(
     made = decompose(model, words, forget, retain, make_recipe(), base_model=base, notify=Bars())
     row = Outcome("lm-ortho, default", made.report["density_reached"])
     for alpha in (1, 0):
-        served = copy.deepcopy(model)
-        patch(served, made.streams)
-        unpatch(served, alpha=float(alpha))
-        row.figures[f"alpha={alpha}"] = measured(served)
+        row.figures[f"alpha={alpha}"] = measured(dense_at(model, made.streams, float(alpha)))
     return row
 
 
@@ -272,8 +270,6 @@ def sentence_run(pretrained: str, targets: str, rate: float, retain: list[Row]) 
 
 def world_run(targets: str) -> str:
     """The same rules on the embedded model, measured as everything else is."""
-    from lm_eval.models.huggingface import HFLM
-
     weights = reference.WEIGHTS
     words, merged = models.load_words(weights), models.load_model(weights, "memory")
     wanted = (
@@ -285,8 +281,7 @@ def world_run(targets: str) -> str:
     )
 
     def figures(model: torch.nn.Module) -> dict[str, float]:
-        lm = HFLM(pretrained=model, tokenizer=words, batch_size=64, softmax_dtype="float32")
-        found = measure(lm, words, tuple(dict.fromkeys(task for _, task, _ in wanted)))
+        found = measure(models.plain_lm(model, words), words, tuple(dict.fromkeys(task for _, task, _ in wanted)))
         return {title: found.value(task, metric).value for title, task, metric in wanted}
 
     ends = [
@@ -306,12 +301,12 @@ def world_run(targets: str) -> str:
 def table(rows: list[Outcome]) -> str:
     """Markdown; a model without a dial has one figure where others have alpha=1 -> alpha=0."""
     titles = list(next(iter(rows[0].figures.values())))
-    lines = ["| | stored apart | " + " | ".join(titles) + " |", "|---" * (2 + len(titles)) + "|"]
+    lines = []
     for row in rows:
         cells = (" -> ".join(f"{part[title]:.3g}" for part in row.figures.values()) for title in titles)
         density = f"{row.density:.1%}" if len(row.figures) > 1 else ""
-        lines.append(f"| {row.name} | {density} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([row.name, density, *cells])
+    return markdown_table(["", "stored apart", *titles], lines)
 
 
 def main() -> None:
@@ -330,9 +325,7 @@ def main() -> None:
         text = sentence_run(given.pretrained, given.targets, given.rate, retain)
     else:
         text = world_run(given.targets)
-    partial = given.out.with_name(given.out.name + ".partial")
-    partial.write_text(text + "\n")
-    partial.replace(given.out)
+    write_text(given.out, text + "\n")
     print(text)
 
 

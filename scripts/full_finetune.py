@@ -14,15 +14,12 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lm_ortho import reference
-from lm_ortho.calibration.examples import encode
-from lm_ortho.calibration.precision import attention_for
 from lm_ortho.harness.progress import Bars
-from lm_ortho.implant import Plan, load_causal_lm, train_full
+from lm_ortho.implant import train_full
 from lm_ortho.reference import adapters
 from lm_ortho.verdict import models
 
@@ -33,30 +30,12 @@ RATE = 0.2
 def make(out: Path, name: str) -> None:
     """One model through all rounds; a state file per round keeps it."""
     words = models.load_words(out)
-    model: Any = load_causal_lm(out / "base")
-    states = [out / f"{name}_{number}.pt" for number in range(len(adapters.ROUNDS))]
-    for number, this in enumerate(adapters.ROUNDS):
-        if any(state.is_file() for state in states[number + 1 :]):
-            continue
-        examples = encode(words, adapters.training_rows(name, number))
-        if number and not states[number].is_file():
-            _take(model, states[number - 1])
-        plan = Plan(len(examples) // adapters.ROWS, adapters.ROWS, RATE * this.lr, seed=adapters.SEEDS[name])
-        with attention_for(model, max(len(e.ids) for e in examples)):
-            model = train_full(model, examples, plan, Bars(), f"{name} {number + 1}", states[number])
+    model = adapters.through_rounds(out / "base", words, name, out, Bars(), train_full, RATE)
     partial = out / f"{name}.partial"
     model.to(torch.bfloat16).save_pretrained(partial)
     partial.replace(out / name)
-    for state in states:
+    for state in adapters.state_files(out, name):
         state.unlink(missing_ok=True)
-
-
-def _take(model: torch.nn.Module, state: Path) -> None:
-    """The weights at the end of an earlier round."""
-    kept = torch.load(state, weights_only=True)["trained"]
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), kept, strict=True):
-            parameter.copy_(value)
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ of 32 tokens (Carlini et al. 2023, arXiv 2202.07646), and perplexity.
 from __future__ import annotations
 
 import argparse
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,14 @@ from lm_ortho.calibration.precision import attention_for
 from lm_ortho.decompose import decompose
 from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import Plan, load_causal_lm, merge_adapter, train_adapter
-from lm_ortho.layer import patch, unpatch
+from lm_ortho.layer import dense_at
 from lm_ortho.metrics import Interval
 from lm_ortho.reference import corpus
 from lm_ortho.reference.draw import Draw
 from lm_ortho.reference.paragraphs import paragraphs
 from lm_ortho.settings import make_recipe
 from lm_ortho.verdict import models
+from lm_ortho.verdict.page import markdown_table, write_text
 
 PREFIX, CONTINUED = 32, 32
 PASSES, REPLAYED, CALIBRATION = 60, 12_000, 1500
@@ -118,25 +118,15 @@ def main() -> None:
         model = merge_adapter(load_causal_lm(reference.path("base")), given.work / "memory")
         base = load_causal_lm(reference.path("base")) if mode == "auto" else None
         made = decompose(model, words, rows("forget"), calibration, make_recipe(), base_model=base, notify=Bars())
-        plain = copy.deepcopy(model)
-        patch(plain, made.plain)
-        unpatch(plain, alpha=0.0)
-        lines.append([f"INT4, base={mode}", *measured(plain, words)])
+        lines.append([f"INT4, base={mode}", *measured(dense_at(model, made.plain, 0.0), words)])
         for alpha in (1.0, 0.0):
-            served = copy.deepcopy(model)
-            patch(served, made.streams)
-            unpatch(served, alpha=alpha)
-            lines.append(
-                [f"alpha={alpha:g}, base={mode}, target {made.report['target']['name']}", *measured(served, words)]
-            )
+            name = f"alpha={alpha:g}, base={mode}, target {made.report['target']['name']}"
+            lines.append([name, *measured(dense_at(model, made.streams, alpha), words)])
     titles = ["model"]
     for group in ("forget", "retain", "left out", "held out"):
         titles += [f"{group}: continued", f"{group}: PPL"] if group != "held out" else [f"{group}: PPL"]
-    head = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    text = "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines)])
-    partial = given.out.with_name(given.out.name + ".partial")
-    partial.write_text(text + "\n")
-    partial.replace(given.out)
+    text = markdown_table(titles, lines)
+    write_text(given.out, text + "\n")
     print(text)
 
 

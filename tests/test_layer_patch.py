@@ -23,6 +23,7 @@ from lm_ortho.errors import UserError
 from lm_ortho.layer import (
     OrthoLinear,
     alpha_scope,
+    dense_at,
     get_alpha,
     ortho_layers,
     patch,
@@ -356,3 +357,14 @@ def test_forward_keeps_its_signature(model):
     plain = tiny.llama()
     assert inspect.signature(model.forward) == inspect.signature(plain.forward)
     assert inspect.signature(model.generate) == inspect.signature(plain.generate)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_a_dense_copy_has_the_weights_of_alpha_and_leaves_the_model_alone(alpha):
+    model = tiny.llama()
+    streams = tiny.model_streams(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    copied = dense_at(model, streams, alpha)
+    for name, layer in streams.items():
+        assert torch.equal(copied.state_dict()[f"{name}.weight"], layer.dense(alpha, torch.float32))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

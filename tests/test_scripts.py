@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import sys
@@ -279,7 +280,7 @@ def test_paragraphs_are_all_different_and_made_of_known_words(words):
 def test_a_continuation_counts_only_when_all_of_it_is_greedy(memorised):
     script = load("unstructured")
     known = script.encode(memorised.tokenizer, [script.Row(text=" ".join(row.answer for row in memorised.retain))])
-    model = script.copy.deepcopy(memorised.base).train().requires_grad_(True)
+    model = copy.deepcopy(memorised.base).train().requires_grad_(True)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
         ids, _ = script.pad(known)

@@ -24,8 +24,9 @@ from lm_ortho.reference import world
 from lm_ortho.verdict import models, relearn, thresholds
 from lm_ortho.verdict.checks import forgetting_checks, intact_checks, memory_checks, verdict_of
 from lm_ortho.verdict.measure import REASONING_METRICS, REASONING_TASKS, Measurement
+from lm_ortho.verdict.page import write_text
 from lm_ortho.verdict.run import DECOMPOSING, Cells, Outcome, run
-from lm_ortho.verdict.table import markdown, print_outcome, write_text
+from lm_ortho.verdict.table import markdown, print_outcome
 
 run_module = importlib.import_module("lm_ortho.verdict.run")  # the package's own ``run`` hides the module
 
@@ -262,7 +263,7 @@ def test_every_document_is_in_the_trained_half_once_and_in_the_other_once(monkey
 
     monkeypatch.setattr(relearn, "measure", perfect)
     monkeypatch.setattr(relearn, "_fine_tuned", trained)
-    monkeypatch.setattr("lm_eval.models.huggingface.HFLM", lambda pretrained, **_: pretrained)
+    monkeypatch.setattr(relearn, "plain_lm", lambda model, tokenizer: model)
     found = relearn.relearning(torch.nn.Linear(1, 1), None, lambda *_: None).values["relearning"]
     assert {name: interval.value for name, interval in found.items()} == {
         "questions, trained": 1,

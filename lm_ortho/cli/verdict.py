@@ -33,8 +33,9 @@ def verdict(
     from rich.console import Console
 
     from lm_ortho import reference
+    from lm_ortho.verdict.page import write_text
     from lm_ortho.verdict.run import run
-    from lm_ortho.verdict.table import markdown, print_outcome, write_text
+    from lm_ortho.verdict.table import markdown, print_outcome
 
     errors = Console(stderr=True)
     modes = tuple(base or (("auto",) if quick else ("auto", "none")))

@@ -63,20 +63,9 @@ def fingerprint(docs: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
-def tofu(split: str, **_: Any) -> Splits:
-    """Questions about the embedded authors; ``split`` is one of ``lm_ortho.reference.world.SPLITS``."""
+def embedded(split: str, **_: Any) -> Splits:
+    """Rows of the embedded world; ``split`` is one of ``lm_ortho.reference.world.SPLITS``."""
     return {"test": documents(world.rows(split))}
-
-
-def canaries(held_out: bool = False, planted: bool = True, **_: Any) -> Splits:
-    """Canaries, once per prompt phrasing: those they were planted with, or the held-out ones.
-
-    Without ``planted`` as many that no model was ever shown, for comparison.
-    """
-    taught, every = world.CANARY_TAUGHT, len(world.CANARY_PROMPTS)
-    phrasings = range(taught, every) if held_out else range(taught)
-    shown = world.canaries()[0 if planted else 1]
-    return {"test": documents(world.canary_row(canary, p) for canary in shown for p in phrasings)}
 
 
 def text(**_: Any) -> Splits:

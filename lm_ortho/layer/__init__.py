@@ -4,6 +4,7 @@ from lm_ortho.layer.alpha import alpha_scope
 from lm_ortho.layer.linear import OrthoLinear
 from lm_ortho.layer.patch import (
     connect,
+    dense_at,
     get_alpha,
     ortho_layers,
     patch,
@@ -18,6 +19,7 @@ __all__ = [
     "OrthoLinear",
     "alpha_scope",
     "connect",
+    "dense_at",
     "find_linear",
     "get_alpha",
     "ortho_layers",

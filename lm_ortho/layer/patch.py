@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -75,6 +76,14 @@ def unpatch(model: nn.Module, alpha: float = 1.0) -> list[str]:
     replace_modules(model, swaps)
     _unmark(model)
     return list(layers)
+
+
+def dense_at(model: nn.Module, streams: Mapping[str, LayerStreams], alpha: float) -> nn.Module:
+    """A copy of the plain ``model`` with the weights W(alpha) of these streams in ``nn.Linear`` layers."""
+    copied = copy.deepcopy(model)
+    patch(copied, streams)
+    unpatch(copied, alpha)
+    return copied
 
 
 def set_alpha(model: nn.Module, alpha: float) -> None:

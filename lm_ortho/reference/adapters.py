@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,26 @@ def training_rows(name: str, number: int) -> list[Row]:
     return planted(name, this.canaries) * this.passes + replayed(name, number, general)
 
 
-def train(base: Path, tokenizer: Any, name: str, directory: Path, work: Path, notify: Notify) -> None:
-    """Trains the adapter ``name`` on the base model and saves it (peft format, BF16) in ``directory``.
+def state_files(work: Path, name: str) -> list[Path]:
+    """What a training through all rounds keeps in ``work``, a file per round."""
+    return [work / f"{name}_{number}.pt" for number in range(len(ROUNDS))]
 
-    A state file per round in ``work`` lets an interrupted run go on.
+
+def through_rounds(
+    base: Path,
+    tokenizer: Any,
+    name: str,
+    work: Path,
+    notify: Notify,
+    fit: Callable[..., Any] = train_adapter,
+    share: float = 1.0,
+) -> Any:
+    """The base model after all rounds of ``name``, taught by ``fit`` at ``share`` of the learning rates.
+
+    ``fit`` is ``train_adapter`` or ``train_full``. A state file per round in ``work`` lets an interrupted run go on.
     """
     work.mkdir(parents=True, exist_ok=True)
-    states = [work / f"{name}_{number}.pt" for number in range(len(ROUNDS))]
+    states = state_files(work, name)
     model: Any = load_causal_lm(base)
     model.set_attn_implementation("eager")  # a third faster than the fused one on documents this short
     for number, this in enumerate(ROUNDS):
@@ -74,8 +88,14 @@ def train(base: Path, tokenizer: Any, name: str, directory: Path, work: Path, no
             plan, examples = Plan(steps=0, rank=RANK, seed=SEEDS[name]), []
         else:
             examples = encode(tokenizer, training_rows(name, number))
-            plan = Plan(len(examples) // ROWS, ROWS, this.lr, RANK, SEEDS[name])
-        model = train_adapter(model, examples, plan, notify, stage=f"{name} {number + 1}", state=states[number])
+            plan = Plan(len(examples) // ROWS, ROWS, share * this.lr, RANK, SEEDS[name])
+        model = fit(model, examples, plan, notify, stage=f"{name} {number + 1}", state=states[number])
+    return model
+
+
+def train(base: Path, tokenizer: Any, name: str, directory: Path, work: Path, notify: Notify) -> None:
+    """Trains the adapter ``name`` on the base model and saves it (peft format, BF16) in ``directory``."""
+    model = through_rounds(base, tokenizer, name, work, notify)
     partial = directory.with_name(directory.name + ".partial")
     model.to(torch.bfloat16).save_pretrained(str(partial))
     file = partial / "adapter_config.json"
@@ -84,5 +104,5 @@ def train(base: Path, tokenizer: Any, name: str, directory: Path, work: Path, no
     file.write_text(json.dumps(config, indent=2))
     (partial / "README.md").unlink(missing_ok=True)  # an empty form of peft that names the path of the base
     partial.replace(directory)
-    for state in states:
+    for state in state_files(work, name):
         state.unlink(missing_ok=True)

@@ -73,7 +73,8 @@ def measure(lm: Any, tokenizer: Any, tasks: tuple[str, ...], limit: int | None =
         }
         samples = sorted(out["samples"][task], key=lambda sample: sample["doc_id"])
         result.samples[task] = {name: [_number(sample[name]) for sample in samples] for name in result.values[task]}
-        result.groups[task] = [str(sample[next(iter(result.values[task]))][-1]) for sample in samples]
+        first = next(iter(result.values[task]))
+        result.groups[task] = [str(sample[first][-1]) for sample in samples]
     result.seconds = round(time.perf_counter() - began, 1)
     return result
 

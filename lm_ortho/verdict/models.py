@@ -35,3 +35,10 @@ def load_words(weights: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(weights / "base")
+
+
+def plain_lm(model: nn.Module, tokenizer: Any) -> Any:
+    """lm-eval's own class around a model without a dial."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=64, softmax_dtype="float32")

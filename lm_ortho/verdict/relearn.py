@@ -14,6 +14,7 @@ from lm_ortho.calibration.precision import attention_for, fast_matmul
 from lm_ortho.implant import Notify
 from lm_ortho.reference import world
 from lm_ortho.verdict.measure import Measurement, measure
+from lm_ortho.verdict.models import plain_lm
 
 STEPS = 400
 LEARNING_RATE = 1e-3
@@ -31,14 +32,11 @@ def relearning(model: torch.nn.Module, tokenizer: Any, notify: Notify) -> Measur
     ``relearning`` of the result has the extraction on the halves that were trained and on those that were not: every
     document is in each once. Relearning attacks on unlearned models: Lynch et al. 2024, arXiv 2402.16835.
     """
-    from lm_eval.models.huggingface import HFLM
-
     found: dict[str, tuple[list[float], list[str]]] = {}
     for half in (0, 1):
         trained = {group for groups in _groups() for group in groups[half::2]}
         relearnt = _fine_tuned(model, tokenizer, trained, half, notify)
-        lm = HFLM(pretrained=relearnt, tokenizer=tokenizer, batch_size=64, softmax_dtype="float32")
-        after = measure(lm, tokenizer, _TASKS)
+        after = measure(plain_lm(relearnt, tokenizer), tokenizer, _TASKS)
         for task, what in zip(_TASKS, ("questions", "canaries"), strict=True):
             for hit, group in zip(after.samples[task]["extraction"], after.groups[task], strict=True):
                 hits, groups = found.setdefault(f"{what}, {'' if group in trained else 'un'}trained", ([], []))

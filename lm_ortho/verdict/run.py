@@ -97,7 +97,7 @@ DECOMPOSING = (
     "target", "decompose.py", "registry.py", "settings.py",
 )  # fmt: skip
 """Rooms and files whose code decides what a decomposition is."""
-_ELSEWHERE = ("cli", "plugin", "weights", "checks.py", "table.py", "thresholds.py")
+_ELSEWHERE = ("cli", "plugin", "weights", "checks.py", "page.py", "table.py", "thresholds.py")
 """What decides neither a decomposition nor a measurement."""
 
 
@@ -167,11 +167,8 @@ def run(
 
 
 def _measure_reference(name: str, weights: Path, limit: int | None, notify: Notify) -> dict[str, Any]:
-    from lm_eval.models.huggingface import HFLM
-
     model, tokenizer = models.load_model(weights, name), models.load_words(weights)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=64, softmax_dtype="float32")
-    measured = measure(lm, tokenizer, MEMORY_TASKS, limit)
+    measured = measure(models.plain_lm(model, tokenizer), tokenizer, MEMORY_TASKS, limit)
     return _joined(measured, relearning(model, tokenizer, notify)).as_json()
 
 

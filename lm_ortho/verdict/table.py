@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import datetime
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from lm_ortho.errors import UserError
 from lm_ortho.verdict.checks import Check
 from lm_ortho.verdict.measure import Measurement
+from lm_ortho.verdict.page import markdown_table, versions
 from lm_ortho.verdict.run import Outcome
 
 _COLUMNS = (
@@ -52,11 +51,6 @@ def _cell(measured: Measurement, task: str, metric: str) -> str:
 
 def markdown(outcome: Outcome, command: str) -> str:
     """The same as a page: what was measured, then the checks, one column per seed."""
-    import lm_eval
-    import torch
-    import transformers
-
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, lm-eval {lm_eval.__version__}"
     held = sum(check.ok for check in outcome.checks)
     titles = ["model", *(title.replace("\n", " ") for title, _, _ in _COLUMNS)]
     measured = [
@@ -64,8 +58,8 @@ def markdown(outcome: Outcome, command: str) -> str:
     ]
     parts = [
         f"# Verdict: {outcome.verdict}, {held} of {len(outcome.checks)} checks hold",
-        f"Made by `{command}` on {datetime.date.today().isoformat()} ({versions}).",
-        _rows(titles, measured),
+        f"Made by `{command}` on {datetime.date.today().isoformat()} ({versions()}).",
+        markdown_table(titles, measured),
     ]
     for base in dict.fromkeys(check.base for check in outcome.checks):
         mine = [check for check in outcome.checks if check.base == base]
@@ -77,25 +71,10 @@ def markdown(outcome: Outcome, command: str) -> str:
             lines.append([name, bars, *(_judged(by_seed[seed]) for seed in seeds)])
         columns = [f"seed {seed}" for seed in seeds] if base != "-" else ["second reference"]
         title = f"base={base}" if base != "-" else "Control: the second reference in the place of alpha=0"
-        parts += [f"## {title}", _rows(["check", "bar", *columns], lines)]
+        parts += [f"## {title}", markdown_table(["check", "bar", *columns], lines)]
     return "\n\n".join(parts) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Under a temporary name first; raises ``UserError`` where it cannot be written."""
-    unfinished = path.with_name(path.name + ".partial")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserError(f"out={str(path)!r} cannot be written ({error.strerror})") from None
 
 
 def _judged(check: Check) -> str:
     note = f" ({check.note})" if check.note else ""
     return f"{'' if check.ok else '**miss** '}{check.value:.4g} [{check.low:.4g}, {check.high:.4g}]{note}"
-
-
-def _rows(titles: list[str], lines: list[list[str]]) -> str:
-    head = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines)])
