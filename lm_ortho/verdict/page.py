@@ -1,0 +1,33 @@
+"""Pages of measurements: Markdown tables, the versions behind them, a file in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lm_ortho.errors import UserError
+
+
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A row of titles and the rows below it."""
+    head = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def versions() -> str:
+    """The packages that decide what is measured."""
+    import lm_eval
+    import torch
+    import transformers
+
+    return f"torch {torch.__version__}, transformers {transformers.__version__}, lm-eval {lm_eval.__version__}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name first; raises ``UserError`` where it cannot be written."""
+    unfinished = path.with_name(path.name + ".partial")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"out={str(path)!r} cannot be written ({error.strerror})") from None
