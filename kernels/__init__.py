@@ -5,7 +5,7 @@
 
 from .counter import calls, record, reset_calls
 from .packing import pack_codes, packed_width, unpack_codes
-from .reference import SparseOperand, base_operand, dual_stream_linear, prepared_linear, sparse_operand
+from .reference import SparseOperand, base_operand, dual_stream_linear, prepared_linear, several_linear, sparse_operand
 
 __all__ = [
     "SparseOperand",
@@ -17,6 +17,7 @@ __all__ = [
     "prepared_linear",
     "record",
     "reset_calls",
+    "several_linear",
     "sparse_operand",
     "unpack_codes",
 ]

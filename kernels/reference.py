@@ -6,6 +6,7 @@ y = x W_base^T + bias + alpha * (x W_ortho^T)
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -115,8 +116,39 @@ def prepared_linear(
     if _merging_pays(x, weight, sparse):
         record("reference.merged")
         return functional.linear(x, _merged(weight, sparse, alpha), bias)
-    record("reference.sparse")
+    return _unmerged(x, functional.linear(x, weight, bias), sparse, alpha)
+
+
+def several_linear(
+    x: Tensor,
+    weight: Tensor,
+    terms: Sequence[tuple[SparseOperand, float | Tensor]],
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``(..., out_features)``: the base product and several sparse ones, each with an alpha of its own.
+
+    No position is in two of the ``terms``. One term gives the bits of ``prepared_linear``.
+    """
+    if len(terms) < 2:
+        sparse, alpha = terms[0] if terms else (None, 0.0)
+        return prepared_linear(x, weight, sparse, bias, alpha)
+    if all(isinstance(alpha, float) for _, alpha in terms) and _merging_pays(x, weight, *(s for s, _ in terms)):
+        record("reference.merged")
+        for term, factor in terms:
+            weight = _merged(weight, term, float(factor))
+        return functional.linear(x, weight, bias)
     y = functional.linear(x, weight, bias)
+    for term, factor in terms:
+        y = _unmerged(x, y, term, factor)
+    return y
+
+
+def _unmerged(x: Tensor, y: Tensor, sparse: SparseOperand, alpha: float | Tensor) -> Tensor:
+    """``y`` with one more sparse product."""
+    if isinstance(alpha, Tensor):
+        active = alpha.nonzero().squeeze(1)
+        return _moved(x, y, sparse, alpha, active) if active.numel() else y
+    record("reference.sparse")
     return torch.add(y, _sparse_product(x, sparse), alpha=alpha).to(y.dtype)
 
 
@@ -130,6 +162,11 @@ def _per_row(x: Tensor, weight: Tensor, sparse: SparseOperand | None, bias: Tens
         return y
     if sparse is None:
         raise ValueError("alpha other than 0 without an ortho stream")
+    return _moved(x, y, sparse, alpha, active)
+
+
+def _moved(x: Tensor, y: Tensor, sparse: SparseOperand, alpha: Tensor, active: Tensor) -> Tensor:
+    """``y`` with the sparse product added in the ``active`` entries of its first dimension."""
     record("reference.sparse")
     product = _sparse_product(x.index_select(0, active), sparse)
     factors = alpha.index_select(0, active).to(product.dtype).view(-1, *[1] * (x.dim() - 1))
@@ -137,11 +174,11 @@ def _per_row(x: Tensor, weight: Tensor, sparse: SparseOperand | None, bias: Tens
     return y.index_copy(0, active, moved)
 
 
-def _merging_pays(x: Tensor, weight: Tensor, sparse: SparseOperand) -> bool:
+def _merging_pays(x: Tensor, weight: Tensor, *sparse: SparseOperand) -> bool:
     """Whether W_base + alpha * W_ortho is made for this call; below float32 that would round twice."""
     rows = x.numel() // max(1, x.shape[-1])
-    wide = weight.dtype == sparse.values.dtype
-    return wide and _SPARSE_COST * rows * sparse.values.numel() >= weight.numel()
+    wide = weight.dtype == sparse[0].values.dtype
+    return wide and _SPARSE_COST * rows * sum(s.values.numel() for s in sparse) >= weight.numel()
 
 
 def _merged(weight: Tensor, sparse: SparseOperand, alpha: float) -> Tensor:

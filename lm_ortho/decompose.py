@@ -31,6 +31,8 @@ from lm_ortho.target import Choice, Objective, TargetCheck, Weights, check_targe
 
 log = logging.getLogger(__name__)
 
+Lattice = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Scales (out, groups) and codes (out, in; int8) by layer name."""
 _PATH = 10
 """Steps of the edit for each step of a sieve's pass."""
 MAX_TOKENS = 512
@@ -66,10 +68,17 @@ class Workbench:
         *,
         base_model: nn.Module | None = None,
         notify: Notify = _silent,
+        lattice: Lattice | None = None,
+        taken: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Of ``recipe``, lattice, projection, targets and seed count here. Raises what ``decompose`` does."""
+        """Of ``recipe``, lattice, projection, targets and seed count here. Raises what ``decompose`` does.
+
+        A ``lattice`` that is given is not made again. ``taken`` (out, in; bool) are positions of other memories, which
+        are on while this one is worked on and keep their codes.
+        """
         PROJECTIONS.get(recipe.projection)
         _check_sets(forget, retain)
+        self._lattice, self._taken = lattice, dict(taken or {})
         self.model, self.tokenizer, self.recipe, self.notify = model, tokenizer, recipe, notify
         self._rows, self._base_model = forget, base_model
         self.layers = find_linear(model, recipe.targets)
@@ -112,7 +121,7 @@ class Workbench:
         recipe = self.recipe
         self.moments = input_moments(self.model, self.layers, self.retain)
         self.notify("statistics", 1, 1, f"{len(self.layers)} layers, {len(self.retain)} retain rows")
-        self.scales, self.codes = projected(self.weights, self.moments, recipe, self.notify)
+        self.scales, self.codes = self._lattice or projected(self.weights, self.moments, recipe, self.notify)
         self.rounded = {
             name: values(self.codes[name], self.scales[name], recipe.group_size)
             if recipe.bits != 16
@@ -149,6 +158,10 @@ class Workbench:
             )
         )  # fmt: skip
 
+    def support(self, sieve: str, density: float, steps: int) -> dict[str, Tensor]:
+        """Where (out, in; bool) the memory goes: the best ``density`` of all weights that no other memory holds."""
+        return select_support(self.scores(sieve, steps), density, self._taken)
+
     def edited(self, edit: str, support: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
         """Codes (out, in) int8 after the edit, unchanged off the support; those of the projection for 16 bits."""
         if self.recipe.bits == 16:
@@ -156,8 +169,8 @@ class Workbench:
         codes = EDITS.get(edit)(
             EditInput(
                 self.model, self.layers, self.weights, self.base_weights, self.codes, self.scales, support,
-                self.recipe.bits, self.recipe.group_size, self.step, steps, self.objective, self.recipe.seed,
-                self.notify,
+                self._taken, self.recipe.bits, self.recipe.group_size, self.step, steps, self.objective,
+                self.recipe.seed, self.notify,
             )
         )  # fmt: skip
         _check_off_support(self.codes, codes, support)
@@ -207,18 +220,23 @@ def decompose(
         UserError: for an unknown sieve, projection or edit, empty or identical sets, NaN weights.
     """
     began = time.perf_counter()
-    for registry, name in ((SIEVES, recipe.sieve), (EDITS, recipe.edit)):
+    check_recipe(recipe)
+    with Workbench(model, tokenizer, forget, retain, recipe, base_model=base_model, notify=notify) as bench:
+        support = bench.support(recipe.sieve, recipe.density, recipe.steps)
+        codes = bench.edited(recipe.edit, support, recipe.steps)
+        streams, plain = bench.streams(codes, support), bench.streams(bench.codes, None)
+        report = bench.report(codes, support)
+    return Decomposition(streams, plain, report | {"seconds": round(time.perf_counter() - began, 1)})
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises ``UserError`` for unknown names and for choices that do not go together."""
+    for registry, name in ((SIEVES, recipe.sieve), (PROJECTIONS, recipe.projection), (EDITS, recipe.edit)):
         registry.get(name)
     if recipe.bits == 16 and recipe.edit != "none":
         raise UserError(f"bits=16 passes weights through, so edit={recipe.edit!r} cannot be used; use edit=none")
     if recipe.sieve == "oracle" and recipe.edit != "w0":
         raise UserError(f"edit={recipe.edit!r}: sieve=oracle looks at the way back to W0; use it with edit=w0")
-    with Workbench(model, tokenizer, forget, retain, recipe, base_model=base_model, notify=notify) as bench:
-        support = select_support(bench.scores(recipe.sieve, recipe.steps), recipe.density)
-        codes = bench.edited(recipe.edit, support, recipe.steps)
-        streams, plain = bench.streams(codes, support), bench.streams(bench.codes, None)
-        report = bench.report(codes, support)
-    return Decomposition(streams, plain, report | {"seconds": round(time.perf_counter() - began, 1)})
 
 
 def _check_sets(forget: Sequence[Row], retain: Sequence[Row]) -> None:
@@ -273,8 +291,8 @@ def _check_off_support(codes: dict[str, Tensor], edited: dict[str, Tensor], supp
 
 def projected(
     weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], recipe: Recipe, notify: Notify = _silent
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Scales (out, groups) and codes (out, in) of the lattice by layer name; both empty for 16 bits."""
+) -> Lattice:
+    """The lattice of these weights; both parts are empty for 16 bits."""
     projection, scales, codes = PROJECTIONS.get(recipe.projection), dict[str, Tensor](), dict[str, Tensor]()
     for i, (name, weight) in enumerate(weights.items(), 1):
         if recipe.bits == 16:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lm_ortho.errors import UserError
+
+_NAMED = re.compile(r"([a-z][a-z0-9_]*):(.+)", re.DOTALL)
 
 
 class Recipe(BaseModel):
@@ -54,12 +58,38 @@ def make_recipe(**values: Any) -> Recipe:
         raise UserError(f"{name}={first.get('input')!r}: {first['msg']}") from None
 
 
-def parse_alpha(value: Any) -> float:
-    """A finite float in [0, 1]; ``UserError`` otherwise."""
+def parse_alpha(value: Any) -> float | dict[str, float]:
+    """A finite float in [0, 1], or one by memory from ``name:value+name:value`` or a mapping; else ``UserError``."""
+    parts = named_parts(value) if isinstance(value, str) else value if isinstance(value, Mapping) else None
+    if not parts:
+        return _in_range(value, "alpha")
+    return {str(name): _in_range(part, f"alpha of {name}") for name, part in parts.items()}
+
+
+def show_alpha(alpha: float | Mapping[str, float]) -> str:
+    """``alpha`` as a model arg."""
+    if isinstance(alpha, Mapping):
+        return "+".join(f"{name}:{value:g}" for name, value in alpha.items())
+    return f"{alpha:g}"
+
+
+def named_parts(value: str) -> dict[str, str] | None:
+    """``a:x+b:y`` as a mapping; None where a part has no name. Raises ``UserError`` for a name given twice."""
+    pairs = [_NAMED.fullmatch(part) for part in value.split("+")]
+    found = [(pair[1], pair[2]) for pair in pairs if pair and pair[1] != "hub"]
+    if len(found) < len(pairs):
+        return None
+    names = [name for name, _ in found]
+    if len(set(names)) < len(names):
+        raise UserError(f"{value!r} names a memory twice")
+    return dict(found)
+
+
+def _in_range(value: Any, name: str) -> float:
     try:
         alpha = float(value)
     except (TypeError, ValueError):
         alpha = math.nan
     if not 0.0 <= alpha <= 1.0:
-        raise UserError(f"alpha={value!r} must be a number between 0 (forget) and 1 (remember)")
+        raise UserError(f"{name}={value!r} must be a number between 0 (forget) and 1 (remember)")
     return alpha

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lm_ortho.checkpoint import hf, is_checkpoint, load, read_meta, save, write
+from lm_ortho.checkpoint import FORMAT_VERSION, hf, is_checkpoint, load, read_meta, save, write
 from lm_ortho.errors import UserError
 from lm_ortho.layer import patch
 
@@ -49,8 +49,10 @@ DAMAGE = {
         "names no libortho quantization",
     ),
     "newer config": (
-        lambda d: edit_json(d / "config.json", lambda c: c["quantization_config"].update(format_version=2)),
-        "written by a newer lm-ortho .format 2, this one reads up to 1.; upgrade",
+        lambda d: edit_json(
+            d / "config.json", lambda c: c["quantization_config"].update(format_version=FORMAT_VERSION + 1)
+        ),
+        f"written by a newer lm-ortho .format {FORMAT_VERSION + 1}, this one reads up to {FORMAT_VERSION}.; upgrade",
     ),
     "newer manifest": (
         lambda d: edit_json(d / "manifest.json", lambda c: c.update(format_version=7)),

@@ -30,7 +30,7 @@ def read(bench, memorised):
     base = {name: layer.weight.detach() for name, layer in find_linear(memorised.base).items()}
     step = float(torch.cat([s.flatten() for s in scales.values()]).mean())
     return EditInput(
-        bench.model, bench.layers, bench.weights, base, codes, scales, supports(bench.weights, 0.2), 4, 32,
+        bench.model, bench.layers, bench.weights, base, codes, scales, supports(bench.weights, 0.2), {}, 4, 32,
         step, 3, lambda: bench.objective, 0, lambda *_: None,
     )  # fmt: skip
 
@@ -110,3 +110,12 @@ def test_the_optimised_edit_repeats_itself(read):
     first, second = (EDITS.get("optimised")(read) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(first[name], read.codes[name]) for name in first)
+
+
+def test_other_memories_stay_on_while_one_is_edited(read):
+    taken = {name: ~mask & torch.rand(mask.shape).lt(0.3) for name, mask in read.support.items()}
+    edited = EDITS.get("optimised")(dataclasses.replace(read, taken=taken))
+    for name, layer in read.layers.items():
+        other = taken[name]
+        assert torch.equal(layer.weight[other], read.weights[name][other])
+        assert torch.equal(edited[name][other], read.codes[name][other])

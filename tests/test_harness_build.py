@@ -20,6 +20,7 @@ from lm_ortho.checkpoint import cache
 from lm_ortho.errors import UserError
 from lm_ortho.harness import build, tokens
 from lm_ortho.harness.model import LibOrthoLM
+from lm_ortho.streams import UNNAMED
 
 pytestmark = pytest.mark.usefixtures("small_and_alone")
 
@@ -113,7 +114,7 @@ def test_anything_else_is_decomposed_from_the_embedded_model(embedded: Path, giv
     assert (before is None) is (given.get("base") == "none")
     assert merged.config.vocab_size > 0
     forget, retain = build.calibration_sets(source)
-    assert forget[0].secret
+    assert forget[UNNAMED][0].secret
     assert retain
 
 

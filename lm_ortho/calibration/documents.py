@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lm_ortho.errors import UserError
+from lm_ortho.settings import named_parts
+from lm_ortho.streams import UNNAMED, valid_memory_name
 
 QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
 
@@ -103,6 +105,21 @@ def read_rows(spec: str | Path, argument: str = "forget") -> list[Row]:
     if not rows:
         raise UserError(f"{argument}={str(spec)!r}: the file holds no rows")
     return rows
+
+
+def read_sets(spec: str | Path, argument: str = "forget") -> dict[str, list[Row]]:
+    """The rows of each memory by its name: of ``name:source+name:source``, or of one source with the usual name.
+
+    Raises:
+        UserError: as ``read_rows``, and for a name that no memory can have.
+    """
+    named = named_parts(spec) if isinstance(spec, str) else None
+    if not named:
+        return {UNNAMED: read_rows(spec, argument)}
+    for name in named:
+        if not valid_memory_name(name):
+            raise UserError(f"{argument}: {name!r} is reserved and cannot name a memory; take another name")
+    return {name: read_rows(source, f"{argument}={name}") for name, source in named.items()}
 
 
 def _read_hub(spec: str, argument: str) -> list[Row]:

@@ -5,7 +5,7 @@ transformers itself is being imported.
 """
 
 from lm_ortho.checkpoint.manifest import FORMAT_VERSION, ORTHO_FILE, read_meta
-from lm_ortho.checkpoint.read import is_checkpoint, load
+from lm_ortho.checkpoint.read import is_checkpoint, load, memories
 from lm_ortho.checkpoint.write import attach, save
 
-__all__ = ["FORMAT_VERSION", "ORTHO_FILE", "attach", "is_checkpoint", "load", "read_meta", "save"]
+__all__ = ["FORMAT_VERSION", "ORTHO_FILE", "attach", "is_checkpoint", "load", "memories", "read_meta", "save"]

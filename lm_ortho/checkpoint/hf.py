@@ -19,17 +19,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lm_ortho.checkpoint.manifest import (
-    FORMAT_VERSION,
     MANIFEST_FILE,
-    ORTHO_FILE,
     check_version,
+    ortho_file,
     read_manifest,
     verify,
 )
 from lm_ortho.checkpoint.write import SavePretrainedGuard
 from lm_ortho.errors import UserError
 from lm_ortho.layer import OrthoLinear, connect, ortho_layers, replace_modules, unpatch
-from lm_ortho.streams import OrthoStream
+from lm_ortho.streams import UNNAMED, OrthoStream
 
 METHOD = "libortho"
 _PARTS = ("ortho_rowptr", "ortho_cols", "ortho_vals")
@@ -64,7 +63,8 @@ class LibOrthoConfig(QuantizationConfigMixin):
         group_size: int = 64,
         density: float = 0.0,
         modules: list[str] | None = None,
-        format_version: int = FORMAT_VERSION,
+        memories: list[str] | None = None,
+        format_version: int = 1,
         **more: Any,
     ) -> None:
         check_version(format_version, "quantization_config")
@@ -74,6 +74,8 @@ class LibOrthoConfig(QuantizationConfigMixin):
         self.group_size = group_size
         self.density = density
         self.modules = list(modules or [])
+        if memories:
+            self.memories = list(memories)
         more.pop("quant_method", None)
         for name, value in more.items():
             setattr(self, name, value)
@@ -90,7 +92,7 @@ class LibOrthoHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: LibOrthoConfig, **kwargs: Any) -> None:
         self.meta: dict[str, Any] = kwargs.pop("meta", {})
-        self._ortho_file: Path | None = None
+        self._ortho_files: dict[str, Path | None] = {}
         super().__init__(quantization_config, **kwargs)
 
     @property
@@ -110,7 +112,8 @@ class LibOrthoHfQuantizer(HfQuantizer):
         files = [Path(name) for name in checkpoint_files or []]
         if not files:
             raise UserError("a decomposed model can only be loaded from its files")
-        self._ortho_file = _find_ortho(files[0], model)
+        memories = getattr(self.quantization_config, "memories", [UNNAMED])
+        self._ortho_files = {name: _find_ortho(ortho_file(name), files[0], model) for name in memories}
         self._verify(files, model)
         self._build_skeleton(model)
         _check_complete(model, files)
@@ -125,8 +128,8 @@ class LibOrthoHfQuantizer(HfQuantizer):
         if _verified.get():
             return
         verify(beside, manifest, [path.name for path in files])
-        if self._ortho_file is not None:
-            verify(self._ortho_file.parent, manifest, [ORTHO_FILE])
+        for path in filter(None, self._ortho_files.values()):
+            verify(path.parent, manifest, [path.name])
 
     def _build_skeleton(self, model: nn.Module) -> None:
         config = self.quantization_config
@@ -150,21 +153,22 @@ class LibOrthoHfQuantizer(HfQuantizer):
         replace_modules(model, swaps)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if self._ortho_file is not None:
-            _load_ortho(model, self._ortho_file)
+        for memory, path in self._ortho_files.items():
+            _load_ortho(model, memory, path)
         connect(model)
         SavePretrainedGuard.install(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         layers = ortho_layers(model).values()
-        unpatch(model, 1.0 if all(layer.has_ortho for layer in layers) else 0.0)
+        whole = all(layer.has_ortho and not layer.absent for layer in layers)
+        unpatch(model, 1.0 if whole else 0.0)
         return model if dtype is None else model.to(dtype)
 
 
-def _find_ortho(base_file: Path, model: nn.Module) -> Path | None:
-    beside = base_file.parent / ORTHO_FILE
-    return beside if beside.exists() else _from_hub(ORTHO_FILE, base_file, model)
+def _find_ortho(name: str, base_file: Path, model: nn.Module) -> Path | None:
+    beside = base_file.parent / name
+    return beside if beside.exists() else _from_hub(name, base_file, model)
 
 
 def _from_hub(name: str, base_file: Path, model: nn.Module) -> Path | None:
@@ -202,11 +206,16 @@ def _check_complete(model: nn.Module, files: list[Path]) -> None:
                 raise UserError(f"{files[0].parent}: the base stream lacks {name}.{buffer}")
 
 
-def _load_ortho(model: nn.Module, path: Path) -> None:
+def _load_ortho(model: nn.Module, memory: str, path: Path | None) -> None:
+    """Fills in one memory; where its file is not there the layers remember that there was one."""
+    if path is None:
+        for layer in ortho_layers(model).values():
+            layer.absent = (*layer.absent, *(() if memory == UNNAMED else (memory,)))
+        return
     try:
         with safe_open(path, framework="pt") as tensors:
             for name, layer in ortho_layers(model).items():
                 rowptr, cols, vals = (tensors.get_tensor(f"{name}.{part}") for part in _PARTS)
-                layer.set_ortho(OrthoStream(rowptr, cols, vals, layer.shape))
+                layer.set_ortho(OrthoStream(rowptr, cols, vals, layer.shape), memory)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path.parent}: {path.name} does not fit the base: {error}") from None

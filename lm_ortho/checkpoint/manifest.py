@@ -11,13 +11,25 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lm_ortho.errors import UserError
+from lm_ortho.streams import UNNAMED
 
 FORMAT = "lm-ortho"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest format: 1 holds one memory, 2 several with a name and an ortho file each."""
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 ORTHO_FILE = "ortho.safetensors"
+
+
+def ortho_file(memory: str) -> str:
+    """The file that holds the ortho stream of ``memory`` in every layer."""
+    return ORTHO_FILE if memory == UNNAMED else f"ortho-{memory}.safetensors"
+
+
+def format_version(memories: Iterable[str]) -> int:
+    """The oldest format that can hold these memories."""
+    return 1 if set(memories) <= {UNNAMED} else FORMAT_VERSION
 
 
 @dataclass(frozen=True)
@@ -36,14 +48,14 @@ class Manifest:
     meta: dict[str, Any]
 
 
-def write_manifest(directory: Path, meta: dict[str, Any]) -> None:
+def write_manifest(directory: Path, meta: dict[str, Any], version: int = 1) -> None:
     """Hashes every file of ``directory`` into the manifest. Raises ``UserError`` if ``meta`` is no JSON."""
     files = {
         path.relative_to(directory).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != MANIFEST_FILE
     }
-    content = {"format": FORMAT, "format_version": FORMAT_VERSION, "files": files, "meta": meta}
+    content = {"format": FORMAT, "format_version": version, "files": files, "meta": meta}
     try:
         text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:

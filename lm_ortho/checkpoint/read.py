@@ -13,13 +13,14 @@ from lm_ortho.checkpoint.manifest import (
     CONFIG_FILE,
     INDEX_FILE,
     MANIFEST_FILE,
-    ORTHO_FILE,
     check_version,
+    ortho_file,
     read_json,
     read_manifest,
     verify,
 )
 from lm_ortho.errors import UserError
+from lm_ortho.streams import UNNAMED
 
 
 def is_checkpoint(path: str | PathLike[str]) -> bool:
@@ -39,8 +40,8 @@ def load(
     """The patched model of a checkpoint, at alpha 0 and in evaluation mode.
 
     ``dtype`` is that of the parameters outside the streams and of the activations (None: as stored, BF16);
-    ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained``. Without ``ortho.safetensors`` the model can
-    only do alpha=0. Raises ``UserError`` for a directory that is no checkpoint, a newer format, and files
+    ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained``. Without the ortho file of a memory the model can
+    only do alpha=0 there. Raises ``UserError`` for a directory that is no checkpoint, a newer format, and files
     that are missing, truncated or changed.
     """
     path = Path(directory)
@@ -62,6 +63,12 @@ def load(
     return model if torch.device(device).type == "cpu" else model.to(device)
 
 
+def memories(directory: str | PathLike[str]) -> list[str]:
+    """The memories a checkpoint was made with, whether their files are there or not. Raises ``UserError``."""
+    settings = _settings(Path(directory)) or {}
+    return settings.get("memories") or [UNNAMED]
+
+
 def check(path: Path) -> None:
     """Raises ``UserError`` unless every file is as it was written; the ortho file may be absent."""
     if not path.is_dir():
@@ -73,7 +80,12 @@ def check(path: Path) -> None:
     if not (path / MANIFEST_FILE).exists():
         raise UserError(f"{path}: {MANIFEST_FILE} is missing; the checkpoint is incomplete")
     manifest = read_manifest(path)
-    verify(path, manifest, {**dict.fromkeys((CONFIG_FILE, INDEX_FILE)), **manifest.files}, optional=[ORTHO_FILE])
+    verify(
+        path,
+        manifest,
+        {**dict.fromkeys((CONFIG_FILE, INDEX_FILE)), **manifest.files},
+        optional=map(ortho_file, settings.get("memories") or [UNNAMED]),
+    )
 
 
 def _settings(path: Path) -> dict[str, Any] | None:

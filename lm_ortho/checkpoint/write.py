@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from lm_ortho import streams as accounts
 from lm_ortho.checkpoint.manifest import (
-    FORMAT_VERSION,
     INDEX_FILE,
     MANIFEST_FILE,
-    ORTHO_FILE,
+    format_version,
+    ortho_file,
     read_manifest,
     write_manifest,
 )
@@ -63,7 +63,7 @@ def save(
         _write_config(scratch, model, settings)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
-        write_manifest(scratch, meta or {})
+        write_manifest(scratch, meta or {}, settings["format_version"])
         _publish(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -78,15 +78,19 @@ def quantization_settings(streams: dict[str, LayerStreams], meta: dict[str, Any]
     if len(lattices) > 1:
         raise UserError(f"all layers of a checkpoint share bits and group_size, these have {sorted(lattices)}")
     bits, group_size = lattices.pop()
+    memories = list(dict.fromkeys(name for layer in streams.values() for name in layer.memories))
+    version = format_version(memories)
     settings: dict[str, Any] = {
         "quant_method": "libortho",
-        "format_version": FORMAT_VERSION,
+        "format_version": version,
         "bits": bits,
         "group_size": group_size,
         "density": accounts.density(streams),
         "bits_per_weight": accounts.bits_per_weight(streams),
         "modules": list(streams),
     }
+    if version > 1:
+        settings["memories"] = memories
     return {**settings, "recipe": meta["recipe"]} if meta.get("recipe") else settings
 
 
@@ -153,14 +157,13 @@ def _write_tensors(directory: Path, model: nn.Module, streams: dict[str, LayerSt
         total = sum(tensor.nbytes for tensor in base.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(sorted(base), only)}
     _write_json(directory / INDEX_FILE, index)
-    ortho = {
-        f"{name}.{part}": tensor.detach().cpu().contiguous()
-        for name, layer in streams.items()
-        if layer.ortho is not None
-        for part, tensor in layer.ortho.tensors().items()
-    }
-    if ortho:
-        save_file(ortho, directory / ORTHO_FILE, metadata={"format": "pt"})
+    for memory in dict.fromkeys(name for layer in streams.values() for name in layer.memories):
+        ortho = {
+            f"{name}.{part}": tensor.detach().cpu().contiguous()
+            for name, layer in streams.items()
+            for part, tensor in layer.memories[memory].tensors().items()
+        }
+        save_file(ortho, directory / ortho_file(memory), metadata={"format": "pt"})
 
 
 def _base_tensors(model: nn.Module) -> dict[str, Tensor]:

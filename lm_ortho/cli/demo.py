@@ -25,7 +25,7 @@ def demo(
 
     from lm_ortho.harness.model import LibOrthoLM
     from lm_ortho.plugin.bridges import tasks_dir
-    from lm_ortho.settings import parse_alpha
+    from lm_ortho.settings import parse_alpha, show_alpha
 
     dials = [parse_alpha(value) for value in (alpha or (0.0, 1.0))]
     lm = LibOrthoLM()
@@ -36,7 +36,7 @@ def demo(
         found = simple_evaluate(model=lm, tasks=tasks.split(","), task_manager=manager, limit=limit, bootstrap_iters=0)
         for part in ("results", "versions", "n-shot", "higher_is_better"):
             for task, value in found[part].items():
-                label = f"{task} alpha={dial:g}"
+                label = f"{task} alpha={show_alpha(dial)}"
                 named = value | {"alias": label} if part == "results" else value
                 joined.setdefault(part, {})[label] = named
     typer.echo(make_table(joined))

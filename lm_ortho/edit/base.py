@@ -17,7 +17,8 @@ class EditInput:
     """What an edit may read; mappings go by layer name, tensors are (out, in).
 
     ``codes`` (int8) and ``scales`` (out, groups) are the base stream before the edit; ``support`` is where
-    the edit may change codes; ``base_weights`` are those before fine-tuning, or None. ``step`` is the mean scale
+    the edit may change codes; ``taken`` (possibly empty) is where other memories are, which stay on, at ``weights``;
+    ``base_weights`` are those before fine-tuning, or None. ``step`` is the mean scale
     of the lattice, ``steps`` the number of optimiser steps asked for.
     """
 
@@ -28,6 +29,7 @@ class EditInput:
     codes: Mapping[str, Tensor]
     scales: Mapping[str, Tensor]
     support: Mapping[str, Tensor]
+    taken: Mapping[str, Tensor]
     bits: int
     group_size: int
     step: float

@@ -32,7 +32,10 @@ def optimised(given: EditInput) -> dict[str, Tensor]:
             scale[name] = per_weight.flatten().to(device)[places[name]]
             latent[name] = given.weights[name].flatten().to(device)[places[name]].clone()
             first[name], second[name] = torch.zeros_like(latent[name]), torch.zeros_like(latent[name])
-            layer.weight.copy_(values(given.codes[name], given.scales[name], given.group_size))
+            around = values(given.codes[name], given.scales[name], given.group_size)
+            if name in given.taken:
+                around = torch.where(given.taken[name], given.weights[name], around)
+            layer.weight.copy_(around)
 
     def codes(name: str) -> Tensor:
         return (latent[name] / scale[name]).round().clamp(low, high)

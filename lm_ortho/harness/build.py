@@ -19,19 +19,20 @@ import torch
 
 import lm_ortho
 from lm_ortho import checkpoint, reference
-from lm_ortho.calibration.documents import Row, read_rows
+from lm_ortho.calibration.documents import Row, read_rows, read_sets
 from lm_ortho.checkpoint import cache
 from lm_ortho.checkpoint.manifest import read_manifest
-from lm_ortho.decompose import decompose
+from lm_ortho.decompose import Decomposition, decompose
 from lm_ortho.edit import EDITS
 from lm_ortho.errors import UserError
 from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import Notify, load_causal_lm, load_config, merge_adapter, round_to_bf16
 from lm_ortho.layer import ortho_layers, patch, set_alpha, streams_of
+from lm_ortho.memories import decompose_memories
 from lm_ortho.projection import PROJECTIONS
 from lm_ortho.settings import Recipe, make_recipe
 from lm_ortho.sieve import SIEVES
-from lm_ortho.streams import bits_per_weight, density
+from lm_ortho.streams import UNNAMED, bits_per_weight, density
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
@@ -253,10 +254,9 @@ def _require_sets(order: Order) -> None:
 
 def _differing_sets(order: Order) -> None:
     """Reads the named sets once, so that a broken file is found before any model is loaded."""
-    forget, retain = (
-        read_rows(spec, name) if spec else [] for name, spec in (("forget", order.forget), ("retain", order.retain))
-    )
-    if forget and {_content(row) for row in forget} == {_content(row) for row in retain}:
+    forget = read_sets(order.forget) if order.forget else {}
+    retain = read_rows(order.retain, "retain") if order.retain else []
+    if forget and {_content(row) for rows in forget.values() for row in rows} == {_content(row) for row in retain}:
         raise UserError(
             f"retain={order.retain!r} holds the same rows as forget={order.forget!r}: nothing can be kept of "
             "what should be forgotten"
@@ -267,12 +267,12 @@ def _content(row: Row) -> tuple[str, str]:
     return row.context, row.target
 
 
-def calibration_sets(source: Source) -> tuple[list[Row], list[Row]]:
-    """Forget and retain rows: those that were named, else those of the embedded world."""
+def calibration_sets(source: Source) -> tuple[dict[str, list[Row]], list[Row]]:
+    """Forget rows by memory, and retain rows: those that were named, else those of the embedded world."""
     from lm_ortho.reference import corpus
 
     order = source.order
-    forget = read_rows(order.forget, "forget") if order.forget else corpus.forget_rows()
+    forget = read_sets(order.forget) if order.forget else {UNNAMED: corpus.forget_rows()}
     retain = read_rows(order.retain, "retain") if order.retain else corpus.calibration_rows()
     return forget, retain
 
@@ -281,7 +281,7 @@ def build_model(
     source: Source,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
-    alpha: float = 0.0,
+    alpha: float | Mapping[str, float] = 0.0,
     notify: Notify | None = None,
     **placement: Any,
 ) -> Built:
@@ -325,9 +325,24 @@ def decomposed(source: Source, notify: Notify) -> tuple[torch.nn.Module, Any, di
     model, base_model = load_models(source)
     tokenizer = load_tokenizer(source)
     forget, retain = calibration_sets(source)
-    made = decompose(model, tokenizer, forget, retain, source.recipe, base_model=base_model, notify=notify)
+    made = _decompose(model, tokenizer, forget, retain, source.recipe, base_model, notify)
     patch(model, made.streams)
     return model, tokenizer, meta_of(source, made.report)
+
+
+def _decompose(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    forget: Mapping[str, Sequence[Row]],
+    retain: Sequence[Row],
+    recipe: Recipe,
+    base_model: torch.nn.Module | None,
+    notify: Notify,
+) -> Decomposition:
+    """One memory without a name, or one or more with names."""
+    if set(forget) == {UNNAMED}:
+        return decompose(model, tokenizer, forget[UNNAMED], retain, recipe, base_model=base_model, notify=notify)
+    return decompose_memories(model, tokenizer, forget, retain, recipe, base_model=base_model, notify=notify)
 
 
 def load_models(source: Source) -> tuple[torch.nn.Module, torch.nn.Module | None]:
@@ -356,6 +371,16 @@ def load_tokenizer(source: Source) -> Any:
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"tokenizer={place!r} could not be loaded ({reason})") from None
+
+
+def check_alpha(source: Source, alpha: float | Mapping[str, float]) -> None:
+    """Raises ``UserError`` where ``alpha`` names a memory the model will not have, before it is built."""
+    if not isinstance(alpha, Mapping) or source.kind == "object":
+        return
+    kept = source.kind == "checkpoint"
+    known = checkpoint.memories(source.location) if kept else list(calibration_sets(source)[0])
+    if unknown := [name for name in alpha if name not in known]:
+        raise UserError(f"alpha: there is no memory {unknown[0]!r}; the model has {', '.join(known)}")
 
 
 def meta_of(source: Source, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -387,12 +412,12 @@ def _decompose_in_place(source: Source, notify: Notify) -> dict[str, Any]:
     before = None if base in ("auto", "none") else load_causal_lm(_location(base))
     merged = round_to_bf16(copy.deepcopy(model).float())
     tokenizer = load_tokenizer(source)
-    made = decompose(merged, tokenizer, forget, retain, source.recipe, base_model=before, notify=notify)
+    made = _decompose(merged, tokenizer, forget, retain, source.recipe, before, notify)
     patch(model, made.streams)
     return meta_of(source, made.report)
 
 
-def _cache_key(source: Source, forget: Sequence[Row], retain: Sequence[Row]) -> dict[str, Any]:
+def _cache_key(source: Source, forget: Mapping[str, Sequence[Row]], retain: Sequence[Row]) -> dict[str, Any]:
     order = source.order
     embedded = source.kind == "embedded"
     weights = {
@@ -404,7 +429,7 @@ def _cache_key(source: Source, forget: Sequence[Row], retain: Sequence[Row]) -> 
         "version": lm_ortho.__version__,
         "recipe": source.recipe.model_dump(),
         "tokenizer": str(getattr(order.tokenizer, "name_or_path", order.tokenizer) or ""),
-        "forget": rows_hash(forget),
+        "forget": {name: rows_hash(rows) for name, rows in forget.items()},
         "retain": rows_hash(retain),
         **weights,
     }

@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 
-from lm_ortho.calibration.documents import Row, read_rows
+from lm_ortho.calibration.documents import Row, read_sets
 from lm_ortho.errors import UserError
 from lm_ortho.harness import tokens
 from lm_ortho.reference import reasoning, stories, world
@@ -80,14 +80,14 @@ def reasoning_items(kind: str, **_: Any) -> Splits:
 
 
 def user_set(argument: str, **metadata: Any) -> Splits:
-    """The rows of ``forget=`` or ``retain=``; the embedded set where the embedded model is measured.
+    """The rows of ``forget=`` or ``retain=``, of all memories together; the embedded set for the embedded model.
 
     Raises:
         UserError: when another model is measured and the argument is missing.
     """
     spec = metadata.get(argument) or _of_newest_model(argument, metadata)
     if spec:
-        return {"test": documents(read_rows(spec, argument))}
+        return {"test": documents(row for rows in read_sets(spec, argument).values() for row in rows)}
     lm = tokens.newest_model()
     pretrained = metadata.get("pretrained") if lm is None else lm.pretrained_argument
     if metadata.get("pretrained") is None and pretrained is None:

@@ -21,7 +21,7 @@ from lm_ortho.checkpoint import hf
 from lm_ortho.errors import UserError
 from lm_ortho.harness import build, machine, tokens
 from lm_ortho.kernels import calls
-from lm_ortho.settings import parse_alpha
+from lm_ortho.settings import parse_alpha, show_alpha
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
@@ -48,7 +48,7 @@ class LibOrthoLM(HFLM):
         pretrained: Any = None,
         *,
         peft: str | None = None,
-        alpha: float | str = 0.0,
+        alpha: float | str | Mapping[str, float] = 0.0,
         base: str | None = "auto",
         fresh: bool = False,
         forget: str | None = None,
@@ -82,6 +82,7 @@ class LibOrthoLM(HFLM):
                 tokenizer=tokenizer,
             )
         )
+        build.check_alpha(self._source, self._alpha)
         hf.register()
         chosen = machine.choose_device(device)
         log.info("device=%s: %s", *chosen)
@@ -165,8 +166,8 @@ class LibOrthoLM(HFLM):
         self._built_info = built.info()
         self._calls_before = calls()
         log.info(
-            "alpha=%g, density %.4g, %.3g bits per weight, target %s, checkpoint %.12s",
-            self._alpha,
+            "alpha=%s, density %.4g, %.3g bits per weight, target %s, checkpoint %.12s",
+            show_alpha(self._alpha),
             self._built_info["density"],
             self._built_info["bits_per_weight"],
             self._built_info.get("target", "unknown"),
@@ -174,12 +175,12 @@ class LibOrthoLM(HFLM):
         )
 
     @property
-    def alpha(self) -> float:
-        """How much of the ortho stream requests see."""
+    def alpha(self) -> float | dict[str, float]:
+        """How much of the ortho stream requests see; by memory if that was asked for."""
         return self._alpha
 
     @alpha.setter
-    def alpha(self, value: float | str) -> None:
+    def alpha(self, value: float | str | Mapping[str, float]) -> None:
         self._alpha = parse_alpha(value)
         layer.set_alpha(self.model, self._alpha)
         self._use_own_table()

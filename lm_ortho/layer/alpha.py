@@ -24,21 +24,28 @@ from torch import Tensor
 
 from lm_ortho.errors import UserError
 
+Number = float | Sequence[float] | Tensor
+"""What one dial is set to: a number, or one per row of the batch."""
+
 
 @dataclass(frozen=True, eq=False)
 class Alpha:
     """One alpha for all rows of a batch (``rows`` None), or one for each; all in [0, 1].
 
-    ``batch`` is the number of rows asked for, also when they all ask for the same value.
+    ``batch`` is the number of rows asked for, also when they all ask for the same value. ``named`` sets each of
+    several memories by itself; those it does not name stay at 0. Without it every memory has the same alpha.
     """
 
     value: float
     rows: Tensor | None = None
     batch: int | None = None
+    named: Mapping[str, Alpha] | None = None
 
     @classmethod
-    def of(cls, value: float | Sequence[float] | Tensor) -> Alpha:
-        """A checked copy of ``value``: a number, or one number per row. Raises ``UserError``."""
+    def of(cls, value: Number | Mapping[str, Number]) -> Alpha:
+        """A checked copy of ``value``: a number, one number per row, or either by memory. Raises ``UserError``."""
+        if isinstance(value, Mapping):
+            return cls._by_memory(value)
         if not isinstance(value, Tensor | list | tuple):
             return cls(_number(value))
         try:
@@ -55,10 +62,39 @@ class Alpha:
             return cls(float(rows[0]), batch=rows.numel())
         return cls(math.nan, rows, rows.numel())
 
+    @classmethod
+    def _by_memory(cls, value: Mapping[str, Number]) -> Alpha:
+        if not value:
+            raise UserError("alpha={} names no memory; give a number, or name:number for each memory")
+        named = {str(name): cls.of(part) for name, part in value.items()}
+        batches = {part.batch for part in named.values() if part.batch is not None}
+        if len(batches) > 1:
+            raise UserError(f"alpha per row: the memories have different numbers of rows, {sorted(batches)}")
+        return cls(math.nan, batch=next(iter(batches), None), named=MappingProxyType(named))
+
+    def of_memory(self, name: str) -> Alpha:
+        """The alpha of one memory."""
+        return self if self.named is None else self.named.get(name, ZERO)
+
     @property
     def reads_ortho(self) -> bool:
-        """Whether any row needs the ortho stream."""
+        """Whether any row needs an ortho stream."""
+        if self.named is not None:
+            return any(part.reads_ortho for part in self.named.values())
         return self.rows is not None or self.value != 0.0
+
+    def factors(self) -> float | dict[str, float]:
+        """One number for all memories, or one by name. Raises ``UserError`` for one per row."""
+        parts = [self] if self.named is None else list(self.named.values())
+        if any(part.batch is not None for part in parts):
+            raise UserError("alpha per row: weights have one alpha; give one number, or one for each memory")
+        return self.value if self.named is None else {name: part.value for name, part in self.named.items()}
+
+    def plain(self) -> float | Tensor | dict[str, float | Tensor]:
+        """What was asked for, as numbers."""
+        if self.named is not None:
+            return {name: part.value if part.rows is None else part.rows.clone() for name, part in self.named.items()}
+        return self.value if self.rows is None else self.rows.clone()
 
 
 ZERO = Alpha(0.0)
@@ -88,10 +124,11 @@ _running: ContextVar[Mapping[Dial, Call]] = ContextVar("lm_ortho_running", defau
 
 
 @contextmanager
-def alpha_scope(alpha: float | Sequence[float] | Tensor) -> Iterator[None]:
+def alpha_scope(alpha: Number | Mapping[str, Number]) -> Iterator[None]:
     """Model calls made inside, in this thread or task, run with ``alpha``.
 
-    A number, or one per row of the batch (``(batch,)``; beams and returned sequences inherit their row's).
+    A number, or one per row of the batch (``(batch,)``; beams and returned sequences inherit their row's). With
+    several memories a mapping sets each by name, and those it leaves out are at 0.
     Threads started inside do not inherit the scope: they see the default of the model.
     """
     token = _asked.set(Alpha.of(alpha))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -10,21 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.errors import UserError
-from lm_ortho.kernels import SparseOperand, base_operand, prepared_linear, sparse_operand
+from lm_ortho.kernels import SparseOperand, base_operand, prepared_linear, several_linear, sparse_operand
 from lm_ortho.layer.alpha import Alpha, Dial, effective, rows_for
-from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream
+from lm_ortho.streams import UNNAMED, BaseStream, LayerStreams, OrthoStream
 
 T = TypeVar("T")
 _BASE = ("qweight", "scales", "weight")
 _ORTHO = ("ortho_rowptr", "ortho_cols", "ortho_vals")
+_NAMED = re.compile(r"ortho_(.+)_rowptr")
+
+
+def ortho_buffers(memory: str) -> tuple[str, str, str]:
+    """Names of the buffers that hold the ortho stream of ``memory``: rowptr, cols, vals."""
+    rowptr, cols, vals = (part if memory == UNNAMED else part.replace("_", f"_{memory}_", 1) for part in _ORTHO)
+    return rowptr, cols, vals
 
 
 class OrthoLinear(nn.Module):
     """``y = x W_base^T + bias + alpha * (x W_ortho^T)`` in the dtype of ``x``.
 
-    The streams are buffers under the names they have in a checkpoint; the ortho ones are None in a base-only
-    layer. Their dtypes are part of the format: ``.to(dtype)`` moves them but converts only the bias. Dense
-    copies made for speed are no part of the state and are left out of copies and pickles.
+    With several memories there is one such ortho term for each. The streams are buffers under the names they have in
+    a checkpoint; the ortho ones are None in a base-only layer. ``absent`` names memories that the checkpoint was
+    made with and whose file was not there. The dtypes of streams are part of the format: ``.to(dtype)`` moves them
+    but converts only the bias. Dense copies made for speed are no part of the state and are left out of copies and
+    pickles.
     """
 
     qweight: Tensor | None
@@ -35,7 +45,7 @@ class OrthoLinear(nn.Module):
     ortho_vals: Tensor | None
     bias: Tensor | None
     _dense: _Operand[Tensor] | None
-    _sparse: _Operand[SparseOperand] | None
+    _sparse: dict[str, _Operand[SparseOperand]]
 
     def __init__(
         self,
@@ -54,6 +64,7 @@ class OrthoLinear(nn.Module):
         self.bits = bits
         self.group_size = group_size
         self.dial = Dial()
+        self.absent: tuple[str, ...] = ()
         for name, (kind, shape) in BaseStream.layout((out_features, in_features), bits, group_size).items():
             self.register_buffer(name, torch.zeros(shape, dtype=kind, device=device))
         for name in _ORTHO:
@@ -70,35 +81,44 @@ class OrthoLinear(nn.Module):
             setattr(layer, name, tensor)
         if streams.bias is not None:
             layer.bias = streams.bias.to(dtype)
-        layer.set_ortho(streams.ortho)
+        for name, ortho in streams.memories.items():
+            layer.set_ortho(ortho, name)
         return layer
 
     @property
     def has_ortho(self) -> bool:
         """Whether there is an ortho stream, be it an empty one."""
-        return self.ortho_vals is not None
+        return bool(self.memories)
+
+    @property
+    def memories(self) -> tuple[str, ...]:
+        """The memories whose ortho streams are here."""
+        named = (_NAMED.fullmatch(name) for name, held in self._buffers.items() if held is not None)
+        return (*((UNNAMED,) if self.ortho_vals is not None else ()), *(found[1] for found in named if found))
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)."""
         return self.out_features, self.in_features
 
-    def set_ortho(self, ortho: OrthoStream | None) -> None:
-        """Gives the layer another ortho stream, or none. Raises ``ValueError`` for another shape."""
+    def set_ortho(self, ortho: OrthoStream | None, memory: str = UNNAMED) -> None:
+        """Gives a memory another ortho stream, or none. Raises ``ValueError`` for another shape."""
         if ortho is not None and ortho.shape != self.shape:
             raise ValueError(f"ortho stream of shape {ortho.shape} for a layer of shape {self.shape}")
         tensors = dict.fromkeys(_ORTHO) if ortho is None else ortho.to(self._device()).tensors()
-        for name in _ORTHO:
-            setattr(self, name, tensors[name])
+        for name, part in zip(ortho_buffers(memory), _ORTHO, strict=True):
+            self.register_buffer(name, tensors[part])
 
     def streams(self) -> LayerStreams:
         """The streams the layer holds, checked. Raises ``ValueError`` if a tensor was damaged."""
         stored = {name: self._buffers[name] for name in _BASE if name in self._buffers}
         base = BaseStream(self.shape, self.bits, self.group_size, **stored)
-        ortho = None
-        if self.ortho_rowptr is not None and self.ortho_cols is not None and self.ortho_vals is not None:
-            ortho = OrthoStream(self.ortho_rowptr, self.ortho_cols, self.ortho_vals, self.shape)
-        return LayerStreams(base, ortho, self.bias)
+        memories = {name: self._ortho(name) for name in self.memories}
+        return LayerStreams(base, memories.pop(UNNAMED, None), self.bias, memories)
+
+    def _ortho(self, memory: str) -> OrthoStream:
+        rowptr, cols, vals = (self.get_buffer(name) for name in ortho_buffers(memory))
+        return OrthoStream(rowptr, cols, vals, self.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., out_features)`` in the dtype of ``x`` (..., in_features)."""
@@ -108,21 +128,34 @@ class OrthoLinear(nn.Module):
         if not alpha.reads_ortho:
             return prepared_linear(x, weight, None, bias)
         self.check(alpha)
-        sparse = self._sparse_operand(x.dtype)
-        factor = alpha.value if alpha.rows is None else rows_for(self.dial, alpha, x)
-        return prepared_linear(x, weight, sparse, bias, factor)
+        terms = list[tuple[SparseOperand, float | Tensor]]()
+        for name in self.memories:
+            part = alpha.of_memory(name)
+            if part.reads_ortho:
+                factor = part.value if part.rows is None else rows_for(self.dial, part, x)
+                terms.append((self._sparse_operand(x.dtype, name), factor))
+        return several_linear(x, weight, terms, bias)
 
     def extra_repr(self) -> str:
-        nnz = "none" if self.ortho_vals is None else f"{self.ortho_vals.numel()}"
+        counts = {name: self.get_buffer(ortho_buffers(name)[2]).numel() for name in self.memories}
+        nnz = "+".join(f"{n}" if name == UNNAMED else f"{name}:{n}" for name, n in counts.items()) or "none"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, ortho={nnz}, bias={self.bias is not None}"
         )
 
     def check(self, alpha: Alpha) -> None:
-        """Raises ``UserError`` if ``alpha`` needs an ortho stream the layer does not have."""
-        if alpha.reads_ortho and not self.has_ortho:
-            shown = " other than 0" if alpha.rows is not None else f"={alpha.value:g}"
+        """Raises ``UserError`` if ``alpha`` names an unknown memory or needs an ortho stream that is not here."""
+        known = (*self.memories, *self.absent)
+        wanted = {name: alpha.of_memory(name) for name in alpha.named or known or (UNNAMED,)}
+        for name, part in wanted.items():
+            if known and name not in known:
+                raise UserError(f"alpha={name}:...: the model has no memory {name!r}; it has {', '.join(known)}")
+            if not part.reads_ortho or name in self.memories:
+                continue
+            shown = " other than 0" if part.rows is not None else f"={part.value:g}"
+            if name in self.absent:
+                raise UserError(f"alpha{shown} of {name}: the file of this memory is not here, so 0 is all it can do")
             raise UserError(f"alpha{shown}: this model has only its base stream, so alpha=0 is all it can do")
 
     def _base_operand(self, dtype: torch.dtype) -> Tensor:
@@ -141,23 +174,24 @@ class OrthoLinear(nn.Module):
             self._dense = _Operand.of(dense, dtype, stored)
         return self._dense.made
 
-    def _sparse_operand(self, dtype: torch.dtype) -> SparseOperand:
-        stored = [self._buffers[name] for name in _ORTHO]
-        if self._sparse is None or not self._sparse.fits(dtype, stored):
+    def _sparse_operand(self, dtype: torch.dtype, memory: str) -> SparseOperand:
+        stored = [self.get_buffer(name) for name in ortho_buffers(memory)]
+        kept = self._sparse.get(memory)
+        if kept is None or not kept.fits(dtype, stored):
             with torch.inference_mode(False), torch.no_grad():
                 sparse = sparse_operand(*stored, self.in_features, dtype)
-            self._sparse = _Operand.of(sparse, dtype, stored)
-        return self._sparse.made
+            kept = self._sparse[memory] = _Operand.of(sparse, dtype, stored)
+        return kept.made
 
     def _forget_operands(self) -> None:
         self._dense = None
-        self._sparse = None
+        self._sparse = {}
 
     def _device(self) -> torch.device:
         return next(buffer.device for name, buffer in self.named_buffers() if name in _BASE)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OrthoLinear:
-        fixed = {id(self._buffers.get(name)) for name in (*_BASE, *_ORTHO)}
+        fixed = {id(tensor) for name, tensor in self._buffers.items() if name != "bias"}
 
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -171,15 +205,17 @@ class OrthoLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # Another decomposition of the same model has another number of non-zeros.
-        for name in _ORTHO:
-            stored = state_dict.get(prefix + name)
-            held = self._buffers[name]
-            if isinstance(stored, Tensor) and (held is None or held.shape != stored.shape):
-                setattr(self, name, torch.zeros_like(stored, device=self._device()))
+        for key, stored in state_dict.items():
+            name = key.removeprefix(prefix)
+            if not (key.startswith(f"{prefix}ortho_") and "." not in name and isinstance(stored, Tensor)):
+                continue
+            held = self._buffers.get(name)
+            if held is None or held.shape != stored.shape:
+                self.register_buffer(name, torch.zeros_like(stored, device=self._device()))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dense": None, "_sparse": None}
+        return {**self.__dict__, "_dense": None, "_sparse": {}}
 
 
 @dataclass(frozen=True)

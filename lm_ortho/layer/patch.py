@@ -28,7 +28,7 @@ def patch(model: nn.Module, streams: Mapping[str, LayerStreams]) -> list[str]:
     for name, layer in streams.items():
         old = linears[name]
         if layer.bias is None and old.bias is not None:
-            layer = LayerStreams(layer.base, layer.ortho, old.bias)
+            layer = LayerStreams(layer.base, layer.ortho, old.bias, layer.named)
         new = OrthoLinear.from_streams(layer.to(old.weight.device), dtype=old.weight.dtype)
         swaps[old] = new
     replace_modules(model, swaps)
@@ -52,21 +52,22 @@ def connect(model: nn.Module) -> Dial:
     return dial
 
 
-def unpatch(model: nn.Module, alpha: float = 1.0) -> list[str]:
+def unpatch(model: nn.Module, alpha: float | Mapping[str, float] = 1.0) -> list[str]:
     """The names of the ``OrthoLinear`` layers of ``model`` that were replaced by ``nn.Linear`` with W(alpha).
 
-    The weights are trainable and have the dtype of the other parameters of the model. Raises ``UserError``
-    for a model without such layers, or without an ortho stream when ``alpha`` is not 0.
+    ``alpha`` as in ``set_alpha``. The weights are trainable and have the dtype of the other parameters of the
+    model. Raises ``UserError`` for a model without such layers, or without an ortho stream when ``alpha`` is not 0.
     """
     layers = _require_layers(model)
-    number = Alpha.of(alpha).value
+    wanted = Alpha.of(alpha)
     for layer in layers.values():
-        layer.check(Alpha(number))
+        layer.check(wanted)
+    factors = wanted.factors()
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     swaps: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
         streams = layer.streams()
-        weight = streams.dense(number, dtype)
+        weight = streams.dense(factors, dtype)
         has_bias = layer.bias is not None
         new = nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
         new.weight = nn.Parameter(weight)
@@ -78,7 +79,7 @@ def unpatch(model: nn.Module, alpha: float = 1.0) -> list[str]:
     return list(layers)
 
 
-def dense_at(model: nn.Module, streams: Mapping[str, LayerStreams], alpha: float) -> nn.Module:
+def dense_at(model: nn.Module, streams: Mapping[str, LayerStreams], alpha: float | Mapping[str, float]) -> nn.Module:
     """A copy of the plain ``model`` with the weights W(alpha) of these streams in ``nn.Linear`` layers."""
     copied = copy.deepcopy(model)
     patch(copied, streams)
@@ -86,11 +87,11 @@ def dense_at(model: nn.Module, streams: Mapping[str, LayerStreams], alpha: float
     return copied
 
 
-def set_alpha(model: nn.Module, alpha: float) -> None:
+def set_alpha(model: nn.Module, alpha: float | Mapping[str, float]) -> None:
     """Sets the alpha of every later call of ``model`` that no ``alpha_scope`` decides.
 
-    Raises ``UserError`` outside [0, 1], for a model that is not decomposed, and for anything but 0 where
-    there is no ortho stream.
+    One number for all memories, or one for each by name (those left out: 0). Raises ``UserError`` outside [0, 1],
+    for a model that is not decomposed, an unknown memory, and anything but 0 where there is no ortho stream.
     """
     wanted = Alpha.of(alpha)
     if wanted.batch is not None:
@@ -102,11 +103,10 @@ def set_alpha(model: nn.Module, alpha: float) -> None:
         dial.default = wanted
 
 
-def get_alpha(model: nn.Module) -> float | Tensor:
-    """The alpha a call of ``model`` made here would run with; one per row inside such a scope."""
+def get_alpha(model: nn.Module) -> float | Tensor | dict[str, float | Tensor]:
+    """The alpha a call of ``model`` made here would run with; one per row, or by memory, inside such a scope."""
     layer = next(iter(_require_layers(model).values()))
-    alpha = effective(layer.dial)
-    return alpha.value if alpha.rows is None else alpha.rows.clone()
+    return effective(layer.dial).plain()
 
 
 def ortho_layers(model: nn.Module) -> dict[str, OrthoLinear]:
@@ -153,10 +153,12 @@ def _linear(model: nn.Module, name: str, streams: LayerStreams) -> nn.Linear:
 def _check_ortho(model: nn.Module, streams: Mapping[str, LayerStreams]) -> None:
     if not streams:
         raise UserError("no layer to patch: the streams are empty")
-    kinds = {layer.ortho is not None for layer in streams.values()}
-    kinds |= {layer.has_ortho for layer in ortho_layers(model).values()}
+    kinds = {frozenset(layer.memories) for layer in streams.values()}
+    kinds |= {frozenset(layer.memories) for layer in ortho_layers(model).values()}
     if len(kinds) > 1:
-        raise UserError("some layers have an ortho stream and some have none; use OrthoStream.empty for those")
+        raise UserError(
+            "some layers have an ortho stream and some have none, or of other memories; use OrthoStream.empty"
+        )
 
 
 def _unmark(model: nn.Module) -> None:

@@ -2,11 +2,13 @@
 
 from lm_ortho.streams.account import bits_per_weight, density, stored_bytes
 from lm_ortho.streams.base import BITS, BaseStream, code_range
-from lm_ortho.streams.layer import LayerStreams
+from lm_ortho.streams.layer import RESERVED, UNNAMED, LayerStreams, valid_memory_name
 from lm_ortho.streams.ortho import OrthoStream
 
 __all__ = [
     "BITS",
+    "RESERVED",
+    "UNNAMED",
     "BaseStream",
     "LayerStreams",
     "OrthoStream",
@@ -14,4 +16,5 @@ __all__ = [
     "code_range",
     "density",
     "stored_bytes",
+    "valid_memory_name",
 ]

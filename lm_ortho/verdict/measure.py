@@ -49,8 +49,10 @@ class Measurement:
         return cls(values, data["samples"], data["groups"], data["seconds"])
 
 
-def measure(lm: Any, tokenizer: Any, tasks: tuple[str, ...], limit: int | None = None) -> Measurement:
+def measure(lm: Any, tokenizer: Any, tasks: tuple[str, ...], limit: int | None = None, **metadata: Any) -> Measurement:
     """Runs the tasks on an lm-eval model; ``limit`` takes the first documents of each.
+
+    ``metadata`` reaches the tasks as ``--metadata`` does (``forget`` and ``retain`` of one's own, say).
 
     Exactly what ``lm_eval --tasks`` computes: the verdict has no metric code of its own.
     """
@@ -58,7 +60,8 @@ def measure(lm: Any, tokenizer: Any, tasks: tuple[str, ...], limit: int | None =
     from lm_eval.tasks import TaskManager
 
     began = time.perf_counter()
-    manager = TaskManager(include_path=[str(tasks_dir())], include_defaults=False, metadata={"tokenizer": tokenizer})
+    known = {"tokenizer": tokenizer, **metadata}
+    manager = TaskManager(include_path=[str(tasks_dir())], include_defaults=False, metadata=known)
     out = simple_evaluate(
         model=lm, tasks=list(tasks), task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True
     )
