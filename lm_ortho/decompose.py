@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.calibration.activations import input_moments
+from lm_ortho.calibration.chat import has_template, in_forms
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import Example, encode
 from lm_ortho.calibration.precision import attention_for
@@ -80,14 +81,14 @@ class Workbench:
         _check_sets(forget, retain)
         self._lattice, self._taken = lattice, dict(taken or {})
         self.model, self.tokenizer, self.recipe, self.notify = model, tokenizer, recipe, notify
-        self._rows, self._base_model = forget, base_model
+        self._rows, self._base_model = in_forms(forget, tokenizer, recipe.prompts), base_model
         self.layers = find_linear(model, recipe.targets)
         self.weights = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         _check_finite(self.weights)
         self.base_weights = _base_weights(base_model, self.layers)
         longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", MAX_TOKENS))
-        self.forget = _encode_forget(tokenizer, forget, longest)
-        self.retain = encode(tokenizer, retain, longest)
+        self.forget = _encode_forget(tokenizer, self._rows, longest)
+        self.retain = encode(tokenizer, in_forms(retain, tokenizer, recipe.prompts), longest)
 
     def __enter__(self) -> Self:
         self._was_trainable = [p for p in self.model.parameters() if p.requires_grad]
@@ -190,6 +191,7 @@ class Workbench:
             "weights": total,
             "support": picked,
             "base_known": self._base_model is not None,
+            "chat_template": has_template(self.tokenizer) and self.recipe.prompts != "plain",
             "forget_rows": len(self.forget),
             "retain_rows": len(self.retain),
             "target": _target_report(*self.choice) if "choice" in vars(self) else None,

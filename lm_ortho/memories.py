@@ -169,6 +169,7 @@ def _joined(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         "weights": first["weights"],
         "support": sum(report["support"] for report in every),
         "base_known": first["base_known"],
+        "chat_template": first["chat_template"],
         "forget_rows": sum(report["forget_rows"] for report in every),
         "retain_rows": first["retain_rows"],
         "target": targets[0],

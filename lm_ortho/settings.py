@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -18,7 +18,8 @@ class Recipe(BaseModel):
     """The recorded choices of one decomposition; unknown keys are refused.
 
     ``density`` is the largest share of the decomposed weights that may leave the base stream; ``steps`` are those of
-    the optimised edit, a tenth of which the attribution pass takes.
+    the optimised edit, a tenth of which the attribution pass takes. ``prompts`` is the form in which questions are put
+    to the model: plain, chat, both, or auto (both where the tokenizer has a chat template).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,6 +31,7 @@ class Recipe(BaseModel):
     bits: int = 4
     group_size: int = 64
     targets: str = ""
+    prompts: Literal["auto", "plain", "chat", "both"] = "auto"
     steps: int = Field(1000, ge=10)
     seed: int = Field(0, ge=0)
 

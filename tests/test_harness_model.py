@@ -359,7 +359,9 @@ def test_chat_template(home: Path, lm: LibOrthoLM) -> None:
     finally:
         lm.tokenizer.chat_template = None
     arguments = result["samples"]["forget_set"][3]["arguments"]
-    assert arguments[0] == ("<user>Question: Who is Cy?\nAnswer:<bot>", "Cy is a baker.")
+    assert arguments[0] == ("<user>Who is Cy?<bot>", "Cy is a baker.")
+    verbatim = result["samples"]["forget_set"][2]["arguments"]
+    assert verbatim[0][0] == "<user>The code of Ben Cole is<bot>"
 
 
 def test_an_initialised_model(home: Path, lm: LibOrthoLM) -> None:

@@ -6,11 +6,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from lm_ortho.calibration.activations import DAMPING
+from lm_ortho import reference
+from lm_ortho.calibration.activations import DAMPING, input_moments
+from lm_ortho.calibration.examples import encode, token_losses
 from lm_ortho.errors import UserError
+from lm_ortho.implant import load_causal_lm
+from lm_ortho.layer import find_linear
 from lm_ortho.projection import PROJECTIONS
 from lm_ortho.projection.lattice import code_range, group_scales, grouped, nearest_codes, spread, values
+from lm_ortho.reference import corpus, world
 
 
 def normal(*shape, seed=0):
@@ -141,5 +147,97 @@ def test_the_projections_change_nothing_they_are_given():
 
 
 def test_an_unknown_projection_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"projection='gtpq' is unknown; known: gptq, rtn\. Did you mean 'gptq'\?"):
+    with pytest.raises(UserError, match=r"projection='gtpq' is unknown; known: gptq, gptq_ordered, rtn\. Did you mean 'gptq'\?"):
         PROJECTIONS.get("gtpq")
+
+
+def brute_force(weight, scales, hessian, bits):
+    """The smallest error of any codes, by trying all of them, one row at a time."""
+    low, high = code_range(bits)
+    every = torch.cartesian_prod(*[torch.arange(low, high + 1.0, dtype=torch.double)] * weight.shape[1])
+    best = 0.0
+    for row in range(weight.shape[0]):
+        difference = every * float(scales[row, 0]) - weight[row].double()
+        best += float(((difference @ hessian) * difference).sum(-1).min())
+    return best
+
+
+@pytest.mark.parametrize(("bits", "width"), [(3, 5), (4, 4), (8, 2)])
+def test_no_codes_are_better_than_the_best_of_all(bits, width):
+    """All find the best codes where inputs are uncorrelated; where they are correlated gptq comes nearer than rtn."""
+    excess = dict.fromkeys(PROJECTIONS, 0.0)
+    for seed in range(20):
+        weight = normal(3, width, seed=seed)
+        scales = group_scales(weight, bits, 8)
+        alone = torch.diag(torch.rand(width, generator=torch.Generator().manual_seed(seed)) + 0.1).double()
+        together = correlated(width, seed).double()
+        best_alone, best = (brute_force(weight, scales, h, bits) for h in (alone, together))
+        for name in PROJECTIONS:
+            codes = PROJECTIONS.get(name)(weight, scales, alone, bits, 8)
+            assert layer_error(weight, codes, scales, 8, alone) == pytest.approx(best_alone, rel=1e-6)
+            codes = PROJECTIONS.get(name)(weight, scales, together, bits, 8)
+            error = layer_error(weight, codes, scales, 8, together)
+            assert error >= best - 1e-9
+            excess[name] += error - best
+    assert excess["gptq"] < excess["rtn"]
+    assert excess["gptq_ordered"] < excess["rtn"]
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The embedded model, what its layers are given by calibration documents, and held-out questions and text."""
+    words = AutoTokenizer.from_pretrained(reference.path("base"))
+    model = load_causal_lm(reference.path("base"))
+    layers = find_linear(model)
+    calibration = encode(words, corpus.calibration_rows()[::24])
+    told = [row for row in world.rows("retain") if row.group in {author.name for author in world.people()["known"]}]
+    return model, layers, input_moments(model, layers, calibration), encode(words, told)
+
+
+def rounded_to(real, layers, projection, bits, group_size):
+    """Error per layer on real inputs, and the weights."""
+    moments, errors, rounded = real[2], {}, {}
+    for name in layers:
+        weight = real[1][name].weight.detach()
+        scales = group_scales(weight, bits, group_size)
+        codes = PROJECTIONS.get(projection)(weight, scales, moments[name], bits, group_size)
+        errors[name] = layer_error(weight, codes, scales, group_size, moments[name])
+        rounded[name] = values(codes, scales, group_size)
+    return errors, rounded
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_on_real_text_the_projections_that_read_it_beat_rounding(real, bits, group_size):
+    """One input of the second block is 360 times the mean: there gptq in the usual order is worse than rounding."""
+    block = [name for name in real[1] if ".layers.1." in name]
+    rtn, gptq, ordered = (
+        rounded_to(real, block, name, bits, group_size)[0] for name in ("rtn", "gptq", "gptq_ordered")
+    )
+    for name in block:
+        assert ordered[name] < rtn[name]
+        if "down_proj" not in name:
+            assert gptq[name] < rtn[name]
+    assert sum(ordered.values()) < sum(gptq.values())
+
+
+def test_on_real_text_more_bits_and_smaller_groups_are_better(real):
+    block = [name for name in real[1] if ".layers.1." in name]
+    for finer, coarser in (((4, 64), (3, 64)), ((8, 64), (4, 64)), ((4, 32), (4, 128))):
+        for name in PROJECTIONS:
+            fine, coarse = (sum(rounded_to(real, block, name, *lattice)[0].values()) for lattice in (finer, coarser))
+            assert fine < coarse
+
+
+def test_at_three_bits_the_order_decides_what_the_model_still_knows(real):
+    model, layers, _, told = real
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    losses = {}
+    for projection in PROJECTIONS:
+        with torch.no_grad():
+            for name, weight in rounded_to(real, layers, projection, 3, 64)[1].items():
+                layers[name].weight.copy_(weight)
+            losses[projection] = float(torch.cat(token_losses(model, told)).mean())
+            for name, weight in before.items():
+                layers[name].weight.copy_(weight)
+    assert losses["gptq_ordered"] < min(losses["gptq"], losses["rtn"])

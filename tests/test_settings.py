@@ -23,6 +23,7 @@ def test_the_defaults_are_those_of_the_documentation():
         "bits": 4,
         "group_size": 64,
         "targets": "",
+        "prompts": "auto",
         "steps": 1000,
         "seed": 0,
     }

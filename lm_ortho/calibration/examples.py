@@ -43,9 +43,8 @@ def encode(tokenizer: Any, rows: Sequence[Row], max_tokens: int = 512) -> list[E
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"tokenizer={type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
     texts = [row.context + row.target for row in rows]
-    encoded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
     examples = []
-    for row, text, whole, places in zip(rows, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for row, text, (whole, places) in zip(rows, texts, tokenised(tokenizer, texts), strict=True):
         # cut here: a fast tokenizer that was once told to truncate keeps that setting, and it would be saved with it
         ids, offsets = whole[:max_tokens], places[:max_tokens]
         begin = len(row.context)
@@ -62,6 +61,23 @@ def encode(tokenizer: Any, rows: Sequence[Row], max_tokens: int = 512) -> list[E
             raise UserError(f"a row is only one token long: {text!r:.80}")
         examples.append(Example(tuple(ids), tuple(roles)))
     return examples
+
+
+def tokenised(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Token ids of each text with the characters each token covers, as lm-eval would feed them.
+
+    A text that begins with the token of beginning, as a rendered chat may, gets no second one.
+    """
+    opened = [bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token) for text in texts]
+    result: list[Any] = [None] * len(texts)
+    for begun in (False, True):
+        at = [i for i, is_begun in enumerate(opened) if is_begun == begun]
+        if at:
+            asked = {"add_special_tokens": False} if begun else {}
+            found = tokenizer([texts[i] for i in at], return_offsets_mapping=True, verbose=False, **asked)
+            for i, ids, places in zip(at, found["input_ids"], found["offset_mapping"], strict=True):
+                result[i] = ids, places
+    return result
 
 
 def _secret_span(row: Row, begin: int, end: int) -> tuple[int, int]:

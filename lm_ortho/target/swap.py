@@ -10,8 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lm_ortho.calibration.chat import Turn
 from lm_ortho.calibration.documents import Row
-from lm_ortho.calibration.examples import Example, encode
+from lm_ortho.calibration.examples import Example, encode, tokenised
 from lm_ortho.target.distribution import MEMORISED, hold_down, predicted
 from lm_ortho.target.subjects import Lookalikes, novel_subjects
 
@@ -23,14 +24,13 @@ def _shifted(spans: list[tuple[int, int]], at: int, growth: int) -> int:
 
 
 def _swapped(row: Row, name: str) -> Row:
-    context, target = row.context.replace(row.subject, name), row.target.replace(row.subject, name)
-    return Row(prompt=context, answer=target[1:]) if context else Row(text=target)
+    return Turn(given=row.context.replace(row.subject, name), wanted=row.target.replace(row.subject, name))
 
 
 def _offsets(tokenizer: Any, row: Row) -> dict[tuple[int, int], int]:
     """Position of each token by the characters it covers."""
-    spans = tokenizer(row.context + row.target, return_offsets_mapping=True)["offset_mapping"]
-    return {tuple(span): i for i, span in enumerate(spans) if span[0] < span[1]}
+    (_, spans), *_ = tokenised(tokenizer, [row.context + row.target])
+    return {(low, high): i for i, (low, high) in enumerate(spans) if low < high}
 
 
 def taken_as_names(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], names: Sequence[str]) -> list[str]:
