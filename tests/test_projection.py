@@ -147,7 +147,9 @@ def test_the_projections_change_nothing_they_are_given():
 
 
 def test_an_unknown_projection_lists_the_known_ones():
-    with pytest.raises(UserError, match=r"projection='gtpq' is unknown; known: gptq, gptq_ordered, rtn\. Did you mean 'gptq'\?"):
+    with pytest.raises(
+        UserError, match=r"projection='gtpq' is unknown; known: gptq, gptq_ordered, rtn\. Did you mean 'gptq'\?"
+    ):
         PROJECTIONS.get("gtpq")
 
 

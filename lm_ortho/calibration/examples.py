@@ -117,10 +117,27 @@ def answer_loss(model: torch.nn.Module, examples: Sequence[Example]) -> Tensor:
     return (losses * wanted).sum() / wanted.sum()
 
 
-def in_batches(examples: Sequence[Example], rows: int = 64) -> list[list[int]]:
-    """Indices of all examples in batches of similar length."""
+LOGITS = 2**28
+"""Logits of one batch at most: one gigabyte in float32."""
+
+
+def most_tokens(model: torch.nn.Module) -> int:
+    """Tokens of a batch all of whose logits are computed, padding included."""
+    config: Any = model.config
+    return max(1, LOGITS // int(config.get_text_config().vocab_size))
+
+
+def in_batches(examples: Sequence[Example], rows: int = 64, tokens: int | None = None) -> list[list[int]]:
+    """Indices of all examples in batches of similar length, of at most ``tokens`` tokens with the padding."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    return [order[i : i + rows] for i in range(0, len(order), rows)]
+    batches = list[list[int]]()
+    for i in order:  # the longest so far, so that it decides the width
+        width = len(examples[i].ids)
+        full = not batches or len(batches[-1]) == rows or (tokens and (len(batches[-1]) + 1) * width > tokens)
+        if full:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 @torch.no_grad()
@@ -128,7 +145,7 @@ def token_losses(model: torch.nn.Module, examples: Sequence[Example], role: int 
     """Losses in nats of each example's tokens: those of ``role``, or all that are to be predicted."""
     result: list[Tensor] = [torch.empty(0)] * len(examples)
     device = next(model.parameters()).device
-    for batch in in_batches(examples):
+    for batch in in_batches(examples, tokens=most_tokens(model)):
         ids, roles = pad([examples[i] for i in batch], device)
         losses = functional.cross_entropy(logits_of(model, ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
         wanted = roles[:, 1:] != GIVEN if role is None else roles[:, 1:] == role

@@ -37,7 +37,7 @@ def check_target(target: Target, examples: Sequence[Example]) -> TargetCheck:
     wins: list[float] = []
     for members in alike.values():
         for at, i in enumerate(members):
-            logp = target.probs[i][target.secret[i]].clamp_min(1e-9).log()
+            logp = target.of(i)[target.secret[i]].clamp_min(1e-9).log()
             steps = torch.arange(len(logp))
             true = target.tokens[i][target.secret[i]]
             score = logp[steps, true].sum()

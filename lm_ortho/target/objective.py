@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lm_ortho.calibration.examples import GIVEN, Example, in_batches, lengths, logits_of, pad
+from lm_ortho.calibration.examples import GIVEN, Example, lengths, logits_of, pad
 from lm_ortho.calibration.precision import fast_matmul
 from lm_ortho.calibration.threads import SideBySide
 from lm_ortho.target.distribution import Target
+from lm_ortho.target.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,9 @@ def forget_loss(target: Target, chosen: Sequence[int], logits: Tensor, penalty: 
     real = real[:, :width]
     places = (target.start[rows][:, None] - 1 + torch.arange(width)).clamp_max(logits.shape[1] - 1)
     logp = logits[torch.arange(len(rows))[:, None], places].log_softmax(-1)
-    probs, tokens = (
-        target.probs[rows, :width].to(logits.device),
-        target.tokens[rows, :width].to(logits.device),
-    )
+    tokens = target.tokens[rows, :width].to(logits.device)
     count = real.sum(1)
-    kl = (target.negative_entropy[rows, :width].to(logits.device) - (probs * logp).sum(-1)) * real
-    loss = kl.sum(1) / count
+    loss = (target.kl(rows, width, logp) * real).sum(1) / count
     if penalty.weight:
         label = logp.gather(-1, tokens[..., None])[..., 0]
         excess = (label - target.label_logp[rows, :width].to(logits.device)) * real
@@ -135,7 +132,7 @@ class Objective:
         self.model, self.layers, self.target = model, layers, target
         self.forget, self.retain = forget, retain
         self.penalty, self.weights = penalty, weights
-        self.teacher = _teacher(model, retain)
+        self.teacher = Teacher(model, retain)
         self._device = next(model.parameters()).device
         self._side_by_side = SideBySide(self._device)
         given = [torch.tensor(example.roles[1:]) == GIVEN for example in retain]
@@ -188,9 +185,8 @@ class Objective:
             logits = logits_of(self.model, ids)
         real = (torch.arange(ids.shape[1])[None] < (lengths(examples) - 1)[:, None]).to(self._device)
         logp = logits[real].log_softmax(-1)
-        teacher = torch.cat([self.teacher[i] for i in rows]).to(self._device).float().log_softmax(-1)
         weight = torch.cat([self._token_weights[i] for i in rows]).to(self._device)
-        kl = (teacher.exp() * (teacher - logp)).sum(-1) * weight
+        kl = self.teacher.kl(rows, logp) * weight
         row = torch.arange(len(rows), device=self._device)[:, None].expand_as(real)[real]
         per_row = torch.zeros(len(rows), device=self._device).index_add_(0, row, kl.detach())
         loss = kl.sum() / tokens
@@ -205,15 +201,3 @@ def alike(rows: Sequence[int], examples: Sequence[Example]) -> list[list[int]]:
     if cut == len(order):
         cut = len(order) // 2  # all of one length: two halves can run side by side
     return [part for part in (order[:cut], order[cut:]) if part]
-
-
-@torch.no_grad()
-def _teacher(model: nn.Module, examples: Sequence[Example]) -> list[Tensor]:
-    result: list[Tensor] = [torch.empty(0)] * len(examples)
-    device = next(model.parameters()).device
-    for batch in in_batches(examples):
-        ids, _ = pad([examples[i] for i in batch], device)
-        logp = logits_of(model, ids).log_softmax(-1).half().cpu()
-        for row, i in enumerate(batch):
-            result[i] = logp[row, : len(examples[i].ids) - 1].clone()
-    return result
