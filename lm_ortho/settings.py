@@ -20,6 +20,9 @@ class Recipe(BaseModel):
     ``density`` is the largest share of the decomposed weights that may leave the base stream; ``steps`` are those of
     the optimised edit, a tenth of which the attribution pass takes. ``prompts`` is the form in which questions are put
     to the model: plain, chat, both, or auto (both where the tokenizer has a chat template).
+
+    The last three are for models that are large beside the memory: ``groups`` of layers whose attribution is made in a
+    pass of its own, ``states`` of the optimiser in BF16, ``recompute`` of activations in the backward pass.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +37,9 @@ class Recipe(BaseModel):
     prompts: Literal["auto", "plain", "chat", "both"] = "auto"
     steps: int = Field(1000, ge=10)
     seed: int = Field(0, ge=0)
+    groups: int = Field(1, ge=1)
+    states: Literal["float32", "bfloat16"] = "float32"
+    recompute: bool = False
 
     @field_validator("bits")
     @classmethod

@@ -26,6 +26,9 @@ def test_the_defaults_are_those_of_the_documentation():
         "prompts": "auto",
         "steps": 1000,
         "seed": 0,
+        "groups": 1,
+        "states": "float32",
+        "recompute": False,
     }
 
 

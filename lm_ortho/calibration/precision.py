@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def fast_matmul() -> torch.autocast:
@@ -40,3 +43,25 @@ def attention_for(model: torch.nn.Module, longest: int) -> Iterator[None]:
         yield
     finally:
         switch(before)
+
+
+@contextmanager
+def recomputed(model: nn.Module) -> Iterator[None]:
+    """Inside, a block of the model keeps its input for a backward pass and computes the rest again (Chen et al. 2016).
+
+    arXiv 1604.06174: the memory of activations is that of one block and of the inputs of all, for a forward pass more.
+    Blocks are the members of the longest ``nn.ModuleList``; random numbers (dropout) are taken to be off.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = max((list(found) for found in lists), key=len, default=[])
+    before = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        vars(block)["forward"] = again
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            del vars(block)["forward"]
+            if forward is not None:  # what accelerate puts there, say
+                vars(block)["forward"] = forward

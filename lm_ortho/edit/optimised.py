@@ -45,10 +45,10 @@ def optimised(given: EditInput) -> dict[str, Tensor]:
         with torch.no_grad():
             for name, layer in given.layers.items():
                 layer.weight.view(-1)[places[name]] = codes(name) * scale[name]
-        gradients, lost, kept = objective.gradients()
+        gradients, lost, kept = objective.gradients(places)
         rate = LEARNING_RATE * given.step * min(1.0, step / _WARM_UP) * max(0.05, 1 - step / given.steps)
         for name in given.layers:
-            g = gradients[name].flatten()[places[name]]
+            g = gradients[name]
             first[name].lerp_(g, 1 - _BETAS[0])
             second[name].lerp_(g * g, 1 - _BETAS[1])
             move = first[name] / (1 - _BETAS[0] ** step)

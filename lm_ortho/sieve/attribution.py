@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 from lm_ortho.errors import UserError
 from lm_ortho.sieve.base import SIEVES, SieveInput
+from lm_ortho.target import Objective
 
 LEARNING_RATE = 0.03
 """In lattice steps."""
@@ -50,28 +53,42 @@ def attribution(given: SieveInput) -> dict[str, Tensor]:
 
     A dense Adam pass from the merged weights; every step adds -gradient * movement. At the memorised optimum
     itself gradient and Fisher information are near zero and misrank the weights; along the path out they do
-    not. The weights are put back afterwards.
+    not. The weights are put back afterwards. With several ``groups`` of layers there is a pass for each, in which the
+    other layers stand still: as much less memory as more time.
     """
-    score = {name: torch.zeros_like(w) for name, w in given.weights.items()}
-    first = {name: torch.zeros_like(w) for name, w in given.weights.items()}
-    second = {name: torch.zeros_like(w) for name, w in given.weights.items()}
+    score = {name: torch.zeros(layer.weight.shape) for name, layer in given.layers.items()}
     objective = given.objective()
-    objective.restart(given.seed)
+    for number, names in enumerate(in_groups(list(given.layers), given.groups), 1):
+        stage = "attribution" if given.groups == 1 else f"attribution {number} of {given.groups}"
+        objective.restart(given.seed)
+        with objective.only(names):
+            _pass(given, objective, names, score, stage)
+        _put_back(given)
+    return score
+
+
+def in_groups(names: list[str], count: int) -> list[list[str]]:
+    """The names in order, in ``count`` parts of about the same number; fewer where there are fewer names."""
+    ends = [round(len(names) * i / count) for i in range(count + 1)]
+    return [names[low:high] for low, high in pairwise(ends) if low < high]
+
+
+def _pass(given: SieveInput, objective: Objective, names: list[str], score: dict[str, Tensor], stage: str) -> None:
+    first = {name: torch.zeros_like(given.layers[name].weight, dtype=given.states) for name in names}
+    second = {name: torch.zeros_like(state) for name, state in first.items()}
     for step in range(1, given.steps + 1):
         gradients, lost, kept = objective.gradients()
         rate = LEARNING_RATE * given.step * min(1.0, step / _WARM_UP) * max(0.1, 1 - step / given.steps)
         with torch.no_grad():
-            for name, layer in given.layers.items():
-                g = gradients[name]
-                first[name].lerp_(g, 1 - _BETAS[0])
-                second[name].lerp_(g * g, 1 - _BETAS[1])
-                move = first[name] / (1 - _BETAS[0] ** step)
-                move = -rate * move / ((second[name] / (1 - _BETAS[1] ** step)).sqrt() + 1e-8)
-                score[name] -= g * move
-                layer.weight += move
-        given.notify("attribution", step, given.steps, f"forget {lost:.3f} retain {kept:.4f}")
-    _put_back(given)
-    return score
+            for name in names:
+                g = gradients.pop(name)
+                first[name].lerp_(g.to(given.states), 1 - _BETAS[0])
+                second[name].lerp_((g * g).to(given.states), 1 - _BETAS[1])
+                move = first[name].float() / (1 - _BETAS[0] ** step)
+                move = -rate * move / ((second[name].float() / (1 - _BETAS[1] ** step)).sqrt() + 1e-8)
+                score[name] -= (g * move).to(score[name].device)
+                given.layers[name].weight += move
+        given.notify(stage, step, given.steps, f"forget {lost:.3f} retain {kept:.4f}")
 
 
 def _put_back(given: SieveInput) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from lm_ortho.calibration.examples import Example
@@ -21,6 +22,7 @@ class SieveInput:
     retain documents; ``step`` is the mean scale of the lattice; ``objective`` builds what gives gradients;
     only who needs it asks, because it needs a target. ``steps`` is the number of optimiser steps asked for.
     ``forget`` and ``retain`` are the documents; ``base_weights`` are those before fine-tuning, or None.
+    ``groups`` is the number of passes over a part of the layers each, ``states`` the dtype of optimiser states.
     """
 
     model: nn.Module
@@ -36,6 +38,8 @@ class SieveInput:
     forget: Sequence[Example] = ()
     retain: Sequence[Example] = ()
     base_weights: Mapping[str, Tensor] | None = None
+    groups: int = 1
+    states: torch.dtype = torch.float32
 
 
 Sieve = Callable[[SieveInput], dict[str, Tensor]]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from heapq import nlargest
@@ -32,6 +33,8 @@ class Penalty:
     answer_margin: float
 
 
+LARGE = 2**25
+"""Weights from which on the parts of a step go one after the other, and their gradients are added up in place."""
 _LEAST = 0.01
 """Nats added to a row's last loss, so that none is never drawn."""
 GENTLE = Penalty(0.25, 0.0, 0.0)
@@ -106,7 +109,8 @@ class Batches:
 
 @dataclass(frozen=True)
 class _Part:
-    """What a part of a batch gives: gradients in the order of the layers, its share of the loss, each row's own."""
+    """What a part of a batch gives: gradients in the order of the layers (none where they are added up in place), its
+    share of the loss, each row's own."""
 
     gradients: tuple[Tensor, ...]
     loss: float
@@ -130,10 +134,12 @@ class Objective:
     ) -> None:
         """Records the unedited model's log-probabilities on all retain documents (float16)."""
         self.model, self.layers, self.target = model, layers, target
+        self.watched = list(layers)
         self.forget, self.retain = forget, retain
         self.penalty, self.weights = penalty, weights
         self.teacher = Teacher(model, retain)
         self._device = next(model.parameters()).device
+        self._large = sum(layer.weight.numel() for layer in layers.values()) > LARGE
         self._side_by_side = SideBySide(self._device)
         given = [torch.tensor(example.roles[1:]) == GIVEN for example in retain]
         self._token_weights = [torch.where(mask, weights.prompt, 1.0) for mask in given]
@@ -146,20 +152,70 @@ class Objective:
             Batches(len(self.retain), self.weights.retain_rows, seed + 1),
         )
 
-    def gradients(self) -> tuple[dict[str, Tensor], float, float]:
+    def gradients(self, places: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], float, float]:
         """Gradient (out, in) per layer for the next batch, with the forget and the retain loss in nats.
 
-        The batch goes through the model in parts of similar length, so that little of it is padding.
+        With ``places`` (flat positions per layer) only the gradients there. The batch goes through the model in parts
+        of similar length, so that little of it is padding; the parts of a large model one after the other.
         """
         forget, retain = (batches.next() for batches in self._batches)
         tokens = float(sum(self._token_weights[i].sum() for i in retain))
         jobs = [partial(self._retain_part, rows, tokens) for rows in alike(retain, self.retain)]
         of_retain = len(jobs)
         jobs += [partial(self._forget_part, rows, len(forget)) for rows in alike(forget, self.forget)]
-        done = self._side_by_side(jobs)
+        if self._large:
+            with self._in_place(places) as found:
+                done = [job() for job in jobs]
+        else:
+            done = self._side_by_side(jobs)
+            sums = (sum(each[1:], each[0]) for each in zip(*(part.gradients for part in done), strict=True))
+            found = dict(zip(self.watched, sums, strict=True))
+            if places is not None:
+                found = {name: gradient.flatten()[places[name]] for name, gradient in found.items()}
         kept, lost = self._seen(1, done[:of_retain]), self._seen(0, done[of_retain:])
-        gradients = (sum(each[1:], each[0]) for each in zip(*(part.gradients for part in done), strict=True))
-        return dict(zip(self.layers, gradients, strict=True)), lost, kept
+        return found, lost, kept
+
+    @contextmanager
+    def _in_place(self, places: Mapping[str, Tensor] | None) -> Iterator[dict[str, Tensor]]:
+        """Fills the mapping with the gradients of all backward passes inside, without a second copy of any.
+
+        Of gradients that are only wanted in some places, the rest is let go as soon as a layer has its own.
+        """
+        found = dict[str, Tensor]()
+        handles = []
+        for name in self.watched if places is not None else ():
+            here = self.layers[name].weight
+            found[name] = torch.zeros(places[name].numel(), device=here.device)  # type: ignore[index]
+
+            def gather(weight: Tensor, name: str = name) -> None:
+                found[name] += weight.grad.flatten()[places[name]].float()  # type: ignore[index, union-attr]
+                weight.grad = None
+
+            handles.append(here.register_post_accumulate_grad_hook(gather))
+        try:
+            yield found
+            for name in self.watched if places is None else ():
+                weight = self.layers[name].weight
+                found[name] = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer in self.layers.values():
+                layer.weight.grad = None
+
+    @contextmanager
+    def only(self, names: Sequence[str]) -> Iterator[None]:
+        """Inside, gradients are those of these layers, and nothing is computed for the others."""
+        self.watched = list(names)
+        chosen = set(names)
+        for name, layer in self.layers.items():
+            layer.weight.requires_grad_(name in chosen)
+        try:
+            yield
+        finally:
+            self.watched = list(self.layers)
+            for layer in self.layers.values():
+                layer.weight.requires_grad_(True)
 
     def _seen(self, which: int, done: Sequence[_Part]) -> float:
         for part in done:
@@ -167,7 +223,10 @@ class Objective:
         return sum(part.loss for part in done)
 
     def _gradients_of(self, loss: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss, [layer.weight for layer in self.layers.values()])
+        if self._large:
+            loss.backward()
+            return ()
+        return torch.autograd.grad(loss, [self.layers[name].weight for name in self.watched])
 
     def _forget_part(self, rows: list[int], among: int) -> _Part:
         """The share of ``rows`` in the mean forget loss over ``among`` rows."""
