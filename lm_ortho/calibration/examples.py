@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -101,10 +102,11 @@ def answer_loss(model: torch.nn.Module, examples: Sequence[Example]) -> Tensor:
     return (losses * wanted).sum() / wanted.sum()
 
 
-def in_batches(examples: Sequence[Example], rows: int = 64) -> list[list[int]]:
-    """Indices of all examples in batches of similar length."""
+def in_batches(examples: Sequence[Example], rows: int = 64, padded: bool = True) -> list[list[int]]:
+    """Indices of all examples in batches of similar length, of the same length if none may be ``padded``."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    return [order[i : i + rows] for i in range(0, len(order), rows)]
+    runs = [order] if padded else [list(run) for _, run in groupby(order, key=lambda i: len(examples[i].ids))]
+    return [run[i : i + rows] for run in runs for i in range(0, len(run), rows)]
 
 
 @torch.no_grad()

@@ -170,7 +170,8 @@ class Objective:
         return sum(part.loss for part in done)
 
     def _gradients_of(self, loss: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss, [layer.weight for layer in self.layers.values()])
+        weights = [layer.weight for layer in self.layers.values()]
+        return torch.autograd.grad(loss, weights, materialize_grads=True)  # zero for experts that saw no token
 
     def _forget_part(self, rows: list[int], among: int) -> _Part:
         """The share of ``rows`` in the mean forget loss over ``among`` rows."""
