@@ -204,7 +204,7 @@ class Made:
 
     @cached_property
     def unedited(self) -> Decomposition:
-        return self.split(edit="none", steps=10)
+        return self.split(edit="none", projection="rtn", steps=10)
 
     @cached_property
     def patched(self) -> Any:
@@ -373,7 +373,7 @@ which builds each of them small and random, and fails where this page says anyth
 
 | check | what was tried |
 |---|---|
-| decompose | `sieve=attribution` with `edit=optimised` and with `edit=none`; the model is unchanged afterwards |
+| decompose | `sieve=attribution`, `edit=optimised` and, after `projection=rtn`, `edit=none`; the model is unchanged |
 | alpha=1 | on the support the BF16 weights come back, elsewhere the projection |
 | alpha=0 | the same bits as a model with the base stream only, in memory and from a checkpoint without the ortho file |
 | save | every decomposed layer is in the checkpoint, the ortho stream in a file of its own |

@@ -286,7 +286,7 @@ def test_an_expert_that_no_token_reaches(tmp_path):
     with torch.no_grad():
         for layer in made.plain.model.layers:
             layer.mlp.router.bias[3] = -1e4
-    result = made.split(edit="optimised")
+    result = made.split(edit="optimised", steps=10)
     with linear_form(made.plain):
         weights = {name: layer.weight.detach().clone() for name, layer in find_linear(made.plain).items()}
     lonely = [name for name in weights if name.endswith("proj.3")]
@@ -322,7 +322,7 @@ def test_with_the_model_before_fine_tuning(made, name, monkeypatch):
     monkeypatch.setattr(surrogate_module, "ROUNDS", 1)
     base = CASES[name].build(seed=1)
     before = copy.deepcopy(base)
-    assert made(name).split(base_model=base, edit="optimised").report["target"]["name"] == "surrogate"
+    assert made(name).split(base_model=base, edit="optimised", steps=10).report["target"]["name"] == "surrogate"
     assert made(name).split(base_model=base, **{**CHEAP, "edit": "w0"}).report["base_known"]
     assert same_tensors(base, before)
     assert kinds(base) == kinds(before)
