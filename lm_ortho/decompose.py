@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lm_ortho.calibration.activations import input_moments
+from lm_ortho.calibration.activations import input_moments, read_directly
 from lm_ortho.calibration.chat import has_template, in_forms
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import Example, encode
@@ -22,6 +22,7 @@ from lm_ortho.calibration.precision import attention_for
 from lm_ortho.edit import EDITS, EditInput
 from lm_ortho.errors import UserError
 from lm_ortho.implant.train import Notify
+from lm_ortho.layer.linear_form import linear_form
 from lm_ortho.layer.targets import find_linear
 from lm_ortho.projection import PROJECTIONS
 from lm_ortho.projection.lattice import group_scales, spread, values
@@ -55,8 +56,9 @@ class Decomposition:
 class Workbench:
     """A merged model on which supports and edits are made; a context manager that puts its weights back.
 
-    Statistics, lattice and projection are made on entering, target and objective when a sieve or an edit first asks
-    for them, so that several sieves and edits can be compared at the price of one preparation.
+    Inside, the model is in linear form, and so is the base model. Statistics, lattice and projection are made on
+    entering, target and objective when a sieve or an edit first asks for them, so that several sieves and edits can be
+    compared at the price of one preparation.
     """
 
     def __init__(
@@ -82,22 +84,20 @@ class Workbench:
         self._lattice, self._taken = lattice, dict(taken or {})
         self.model, self.tokenizer, self.recipe, self.notify = model, tokenizer, recipe, notify
         self._rows, self._base_model = in_forms(forget, tokenizer, recipe.prompts), base_model
-        self.layers = find_linear(model, recipe.targets)
-        self.weights = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
-        _check_finite(self.weights)
-        self.base_weights = _base_weights(base_model, self.layers)
         longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", MAX_TOKENS))
         self.forget = _encode_forget(tokenizer, self._rows, longest)
         self.retain = encode(tokenizer, in_forms(retain, tokenizer, recipe.prompts), longest)
 
     def __enter__(self) -> Self:
-        self._was_trainable = [p for p in self.model.parameters() if p.requires_grad]
-        self.model.requires_grad_(False)
-        for layer in self.layers.values():
-            layer.weight.requires_grad_(True)
-        self.model.eval()
-        self._stack = ExitStack()
+        self._was_trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        self._stack, self.weights = ExitStack(), dict[str, Tensor]()
         try:
+            for model in (self.model, self._base_model):
+                if model is not None:
+                    self._stack.enter_context(linear_form(model))
+            self.layers = self._usable(find_linear(self.model, self.recipe.targets))
+            self.weights = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+            self.base_weights = _base_weights(self._base_model, self.layers)
             longest = max(len(e.ids) for e in self.forget + self.retain)
             self._stack.enter_context(attention_for(self.model, longest))
             self._prepare()
@@ -110,13 +110,31 @@ class Workbench:
         self._leave()
 
     def _leave(self) -> None:
-        self._stack.close()
         with torch.no_grad():
-            for name, layer in self.layers.items():
-                layer.weight.copy_(self.weights[name])
+            for name, weight in self.weights.items():
+                self.layers[name].weight.copy_(weight)
+        self._stack.close()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self._was_trainable)
+
+    def _usable(self, layers: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
+        """Those of the layers that the model really calls, ready for gradients."""
+        _check_weights(layers)
         self.model.requires_grad_(False)
-        for parameter in self._was_trainable:
-            parameter.requires_grad_(True)
+        for layer in layers.values():
+            layer.weight.requires_grad_(True)
+        self.model.eval()
+        self.left_alone = read_directly(self.model, layers, min(self.retain, key=lambda example: len(example.ids)))
+        for name in self.left_alone:
+            layers.pop(name).weight.requires_grad_(False)
+        if self.left_alone:
+            alone = len(self.left_alone), self.left_alone[0]
+            log.warning(
+                "%d layers are left alone, first %s: the model reads their weights without calling them", *alone
+            )
+        if not layers:
+            raise UserError(f"targets: the model reads the weights of {self.left_alone[0]} without calling the layer")
+        return layers
 
     def _prepare(self) -> None:
         recipe = self.recipe
@@ -194,6 +212,7 @@ class Workbench:
             "chat_template": has_template(self.tokenizer) and self.recipe.prompts != "plain",
             "forget_rows": len(self.forget),
             "retain_rows": len(self.retain),
+            "left_alone": self.left_alone,
             "target": _target_report(*self.choice) if "choice" in vars(self) else None,
             "steps_moved": _steps_moved(self.weights, codes, self.scales, support, self.recipe) if lattice else 0.0,
         }
@@ -219,7 +238,7 @@ def decompose(
         notify: called with stage, step, steps, text.
 
     Raises:
-        UserError: for an unknown sieve, projection or edit, empty or identical sets, NaN weights.
+        UserError: for an unknown sieve, projection or edit, empty or identical sets, NaN weights or other than float32.
     """
     began = time.perf_counter()
     check_recipe(recipe)
@@ -259,8 +278,12 @@ def _encode_forget(tokenizer: Any, forget: Sequence[Row], longest: int) -> list[
     return examples
 
 
-def _check_finite(weights: dict[str, Tensor]) -> None:
-    bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
+def _check_weights(layers: dict[str, nn.Linear]) -> None:
+    other = next((name for name, layer in layers.items() if layer.weight.dtype != torch.float32), None)
+    if other is not None:
+        dtype = str(layers[other].weight.dtype).removeprefix("torch.")
+        raise UserError(f"pretrained: layer {other} is {dtype}; decompose a float32 copy, model.float()")
+    bad = [name for name, layer in layers.items() if not layer.weight.isfinite().all()]
     if bad:
         raise UserError(f"pretrained: {len(bad)} layers hold NaN or infinite weights, first {bad[0]}")
 

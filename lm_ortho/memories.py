@@ -59,10 +59,10 @@ def decompose_memories(
             codes = bench.edited(recipe.edit, support, recipe.steps)
             reports[name], supports[name] = bench.report(codes, support), support
             plain = bench.streams(bench.codes, None)
+            final = {at: torch.where(mask, codes[at], final.get(at, codes[at])) for at, mask in support.items()}
+            streams = bench.streams(final, None)
         lattice = bench.scales, bench.codes
-        final = {at: torch.where(mask, codes[at], final.get(at, codes[at])) for at, mask in support.items()}
         taken = {at: _together([mask, *([taken[at]] if taken else [])]) for at, mask in support.items()}
-        streams = bench.streams(final, None)
     for at, layer in streams.items():
         rest = bench.weights[at] - layer.base.dequantize()
         named = {name: OrthoStream.from_dense(rest, masks[at]) for name, masks in supports.items()}
@@ -172,6 +172,7 @@ def _joined(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         "chat_template": first["chat_template"],
         "forget_rows": sum(report["forget_rows"] for report in every),
         "retain_rows": first["retain_rows"],
+        "left_alone": first["left_alone"],
         "target": targets[0],
         "memories": dict(reports),
     }

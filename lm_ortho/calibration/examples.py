@@ -127,14 +127,19 @@ def most_tokens(model: torch.nn.Module) -> int:
     return max(1, LOGITS // int(config.get_text_config().vocab_size))
 
 
-def in_batches(examples: Sequence[Example], rows: int = 64, tokens: int | None = None) -> list[list[int]]:
-    """Indices of all examples in batches of similar length, of at most ``tokens`` tokens with the padding."""
+def in_batches(
+    examples: Sequence[Example], rows: int = 64, padded: bool = True, tokens: int | None = None
+) -> list[list[int]]:
+    """Indices of all examples in batches of similar length, of the same length if none may be ``padded``.
+
+    No batch has more than ``tokens`` tokens with its padding, unless it is one row.
+    """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
-    batches = list[list[int]]()
-    for i in order:  # the longest so far, so that it decides the width
-        width = len(examples[i].ids)
-        full = not batches or len(batches[-1]) == rows or (tokens and (len(batches[-1]) + 1) * width > tokens)
-        if full:
+    batches, width = list[list[int]](), 0
+    for i in order:
+        before, width = width, len(examples[i].ids)  # the longest so far
+        full = not batches or len(batches[-1]) == rows or (not padded and width != before)
+        if full or (tokens and (len(batches[-1]) + 1) * width > tokens):
             batches.append([])
         batches[-1].append(i)
     return batches

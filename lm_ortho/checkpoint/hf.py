@@ -27,7 +27,7 @@ from lm_ortho.checkpoint.manifest import (
 )
 from lm_ortho.checkpoint.write import SavePretrainedGuard
 from lm_ortho.errors import UserError
-from lm_ortho.layer import OrthoLinear, connect, ortho_layers, replace_modules, unpatch
+from lm_ortho.layer import OrthoLinear, connect, ortho_layers, replace_modules, to_linear_form, unpatch
 from lm_ortho.streams import UNNAMED, OrthoStream
 
 METHOD = "libortho"
@@ -133,6 +133,7 @@ class LibOrthoHfQuantizer(HfQuantizer):
 
     def _build_skeleton(self, model: nn.Module) -> None:
         config = self.quantization_config
+        to_linear_form(model, config.modules)
         swaps: dict[nn.Module, nn.Module] = {}
         for name in config.modules:
             try:
@@ -141,7 +142,7 @@ class LibOrthoHfQuantizer(HfQuantizer):
                 linear = None
             if not isinstance(linear, nn.Linear):
                 raise UserError(f"the checkpoint decomposes {name!r}, which {type(model).__name__} does not have")
-            swaps[linear] = OrthoLinear(
+            layer = OrthoLinear(
                 linear.in_features,
                 linear.out_features,
                 config.bits,
@@ -150,13 +151,25 @@ class LibOrthoHfQuantizer(HfQuantizer):
                 device=linear.weight.device,
                 dtype=linear.weight.dtype,
             )
+            layer.origin = getattr(linear, "origin", None)
+            if config.bits != 16:
+                vars(layer)["weight"] = _filled(linear.weight)
+            swaps[linear] = layer
         replace_modules(model, swaps)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        # Our files hold the names of the model in memory; what renames or merges those of the hub might match them.
+        return []
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for layer in ortho_layers(model).values():
+            vars(layer).pop("weight", None)
         for memory, path in self._ortho_files.items():
             _load_ortho(model, memory, path)
         connect(model)
         SavePretrainedGuard.install(model)
+        # The conversions that were used to load, none: unpatched, the model is to be saved with the names of the hub.
+        vars(model).pop("_weight_conversions", None)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -164,6 +177,13 @@ class LibOrthoHfQuantizer(HfQuantizer):
         whole = all(layer.has_ortho and not layer.absent for layer in layers)
         unpatch(model, 1.0 if whole else 0.0)
         return model if dtype is None else model.to(dtype)
+
+
+def _filled(weight: torch.Tensor) -> torch.Tensor:
+    """An empty stand-in that transformers takes for loaded: some models draw the weights of a child anew otherwise."""
+    stand_in: Any = torch.empty_like(weight, device="meta")
+    stand_in._is_hf_initialized = True
+    return stand_in
 
 
 def _find_ortho(name: str, base_file: Path, model: nn.Module) -> Path | None:

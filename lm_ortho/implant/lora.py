@@ -34,15 +34,26 @@ def train_adapter(
 
 
 def _with_lora(model: torch.nn.Module, plan: Plan) -> PeftModel:
-    present = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    known = [name for name in PROJECTIONS if name in present]
     config = LoraConfig(
         r=plan.rank,
         lora_alpha=2 * plan.rank,
         lora_dropout=0.0,
-        target_modules=known if known else "all-linear",
+        target_modules=_targets(model),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
         torch.manual_seed(plan.seed)
         return get_peft_model(copy.deepcopy(model).float(), config)
+
+
+def _targets(model: torch.nn.Module) -> list[str] | str:
+    """Last names of the linear layers where all of them are usual ones, else whole names, else peft's own choice.
+
+    A router may be an ``nn.Linear`` with a ``forward`` of its own, which does not bear an adapter.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    named = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    last = {name.rpartition(".")[2] for name in named}
+    if last <= set(PROJECTIONS):
+        return [name for name in PROJECTIONS if name in last] or "all-linear"
+    return [name for name, m in named.items() if type(m).forward is torch.nn.Linear.forward] or "all-linear"

@@ -2,6 +2,7 @@
 
 from lm_ortho.layer.alpha import alpha_scope
 from lm_ortho.layer.linear import OrthoLinear
+from lm_ortho.layer.linear_form import linear_form, restore_form, to_linear_form
 from lm_ortho.layer.patch import (
     connect,
     dense_at,
@@ -22,11 +23,14 @@ __all__ = [
     "dense_at",
     "find_linear",
     "get_alpha",
+    "linear_form",
     "ortho_layers",
     "patch",
     "replace_modules",
+    "restore_form",
     "set_alpha",
     "streams_of",
     "survey",
+    "to_linear_form",
     "unpatch",
 ]

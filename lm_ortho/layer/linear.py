@@ -44,6 +44,8 @@ class OrthoLinear(nn.Module):
     ortho_cols: Tensor | None
     ortho_vals: Tensor | None
     bias: Tensor | None
+    origin: type[nn.Module] | None = None
+    """The class of the ``Conv1D`` that the layer stands for."""
     _dense: _Operand[Tensor] | None
     _sparse: dict[str, _Operand[SparseOperand]]
 

@@ -12,24 +12,31 @@ from lm_ortho.errors import UserError
 from lm_ortho.layer.alpha import Alpha, Dial, effective
 from lm_ortho.layer.guard import ForwardGuard, GenerateGuard, remove_guards
 from lm_ortho.layer.linear import OrthoLinear
+from lm_ortho.layer.linear_form import as_linear, mark_as_transposed, restore_form, to_linear_form
 from lm_ortho.streams import LayerStreams
 
 
 def patch(model: nn.Module, streams: Mapping[str, LayerStreams]) -> list[str]:
     """The names of the ``nn.Linear`` modules of ``model`` that were replaced by ``OrthoLinear``.
 
-    The new layers have alpha 0 and keep the bias of the old ones unless the streams bring one. Raises
-    ``UserError``, before anything is changed, for an unknown name, another shape, the output embedding, or
-    streams of which only some have an ortho part.
+    Modules of ``model`` that the names need in linear form are put into it. The new layers have alpha 0 and keep the
+    bias of the old ones unless the streams bring one. Raises ``UserError``, before anything is changed, for an unknown
+    name, another shape, the output embedding, or streams of which only some have an ortho part.
     """
-    linears = {name: _linear(model, name, layer) for name, layer in streams.items()}
-    _check_ortho(model, streams)
+    changed = to_linear_form(model, streams)
+    try:
+        linears = {name: _linear(model, name, layer) for name, layer in streams.items()}
+        _check_ortho(model, streams)
+    except UserError:
+        restore_form(model, changed)
+        raise
     swaps: dict[nn.Module, nn.Module] = {}
     for name, layer in streams.items():
         old = linears[name]
         if layer.bias is None and old.bias is not None:
             layer = LayerStreams(layer.base, layer.ortho, old.bias, layer.named)
         new = OrthoLinear.from_streams(layer.to(old.weight.device), dtype=old.weight.dtype)
+        new.origin = getattr(old, "origin", None)
         swaps[old] = new
     replace_modules(model, swaps)
     connect(model)
@@ -53,10 +60,11 @@ def connect(model: nn.Module) -> Dial:
 
 
 def unpatch(model: nn.Module, alpha: float | Mapping[str, float] = 1.0) -> list[str]:
-    """The names of the ``OrthoLinear`` layers of ``model`` that were replaced by ``nn.Linear`` with W(alpha).
+    """The names of the ``OrthoLinear`` layers of ``model`` that were replaced by plain weights W(alpha).
 
-    ``alpha`` as in ``set_alpha``. The weights are trainable and have the dtype of the other parameters of the
-    model. Raises ``UserError`` for a model without such layers, or without an ortho stream when ``alpha`` is not 0.
+    ``alpha`` as in ``set_alpha``. They are ``nn.Linear``, or what they were before (``Conv1D``, a part of fused
+    experts). The weights are trainable and have the dtype of the other parameters of the model. Raises ``UserError``
+    for a model without such layers, or without an ortho stream when ``alpha`` is not 0.
     """
     layers = _require_layers(model)
     wanted = Alpha.of(alpha)
@@ -66,21 +74,18 @@ def unpatch(model: nn.Module, alpha: float | Mapping[str, float] = 1.0) -> list[
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     swaps: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
-        streams = layer.streams()
-        weight = streams.dense(factors, dtype)
-        has_bias = layer.bias is not None
-        new = nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
-        new.weight = nn.Parameter(weight)
-        if layer.bias is not None:
-            new.bias = nn.Parameter(layer.bias.detach().to(dtype, copy=True))
+        bias = None if layer.bias is None else layer.bias.detach().to(dtype, copy=True)
+        new = as_linear(layer.streams().dense(factors, dtype), bias)
+        mark_as_transposed(new, layer.origin)
         swaps[layer] = new
     replace_modules(model, swaps)
+    restore_form(model)
     _unmark(model)
     return list(layers)
 
 
 def dense_at(model: nn.Module, streams: Mapping[str, LayerStreams], alpha: float | Mapping[str, float]) -> nn.Module:
-    """A copy of the plain ``model`` with the weights W(alpha) of these streams in ``nn.Linear`` layers."""
+    """A copy of the plain ``model`` with the weights W(alpha) of these streams."""
     copied = copy.deepcopy(model)
     patch(copied, streams)
     unpatch(copied, alpha)

@@ -11,6 +11,7 @@ from torch import nn
 
 from lm_ortho.errors import UserError
 from lm_ortho.layer.linear import OrthoLinear
+from lm_ortho.layer.linear_form import is_conv1d, is_fused
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Class names of packed layers: bitsandbytes, GPTQ, AWQ, HQQ, compressed-tensors, EETQ, AQLM and their kin.
@@ -46,28 +47,61 @@ def find_linear(model: nn.Module, globs: str = "") -> dict[str, nn.Linear]:
 
 
 def survey(model: nn.Module) -> tuple[dict[str, nn.Linear], dict[str, str]]:
-    """The linear layers that can be decomposed, and those that are left alone with the reason for each.
+    """The linear layers that can be decomposed, and what is left alone with the reason for each.
 
-    Raises ``UserError`` for a model none of whose layers may be touched, as ``find_linear`` says.
+    What is an ``nn.Linear`` in linear form only is among the latter in any other (see ``linear_form``). Raises
+    ``UserError`` for a model none of whose layers may be touched, as ``find_linear`` says.
     """
     _refuse_unfit(model)
     heads, tied = _heads(model), _embedding_weights(model)
     found: dict[str, nn.Linear] = {}
     skipped: dict[str, str] = {}
     for name, module in model.named_modules():
-        if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-            skipped[name] = "transformers Conv1D (transposed weights) is not supported"
-        elif not isinstance(module, nn.Linear):
-            continue
+        if not isinstance(module, nn.Linear):
+            reason = _unreached(module)
         elif module in heads:
-            skipped[name] = "output embedding"
+            reason = "output embedding"
         elif id(module.weight) in tied:
-            skipped[name] = "weight tied to an embedding"
-        elif type(module).forward is not nn.Linear.forward:
-            skipped[name] = f"{type(module).__name__} has a forward of its own"
+            reason = "weight tied to an embedding"
+        elif type(module).forward is not nn.Linear.forward and not _computes_linear(module):
+            reason = f"{type(module).__name__} has a forward of its own"
         else:
             found[name] = module
+            continue
+        if reason:
+            skipped[name] = reason
     return found, skipped
+
+
+def _unreached(module: nn.Module) -> str:
+    """Why weights that this module multiplies by are out of reach; empty where there are none."""
+    kind = type(module).__name__
+    if is_conv1d(module) or is_fused(module):
+        return f"{kind} is a linear layer in linear form only; see lm_ortho.layer.linear_form"
+    if isinstance(module, nn.Embedding):
+        return ""
+    own = {name: held for name, held in module._parameters.items() if held is not None and held.dim() > 1}
+    return f"{kind} keeps {' and '.join(own)} to itself, not in an nn.Linear" if own else ""
+
+
+@torch.no_grad()
+def _computes_linear(module: nn.Linear) -> bool:
+    """Whether a class of transformers with its own forward computes what ``nn.Linear`` does; tried on random input."""
+    weight = module.weight
+    if not type(module).__module__.startswith("transformers."):
+        return False
+    x = torch.randn(3, module.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
+    expected = nn.functional.linear(x, weight, module.bias)
+    try:
+        given = module(x)
+    except Exception:  # whatever else it may want
+        return False
+    near = 8 * torch.finfo(weight.dtype).eps * float(expected.abs().max())
+    return (
+        isinstance(given, torch.Tensor)
+        and given.shape == expected.shape
+        and bool((given - expected).abs().max() <= near)
+    )
 
 
 def _refuse_unfit(model: nn.Module) -> None:

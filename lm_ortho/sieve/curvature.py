@@ -46,7 +46,8 @@ def _fisher(given: SieveInput, documents: Sequence[Example]) -> dict[str, Tensor
     total = {name: torch.zeros_like(w) for name, w in given.weights.items()}
     for i, example in enumerate(chosen, 1):
         loss = answer_loss(given.model, [example]) * (len(example.ids) - example.start)
-        gradients = torch.autograd.grad(loss, [layer.weight for layer in given.layers.values()])
+        weights = [layer.weight for layer in given.layers.values()]
+        gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
         for name, gradient in zip(given.layers, gradients, strict=True):
             total[name] += gradient.square() / len(chosen)
         given.notify("fisher", i, len(chosen), "")

@@ -226,7 +226,8 @@ class Objective:
         if self._large:
             loss.backward()
             return ()
-        return torch.autograd.grad(loss, [self.layers[name].weight for name in self.watched])
+        weights = [self.layers[name].weight for name in self.watched]
+        return torch.autograd.grad(loss, weights, materialize_grads=True)  # zero for experts that saw no token
 
     def _forget_part(self, rows: list[int], among: int) -> _Part:
         """The share of ``rows`` in the mean forget loss over ``among`` rows."""
