@@ -14,11 +14,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lm_ortho.calibration.activations import input_moments, read_directly
+from lm_ortho.calibration.activations import read_directly
+from lm_ortho.calibration.by_layer import ByLayer, Moments, snapshot
 from lm_ortho.calibration.chat import has_template, in_forms
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import Example, encode
-from lm_ortho.calibration.precision import attention_for
+from lm_ortho.calibration.precision import attention_for, recomputed
 from lm_ortho.edit import EDITS, EditInput
 from lm_ortho.errors import UserError
 from lm_ortho.implant.train import Notify
@@ -90,16 +91,18 @@ class Workbench:
 
     def __enter__(self) -> Self:
         self._was_trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        self._stack, self.weights = ExitStack(), dict[str, Tensor]()
+        self._stack, self.weights = ExitStack(), ByLayer([], lambda _: Tensor())
         try:
             for model in (self.model, self._base_model):
                 if model is not None:
                     self._stack.enter_context(linear_form(model))
             self.layers = self._usable(find_linear(self.model, self.recipe.targets))
-            self.weights = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+            self.weights = snapshot(self.layers)
             self.base_weights = _base_weights(self._base_model, self.layers)
             longest = max(len(e.ids) for e in self.forget + self.retain)
             self._stack.enter_context(attention_for(self.model, longest))
+            if self.recipe.recompute:
+                self._stack.enter_context(recomputed(self.model))
             self._prepare()
         except BaseException:
             self._leave()
@@ -110,12 +113,15 @@ class Workbench:
         self._leave()
 
     def _leave(self) -> None:
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                self.layers[name].weight.copy_(weight)
+        self._put_back()
         self._stack.close()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self._was_trainable)
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
+        for name, weight in self.weights.items():
+            self.layers[name].weight.copy_(weight)
 
     def _usable(self, layers: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
         """Those of the layers that the model really calls, ready for gradients."""
@@ -138,16 +144,16 @@ class Workbench:
 
     def _prepare(self) -> None:
         recipe = self.recipe
-        self.moments = input_moments(self.model, self.layers, self.retain)
-        self.notify("statistics", 1, 1, f"{len(self.layers)} layers, {len(self.retain)} retain rows")
+        self.moments = Moments(self.model, self.layers, self.retain)
+        self.notify("statistics", 0, len(self.layers), f"{len(self.retain)} retain rows, {self.moments.passes} passes")
         self.scales, self.codes = self._lattice or projected(self.weights, self.moments, recipe, self.notify)
-        self.rounded = {
-            name: values(self.codes[name], self.scales[name], recipe.group_size)
-            if recipe.bits != 16
-            else weight.bfloat16().float()
-            for name, weight in self.weights.items()
-        }
+        self.rounded = ByLayer(list(self.layers), self._rounded)
         self.step = _mean_step(self.scales, self.weights)
+
+    def _rounded(self, name: str) -> Tensor:
+        if self.recipe.bits == 16:
+            return self.weights[name].bfloat16().float()
+        return values(self.codes[name], self.scales[name], self.recipe.group_size)
 
     @cached_property
     def choice(self) -> tuple[Choice, TargetCheck]:
@@ -174,6 +180,7 @@ class Workbench:
             SieveInput(
                 self.model, self.layers, self.weights, self.rounded, self.moments, self.step, max(1, steps // _PATH),
                 self.objective, self.recipe.seed, self.notify, self.forget, self.retain, self.base_weights,
+                self.recipe.groups, getattr(torch, self.recipe.states),
             )
         )  # fmt: skip
 
@@ -192,6 +199,7 @@ class Workbench:
                 self.recipe.seed, self.notify,
             )
         )  # fmt: skip
+        self._put_back()
         _check_off_support(self.codes, codes, support)
         return codes
 
@@ -288,20 +296,19 @@ def _check_weights(layers: dict[str, nn.Linear]) -> None:
         raise UserError(f"pretrained: {len(bad)} layers hold NaN or infinite weights, first {bad[0]}")
 
 
-def _base_weights(base_model: nn.Module | None, layers: dict[str, nn.Linear]) -> dict[str, Tensor] | None:
+def _base_weights(base_model: nn.Module | None, layers: Mapping[str, nn.Linear]) -> Mapping[str, Tensor] | None:
     if base_model is None:
         return None
-    modules = dict(base_model.named_modules())
-    result = {}
+    modules, found = dict(base_model.named_modules()), dict[str, Tensor]()
     for name, layer in layers.items():
         weight = getattr(modules.get(name), "weight", None)
         if weight is None or weight.shape != layer.weight.shape:
             raise UserError(f"base: layer {name} is missing or has another shape; base must be the same architecture")
-        result[name] = weight.detach().float()
-    return result
+        found[name] = weight.detach()
+    return ByLayer(list(found), lambda name: found[name].float())
 
 
-def _mean_step(scales: dict[str, Tensor], weights: dict[str, Tensor]) -> float:
+def _mean_step(scales: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> float:
     """The mean lattice step; without a lattice, what INT4 rounding of the weights would have."""
     if not scales:
         scales = {name: group_scales(weight, 4, 64) for name, weight in weights.items()}
@@ -352,7 +359,7 @@ def make_streams(
 
 
 def _steps_moved(
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
     codes: dict[str, Tensor],
     scales: dict[str, Tensor],
     support: dict[str, Tensor],

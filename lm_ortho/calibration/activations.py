@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lm_ortho.calibration.examples import Example, in_batches, lengths, logits_of, pad
+from lm_ortho.calibration.examples import Example, in_batches, lengths, logits_of, most_tokens, pad
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to it before inverting, as in the code of GPTQ."""
@@ -49,50 +51,106 @@ class _PartialError(Exception):
     """A layer was given some of the positions only, as the experts of a mixture are."""
 
 
+class _NotSharedError(Exception):
+    """A layer that was given the same tensor as another one was not any more."""
+
+
+class _EnoughError(Exception):
+    """All layers asked about have been called; what follows in the model is not needed."""
+
+
 def input_moments(model: nn.Module, layers: Mapping[str, nn.Linear], examples: Sequence[Example]) -> dict[str, Tensor]:
     """E[x x^T] (in, in) in float32 per layer, over all real tokens of the examples; padding is left out.
 
-    To a layer that sees some of the tokens only (an expert) the others count as x = 0. Which tokens it saw cannot be
-    told, so documents of different lengths are then kept apart, and nothing is padded.
+    Layers that are given the very same tensor (query, key and value) share one. To a layer that sees some of the tokens
+    only (an expert) the others count as x = 0. Which tokens it saw cannot be told, so documents of different lengths
+    are then kept apart, and nothing is padded.
     """
-    try:
-        return _moments(model, layers, examples, in_batches(examples))
-    except _PartialError:
-        return _moments(model, layers, examples, in_batches(examples, padded=False))
+    padded, shared = True, True
+    while True:
+        batches = in_batches(examples, padded=padded, tokens=most_tokens(model))
+        try:
+            return _Pass(model, layers, examples, batches, shared).moments()
+        except _PartialError:
+            padded = False
+        except _NotSharedError:
+            shared = False
 
 
-@torch.no_grad()
-def _moments(
-    model: nn.Module, layers: Mapping[str, nn.Linear], examples: Sequence[Example], batches: list[list[int]]
-) -> dict[str, Tensor]:
-    moments = {name: torch.zeros(layer.in_features, layer.in_features) for name, layer in layers.items()}
-    real: list[Tensor] = []
+class _Pass:
+    """One pass of the examples through the model, up to the last layer that is asked about.
 
-    def hook(name: str):  # type: ignore[no-untyped-def]
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
-            if not real[0].all():
-                x = _without_padding(x, real[0])
-            moments[name] += (x.T @ x).to(moments[name].device)
+    The first batch shows which layers are given the same tensor (if inputs may be ``shared``), and whether each layer
+    is called once.
+    """
 
-        return add
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Linear],
+        examples: Sequence[Example],
+        batches: list[list[int]],
+        shared: bool,
+    ) -> None:
+        self._model, self._layers, self._examples, self._batches = model, layers, examples, batches
+        self._shared, self._once = shared, False
+        self._sums: dict[str, Tensor] = {}
+        self._like: dict[str, str] = {}
+        self._inputs: dict[str, Tensor] = {}
+        self._calls: dict[str, int] = {}
+        self._real: Tensor | None = None
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    device = next(model.parameters()).device
-    try:
-        for batch in batches:
-            chosen = [examples[i] for i in batch]
-            ids, _ = pad(chosen, device)
-            real[:] = [torch.arange(ids.shape[1])[None].lt(lengths(chosen)[:, None]).flatten().to(device)]
-            model(input_ids=ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    tokens = int(lengths(examples).sum())
-    return {name: moment / tokens for name, moment in moments.items()}
+    @torch.no_grad()
+    def moments(self) -> dict[str, Tensor]:
+        handles = [layer.register_forward_pre_hook(partial(self._add, name)) for name, layer in self._layers.items()]
+        try:
+            for number, batch in enumerate(self._batches):
+                self._run([self._examples[i] for i in batch])
+                self._shared = False  # later batches must bear out what the first one showed
+                self._once = self._once or (number == 0 and set(self._calls.values()) == {1})
+        finally:
+            for handle in handles:
+                handle.remove()
+        tokens = int(lengths(self._examples).sum())
+        zero = {name: torch.zeros(layer.in_features, layer.in_features) for name, layer in self._unseen()}
+        found = {name: moment / tokens for name, moment in {**zero, **self._sums}.items()}
+        return {name: found[self._like.get(name, name)] for name in self._layers}
+
+    def _unseen(self) -> list[tuple[str, nn.Linear]]:
+        return [
+            (name, layer) for name, layer in self._layers.items() if name not in self._like and name not in self._sums
+        ]
+
+    def _run(self, chosen: Sequence[Example]) -> None:
+        ids, _ = pad(chosen, next(self._model.parameters()).device)
+        real = torch.arange(ids.shape[1])[None].lt(lengths(chosen)[:, None]).flatten()
+        self._real = None if real.all() else real.to(ids.device)
+        self._inputs, self._calls = {}, dict.fromkeys(self._layers, 0)
+        with suppress(_EnoughError):
+            self._model(input_ids=ids, use_cache=False)
+        self._inputs = {}
+
+    def _add(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        given = inputs[0]
+        self._calls[name] += 1
+        if self._shared and self._calls[name] == 1:
+            same = next((other for other, seen in self._inputs.items() if seen is given), None)
+            if same is not None:
+                self._like[name] = same
+        if name not in self._like:
+            self._inputs[name] = given
+            x = _without_padding(given.reshape(-1, given.shape[-1]).float(), self._real)
+            product = (x.T @ x).cpu()
+            self._sums[name] = self._sums[name] + product if name in self._sums else product
+        elif self._inputs.get(self._like[name]) is not given:
+            raise _NotSharedError
+        if self._once and all(self._calls.values()):
+            raise _EnoughError
 
 
-def _without_padding(x: Tensor, real: Tensor) -> Tensor:
+def _without_padding(x: Tensor, real: Tensor | None) -> Tensor:
+    if real is None:
+        return x
     if len(x) != len(real):
         raise _PartialError
     return x[real]
