@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.calibration.documents import Row
-from lm_ortho.decompose import Decomposition, Lattice, Workbench, check_recipe
+from lm_ortho.calibration.keep import NOWHERE, Keeper
+from lm_ortho.decompose import Decomposition, check_recipe
 from lm_ortho.errors import UserError
 from lm_ortho.implant.train import Notify
 from lm_ortho.layer import ortho_layers, streams_of, unpatch
 from lm_ortho.settings import Recipe
 from lm_ortho.streams import RESERVED, UNNAMED, BaseStream, LayerStreams, OrthoStream, valid_memory_name
+from lm_ortho.workbench import Lattice, Workbench
 
 Masks = dict[str, Tensor]
 
@@ -30,6 +32,7 @@ def decompose_memories(
     *,
     base_model: nn.Module | None = None,
     notify: Notify,
+    keep: Keeper = NOWHERE,
 ) -> Decomposition:
     """Splits a merged model into a base stream and one ortho stream per forget set, no two on the same weight.
 
@@ -52,7 +55,7 @@ def decompose_memories(
         others = [row for other, theirs in forget.items() if other != name for row in theirs]
         bench = Workbench(
             model, tokenizer, rows, [*retain, *others], recipe,
-            base_model=base_model, notify=notify, lattice=lattice, taken=taken,
+            base_model=base_model, notify=notify, lattice=lattice, taken=taken, keep=keep.of(name),
         )  # fmt: skip
         with bench:
             support = bench.support(recipe.sieve, recipe.density, recipe.steps)
@@ -80,6 +83,7 @@ def add_memory(
     *,
     base_model: nn.Module | None = None,
     notify: Notify,
+    keep: Keeper = NOWHERE,
 ) -> Decomposition:
     """Moves one more memory of a decomposed model into an ortho stream of its own.
 
@@ -104,7 +108,7 @@ def add_memory(
     unpatch(whole, 1.0)
     bench = Workbench(
         whole, tokenizer, forget, retain, recipe,
-        base_model=base_model, notify=notify, lattice=lattice, taken=taken,
+        base_model=base_model, notify=notify, lattice=lattice, taken=taken, keep=keep,
     )  # fmt: skip
     with bench:
         support = bench.support(recipe.sieve, recipe.density, recipe.steps)

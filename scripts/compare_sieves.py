@@ -32,7 +32,6 @@ from lm_ortho.calibration.activations import input_moments
 from lm_ortho.calibration.examples import in_batches, logits_of, pad
 from lm_ortho.calibration.precision import attention_for, fast_matmul
 from lm_ortho.checkpoint import cache
-from lm_ortho.decompose import Workbench, make_streams, projected
 from lm_ortho.harness.progress import Bars
 from lm_ortho.layer import find_linear, patch
 from lm_ortho.reference import corpus
@@ -42,6 +41,7 @@ from lm_ortho.verdict import models
 from lm_ortho.verdict.measure import Measurement, measure
 from lm_ortho.verdict.page import markdown_table, versions, write_text
 from lm_ortho.verdict.run import Cells
+from lm_ortho.workbench import Workbench, make_streams, projected
 
 TASKS = ("tofu_forget", "tofu_forget_paraphrased", "canary_extraction", "tofu_retain", "world_text")
 DENSITIES = (0.005, 0.01, 0.02, 0.05)

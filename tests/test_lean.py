@@ -274,7 +274,7 @@ def test_the_lean_ways_give_about_the_same_support(memorised, large):
 
 def test_an_edit_leaves_the_model_as_it_was(memorised, bench):
     assert "optimised" in EDITS
-    from lm_ortho.decompose import Workbench
+    from lm_ortho.workbench import Workbench
 
     model = copy.deepcopy(memorised.merged)
     before = copy.deepcopy(model.state_dict())

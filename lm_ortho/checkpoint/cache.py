@@ -28,6 +28,8 @@ DEFAULT_LIMIT_GB = 20.0
 _KEY = re.compile(r"[0-9a-f]{64}")
 _SCRATCH = re.compile(r"\.[0-9a-f]{64}\.tmp-[0-9a-f]+")
 _SCRATCH_LIFE = 24 * 3600.0  # seconds after which an interrupted write is surely dead
+_UNFINISHED = re.compile(r"unfinished-[0-9a-f]{64}")
+_UNFINISHED_LIFE = 30 * 24 * 3600.0
 _USED_FILE = ".last_used"
 
 
@@ -76,6 +78,11 @@ def entry(key: str) -> Path:
     return cache_dir() / key
 
 
+def unfinished(key: str) -> Path:
+    """The folder for what an interrupted decomposition of ``key`` has reached."""
+    return entry(key).with_name(f"unfinished-{key}")
+
+
 def lookup(key: str) -> Path | None:
     """The checkpoint of ``key``, marked as used now; None if there is none."""
     path = entry(key)
@@ -114,11 +121,13 @@ def list_entries() -> list[Entry]:
 def evict(keep: Iterable[str] = ()) -> list[Entry]:
     """The entries removed to get under ``size_limit``: least recently used first, never those in ``keep``.
 
-    Also removes what interrupted writes left behind a day ago or earlier.
+    Also removes what interrupted writes left behind a day ago or earlier, and decompositions that nobody went on with
+    for a month.
     """
-    for path in _folders(_SCRATCH):
-        if time.time() - _mtime(path) > _SCRATCH_LIFE:
-            shutil.rmtree(path, ignore_errors=True)
+    for pattern, life in ((_SCRATCH, _SCRATCH_LIFE), (_UNFINISHED, _UNFINISHED_LIFE)):
+        for path in _folders(pattern):
+            if time.time() - _mtime(path) > life:
+                shutil.rmtree(path, ignore_errors=True)
     kept, limit = set(keep), size_limit()
     entries = list_entries()
     total = sum(e.bytes for e in entries)
@@ -134,12 +143,12 @@ def evict(keep: Iterable[str] = ()) -> list[Entry]:
 
 
 def clear() -> list[Entry]:
-    """The entries that were there; all are removed, and the leavings of interrupted writes with them.
+    """The entries that were there; all are removed, and what interrupted runs left with them.
 
     Nothing else in the folder is touched.
     """
     entries = list_entries()
-    for path in [*_folders(_KEY), *_folders(_SCRATCH)]:
+    for path in [*_folders(_KEY), *_folders(_SCRATCH), *_folders(_UNFINISHED)]:
         shutil.rmtree(path, ignore_errors=True)
     return entries
 

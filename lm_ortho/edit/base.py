@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lm_ortho.calibration.keep import NOWHERE, Keeper
 from lm_ortho.implant.train import Notify
 from lm_ortho.registry import Registry
 from lm_ortho.target import Objective
@@ -19,7 +20,7 @@ class EditInput:
     ``codes`` (int8) and ``scales`` (out, groups) are the base stream before the edit; ``support`` is where
     the edit may change codes; ``taken`` (possibly empty) is where other memories are, which stay on, at ``weights``;
     ``base_weights`` are those before fine-tuning, or None. ``step`` is the mean scale
-    of the lattice, ``steps`` the number of optimiser steps asked for.
+    of the lattice, ``steps`` the number of optimiser steps asked for. ``keep`` takes what a long edit has reached.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class EditInput:
     objective: Callable[[], Objective]
     seed: int
     notify: Notify
+    keep: Keeper = NOWHERE
 
 
 Edit = Callable[[EditInput], dict[str, Tensor]]

@@ -11,6 +11,8 @@ from lm_ortho.projection.lattice import code_range, spread, values
 LEARNING_RATE = 0.2
 """In lattice steps."""
 _WARM_UP, _BETAS = 5, (0.9, 0.98)
+KEPT = "edit"
+"""The name under which an edit keeps what it has reached."""
 
 
 @EDITS.register("optimised")
@@ -41,11 +43,19 @@ def optimised(given: EditInput) -> dict[str, Tensor]:
         return (latent[name] / scale[name]).round().clamp(low, high)
 
     objective.restart(given.seed + 1)
-    for step in range(1, given.steps + 1):
+    states = {"latent": latent, "first": first, "second": second}
+    reached = 0
+    if (kept := given.keep.load(KEPT)) is not None:
+        reached = kept["step"]
+        objective.resume(kept["batches"])
+        for key, tensors in states.items():
+            for name, tensor in tensors.items():
+                tensor.copy_(kept[key][name])
+    for step in range(reached + 1, given.steps + 1):
         with torch.no_grad():
             for name, layer in given.layers.items():
                 layer.weight.view(-1)[places[name]] = codes(name) * scale[name]
-        gradients, lost, kept = objective.gradients(places)
+        gradients, lost, kept_loss = objective.gradients(places)
         rate = LEARNING_RATE * given.step * min(1.0, step / _WARM_UP) * max(0.05, 1 - step / given.steps)
         for name in given.layers:
             g = gradients[name]
@@ -54,7 +64,9 @@ def optimised(given: EditInput) -> dict[str, Tensor]:
             move = first[name] / (1 - _BETAS[0] ** step)
             latent[name] -= rate * move / ((second[name] / (1 - _BETAS[1] ** step)).sqrt() + 1e-10)
             latent[name] = torch.minimum(torch.maximum(latent[name], low * scale[name]), high * scale[name])
-        given.notify("edit", step, given.steps, f"forget {lost:.3f} retain {kept:.4f}")
+        given.notify("edit", step, given.steps, f"forget {lost:.3f} retain {kept_loss:.4f}")
+        if given.keep.due():
+            given.keep.save(KEPT, {"step": step, "batches": objective.state(), **states})
     result = {}
     for name, before in given.codes.items():
         after = before.flatten().clone()

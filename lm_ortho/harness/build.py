@@ -20,6 +20,7 @@ import torch
 import lm_ortho
 from lm_ortho import checkpoint, reference
 from lm_ortho.calibration.documents import Row, read_rows, read_sets
+from lm_ortho.calibration.keep import NOWHERE, Keeper
 from lm_ortho.checkpoint import cache
 from lm_ortho.checkpoint.manifest import read_manifest
 from lm_ortho.decompose import Decomposition, decompose
@@ -310,22 +311,28 @@ def ensure_cached(source: Source, notify: Notify) -> Path:
         log.info("decomposition: found in the cache, %s", kept)
         return kept
     log.info("decomposition: made now (%s)", "fresh=true" if source.order.fresh else "not in the cache")
-    made = decomposed(source, notify)
+    keep = Keeper(cache.unfinished(key))
+    made = decomposed(source, notify, keep)
     name = source.order.pretrained or "embedded model"
     try:
-        return cache.store(key, *made, description=f"{name}, {source.recipe.sieve} {source.recipe.density:g}")
+        stored = cache.store(key, *made, description=f"{name}, {source.recipe.sieve} {source.recipe.density:g}")
+        keep.clear()
+        return stored
     except OSError as error:
         raise UserError(
             f"cache: {cache.cache_dir()} cannot be written ({error.strerror}); set LM_ORTHO_CACHE to a folder of yours"
         ) from None
 
 
-def decomposed(source: Source, notify: Notify) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
-    """The model of ``source``, decomposed now and patched, its tokenizer, and what to write beside it."""
+def decomposed(source: Source, notify: Notify, keep: Keeper = NOWHERE) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
+    """The model of ``source``, decomposed now and patched, its tokenizer, and what to write beside it.
+
+    What an interrupted run left in ``keep`` is not done again.
+    """
     model, base_model = load_models(source)
     tokenizer = load_tokenizer(source)
     forget, retain = calibration_sets(source)
-    made = _decompose(model, tokenizer, forget, retain, source.recipe, base_model, notify)
+    made = _decompose(model, tokenizer, forget, retain, source.recipe, base_model, notify, keep)
     patch(model, made.streams)
     return model, tokenizer, meta_of(source, made.report)
 
@@ -338,11 +345,13 @@ def _decompose(
     recipe: Recipe,
     base_model: torch.nn.Module | None,
     notify: Notify,
+    keep: Keeper = NOWHERE,
 ) -> Decomposition:
     """One memory without a name, or one or more with names."""
+    options: dict[str, Any] = {"base_model": base_model, "notify": notify, "keep": keep}
     if set(forget) == {UNNAMED}:
-        return decompose(model, tokenizer, forget[UNNAMED], retain, recipe, base_model=base_model, notify=notify)
-    return decompose_memories(model, tokenizer, forget, retain, recipe, base_model=base_model, notify=notify)
+        return decompose(model, tokenizer, forget[UNNAMED], retain, recipe, **options)
+    return decompose_memories(model, tokenizer, forget, retain, recipe, **options)
 
 
 def load_models(source: Source) -> tuple[torch.nn.Module, torch.nn.Module | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,8 @@ class Plan:
     seed: int = 0
 
 
-_KEEP_EVERY = 500
+_KEEP_EVERY, _KEEP_AFTER = 500, 300.0
+"""Steps, or seconds, after which the state of a training is kept."""
 _POOL = 16
 
 
@@ -63,7 +65,7 @@ def fine_tune(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     finished = _resume(state, trained, optimiser)
-    batches = _batches(examples, plan.rows, random.Random(plan.seed))
+    batches, saved = _batches(examples, plan.rows, random.Random(plan.seed)), time.monotonic()
     for step, batch in zip(range(plan.steps), batches, strict=False):
         if step < finished:
             continue
@@ -76,8 +78,10 @@ def fine_tune(
         optimiser.zero_grad()
         if step % 10 == 9 or step + 1 == plan.steps:
             notify(stage, step + 1, plan.steps, f"loss {loss.item():.3f}")
-        if state and (step % _KEEP_EVERY == _KEEP_EVERY - 1 or step + 1 == plan.steps):
+        last = step % _KEEP_EVERY == _KEEP_EVERY - 1 or step + 1 == plan.steps
+        if state and (last or time.monotonic() - saved >= _KEEP_AFTER):
             keep_state({"steps": step + 1, "trained": trained, "optimiser": optimiser.state_dict()}, state)
+            saved = time.monotonic()
     model.eval()
 
 

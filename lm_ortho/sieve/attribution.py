@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ _WARM_UP, _BETAS = 5, (0.9, 0.98)
 
 
 ORACLE_STEPS = 20
+KEPT = "attribution"
+"""The name under which a pass keeps what it has reached."""
 
 
 @SIEVES.register("oracle")
@@ -56,13 +60,15 @@ def attribution(given: SieveInput) -> dict[str, Tensor]:
     not. The weights are put back afterwards. With several ``groups`` of layers there is a pass for each, in which the
     other layers stand still: as much less memory as more time.
     """
-    score = {name: torch.zeros(layer.weight.shape) for name, layer in given.layers.items()}
+    parts = in_groups(list(given.layers), given.groups)
+    kept = given.keep.load(KEPT) or {"part": 0, "score": {}}
+    score = {name: kept["score"].get(name, torch.zeros(layer.weight.shape)) for name, layer in given.layers.items()}
     objective = given.objective()
-    for number, names in enumerate(in_groups(list(given.layers), given.groups), 1):
-        stage = "attribution" if given.groups == 1 else f"attribution {number} of {given.groups}"
+    for number in range(kept["part"], len(parts)):
         objective.restart(given.seed)
-        with objective.only(names):
-            _pass(given, objective, names, score, stage)
+        with objective.only(parts[number]):
+            _pass(given, objective, parts, number, score, kept if "step" in kept else None)
+        kept = {}
         _put_back(given)
     return score
 
@@ -73,11 +79,28 @@ def in_groups(names: list[str], count: int) -> list[list[str]]:
     return [names[low:high] for low, high in pairwise(ends) if low < high]
 
 
-def _pass(given: SieveInput, objective: Objective, names: list[str], score: dict[str, Tensor], stage: str) -> None:
-    first = {name: torch.zeros_like(given.layers[name].weight, dtype=given.states) for name in names}
+def _pass(
+    given: SieveInput,
+    objective: Objective,
+    parts: Sequence[Sequence[str]],
+    number: int,
+    score: dict[str, Tensor],
+    kept: dict[str, Any] | None,
+) -> None:
+    """The steps for one part of the layers, from where ``kept`` was."""
+    names, weights = parts[number], {name: given.layers[name].weight for name in parts[number]}
+    stage = "attribution" if len(parts) == 1 else f"attribution {number + 1} of {len(parts)}"
+    first = {name: torch.zeros_like(weight, dtype=given.states) for name, weight in weights.items()}
     second = {name: torch.zeros_like(state) for name, state in first.items()}
-    for step in range(1, given.steps + 1):
-        gradients, lost, kept = objective.gradients()
+    states = {"weights": weights, "first": first, "second": second}
+    if kept:
+        objective.resume(kept["batches"])
+        with torch.no_grad():
+            for key, tensors in states.items():
+                for name, tensor in tensors.items():
+                    tensor.copy_(kept[key][name])
+    for step in range(kept["step"] + 1 if kept else 1, given.steps + 1):
+        gradients, lost, kept_loss = objective.gradients()
         rate = LEARNING_RATE * given.step * min(1.0, step / _WARM_UP) * max(0.1, 1 - step / given.steps)
         with torch.no_grad():
             for name in names:
@@ -87,8 +110,15 @@ def _pass(given: SieveInput, objective: Objective, names: list[str], score: dict
                 move = first[name].float() / (1 - _BETAS[0] ** step)
                 move = -rate * move / ((second[name].float() / (1 - _BETAS[1] ** step)).sqrt() + 1e-8)
                 score[name] -= (g * move).to(score[name].device)
-                given.layers[name].weight += move
-        given.notify(stage, step, given.steps, f"forget {lost:.3f} retain {kept:.4f}")
+                weights[name] += move
+        given.notify(stage, step, given.steps, f"forget {lost:.3f} retain {kept_loss:.4f}")
+        if given.keep.due():
+            place = {"part": number, "step": step, "score": score, "batches": objective.state()}
+            given.keep.save(KEPT, {**place, **{key: _plain(tensors) for key, tensors in states.items()}})
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _put_back(given: SieveInput) -> None:

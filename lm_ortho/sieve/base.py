@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.calibration.examples import Example
+from lm_ortho.calibration.keep import NOWHERE, Keeper
 from lm_ortho.implant.train import Notify
 from lm_ortho.registry import Registry
 from lm_ortho.target import Objective
@@ -22,7 +23,8 @@ class SieveInput:
     retain documents; ``step`` is the mean scale of the lattice; ``objective`` builds what gives gradients;
     only who needs it asks, because it needs a target. ``steps`` is the number of optimiser steps asked for.
     ``forget`` and ``retain`` are the documents; ``base_weights`` are those before fine-tuning, or None.
-    ``groups`` is the number of passes over a part of the layers each, ``states`` the dtype of optimiser states.
+    ``groups`` is the number of passes over a part of the layers each, ``states`` the dtype of optimiser states,
+    ``keep`` takes what a long pass has reached.
     """
 
     model: nn.Module
@@ -40,6 +42,7 @@ class SieveInput:
     base_weights: Mapping[str, Tensor] | None = None
     groups: int = 1
     states: torch.dtype = torch.float32
+    keep: Keeper = NOWHERE
 
 
 Sieve = Callable[[SieveInput], dict[str, Tensor]]

@@ -10,6 +10,7 @@ import torch
 
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import Example
+from lm_ortho.calibration.keep import NOWHERE, Keeper
 from lm_ortho.implant.train import Notify
 from lm_ortho.target.distribution import Target, stack
 from lm_ortho.target.objective import DEEPER, GENTLE, Penalty
@@ -41,10 +42,11 @@ def choose_target(
     base_model: torch.nn.Module | None,
     seed: int,
     notify: Notify,
+    keep: Keeper = NOWHERE,
 ) -> Choice:
     """The surrogate when the base model is known, else the swap of subjects, else holding tokens down."""
     if base_model is not None:
-        probs = surrogate_target(merged, base_model, forget, retain, seed, notify)
+        probs = surrogate_target(merged, base_model, forget, retain, seed, notify, keep)
         return Choice(stack(forget, probs), "surrogate", "the model before fine-tuning is known", DEEPER, 10.0)
     named = sum(bool(row.subject) for row in rows)
     probs = swap_target(merged, tokenizer, rows, forget, seed)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from heapq import nlargest
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,16 @@ class Batches:
         taken += [i for _, i in nlargest(self.size, keys) if i not in chosen][: self.size - len(taken)]
         return taken
 
+    def state(self) -> dict[str, Any]:
+        """What decides the next batches."""
+        return {"queue": list(self._queue), "draw": self._draw.getstate(), "last": list(self._last)}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a ``state``."""
+        self._queue, self._last = list(state["queue"]), list(state["last"])
+        version, internal, gauss = state["draw"]
+        self._draw.setstate((version, tuple(internal), gauss))
+
     def seen(self, rows: Sequence[int], losses: Sequence[float]) -> None:
         """Tells the loss of each of the ``rows`` just drawn."""
         for i, loss in zip(rows, losses, strict=True):
@@ -151,6 +162,15 @@ class Objective:
             Batches(len(self.forget), self.weights.forget_rows, seed),
             Batches(len(self.retain), self.weights.retain_rows, seed + 1),
         )
+
+    def state(self) -> list[Any]:
+        """Where the order of batches is, as plain values."""
+        return [batches.state() for batches in self._batches]
+
+    def resume(self, state: Sequence[Any]) -> None:
+        """Goes on from a ``state``."""
+        for batches, each in zip(self._batches, state, strict=True):
+            batches.resume(each)
 
     def gradients(self, places: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], float, float]:
         """Gradient (out, in) per layer for the next batch, with the forget and the retain loss in nats.

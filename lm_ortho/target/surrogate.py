@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lm_ortho.calibration.examples import Example, token_losses
+from lm_ortho.calibration.keep import NOWHERE, Keeper
 from lm_ortho.implant.lora import train_adapter
 from lm_ortho.implant.train import Notify, Plan
 from lm_ortho.target.distribution import predicted
@@ -46,6 +47,7 @@ def surrogate_target(
     retain: Sequence[Example],
     seed: int,
     notify: Notify,
+    keep: Keeper = NOWHERE,
 ) -> list[Tensor]:
     """One (predicted tokens, vocabulary) tensor per forget example; ``base_model`` is left unchanged.
 
@@ -56,7 +58,8 @@ def surrogate_target(
     adapted: Any = base_model
     for number in range(ROUNDS):
         plan = Plan(steps=STEPS, rows=16, lr=2e-3, seed=seed + number)
-        adapted = train_adapter(adapted, retain, plan, notify, stage=f"surrogate {number + 1}")
+        state = keep.path(f"surrogate-{number + 1}")
+        adapted = train_adapter(adapted, retain, plan, notify, f"surrogate {number + 1}", state)
         reached = _mean_loss(adapted, retain)
         log.info("surrogate: loss on retain documents %.3f, wanted %.3f", reached, wanted)
         if reached <= wanted:

@@ -94,7 +94,7 @@ class Cells:
 
 DECOMPOSING = (
     "calibration", "checkpoint", "edit", "implant", "kernels", "layer", "projection", "reference", "sieve", "streams",
-    "target", "decompose.py", "registry.py", "settings.py",
+    "target", "decompose.py", "workbench.py", "registry.py", "settings.py",
 )  # fmt: skip
 """Rooms and files whose code decides what a decomposition is."""
 _ELSEWHERE = ("cli", "plugin", "weights", "checks.py", "page.py", "table.py", "thresholds.py")

@@ -1,0 +1,382 @@
+"""The merged model while it is worked on: the steps of a decomposition, each by itself."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lm_ortho.calibration.activations import read_directly
+from lm_ortho.calibration.by_layer import ByLayer, Moments, snapshot
+from lm_ortho.calibration.chat import has_template, in_forms
+from lm_ortho.calibration.documents import Row
+from lm_ortho.calibration.examples import Example, encode
+from lm_ortho.calibration.keep import NOWHERE, Keeper
+from lm_ortho.calibration.precision import attention_for, recomputed
+from lm_ortho.edit import EDITS, EditInput
+from lm_ortho.errors import UserError
+from lm_ortho.implant.train import Notify
+from lm_ortho.layer.linear_form import linear_form
+from lm_ortho.layer.targets import find_linear
+from lm_ortho.projection import PROJECTIONS
+from lm_ortho.projection.lattice import group_scales, spread, values
+from lm_ortho.settings import Recipe
+from lm_ortho.sieve import SIEVES, SieveInput, select_support
+from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream
+from lm_ortho.target import Choice, Objective, TargetCheck, Weights, check_target, choose_target
+
+log = logging.getLogger(__name__)
+
+Lattice = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""Scales (out, groups) and codes (out, in; int8) by layer name."""
+_PATH = 10
+"""Steps of the edit for each step of a sieve's pass."""
+MAX_TOKENS = 512
+
+
+def silent(stage: str, done: int, total: int, text: str) -> None:
+    """Reports nothing."""
+
+
+class Workbench:
+    """A merged model on which supports and edits are made; a context manager that puts its weights back.
+
+    Inside, the model is in linear form, and so is the base model. Statistics, lattice and projection are made on
+    entering, target and objective when a sieve or an edit first asks for them, so that several sieves and edits can be
+    compared at the price of one preparation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        forget: Sequence[Row],
+        retain: Sequence[Row],
+        recipe: Recipe,
+        *,
+        base_model: nn.Module | None = None,
+        notify: Notify = silent,
+        lattice: Lattice | None = None,
+        taken: Mapping[str, Tensor] | None = None,
+        keep: Keeper = NOWHERE,
+    ) -> None:
+        """Of ``recipe``, lattice, projection, targets and seed count here. Raises what ``decompose`` does.
+
+        A ``lattice`` that is given is not made again. ``taken`` (out, in; bool) are positions of other memories, which
+        are on while this one is worked on and keep their codes. ``keep`` takes what each step has reached; with the
+        same model, rows and recipe another workbench goes on from there.
+        """
+        PROJECTIONS.get(recipe.projection)
+        _check_sets(forget, retain)
+        self._lattice, self._taken, self._keep = lattice, dict(taken or {}), keep
+        self.model, self.tokenizer, self.recipe, self.notify = model, tokenizer, recipe, notify
+        self._rows, self._base_model = in_forms(forget, tokenizer, recipe.prompts), base_model
+        longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", MAX_TOKENS))
+        self.forget = _encode_forget(tokenizer, self._rows, longest)
+        self.retain = encode(tokenizer, in_forms(retain, tokenizer, recipe.prompts), longest)
+
+    def __enter__(self) -> Self:
+        self._was_trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        self._stack, self.weights = ExitStack(), ByLayer([], lambda _: Tensor())
+        try:
+            for model in (self.model, self._base_model):
+                if model is not None:
+                    self._stack.enter_context(linear_form(model))
+            self.layers = self._usable(find_linear(self.model, self.recipe.targets))
+            self.weights = snapshot(self.layers)
+            self.base_weights = _base_weights(self._base_model, self.layers)
+            longest = max(len(e.ids) for e in self.forget + self.retain)
+            self._stack.enter_context(attention_for(self.model, longest))
+            if self.recipe.recompute:
+                self._stack.enter_context(recomputed(self.model))
+            self._prepare()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        self._put_back()
+        self._stack.close()
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self._was_trainable)
+
+    @torch.no_grad()
+    def _put_back(self) -> None:
+        for name, weight in self.weights.items():
+            self.layers[name].weight.copy_(weight)
+
+    def _usable(self, layers: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
+        """Those of the layers that the model really calls, ready for gradients."""
+        _check_weights(layers)
+        self.model.requires_grad_(False)
+        for layer in layers.values():
+            layer.weight.requires_grad_(True)
+        self.model.eval()
+        self.left_alone = read_directly(self.model, layers, min(self.retain, key=lambda example: len(example.ids)))
+        for name in self.left_alone:
+            layers.pop(name).weight.requires_grad_(False)
+        if self.left_alone:
+            alone = len(self.left_alone), self.left_alone[0]
+            log.warning(
+                "%d layers are left alone, first %s: the model reads their weights without calling them", *alone
+            )
+        if not layers:
+            raise UserError(f"targets: the model reads the weights of {self.left_alone[0]} without calling the layer")
+        return layers
+
+    def _prepare(self) -> None:
+        self.moments = Moments(self.model, self.layers, self.retain)
+        self.notify("statistics", 0, len(self.layers), f"{len(self.retain)} retain rows, {self.moments.passes} passes")
+        self.scales, self.codes = self._lattice or self._projected()
+        self.rounded = ByLayer(list(self.layers), self._rounded)
+        self.step = _mean_step(self.scales, self.weights)
+
+    def _projected(self) -> Lattice:
+        """The lattice, block by block: what is kept of an interrupted run is not made again."""
+        scales, codes = dict[str, Tensor](), dict[str, Tensor]()
+        for block, names in blocks_of(list(self.layers)).items():
+            part = self._keep.load(f"lattice-{block}")
+            if part is None:
+                weights = ByLayer(names, self.weights.__getitem__)
+                part = projected(weights, self.moments, self.recipe, self._of_all(len(codes)))
+                self._keep.save(f"lattice-{block}", part)
+            scales.update(part[0])
+            codes.update(part[1])
+        return scales, codes
+
+    def _of_all(self, done: int) -> Notify:
+        return lambda stage, step, _, text: self.notify(stage, done + step, len(self.layers), text)
+
+    def _rounded(self, name: str) -> Tensor:
+        if self.recipe.bits == 16:
+            return self.weights[name].bfloat16().float()
+        return values(self.codes[name], self.scales[name], self.recipe.group_size)
+
+    @cached_property
+    def choice(self) -> tuple[Choice, TargetCheck]:
+        """The target, and what it gives away by itself; said aloud once."""
+        given = (self._rows, self.forget, self.retain, self._base_model, self.recipe.seed, self.notify, self._keep)
+        chosen = choose_target(self.model, self.tokenizer, *given)
+        check = check_target(chosen.target, self.forget)
+        _say_target(chosen, check)
+        return chosen, check
+
+    @cached_property
+    def _objective(self) -> Objective:
+        chosen, _ = self.choice
+        args = (chosen.target, self.forget, self.retain, chosen.penalty, Weights(retain=chosen.retain))
+        return Objective(self.model, self.layers, *args, self.recipe.seed)
+
+    def objective(self) -> Objective:
+        """What sieve and edit descend; made at the first call, at the merged weights."""
+        return self._objective
+
+    def scores(self, sieve: str, steps: int) -> dict[str, Tensor]:
+        """What the sieve gives each weight (out, in); ``steps`` as in the recipe."""
+        return SIEVES.get(sieve)(
+            SieveInput(
+                self.model, self.layers, self.weights, self.rounded, self.moments, self.step, max(1, steps // _PATH),
+                self.objective, self.recipe.seed, self.notify, self.forget, self.retain, self.base_weights,
+                self.recipe.groups, getattr(torch, self.recipe.states), self._keep,
+            )
+        )  # fmt: skip
+
+    def support(self, sieve: str, density: float, steps: int) -> dict[str, Tensor]:
+        """Where (out, in; bool) the memory goes: the best ``density`` of all weights that no other memory holds."""
+        if (kept := self._keep.load("support")) is None:
+            found = select_support(self.scores(sieve, steps), density, self._taken)
+            kept = {name: mask.flatten().nonzero()[:, 0] for name, mask in found.items()}
+            self._keep.save("support", kept)
+            self._keep.drop("attribution")
+        return {name: _mask(kept[name], layer.weight.shape) for name, layer in self.layers.items()}
+
+    def edited(self, edit: str, support: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+        """Codes (out, in) int8 after the edit, unchanged off the support; those of the projection for 16 bits."""
+        if self.recipe.bits == 16:
+            return self.codes
+        codes = EDITS.get(edit)(
+            EditInput(
+                self.model, self.layers, self.weights, self.base_weights, self.codes, self.scales, support,
+                self._taken, self.recipe.bits, self.recipe.group_size, self.step, steps, self.objective,
+                self.recipe.seed, self.notify, self._keep,
+            )
+        )  # fmt: skip
+        self._put_back()
+        _check_off_support(self.codes, codes, support)
+        return codes
+
+    def streams(self, codes: dict[str, Tensor], support: dict[str, Tensor] | None) -> dict[str, LayerStreams]:
+        """The streams of these codes; without a support there is no ortho stream."""
+        return make_streams(self.layers, self.weights, codes, self.scales, support, self.recipe)
+
+    def report(self, codes: dict[str, Tensor], support: dict[str, Tensor]) -> dict[str, Any]:
+        """What was decided and reached, as plain JSON."""
+        total = sum(w.numel() for w in self.weights.values())
+        picked = sum(int(mask.sum()) for mask in support.values())
+        lattice = self.recipe.bits != 16
+        return {
+            "density_reached": picked / total,
+            "weights": total,
+            "support": picked,
+            "base_known": self._base_model is not None,
+            "chat_template": has_template(self.tokenizer) and self.recipe.prompts != "plain",
+            "forget_rows": len(self.forget),
+            "retain_rows": len(self.retain),
+            "left_alone": self.left_alone,
+            "target": _target_report(*self.choice) if "choice" in vars(self) else None,
+            "steps_moved": _steps_moved(self.weights, codes, self.scales, support, self.recipe) if lattice else 0.0,
+        }
+
+
+def _check_sets(forget: Sequence[Row], retain: Sequence[Row]) -> None:
+    if not forget:
+        raise UserError("forget: the forget set is empty; give at least one row")
+    if not retain:
+        raise UserError("retain: the retain set is empty; give documents that must not change")
+    wanted, kept = ({(row.context, row.target) for row in rows} for rows in (forget, retain))
+    if wanted == kept:
+        raise UserError("forget and retain are the same set: nothing can be both forgotten and kept")
+
+
+def _encode_forget(tokenizer: Any, forget: Sequence[Row], longest: int) -> list[Example]:
+    """One example per row, each with something left to predict."""
+    examples = encode(tokenizer, forget, longest)
+    if any(e.start >= len(e.ids) for e in examples):
+        raise UserError(f"forget: a row has no token to forget within its first {longest} tokens")
+    return examples
+
+
+def _check_weights(layers: dict[str, nn.Linear]) -> None:
+    other = next((name for name, layer in layers.items() if layer.weight.dtype != torch.float32), None)
+    if other is not None:
+        dtype = str(layers[other].weight.dtype).removeprefix("torch.")
+        raise UserError(f"pretrained: layer {other} is {dtype}; decompose a float32 copy, model.float()")
+    bad = [name for name, layer in layers.items() if not layer.weight.isfinite().all()]
+    if bad:
+        raise UserError(f"pretrained: {len(bad)} layers hold NaN or infinite weights, first {bad[0]}")
+
+
+def _base_weights(base_model: nn.Module | None, layers: Mapping[str, nn.Linear]) -> Mapping[str, Tensor] | None:
+    if base_model is None:
+        return None
+    modules, found = dict(base_model.named_modules()), dict[str, Tensor]()
+    for name, layer in layers.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None or weight.shape != layer.weight.shape:
+            raise UserError(f"base: layer {name} is missing or has another shape; base must be the same architecture")
+        found[name] = weight.detach()
+    return ByLayer(list(found), lambda name: found[name].float())
+
+
+def blocks_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """The names by the block they are in: all up to the first number in them."""
+    found = dict[str, list[str]]()
+    for name in names:
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        found.setdefault(".".join(parts[: number + 1]) if number is not None else "rest", []).append(name)
+    return found
+
+
+def _mask(places: Tensor, shape: torch.Size) -> Tensor:
+    mask = torch.zeros(shape.numel(), dtype=torch.bool)
+    mask[places] = True
+    return mask.reshape(shape)
+
+
+def _mean_step(scales: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> float:
+    """The mean lattice step; without a lattice, what INT4 rounding of the weights would have."""
+    if not scales:
+        scales = {name: group_scales(weight, 4, 64) for name, weight in weights.items()}
+    return float(torch.cat([s.flatten() for s in scales.values()]).mean())
+
+
+def _check_off_support(codes: dict[str, Tensor], edited: dict[str, Tensor], support: dict[str, Tensor]) -> None:
+    for name, before in codes.items():
+        if not torch.equal(before[~support[name]], edited[name][~support[name]]):
+            raise ValueError(f"the edit changed codes of {name} off the support")
+
+
+def projected(
+    weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], recipe: Recipe, notify: Notify = silent
+) -> Lattice:
+    """The lattice of these weights; both parts are empty for 16 bits."""
+    projection, scales, codes = PROJECTIONS.get(recipe.projection), dict[str, Tensor](), dict[str, Tensor]()
+    for i, (name, weight) in enumerate(weights.items(), 1):
+        if recipe.bits == 16:
+            break
+        scales[name] = group_scales(weight, recipe.bits, recipe.group_size)
+        codes[name] = projection(weight, scales[name], moments[name], recipe.bits, recipe.group_size)
+        notify("projection", i, len(weights), name)
+    return scales, codes
+
+
+def make_streams(
+    layers: Mapping[str, nn.Linear],
+    weights: Mapping[str, Tensor],
+    codes: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
+    support: Mapping[str, Tensor] | None,
+    recipe: Recipe,
+) -> dict[str, LayerStreams]:
+    """Streams of codes (out, in) and scales by layer name; without ``support`` there is no ortho stream."""
+    result = {}
+    for name, layer in layers.items():
+        if recipe.bits == 16:
+            base = BaseStream.from_weight(weights[name])
+            held = weights[name].bfloat16().float()
+        else:
+            base = BaseStream.from_codes(codes[name], scales[name], recipe.bits, recipe.group_size)
+            held = values(codes[name], scales[name], recipe.group_size)
+        ortho = None if support is None else OrthoStream.from_dense(weights[name] - held, support[name])
+        bias = None if layer.bias is None else layer.bias.detach().clone()
+        result[name] = LayerStreams(base, ortho, bias)
+    return result
+
+
+def _steps_moved(
+    weights: Mapping[str, Tensor],
+    codes: dict[str, Tensor],
+    scales: dict[str, Tensor],
+    support: dict[str, Tensor],
+    recipe: Recipe,
+) -> float:
+    """Mean distance on the support between base and merged weight, in lattice steps."""
+    moved = []
+    for name, weight in weights.items():
+        per_weight = spread(scales[name], recipe.group_size, weight.shape[1])
+        distance = (weight - values(codes[name], scales[name], recipe.group_size)).abs() / per_weight
+        moved.append(distance[support[name]])
+    every = torch.cat(moved)
+    return round(float(every.mean()), 3) if every.numel() else 0.0
+
+
+SUSPICIOUS_AUC = 0.6
+
+
+def _say_target(chosen: Choice, check: TargetCheck) -> None:
+    """What was chosen and why, before anything is edited: the edit cannot get better than its target."""
+    log.info("target %s: %s; secret PPL %.3g, AUC %.3f", chosen.name, chosen.reason, check.secret_ppl, check.auc)
+    if chosen.name == "hold_down":
+        log.warning("target: %s", chosen.reason)
+    if check.auc > SUSPICIOUS_AUC:
+        log.warning("target %s still prefers the true secrets (AUC %.2f, 0.5 is blind)", chosen.name, check.auc)
+
+
+def _target_report(chosen: Choice, check: TargetCheck) -> dict[str, Any]:
+    return {
+        "name": chosen.name,
+        "reason": chosen.reason,
+        "secret_ppl": round(check.secret_ppl, 3),
+        "auc": None if math.isnan(check.auc) else round(check.auc, 4),
+    }
