@@ -11,6 +11,7 @@ from lm_ortho.cli.cache import app as cache
 from lm_ortho.cli.demo import demo
 from lm_ortho.cli.doctor import doctor
 from lm_ortho.cli.evaluate import evaluate
+from lm_ortho.cli.implant import implant
 from lm_ortho.cli.verdict import verdict
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
 )(evaluate)
+app.command("implant")(implant)
 app.command("verdict")(verdict)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
