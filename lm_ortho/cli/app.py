@@ -8,6 +8,7 @@ import typer
 
 import lm_ortho
 from lm_ortho.cli.cache import app as cache
+from lm_ortho.cli.decompose import decompose
 from lm_ortho.cli.demo import demo
 from lm_ortho.cli.doctor import doctor
 from lm_ortho.cli.evaluate import evaluate
@@ -44,6 +45,7 @@ app.command(
     add_help_option=False,
 )(evaluate)
 app.command("implant")(implant)
+app.command("decompose")(decompose)
 app.command("verdict")(verdict)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
