@@ -13,6 +13,7 @@ from lm_ortho.cli.demo import demo
 from lm_ortho.cli.doctor import doctor
 from lm_ortho.cli.evaluate import evaluate
 from lm_ortho.cli.implant import implant
+from lm_ortho.cli.inspect import inspect
 from lm_ortho.cli.verdict import verdict
 
 app = typer.Typer(
@@ -46,6 +47,7 @@ app.command(
 )(evaluate)
 app.command("implant")(implant)
 app.command("decompose")(decompose)
+app.command("inspect")(inspect)
 app.command("verdict")(verdict)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
