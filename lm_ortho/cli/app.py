@@ -12,6 +12,7 @@ from lm_ortho.cli.decompose import decompose
 from lm_ortho.cli.demo import demo
 from lm_ortho.cli.doctor import doctor
 from lm_ortho.cli.evaluate import evaluate
+from lm_ortho.cli.export import export
 from lm_ortho.cli.implant import implant
 from lm_ortho.cli.inspect import inspect
 from lm_ortho.cli.verdict import verdict
@@ -48,6 +49,7 @@ app.command(
 app.command("implant")(implant)
 app.command("decompose")(decompose)
 app.command("inspect")(inspect)
+app.command("export")(export)
 app.command("verdict")(verdict)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
