@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.checkpoint.manifest import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, ORTHO_FILE, read_json, read_manifest
-from lm_ortho.checkpoint.read import check, load
+from lm_ortho.checkpoint.read import is_checkpoint, load
 from lm_ortho.checkpoint.write import base_tensors, write_json
 from lm_ortho.errors import UserError
 from lm_ortho.folders import refuse_occupied, whole_directory
@@ -44,7 +44,7 @@ def export(
     *,
     trust_remote_code: bool = False,
 ) -> Exported:
-    """Writes the model of a checkpoint at one ``alpha`` to ``out``, with its tokenizer; nothing is left of a failure.
+    """The plain model of a checkpoint at one ``alpha``, written to ``out`` with its tokenizer, whole or not at all.
 
     ``bf16``: plain linear layers holding W(alpha), each weight rounded once. ``compressed-tensors``: the codes and
     scales of the base stream as they are, in its `pack-quantized` form.
@@ -59,11 +59,8 @@ def export(
         raise UserError(f"format={format!r} is unknown; known: {', '.join(FORMATS)}")
     alpha = parse_alpha(alpha)
     refuse_occupied(target)
-    check(source)
-    if format == "compressed-tensors":
-        _check_lattice(source, alpha)
-    elif alpha and not (source / ORTHO_FILE).exists():
-        raise UserError(f"alpha={alpha:g}: {source} holds only the base stream, so alpha=0 is all it can give")
+    if is_checkpoint(source):  # else load says what is wrong
+        _check_streams(source, alpha, format)
     model: Any = load(source, dtype=None, trust_remote_code=trust_remote_code)
     layers = len(streams_of(model))
     with whole_directory(target) as scratch:
@@ -87,13 +84,17 @@ def _copy_rest(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _check_lattice(source: Path, alpha: float) -> None:
-    """Raises ``UserError`` before any weight is loaded for what the format cannot hold."""
+def _check_streams(source: Path, alpha: float, format: str) -> None:
+    """Raises ``UserError``, before any weight is read, for what the checkpoint lacks or the format cannot hold."""
+    if format == "bf16":
+        if alpha and not (source / ORTHO_FILE).exists():
+            raise UserError(f"alpha={alpha:g}: {source} holds only the base stream, so alpha=0 is all it can give")
+        return
     if alpha:
-        raise UserError(f"alpha={alpha:g}: format=compressed-tensors holds the base stream alone; use alpha=0")
+        raise UserError(f"alpha={alpha:g}: format={format} holds the base stream alone; use alpha=0")
     bits = read_json(source / CONFIG_FILE)["quantization_config"].get("bits")
     if bits not in _PACKED_BITS:
-        raise UserError(f"format=compressed-tensors: {source} has a base stream of {bits} bits; 4 or 8 can be exported")
+        raise UserError(f"format={format}: {source} has a base stream of {bits} bits; 4 or 8 can be exported")
 
 
 def _write_packed(target: Path, model: Any, source: Path) -> None:
