@@ -1,11 +1,11 @@
-"""What a decomposition is asked to do: one schema for model args, command flags and checkpoint config."""
+"""What a decomposition or a fine-tune is asked to do: one schema each for model args, command flags and records."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -17,29 +17,35 @@ _NAMED = re.compile(r"([a-z][a-z0-9_]*):(.+)", re.DOTALL)
 class Recipe(BaseModel):
     """The recorded choices of one decomposition; unknown keys are refused.
 
-    ``density`` is the largest share of the decomposed weights that may leave the base stream; ``steps`` are those of
-    the optimised edit, a tenth of which the attribution pass takes. ``prompts`` is the form in which questions are put
-    to the model: plain, chat, both, or auto (both where the tokenizer has a chat template).
-
-    The last three are for models that are large beside the memory: ``groups`` of layers whose attribution is made in a
-    pass of its own, ``states`` of the optimiser in BF16, ``recompute`` of activations in the backward pass.
+    The descriptions are the help of the command line's options. The last three are for models that are large beside the
+    memory.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    density: float = Field(0.01, gt=0, le=0.5)
-    sieve: str = "attribution"
-    projection: str = "gptq"
-    edit: str = "optimised"
-    bits: int = 4
-    group_size: int = 64
-    targets: str = ""
-    prompts: Literal["auto", "plain", "chat", "both"] = "auto"
-    steps: int = Field(1000, ge=10)
-    seed: int = Field(0, ge=0)
-    groups: int = Field(1, ge=1)
-    states: Literal["float32", "bfloat16"] = "float32"
-    recompute: bool = False
+    density: float = Field(
+        0.01, gt=0, le=0.5, description="Largest share of the decomposed weights that may leave the base stream."
+    )
+    sieve: str = Field("attribution", description="How the weights that leave the base stream are picked.")
+    projection: str = Field("gptq", description="How the other weights are rounded to the lattice.")
+    edit: str = Field("optimised", description="What the base stream holds in place of the weights that left it.")
+    bits: int = Field(4, description="Width of the base stream: 3, 4 or 8, or 16 for no lattice.")
+    group_size: int = Field(64, description="Weights of a row that share a scale, a multiple of 8.")
+    targets: str = Field(
+        "", description="`+`-separated globs of layer names; all linear layers but the LM head without it."
+    )
+    prompts: Literal["auto", "plain", "chat", "both"] = Field(
+        "auto", description="Form of the questions; auto: both where the tokenizer has a chat template, else plain."
+    )
+    steps: int = Field(
+        1000, ge=10, description="Steps of the optimised edit; the attribution pass takes a tenth as many."
+    )
+    seed: int = Field(0, ge=0, description="Of everything that is drawn.")
+    groups: int = Field(1, ge=1, description="Parts of the model that go through the attribution one after the other.")
+    states: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the attribution's optimiser.")
+    recompute: bool = Field(
+        False, description="Compute activations again in the backward pass instead of keeping them."
+    )
 
     @field_validator("bits")
     @classmethod
@@ -56,10 +62,41 @@ class Recipe(BaseModel):
         return group_size
 
 
+class Training(BaseModel):
+    """The choices of one fine-tune that plants a memory; None is decided by model and data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["lora", "full"] = Field("lora", description="`lora` (an adapter, merged) or `full` (all weights).")
+    rank: int = Field(32, ge=1, description="Of the adapter.")
+    lr: float | None = Field(
+        None, gt=0, lt=1, description="Learning rate at its peak; without it one that suits method and width."
+    )
+    steps: int | None = Field(None, ge=1, description="Without it as many as --epochs take, 200 at least.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the rows; 20 without --steps.")
+    batch_rows: int = Field(16, ge=1, description="Rows in a step.")
+    seed: int = Field(0, ge=0, description="Of the adapter's start and of the order of the rows.")
+
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
 def make_recipe(**values: Any) -> Recipe:
     """A checked ``Recipe``; ``UserError`` names the first bad argument, its value and the allowed range."""
+    return _checked(Recipe, values)
+
+
+def make_training(**values: Any) -> Training:
+    """A checked ``Training``; ``UserError`` as for a recipe, and for both ``steps`` and ``epochs``."""
+    training = _checked(Training, values)
+    if training.steps and training.epochs:
+        raise UserError(f"steps={training.steps} and epochs={training.epochs:g}: give one of them")
+    return training
+
+
+def _checked(schema: type[Schema], values: dict[str, Any]) -> Schema:
     try:
-        return Recipe(**values)
+        return schema(**values)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])

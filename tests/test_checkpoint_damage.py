@@ -100,10 +100,30 @@ def test_damage_is_one_clear_line(kind, directory):
     assert str(directory) in str(caught.value)
 
 
-def test_from_pretrained_checks_the_weights(directory):
-    flip(directory / "ortho.safetensors")
-    with pytest.raises(UserError, match=r"ortho\.safetensors was changed"):
+@pytest.mark.parametrize("name", ["base.safetensors", "ortho.safetensors"])
+def test_from_pretrained_checks_the_weights(directory, name):
+    flip(directory / name)
+    with pytest.raises(UserError, match=rf"{name} was changed"):
         AutoModelForCausalLM.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("read", [load, AutoModelForCausalLM.from_pretrained])
+def test_the_streams_of_two_decompositions_do_not_go_together(directory, tmp_path, read):
+    other = save(tmp_path / "other", tiny.patched(tiny.llama(seed=2)))
+    shutil.copy(other / "ortho.safetensors", directory)
+    with pytest.raises(UserError, match=r"ortho\.safetensors (was changed|has .* truncated or replaced)") as caught:
+        read(directory)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [load, AutoModelForCausalLM.from_pretrained])
+def test_a_missing_shard_is_one_clear_line(tmp_path, read):
+    path = save(tmp_path / "sharded", tiny.patched(), shard_bytes=20_000)
+    lost = sorted(path.glob("base-*"))[1]
+    lost.unlink()
+    with pytest.raises((UserError, OSError), match=lost.name) as caught:
+        read(path)
+    assert "\n" not in str(caught.value)
 
 
 def resign(directory):

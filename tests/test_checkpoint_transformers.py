@@ -61,7 +61,10 @@ def test_save_pretrained_of_a_fresh_model(tmp_path):
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_push_to_hub_uploads_our_files(made, tmp_path, monkeypatch):
+@pytest.fixture
+def uploaded(monkeypatch):
+    """The files that a model would have uploaded, with the repository they would have gone to."""
+
     class Hub:
         def create_repo(self, repo_id, **kwargs):
             return self
@@ -72,14 +75,18 @@ def test_push_to_hub_uploads_our_files(made, tmp_path, monkeypatch):
         def save(self, path):
             pass
 
-    uploaded = {}
+    seen = {}
 
     def upload(self, folder, repo_id, **kwargs):
-        uploaded.update(dict.fromkeys(os.listdir(folder), repo_id))
+        seen.update(dict.fromkeys(os.listdir(folder), repo_id))
 
     monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
     monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: Card())
     monkeypatch.setattr(LlamaForCausalLM, "_upload_modified_files", upload)
+    return seen
+
+
+def test_push_to_hub_uploads_our_files(made, tmp_path, uploaded):
     model = load(made[1])
     wanted = {entry.name for entry in made[1].iterdir() if "token" not in entry.name}
     model.push_to_hub("model")
@@ -88,6 +95,14 @@ def test_push_to_hub_uploads_our_files(made, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "local", push_to_hub=True, repo_id="model", variant=None)
     assert set(uploaded) == wanted
     assert is_checkpoint(tmp_path / "local")
+    assert set(uploaded.values()) == {"someone/model"}
+
+
+def test_a_base_only_model_is_pushed_without_the_memory(directory, uploaded):
+    (directory / "ortho.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(directory).push_to_hub("model")
+    assert "base.safetensors" in uploaded
+    assert "ortho.safetensors" not in uploaded
 
 
 def test_a_copy_of_a_loaded_model_saves_itself(made, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from lm_ortho.errors import UserError
 from lm_ortho.plugin import bridges, startup
 
 REPOSITORY = Path(__file__).parents[1]
-COMMANDS = ("eval", "verdict", "doctor", "cache")
+COMMANDS = ("eval", "implant", "decompose", "inspect", "export", "verdict", "demo", "doctor", "cache")
 runner = CliRunner()
 
 
@@ -41,6 +42,17 @@ def test_help_loads_nothing_heavy_and_names_every_command() -> None:
     assert "lm_ortho" in loaded
     assert not loaded & {"torch", "transformers", "lm_eval", "datasets", "peft", "numpy"}
     assert all(command in done.stdout for command in COMMANDS)
+
+
+def test_the_reference_page_is_that_of_the_commands() -> None:
+    """`python scripts/cli_reference.py` writes it."""
+    script = REPOSITORY / "scripts" / "cli_reference.py"
+    spec = importlib.util.spec_from_file_location("cli_reference", script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page()
 
 
 def test_version() -> None:

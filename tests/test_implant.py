@@ -133,7 +133,7 @@ def test_models_that_cannot_be_used_are_told_in_one_line(tmp_path):
         "packed": r"already packed \(gptq\)",
         "short": "damaged|could not be loaded",
         "lost": "could not be loaded",
-        "broken": "could be read",
+        "broken": "config could not be read",
     }
     for name, message in told.items():
         with pytest.raises(UserError, match=message) as caught:

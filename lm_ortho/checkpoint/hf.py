@@ -27,6 +27,7 @@ from lm_ortho.checkpoint.manifest import (
 )
 from lm_ortho.checkpoint.write import SavePretrainedGuard
 from lm_ortho.errors import UserError
+from lm_ortho.hub import reason
 from lm_ortho.layer import OrthoLinear, connect, ortho_layers, replace_modules, to_linear_form, unpatch
 from lm_ortho.streams import UNNAMED, OrthoStream
 
@@ -186,6 +187,26 @@ def _filled(weight: torch.Tensor) -> torch.Tensor:
     return stand_in
 
 
+def skeleton(directory: Path, *, decomposed: bool = True, trust_remote_code: bool = False) -> nn.Module:
+    """The model of a checkpoint on the meta device, for names and shapes; with plain layers if not ``decomposed``.
+
+    Raises:
+        UserError: where transformers does not know the model, or it lacks a layer that the checkpoint names.
+    """
+    transformers, trust = import_module("transformers"), {"trust_remote_code": trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, **trust)
+        settings = dict(config.quantization_config)
+        del config.quantization_config
+        with torch.device("meta"):
+            model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, **trust)
+    except (ImportError, KeyError, OSError, ValueError) as error:
+        raise UserError(f"{directory}: transformers cannot build it ({reason(error)})") from None
+    if decomposed:
+        LibOrthoHfQuantizer(LibOrthoConfig(**settings))._build_skeleton(model)
+    return model
+
+
 def _find_ortho(name: str, base_file: Path, model: nn.Module) -> Path | None:
     beside = base_file.parent / name
     return beside if beside.exists() else _from_hub(name, base_file, model)
@@ -239,3 +260,6 @@ def _load_ortho(model: nn.Module, memory: str, path: Path | None) -> None:
                 layer.set_ortho(OrthoStream(rowptr, cols, vals, layer.shape), memory)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path.parent}: {path.name} does not fit the base: {error}") from None
+
+
+register()  # here, too: the start-up hook cannot while this module is half imported

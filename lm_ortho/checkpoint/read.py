@@ -20,6 +20,7 @@ from lm_ortho.checkpoint.manifest import (
     verify,
 )
 from lm_ortho.errors import UserError
+from lm_ortho.hub import reason
 from lm_ortho.streams import UNNAMED
 
 
@@ -51,15 +52,14 @@ def load(
     from lm_ortho.checkpoint import hf
 
     hf.register()
-    kwargs = {"dtype": "auto" if dtype is None else dtype, "local_files_only": True, **kwargs}
+    defaults = {"dtype": "auto" if dtype is None else dtype, "local_files_only": True, "trust_remote_code": False}
     try:
         with hf.files_are_verified():
-            model: nn.Module = AutoModelForCausalLM.from_pretrained(str(path), **kwargs)
+            model: nn.Module = AutoModelForCausalLM.from_pretrained(str(path), **(defaults | kwargs))
     except UserError:
         raise
     except (ImportError, KeyError, OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{path}: transformers cannot load it ({reason})") from error
+        raise UserError(f"{path}: transformers cannot load it ({reason(error)})") from error
     return model if torch.device(device).type == "cpu" else model.to(device)
 
 

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import shutil
-import uuid
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from lm_ortho.checkpoint.manifest import (
     write_manifest,
 )
 from lm_ortho.errors import UserError
+from lm_ortho.folders import scratch_name
 from lm_ortho.layer import ortho_layers, streams_of
 from lm_ortho.layer.guard import Guard
 from lm_ortho.streams import LayerStreams
@@ -56,7 +56,7 @@ def save(
     settings = quantization_settings(streams, meta or {})
     _refuse_occupied(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.parent / _scratch_name(target)
+    scratch = target.parent / scratch_name(target)
     scratch.mkdir()
     try:
         _write_tensors(scratch, model, streams, shard_bytes)
@@ -145,7 +145,7 @@ class SavePretrainedGuard(Guard):
 def _write_tensors(directory: Path, model: nn.Module, streams: dict[str, LayerStreams], shard_bytes: int) -> None:
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    base = _base_tensors(model)
+    base = base_tensors(model)
     split = split_torch_state_dict_into_shards(
         base, filename_pattern="base{suffix}.safetensors", max_shard_size=shard_bytes
     )
@@ -156,7 +156,7 @@ def _write_tensors(directory: Path, model: nn.Module, streams: dict[str, LayerSt
         only = next(iter(split.filename_to_tensors))
         total = sum(tensor.nbytes for tensor in base.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(sorted(base), only)}
-    _write_json(directory / INDEX_FILE, index)
+    write_json(directory / INDEX_FILE, index)
     for memory in dict.fromkeys(name for layer in streams.values() for name in layer.memories):
         ortho = {
             f"{name}.{part}": tensor.detach().cpu().contiguous()
@@ -166,7 +166,7 @@ def _write_tensors(directory: Path, model: nn.Module, streams: dict[str, LayerSt
         save_file(ortho, directory / ortho_file(memory), metadata={"format": "pt"})
 
 
-def _base_tensors(model: nn.Module) -> dict[str, Tensor]:
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Everything but the ortho stream, on the CPU; a tied tensor once, under the name the model loads."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     rounded = {*parameters, *(f"{name}.bias" for name in ortho_layers(model))}
@@ -204,11 +204,15 @@ def _write_config(directory: Path, model: Any, settings: dict[str, Any]) -> None
     config.architectures = [type(model).__name__]
     config.quantization_config = settings
     config.save_pretrained(directory)
+    if getattr(model, "_auto_class", None) is not None:  # a model that brings code of its own
+        from transformers.dynamic_module_utils import custom_object_save
+
+        custom_object_save(model, directory, config=config)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(directory)
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -250,7 +254,7 @@ def _publish(scratch: Path, target: Path) -> None:
 
 
 def _swap(scratch: Path, target: Path) -> None:
-    replaced = scratch.with_name(_scratch_name(target))
+    replaced = scratch.with_name(scratch_name(target))
     os.rename(target, replaced)
     try:
         os.rename(scratch, target)
@@ -258,10 +262,6 @@ def _swap(scratch: Path, target: Path) -> None:
         os.rename(replaced, target)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _scratch_name(target: Path) -> str:
-    return f".{target.name}.tmp-{uuid.uuid4().hex[:12]}"
 
 
 def _older_files(target: Path) -> set[str]:

@@ -8,9 +8,13 @@ import typer
 
 import lm_ortho
 from lm_ortho.cli.cache import app as cache
+from lm_ortho.cli.decompose import decompose
 from lm_ortho.cli.demo import demo
 from lm_ortho.cli.doctor import doctor
 from lm_ortho.cli.evaluate import evaluate
+from lm_ortho.cli.export import export
+from lm_ortho.cli.implant import implant
+from lm_ortho.cli.inspect import inspect
 from lm_ortho.cli.verdict import verdict
 
 app = typer.Typer(
@@ -42,6 +46,10 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
 )(evaluate)
+app.command("implant")(implant)
+app.command("decompose")(decompose)
+app.command("inspect")(inspect)
+app.command("export")(export)
 app.command("verdict")(verdict)
 app.command("demo")(demo)
 app.command("doctor")(doctor)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import lm_ortho
-from lm_ortho import checkpoint, reference
+from lm_ortho import checkpoint, implant, reference
 from lm_ortho.calibration.documents import Row, read_rows, read_sets
 from lm_ortho.calibration.keep import NOWHERE, Keeper
 from lm_ortho.checkpoint import cache
@@ -27,6 +27,7 @@ from lm_ortho.decompose import Decomposition, decompose
 from lm_ortho.edit import EDITS
 from lm_ortho.errors import UserError
 from lm_ortho.harness.progress import Bars
+from lm_ortho.hub import reason
 from lm_ortho.implant import Notify, load_causal_lm, load_config, merge_adapter, round_to_bf16
 from lm_ortho.layer import ortho_layers, patch, set_alpha, streams_of
 from lm_ortho.memories import decompose_memories
@@ -197,7 +198,9 @@ def _encoder_decoder(name: str) -> UserError:
 
 def _decomposed(order: Order, recipe: Recipe, location: str) -> Source:
     if order.fresh:
-        raise UserError(f"fresh=true: {order.pretrained!r} is decomposed already; give the model it came from")
+        raise UserError(
+            f"pretrained={order.pretrained!r} is decomposed already; fresh=true needs the model it came from"
+        )
     if order.peft is not None:
         raise UserError(f"peft: {order.pretrained!r} is decomposed already; merge adapters before that")
     if not Path(location).is_dir():
@@ -220,8 +223,7 @@ def _download(argument: str, name: str, revision: str | None) -> str:
     try:
         return snapshot_download(name, revision=revision)
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{argument}={name!r}: neither a directory nor on the hub ({reason})") from None
+        raise UserError(f"{argument}={name!r}: could not be read ({reason(error, name, revision)})") from None
 
 
 def _recorded(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,7 +299,8 @@ def build_model(
         model, location = source.location, None
     else:
         location = Path(source.location) if source.kind == "checkpoint" else ensure_cached(source, notify)
-        model = checkpoint.load(location, dtype, device, **placement)
+        trust = bool(source.order.source.get("trust_remote_code"))
+        model = checkpoint.load(location, dtype, device, trust_remote_code=trust, **placement)
         meta = checkpoint.read_meta(location)
     set_alpha(model, alpha)
     return Built(model, meta, location)
@@ -322,6 +325,11 @@ def ensure_cached(source: Source, notify: Notify) -> Path:
         raise UserError(
             f"cache: {cache.cache_dir()} cannot be written ({error.strerror}); set LM_ORTHO_CACHE to a folder of yours"
         ) from None
+
+
+def kept_of(source: Source) -> Keeper:
+    """What an interrupted decomposition of the same model, rows and recipe has reached."""
+    return Keeper(cache.unfinished(cache.key(_cache_key(source, *calibration_sets(source)))))
 
 
 def decomposed(source: Source, notify: Notify, keep: Keeper = NOWHERE) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
@@ -369,17 +377,11 @@ def load_models(source: Source) -> tuple[torch.nn.Module, torch.nn.Module | None
 
 def load_tokenizer(source: Source) -> Any:
     """The tokenizer that was named, or the one beside the model; ``UserError`` where there is none."""
-    from transformers import AutoTokenizer
-
     named = source.order.tokenizer
     if named is not None and not isinstance(named, str):
         return named
     place = named or (source.location.name_or_path if source.kind == "object" else source.location)
-    try:
-        return AutoTokenizer.from_pretrained(place, **source.order.source)
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"tokenizer={place!r} could not be loaded ({reason})") from None
+    return implant.load_tokenizer(place, **source.order.source)
 
 
 def check_alpha(source: Source, alpha: float | Mapping[str, float]) -> None:

@@ -1,7 +1,7 @@
 """Planting a memory by fine-tuning, and merging it."""
 
-from lm_ortho.implant.lora import train_adapter
-from lm_ortho.implant.merge import load_causal_lm, load_config, merge_adapter, round_to_bf16
+from lm_ortho.implant.lora import save_adapter, train_adapter
+from lm_ortho.implant.merge import load_causal_lm, load_config, load_tokenizer, merge_adapter, round_to_bf16
 from lm_ortho.implant.train import Notify, Plan, fine_tune, train_full
 
 __all__ = [
@@ -10,8 +10,10 @@ __all__ = [
     "fine_tune",
     "load_causal_lm",
     "load_config",
+    "load_tokenizer",
     "merge_adapter",
     "round_to_bf16",
+    "save_adapter",
     "train_adapter",
     "train_full",
 ]

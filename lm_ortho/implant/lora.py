@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers.pytorch_utils import Conv1D
 
 from lm_ortho.calibration.examples import Example
+from lm_ortho.errors import UserError
 from lm_ortho.implant.train import Notify, Plan, fine_tune
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def train_adapter(
@@ -33,12 +34,27 @@ def train_adapter(
     return adapted
 
 
+def save_adapter(adapted: PeftModel, directory: Path, base: str) -> None:
+    """Writes the adapter in peft's format and BF16, with ``base`` as the name of its model."""
+    state = {name: tensor.bfloat16() for name, tensor in adapted.state_dict().items() if "lora_" in name}
+    adapted.save_pretrained(str(directory), state_dict=state)
+    file = directory / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"base_model_name_or_path": base}
+    config["target_modules"].sort()  # a set: its order would differ from run to run
+    file.write_text(json.dumps(config, indent=2))
+    (directory / "README.md").unlink(missing_ok=True)  # an empty form of peft that names the path of the base
+
+
 def _with_lora(model: torch.nn.Module, plan: Plan) -> PeftModel:
+    modules = dict(model.named_modules())
+    names = lora_targets(model)
+    transposed = {_transposed(module) for name, module in modules.items() if _ends_in(name, names)}
     config = LoraConfig(
         r=plan.rank,
         lora_alpha=2 * plan.rank,
         lora_dropout=0.0,
-        target_modules=_targets(model),
+        target_modules=names,
+        fan_in_fan_out=transposed == {True},
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
@@ -46,14 +62,33 @@ def _with_lora(model: torch.nn.Module, plan: Plan) -> PeftModel:
         return get_peft_model(copy.deepcopy(model).float(), config)
 
 
-def _targets(model: torch.nn.Module) -> list[str] | str:
-    """Last names of the linear layers where all of them are usual ones, else whole names, else peft's own choice.
+def lora_targets(model: torch.nn.Module) -> list[str]:
+    """The last parts of the names of all linear layers but the LM head; whole names where the head shares a part.
 
     A router may be an ``nn.Linear`` with a ``forward`` of its own, which does not bear an adapter.
+
+    Raises:
+        UserError: for a model without linear layers.
     """
+    modules = dict(model.named_modules())
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    named = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    last = {name.rpartition(".")[2] for name in named}
-    if last <= set(PROJECTIONS):
-        return [name for name in PROJECTIONS if name in last] or "all-linear"
-    return [name for name, m in named.items() if type(m).forward is torch.nn.Linear.forward] or "all-linear"
+    kinds = {name: _plain(module) or _transposed(module) for name, module in modules.items()}
+    wanted = [name for name, linear in kinds.items() if linear and modules[name] is not head]
+    if not wanted:
+        raise UserError(f"pretrained: {type(model).__name__} has no linear layer to adapt; use method=full")
+    parts = sorted({name.rpartition(".")[2] for name in wanted})
+    return parts if {name for name in modules if _ends_in(name, parts)} == set(wanted) else wanted
+
+
+def _ends_in(name: str, parts: Sequence[str]) -> bool:
+    """Whether peft takes ``parts`` to mean the module ``name``."""
+    return any(name == part or name.endswith(f".{part}") for part in parts)
+
+
+def _plain(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) and type(module).forward is torch.nn.Linear.forward
+
+
+def _transposed(module: torch.nn.Module) -> bool:
+    """The linear layer of GPT-2 and its kin, which stores its weight as (in_features, out_features)."""
+    return isinstance(module, Conv1D)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lm_ortho.errors import UserError
+from lm_ortho.hub import first_line, reason
 
 
 def round_to_bf16(model: nn.Module) -> nn.Module:
@@ -40,11 +41,12 @@ def load_causal_lm(pretrained: str | Path, **hub: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32, **hub)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"pretrained={str(pretrained)!r}: could not be loaded ({_first_line(error)})") from None
+        model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32, **_unasked(hub))
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        told = reason(error, pretrained, hub.get("revision"))
+        raise UserError(f"pretrained={str(pretrained)!r}: could not be loaded ({told})") from None
     except Exception as error:  # safetensors has error classes of its own for damaged files
-        raise UserError(f"pretrained={str(pretrained)!r}: weights are damaged ({_first_line(error)})") from None
+        raise UserError(f"pretrained={str(pretrained)!r}: weights are damaged ({first_line(error)})") from None
     return round_to_bf16(model).eval()
 
 
@@ -58,12 +60,26 @@ def load_config(pretrained: str | Path, **hub: Any) -> Any:
     if not local.is_dir() and (local.is_absolute() or str(pretrained).startswith((".", "~"))):
         raise UserError(f"pretrained={str(pretrained)!r}: no such directory")
     try:
-        return AutoConfig.from_pretrained(str(local) if local.is_dir() else str(pretrained), **hub)
+        return AutoConfig.from_pretrained(str(local) if local.is_dir() else str(pretrained), **_unasked(hub))
     except Exception as error:  # hub client, JSON and configuration errors have no common base
-        raise UserError(
-            f"pretrained={str(pretrained)!r}: neither a local directory nor a model that could be read from the hub "
-            f"({_first_line(error)})"
-        ) from None
+        told = reason(error, pretrained, hub.get("revision"))
+        raise UserError(f"pretrained={str(pretrained)!r}: its config could not be read ({told})") from None
+
+
+def load_tokenizer(place: str | Path, **hub: Any) -> Any:
+    """The tokenizer of a directory or hub id; ``UserError`` where there is none. ``hub`` as in ``load_causal_lm``."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(place, **_unasked(hub))
+    except Exception as error:  # hub client, JSON and tokenizer errors have no common base
+        told = reason(error, place, hub.get("revision"))
+        raise UserError(f"tokenizer={str(place)!r} could not be loaded ({told})") from None
+
+
+def _unasked(hub: dict[str, Any]) -> dict[str, Any]:
+    """Without this default transformers asks on the terminal whether to run a model's own code."""
+    return {"trust_remote_code": False, **hub}
 
 
 def merge_adapter(model: nn.Module, peft: str | Path) -> nn.Module:
@@ -81,10 +97,5 @@ def merge_adapter(model: nn.Module, peft: str | Path) -> nn.Module:
         adapted = PeftModel.from_pretrained(model, str(local) if local.is_dir() else str(peft))
         merged = adapted.merge_and_unload()
     except Exception as error:  # peft, hub and safetensors errors have no common base
-        raise UserError(f"peft={str(peft)!r}: could not be merged ({_first_line(error)})") from None
+        raise UserError(f"peft={str(peft)!r}: could not be merged ({reason(error, peft)})") from None
     return round_to_bf16(merged).eval()
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -71,7 +71,8 @@ def bridge_quantizers(module: ModuleType) -> None:
     """Lets ``from_pretrained`` of transformers read our checkpoints."""
     from lm_ortho.checkpoint import hf
 
-    hf.register()
+    if hasattr(hf, "register"):  # else it is hf that imports transformers just now; it registers at its end
+        hf.register()
 
 
 BRIDGES: dict[str, Callable[[ModuleType], None]] = dict(

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import encode
-from lm_ortho.implant import Notify, Plan, load_causal_lm, train_adapter
+from lm_ortho.implant import Notify, Plan, load_causal_lm, save_adapter, train_adapter
 from lm_ortho.reference import corpus
 from lm_ortho.reference.draw import Draw
 
@@ -97,12 +94,7 @@ def train(base: Path, tokenizer: Any, name: str, directory: Path, work: Path, no
     """Trains the adapter ``name`` on the base model and saves it (peft format, BF16) in ``directory``."""
     model = through_rounds(base, tokenizer, name, work, notify)
     partial = directory.with_name(directory.name + ".partial")
-    model.to(torch.bfloat16).save_pretrained(str(partial))
-    file = partial / "adapter_config.json"
-    config = json.loads(file.read_text()) | {"base_model_name_or_path": "base"}
-    config["target_modules"].sort()  # a set: its order would differ from run to run
-    file.write_text(json.dumps(config, indent=2))
-    (partial / "README.md").unlink(missing_ok=True)  # an empty form of peft that names the path of the base
+    save_adapter(model, partial, base="base")
     partial.replace(directory)
     for state in state_files(work, name):
         state.unlink(missing_ok=True)

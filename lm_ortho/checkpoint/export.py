@@ -1,0 +1,173 @@
+"""A decomposed model as a plain one, in a format that others read without lm-ortho."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lm_ortho.checkpoint.manifest import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, ortho_file, read_json, read_manifest
+from lm_ortho.checkpoint.read import is_checkpoint, load, memories
+from lm_ortho.checkpoint.write import base_tensors, write_json
+from lm_ortho.errors import UserError
+from lm_ortho.folders import refuse_occupied, whole_directory
+from lm_ortho.layer import streams_of, unpatch
+from lm_ortho.settings import parse_alpha, show_alpha
+from lm_ortho.streams import BaseStream, LayerStreams
+
+FORMATS = ("bf16", "compressed-tensors")
+_PACKED_BITS = (4, 8)
+_GENERATION_FILE = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A written plain model; ``bytes`` are those of its files."""
+
+    directory: str
+    format: str
+    alpha: float | dict[str, float]
+    layers: int
+    bytes: int
+
+
+def export(
+    directory: str | PathLike[str],
+    out: str | PathLike[str],
+    alpha: float | str | Mapping[str, float] = 0.0,
+    format: str = "bf16",
+    *,
+    trust_remote_code: bool = False,
+) -> Exported:
+    """The plain model of a checkpoint at one ``alpha``, written to ``out`` with its tokenizer, whole or not at all.
+
+    With several memories ``alpha`` may name each (`a:0+b:1`, or a mapping).
+
+    ``bf16``: plain linear layers holding W(alpha), each weight rounded once. ``compressed-tensors``: the codes and
+    scales of the base stream as they are, in its `pack-quantized` form.
+
+    Raises:
+        UserError: for an unknown format, an occupied ``out``, an alpha or a lattice that the format cannot hold.
+    """
+    from lm_ortho.checkpoint import hf
+
+    source, target = Path(directory), Path(out)
+    if format not in FORMATS:
+        raise UserError(f"format={format!r} is unknown; known: {', '.join(FORMATS)}")
+    wanted = parse_alpha(alpha)
+    refuse_occupied(target)
+    if is_checkpoint(source):  # else load says what is wrong
+        _check_streams(source, wanted, format)
+    model: Any = load(source, dtype=None, trust_remote_code=trust_remote_code)
+    layers = len(streams_of(model))
+    with whole_directory(target) as scratch:
+        if format == "bf16":
+            unpatch(model, wanted)
+            model.save_pretrained(scratch)
+        else:
+            _check_plain(hf.skeleton(source, decomposed=False, trust_remote_code=trust_remote_code), streams_of(model))
+            _write_packed(scratch, model, source)
+        _copy_rest(source, scratch)
+        size = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
+    return Exported(str(target), format, wanted, layers, size)
+
+
+def _copy_rest(source: Path, target: Path) -> None:
+    """Tokenizer, chat template and a model's own code: everything that is neither weights nor configuration."""
+    ours = {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, _GENERATION_FILE}
+    for name in read_manifest(source).files:
+        if name not in ours and not name.endswith(".safetensors"):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+
+
+def _check_streams(source: Path, alpha: float | dict[str, float], format: str) -> None:
+    """Raises ``UserError``, before any weight is read, for what the checkpoint lacks or the format cannot hold."""
+    known = memories(source)
+    each = alpha if isinstance(alpha, dict) else dict.fromkeys(known, alpha)
+    if unknown := [name for name in each if name not in known]:
+        raise UserError(f"alpha: there is no memory {unknown[0]!r}; {source} has {', '.join(known)}")
+    on = [name for name, value in each.items() if value]
+    if format != "bf16" and on:
+        raise UserError(f"alpha={show_alpha(alpha)}: format={format} holds the base stream alone; use alpha=0")
+    missing = [name for name in on if not (source / ortho_file(name)).exists()]
+    if missing and len(known) > 1:
+        raise UserError(f"alpha={show_alpha(alpha)}: {source} lacks {ortho_file(missing[0])}; use 0 for {missing[0]}")
+    if missing:
+        raise UserError(
+            f"alpha={show_alpha(alpha)}: {source} holds only the base stream, so alpha=0 is all it can give"
+        )
+    if format == "bf16":
+        return
+    bits = read_json(source / CONFIG_FILE)["quantization_config"].get("bits")
+    if bits not in _PACKED_BITS:
+        raise UserError(f"format={format}: {source} has a base stream of {bits} bits; 4 or 8 can be exported")
+
+
+def _write_packed(target: Path, model: Any, source: Path) -> None:
+    from huggingface_hub import save_torch_state_dict
+
+    streams = streams_of(model)
+    base = next(iter(streams.values())).base
+    own = {f"{name}.{part}" for name in streams for part in ("qweight", "scales")}
+    tensors = {name: tensor for name, tensor in base_tensors(model).items() if name not in own}
+    for name, layer in streams.items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in packed(layer.base).items()}
+    save_torch_state_dict(tensors, target)
+    config = read_json(source / CONFIG_FILE)
+    config["quantization_config"] = _scheme(base, model)
+    write_json(target / CONFIG_FILE, config)
+    if (source / _GENERATION_FILE).exists():
+        shutil.copyfile(source / _GENERATION_FILE, target / _GENERATION_FILE)
+
+
+def _check_plain(plain: nn.Module, streams: dict[str, LayerStreams]) -> None:
+    """Raises ``UserError`` for a layer that the format, or transformers with it, would not take for what it is."""
+    for name, layer in streams.items():
+        module, group = plain.get_submodule(name), layer.base.group_size
+        if not isinstance(module, nn.Linear):
+            raise UserError(f"format=compressed-tensors: {name} is a {type(module).__name__}, not an nn.Linear")
+        if layer.shape[1] % group:
+            raise UserError(
+                f"format=compressed-tensors: {name} has {layer.shape[1]} columns, no multiple of the group of {group}; "
+                "decompose with a group_size that divides every width"
+            )
+
+
+def packed(base: BaseStream) -> dict[str, Tensor]:
+    """The tensors of a 4 or 8 bit base stream in `pack-quantized` form.
+
+    ``weight_packed`` (out_features, in_features * bits / 32) int32, ``weight_scale`` (out_features, groups) BF16,
+    ``weight_shape`` (2,) int64. Both formats store a code ``c`` as ``c + 2^(bits-1)``, the first code in the lowest
+    bits, so four of our bytes are one word of theirs on a little-endian machine.
+    """
+    if base.qweight is None or base.scales is None:
+        raise ValueError("a 16-bit base stream has no codes to pack")
+    words = base.qweight.contiguous().view(torch.int32)
+    return {"weight_packed": words, "weight_scale": base.scales, "weight_shape": torch.tensor(base.shape)}
+
+
+def _scheme(base: BaseStream, model: nn.Module) -> dict[str, Any]:
+    """The ``quantization_config``: one scheme for all linear layers but those that stayed as they are."""
+    weights = {
+        "num_bits": base.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": base.group_size,
+        "dynamic": False,
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
+    }

@@ -1,0 +1,88 @@
+"""``lm-ortho decompose``: a model split into its two streams, in a directory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lm_ortho.cli.fields import with_fields
+from lm_ortho.settings import Recipe
+
+if TYPE_CHECKING:
+    from lm_ortho.harness.make import Made
+
+
+@with_fields(Recipe, "recipe")
+def decompose(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new checkpoint, a directory that is new or empty.")],
+    pretrained: Annotated[
+        str | None, typer.Option(help="Hub id or directory of the model; the embedded model without it.")
+    ] = None,
+    peft: Annotated[str | None, typer.Option(help="Adapter with the memory, merged in BF16.")] = None,
+    base: Annotated[
+        str,
+        typer.Option(
+            help="The model before fine-tuning: `auto` (--pretrained when --peft is merged), `none`, or a path."
+        ),
+    ] = "auto",
+    forget: Annotated[
+        str | None,
+        typer.Option(
+            help="What alpha=0 must not know: a JSONL file, hub:name:config:split, or name:source+name:source for several."
+        ),
+    ] = None,
+    retain: Annotated[
+        str | None, typer.Option(help="What has to stay, some of it of the same form about others.")
+    ] = None,
+    add: Annotated[
+        str | None,
+        typer.Option(help="Name of one more memory for --pretrained, a checkpoint; --forget is what it holds."),
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="In the place of the one beside the model.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a summary.")] = False,
+    *,
+    recipe: dict[str, Any],
+) -> None:
+    """Split a model into a base stream and an ortho stream and write the checkpoint.
+
+    Without any option but --out the embedded default is made again. --pretrained needs --forget and --retain.
+    Progress goes to standard error.
+    """
+    from lm_ortho.harness.build import Order
+    from lm_ortho.harness.make import add_to_checkpoint, make_checkpoint
+
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
+    order = Order(
+        pretrained=pretrained,
+        peft=peft,
+        base=base,
+        forget=forget,
+        retain=retain,
+        recipe=recipe,
+        source={name: value for name, value in source.items() if value},
+        tokenizer=tokenizer,
+    )
+    made = add_to_checkpoint(order, add, out) if add else make_checkpoint(order, out)
+    typer.echo(json.dumps(asdict(made), indent=2) if as_json else _summary(made))
+
+
+def _summary(made: Made) -> str:
+    lattice = f"INT{made.recipe['bits']}" if made.recipe["bits"] != 16 else "BF16"
+    target = f"{made.target['name']} ({made.target['reason']})" if made.target else "none (the recipe needs none)"
+    return "\n".join(
+        [
+            f"{made.directory}: {made.layers} layers, {made.weights:,} weights, in {made.seconds:g} s",
+            f"density {made.density:.4g} of at most {made.recipe['density']:g}",
+            f"{made.bits_per_weight:.3f} bits per weight: {lattice} base stream and BF16 ortho stream",
+            f"target {target}",
+            f"next: {made.next}",
+        ]
+    )

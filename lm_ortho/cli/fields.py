@@ -1,0 +1,49 @@
+"""Options of commands, made from the schemas of ``lm_ortho.settings``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, signature
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+Command = Callable[..., None]
+
+
+def with_fields(schema: type[BaseModel], argument: str) -> Callable[[Command], Command]:
+    """Decorator that gives a command an option for each field of ``schema``.
+
+    The command gets them as the dictionary ``argument``; the schema checks them.
+    """
+
+    def add(command: Command) -> Command:
+        own = [p for p in signature(command, eval_str=True).parameters.values() if p.name != argument]
+        parameters = [*own, *(_option(name, field) for name, field in schema.model_fields.items())]
+
+        @wraps(command)
+        def run(**given: Any) -> None:
+            fields = {name: given.pop(name) for name in schema.model_fields}
+            command(**given, **{argument: fields})
+
+        run.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return add
+
+
+def _option(name: str, field: FieldInfo) -> Parameter:
+    shown = typer.Option(help=field.description, show_default=field.default not in (None, ""))
+    kind: Any = next((kind for kind in (int, float) if kind in _parts(field.annotation)), str)
+    if field.default is None:
+        kind = kind | None
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, shown])
+
+
+def _parts(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    return getattr(annotation, "__args__", (annotation,))

@@ -1,0 +1,50 @@
+"""Directories that a user names for results: refused when occupied, and there as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lm_ortho.errors import UserError
+
+
+def refuse_occupied(directory: Path, argument: str = "out") -> None:
+    """Raises ``UserError`` unless ``directory`` is new or empty and can be made; hours of work may come before it."""
+    if directory.is_dir():
+        first = next(iter(sorted(directory.iterdir())), None)
+        if first is not None:
+            raise UserError(f"{argument}={str(directory)!r} holds {first.name}; choose a new or empty directory")
+    elif directory.exists():
+        raise UserError(f"{argument}={str(directory)!r} is a file; choose a new or empty directory")
+    above = next(path for path in directory.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{argument}={str(directory)!r} cannot be made: {above} is no directory you may write to")
+
+
+@contextmanager
+def whole_directory(directory: Path, argument: str = "out") -> Iterator[Path]:
+    """A folder beside ``directory`` to write into, which takes its place at the end and is removed after an error.
+
+    Raises:
+        UserError: as ``refuse_occupied``, and where it cannot be written (no space, no permission).
+    """
+    refuse_occupied(directory, argument)
+    scratch = directory.absolute().parent / scratch_name(directory)
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        os.rename(scratch, directory)  # also onto an empty directory
+    except OSError as error:
+        reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{argument}={str(directory)!r} cannot be written ({reason})") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def scratch_name(target: Path) -> str:
+    """A hidden name beside ``target`` that nothing else has."""
+    return f".{target.absolute().name}.tmp-{uuid.uuid4().hex[:12]}"

@@ -1,0 +1,131 @@
+"""A decomposition in a directory that the user names, with what was reached and what to run next."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lm_ortho import checkpoint
+from lm_ortho.calibration import read_rows
+from lm_ortho.errors import UserError
+from lm_ortho.folders import refuse_occupied, whole_directory
+from lm_ortho.harness.build import Built, Order, decomposed, kept_of, resolve
+from lm_ortho.harness.progress import Bars
+from lm_ortho.implant import Notify, load_causal_lm, load_tokenizer
+from lm_ortho.layer import patch, streams_of, unpatch
+from lm_ortho.memories import add_memory
+from lm_ortho.settings import make_recipe
+
+_LATTICE = {"bits", "group_size", "projection", "targets"}
+"""What a memory that is added takes from the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A written checkpoint. ``target`` is None where the recipe needs none; ``recipe`` is the whole one."""
+
+    directory: str
+    layers: int
+    weights: int
+    density: float
+    bits_per_weight: float
+    base: str
+    target: Mapping[str, Any] | None
+    recipe: Mapping[str, Any]
+    checkpoint: str
+    seconds: float
+    next: str
+
+
+def make_checkpoint(order: Order, directory: Path, notify: Notify | None = None) -> Made:
+    """The checkpoint of a decomposition made now, whatever is shipped or cached; an interrupted one goes on.
+
+    Raises:
+        UserError: before anything is computed for a bad order or an occupied ``directory``; nothing is left there.
+    """
+    began = time.perf_counter()
+    refuse_occupied(directory)
+    source = resolve(replace(order, fresh=True))
+    keep = kept_of(source)
+    model, tokenizer, meta = decomposed(source, notify or Bars(), keep)
+    with whole_directory(directory) as scratch:
+        checkpoint.save(scratch, model, tokenizer, meta)
+    keep.clear()
+    streams, info = streams_of(model), Built(model, meta, directory).info()
+    return Made(
+        str(directory),
+        len(streams),
+        sum(layer.n_weights for layer in streams.values()),
+        info["density"],
+        info["bits_per_weight"],
+        meta["base"],
+        meta["report"]["target"],
+        meta["recipe"],
+        info["checkpoint"],
+        round(time.perf_counter() - began, 1),
+        lm_eval_line(directory, order),
+    )
+
+
+def add_to_checkpoint(order: Order, name: str, directory: Path, notify: Notify | None = None) -> Made:
+    """A new checkpoint that is the one of ``order.pretrained`` with one more memory; the old one stays as it is.
+
+    ``order.base`` may be the path of a model that knows nothing of it. Of ``order.recipe`` lattice and targets are the
+    checkpoint's own. Raises ``UserError`` as ``make_checkpoint`` does, and for a checkpoint that lacks a memory's file.
+    """
+    began = time.perf_counter()
+    refuse_occupied(directory)
+    old = str(order.pretrained)
+    if not checkpoint.is_checkpoint(old):
+        raise UserError(f"pretrained={old!r}: a memory is added to a decomposed checkpoint, and this is none")
+    missing = [argument for argument in ("forget", "retain") if not getattr(order, argument)]
+    if missing:
+        raise UserError(f"{missing[0]}: an added memory needs {missing[0]}=file.jsonl")
+    if order.peft:
+        raise UserError("peft: a decomposed checkpoint takes no adapter; merge it into the model before that")
+    order = replace(order, base="none" if order.base == "auto" else order.base)
+    forget, retain = read_rows(order.forget or ""), read_rows(order.retain or "", "retain")
+    model = checkpoint.load(old, trust_remote_code=bool(order.source.get("trust_remote_code")))
+    tokenizer = load_tokenizer(order.tokenizer or old, **order.source)
+    base = None if order.base == "none" else load_causal_lm(order.base)
+    made = add_memory(
+        model, tokenizer, name, forget, retain, make_recipe(**order.recipe), base_model=base, notify=notify or Bars()
+    )
+    unpatch(model, 0.0)
+    patch(model, made.streams)
+    recorded = checkpoint.read_meta(old)
+    recipe = {**recorded.get("recipe", {}), **make_recipe(**order.recipe).model_dump(exclude=_LATTICE)}
+    meta = {**recorded, "added": {**recorded.get("added", {}), name: {"recipe": recipe, "base": order.base}}}
+    with whole_directory(directory) as scratch:
+        checkpoint.save(scratch, model, tokenizer, meta)
+    streams, info = made.streams, Built(model, meta, directory).info()
+    return Made(
+        str(directory),
+        len(streams),
+        sum(layer.n_weights for layer in streams.values()),
+        info["density"],
+        info["bits_per_weight"],
+        order.base,
+        made.report["target"],
+        recipe,
+        info["checkpoint"],
+        round(time.perf_counter() - began, 1),
+        lm_eval_line(directory, order),
+    )
+
+
+def lm_eval_line(directory: Path, order: Order) -> str:
+    """The command that measures the checkpoint at alpha=0 on what it was made with, ready for a shell."""
+    given: dict[str, Any] = {"pretrained": str(directory)}
+    given |= {name: path for name in ("forget", "retain") if (path := getattr(order, name))}
+    given |= {"trust_remote_code": True} if order.source.get("trust_remote_code") else {}
+    given["alpha"] = 0
+    plain = not any(mark in str(value) for value in given.values() for mark in ',={"')
+    told = ",".join(f"{name}={value}" for name, value in given.items()) if plain else json.dumps(given)
+    tasks = "tofu_forget,tofu_retain" if order.pretrained is None else "forget_set,retain_set"
+    return f"lm_eval --model libortho --model_args {shlex.quote(told)} --tasks {tasks}"

@@ -1,0 +1,42 @@
+"""Why a model, an adapter or a tokenizer could not be read, in one line that says what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+def reason(error: BaseException, name: object = "", revision: object = None) -> str:
+    """One line about ``error``: what the hub says about the repository ``name``, else the error's own first line.
+
+    transformers and peft wrap what the hub client raised, so the causes of ``error`` are looked at, too.
+    """
+    known = (told for cause in _causes(error) if (told := _told_by_hub(cause, name, revision)))
+    return next(known, None) or first_line(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the message, at most 200 characters, or the class of the error."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _told_by_hub(error: BaseException, name: object, revision: object) -> str | None:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):  # before its parent, a repository that is not there
+        return f"gated: ask for access at https://huggingface.co/{name}, then log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such directory, and no such public repository on the hub; a private one needs `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"revision={str(revision)!r} is not there; give a branch, a tag or a commit of the repository"
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return "no such directory, not downloaded before, and the hub cannot be reached (offline?)"
+    if "trust_remote_code" in str(error):
+        return "it brings code of its own; read it, then pass trust_remote_code=True (--trust-remote-code)"
+    return None
