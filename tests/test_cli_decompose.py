@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from lm_eval.utils import simple_parse_args_string
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lm_ortho import checkpoint
+from lm_ortho.calibration import read_rows, write_rows
 from lm_ortho.cli.app import app
 from lm_ortho.errors import UserError
 from lm_ortho.harness import make
 from lm_ortho.harness.build import Order, Source
 from lm_ortho.harness.model import LibOrthoLM
+from lm_ortho.layer import streams_of
 from lm_ortho.settings import Recipe, make_recipe
 
 pytestmark = pytest.mark.usefixtures("small_and_alone")
@@ -66,7 +70,8 @@ def test_a_model_of_ones_own_becomes_a_checkpoint(own: list[str], tmp_path: Path
     assert lines[3] == "target none (the recipe needs none)"
     assert lines[4].startswith("next: lm_eval --model libortho --model_args pretrained=")
     assert "statistics" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "out"}
+    assert not list((tmp_path / "cache").iterdir()), "what an interrupted run would have needed is gone"
 
 
 def test_json_says_what_was_reached_and_why(own: list[str], tmp_path: Path) -> None:
@@ -105,13 +110,21 @@ def test_nothing_is_left_of_an_interrupted_run(own: list[str], tmp_path: Path, m
 
     monkeypatch.setattr("lm_ortho.checkpoint.write.write_manifest", stop)
     assert run(*own, "-o", str(tmp_path / "out")).exit_code != 0
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert [path.name[:11] for path in (tmp_path / "cache").iterdir()] == ["unfinished-"]
+    monkeypatch.undo()
+    monkeypatch.setenv("LM_ORTHO_CACHE", str(tmp_path / "cache"))
+    again = run(*own, "-o", str(tmp_path / "out"))
+    assert again.exit_code == 0
+    assert "statistics" in again.stderr
+    assert "projection" not in again.stderr, "every block of it was kept"
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_without_options_the_embedded_default_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Source] = []
 
-    def record(source: Source, notify: Any) -> None:
+    def record(source: Source, notify: Any, keep: Any) -> None:
         asked.append(source)
         raise UserError("enough")
 
@@ -145,3 +158,62 @@ def test_a_model_of_ones_own_needs_both_sets_and_plain_weights(home: Path, own: 
     assert "forget: your own model needs forget=file.jsonl" in refusal("--pretrained", str(home / "plain"), *out)
     decomposed = [str(home / "decomposed") if part == str(home / "plain") else part for part in own]
     assert "is decomposed already" in refusal(*decomposed, *out)
+
+
+# --- several memories
+
+
+def test_a_memory_is_added_to_a_finished_checkpoint(own: list[str], home: Path, tmp_path: Path) -> None:
+    rows = read_rows(home / "forget.jsonl")
+    for name, part in (("first", rows[:3]), ("later", rows[3:])):
+        write_rows(tmp_path / f"{name}.jsonl", part)
+    first, both = tmp_path / "first", tmp_path / "both"
+    assert run(*own, "--forget", f"{tmp_path}/first.jsonl", "-o", str(first)).exit_code == 0
+    given = ["--forget", f"{tmp_path}/later.jsonl", "--retain", str(home / "retain.jsonl"), "--sieve", "residual"]
+    done = run("--pretrained", str(first), "--add", "later", *given, "--edit", "zero", "--json", "-o", str(both))
+    assert done.exit_code == 0, done.exception
+    assert json.loads(done.stdout)["recipe"]["group_size"] == 16, "the lattice of the checkpoint"
+    assert checkpoint.memories(both) == ["memory", "later"]
+    assert (both / "ortho.safetensors").read_bytes() == (first / "ortho.safetensors").read_bytes()
+    assert checkpoint.read_meta(both)["added"]["later"]["recipe"]["sieve"] == "residual"
+    assert checkpoint.read_meta(both)["recipe"] == checkpoint.read_meta(first)["recipe"]
+    lm = LibOrthoLM(str(both), alpha="memory:1+later:0", device="cpu")
+    assert lm.alpha == {"memory": 1.0, "later": 0.0}
+
+    found = runner.invoke(app, ["inspect", str(both), "--json"])
+    assert set(json.loads(found.stdout)["memories"]) == {"memory", "later"}
+    assert "memory 1.9" in (shown := runner.invoke(app, ["inspect", str(both)]).stdout)
+    assert "later 0.9" in shown, "the density of the default recipe"
+
+    plain = runner.invoke(app, ["export", str(both), str(tmp_path / "plain"), "--alpha", "later:1", "--json"])
+    assert json.loads(plain.stdout)["alpha"] == {"later": 1.0}
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").state_dict()
+    for name, layer in streams_of(lm.model).items():
+        assert torch.equal(exported[f"{name}.weight"], layer.dense({"later": 1.0}, torch.bfloat16))
+
+    def export_refusal(*arguments: str) -> str:
+        return str(runner.invoke(app, ["export", str(both), str(tmp_path / "no"), *arguments]).exception)
+
+    assert "no memory 'other'" in export_refusal("--alpha", "other:1")
+    assert "later:1" in export_refusal("--alpha", "later:1", "--format", "compressed-tensors")
+    (both / "ortho-later.safetensors").unlink()
+    assert "lacks ortho-later.safetensors; use 0 for later" in export_refusal("--alpha", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pretrained", "plain", "--forget", "f", "--retain", "r"], "this is none"),
+        (["--pretrained", "decomposed", "--retain", "r"], "forget: an added memory needs forget=file.jsonl"),
+        (
+            ["--pretrained", "decomposed", "--forget", "f", "--retain", "r", "--peft", "x"],
+            "peft: a decomposed checkpoint",
+        ),
+        (["--pretrained", "decomposed", "--forget", "f", "--retain", "r"], "forget='f': no such file"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_added(home: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    given = [str(home / part) if part in ("plain", "decomposed") else part for part in arguments]
+    assert message in refusal(*given, "--add", "later", "-o", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

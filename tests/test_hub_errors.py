@@ -33,7 +33,7 @@ def refused(kind: type[errors.HfHubHTTPError]) -> Exception:
 ERRORS: dict[str, tuple[Callable[[], Exception], str]] = {
     "gated": (lambda: refused(errors.GatedRepoError), "gated: ask for access at https://huggingface.co/some/model"),
     "missing": (lambda: refused(errors.RepositoryNotFoundError), "no such public repository.*hf auth login"),
-    "revision": (lambda: refused(errors.RevisionNotFoundError), r"revision='v9' is not there; give a branch"),
+    "revision": (lambda: refused(errors.RevisionNotFoundError), r"revision='(v9|None)' is not there; give a branch"),
     "not in the cache": (lambda: errors.LocalEntryNotFoundError("gone"), "the hub cannot be reached"),
     "offline": (lambda: errors.OfflineModeIsEnabled("offline"), "the hub cannot be reached"),
 }
@@ -58,6 +58,7 @@ WAYS: dict[str, tuple[str, Callable[[], object]]] = {
     "config": ("pretrained", lambda: load_config("some/model", revision="v9")),
     "model": ("pretrained", lambda: load_causal_lm("some/model", revision="v9")),
     "order": ("pretrained", lambda: build.resolve(build.Order(pretrained="some/model", source={"revision": "v9"}))),
+    "base": ("base", lambda: build.load_base(build.Order(base="some/model"))),
     "tokenizer": ("tokenizer", lambda: load_tokenizer("some/model", revision="v9")),
     "whole repository": ("pretrained", lambda: build._download("pretrained", "some/model", "v9")),
 }

@@ -32,7 +32,7 @@ def decompose(
     forget: Annotated[
         str | None,
         typer.Option(
-            help="What alpha=0 must not know: a JSONL file, hub:name:config:split, or name:source+name:source for several."
+            help="What alpha=0 must not know: a JSONL file, hub:name:config:split, or name:source+name:source."
         ),
     ] = None,
     retain: Annotated[

@@ -299,8 +299,7 @@ def build_model(
         model, location = source.location, None
     else:
         location = Path(source.location) if source.kind == "checkpoint" else ensure_cached(source, notify)
-        trust = bool(source.order.source.get("trust_remote_code"))
-        model = checkpoint.load(location, dtype, device, trust_remote_code=trust, **placement)
+        model = checkpoint.load(location, dtype, device, **_trust(source.order), **placement)
         meta = checkpoint.read_meta(location)
     set_alpha(model, alpha)
     return Built(model, meta, location)
@@ -369,10 +368,19 @@ def load_models(source: Source) -> tuple[torch.nn.Module, torch.nn.Module | None
     model = load_causal_lm(source.location, **where)
     before: torch.nn.Module | None = None
     if order.base not in ("auto", "none"):
-        before = load_causal_lm(_location(order.base))
+        before = load_base(order)
     elif peft and order.base == "auto":
         before = copy.deepcopy(model)
     return (merge_adapter(model, peft) if peft else model), before
+
+
+def load_base(order: Order) -> torch.nn.Module:
+    """The model before fine-tuning that ``order.base`` names; it may bring code as the fine-tuned one may."""
+    return load_causal_lm(_location(order.base), argument="base", **_trust(order))
+
+
+def _trust(order: Order) -> dict[str, bool]:
+    return {"trust_remote_code": bool(order.source.get("trust_remote_code"))}
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -420,7 +428,7 @@ def _decompose_in_place(source: Source, notify: Notify) -> dict[str, Any]:
         return {}
     forget, retain = calibration_sets(source)
     base = source.order.base
-    before = None if base in ("auto", "none") else load_causal_lm(_location(base))
+    before = None if base in ("auto", "none") else load_base(source.order)
     merged = round_to_bf16(copy.deepcopy(model).float())
     tokenizer = load_tokenizer(source)
     made = _decompose(merged, tokenizer, forget, retain, source.recipe, before, notify)
@@ -434,7 +442,7 @@ def _cache_key(source: Source, forget: Mapping[str, Sequence[Row]], retain: Sequ
     weights = {
         "pretrained": files_hash(source.location, **order.source),
         "peft": adapter_hash(str(reference.path("memory")) if embedded else order.peft),
-        "base": order.base if order.base in ("auto", "none") else files_hash(order.base),
+        "base": order.base if order.base in ("auto", "none") else files_hash(order.base, "base", **_trust(order)),
     }
     return {
         "version": lm_ortho.__version__,
@@ -458,13 +466,13 @@ def adapter_hash(peft: str | None) -> str:
     return files_hash(_download("peft", peft, None))
 
 
-def files_hash(location: str | None, **source: Any) -> str:
+def files_hash(location: str | None, argument: str = "pretrained", **source: Any) -> str:
     """Hash of a model's or adapter's files: of the content of a directory, of the commit on the hub."""
     if location is None:
         return ""
     path = Path(location).expanduser()
     if not path.is_dir():
-        commit = getattr(load_config(location, **source), "_commit_hash", None)
+        commit = getattr(load_config(location, argument=argument, **source), "_commit_hash", None)
         return f"{location}@{commit or source.get('revision', 'main')}"
     digest = hashlib.sha256()
     for file in sorted(entry for entry in path.iterdir() if entry.is_file()):

@@ -21,22 +21,24 @@ def round_to_bf16(model: nn.Module) -> nn.Module:
     return model
 
 
-def load_causal_lm(pretrained: str | Path, **hub: Any) -> nn.Module:
+def load_causal_lm(pretrained: str | Path, *, argument: str = "pretrained", **hub: Any) -> nn.Module:
     """A decoder model in float32 whose weights are BF16 values. ``hub``: revision, trust_remote_code.
+
+    ``argument`` is what errors call it.
 
     Raises:
         UserError: one line for a missing directory, a directory without a config, an encoder-decoder model, a
             model that is already quantised, no network.
     """
-    config = load_config(pretrained, **hub)
+    config = load_config(pretrained, argument=argument, **hub)
     if getattr(config, "is_encoder_decoder", False):
         kind = getattr(config, "model_type", type(config).__name__)
-        raise UserError(f"pretrained={str(pretrained)!r}: {kind} is an encoder-decoder model; a decoder is needed")
+        raise UserError(f"{argument}={str(pretrained)!r}: {kind} is an encoder-decoder model; a decoder is needed")
     packed = getattr(config, "quantization_config", None)
     if packed is not None:
         method = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", packed)
         raise UserError(
-            f"pretrained={str(pretrained)!r}: weights are already packed ({method}); pass the unquantised model"
+            f"{argument}={str(pretrained)!r}: weights are already packed ({method}); pass the unquantised model"
         )
     from transformers import AutoModelForCausalLM
 
@@ -44,26 +46,26 @@ def load_causal_lm(pretrained: str | Path, **hub: Any) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32, **_unasked(hub))
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         told = reason(error, pretrained, hub.get("revision"))
-        raise UserError(f"pretrained={str(pretrained)!r}: could not be loaded ({told})") from None
+        raise UserError(f"{argument}={str(pretrained)!r}: could not be loaded ({told})") from None
     except Exception as error:  # safetensors has error classes of its own for damaged files
-        raise UserError(f"pretrained={str(pretrained)!r}: weights are damaged ({first_line(error)})") from None
+        raise UserError(f"{argument}={str(pretrained)!r}: weights are damaged ({first_line(error)})") from None
     return round_to_bf16(model).eval()
 
 
-def load_config(pretrained: str | Path, **hub: Any) -> Any:
+def load_config(pretrained: str | Path, *, argument: str = "pretrained", **hub: Any) -> Any:
     """The model's configuration; ``UserError`` as in ``load_causal_lm``."""
     from transformers import AutoConfig
 
     local = Path(str(pretrained)).expanduser()
     if local.is_dir() and not (local / "config.json").is_file():
-        raise UserError(f"pretrained={str(pretrained)!r}: the directory holds no config.json")
+        raise UserError(f"{argument}={str(pretrained)!r}: the directory holds no config.json")
     if not local.is_dir() and (local.is_absolute() or str(pretrained).startswith((".", "~"))):
-        raise UserError(f"pretrained={str(pretrained)!r}: no such directory")
+        raise UserError(f"{argument}={str(pretrained)!r}: no such directory")
     try:
         return AutoConfig.from_pretrained(str(local) if local.is_dir() else str(pretrained), **_unasked(hub))
     except Exception as error:  # hub client, JSON and configuration errors have no common base
         told = reason(error, pretrained, hub.get("revision"))
-        raise UserError(f"pretrained={str(pretrained)!r}: its config could not be read ({told})") from None
+        raise UserError(f"{argument}={str(pretrained)!r}: its config could not be read ({told})") from None
 
 
 def load_tokenizer(place: str | Path, **hub: Any) -> Any:
