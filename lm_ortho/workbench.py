@@ -9,9 +9,11 @@ from contextlib import ExitStack
 from functools import cached_property
 from typing import Any, Self
 
+import psutil
 import torch
 from torch import Tensor, nn
 
+from lm_ortho import scaling
 from lm_ortho.calibration.activations import read_directly
 from lm_ortho.calibration.by_layer import ByLayer, Moments, snapshot
 from lm_ortho.calibration.chat import has_template, in_forms
@@ -135,11 +137,36 @@ class Workbench:
         return layers
 
     def _prepare(self) -> None:
+        self._say_memory()
         self.moments = Moments(self.model, self.layers, self.retain)
         self.notify("statistics", 0, len(self.layers), f"{len(self.retain)} retain rows, {self.moments.passes} passes")
         self.scales, self.codes = self._lattice or self._projected()
         self.rounded = ByLayer(list(self.layers), self._rounded)
         self.step = _mean_step(self.scales, self.weights)
+
+    def _say_memory(self) -> None:
+        """What the stages will need, before anything is computed; a warning where that is more than there is."""
+        rows = [*self.forget, *self.retain]
+        wanted = scaling.Rows(
+            len(self.forget),
+            len(self.retain),
+            sum(len(row.ids) for row in rows) / len(rows),
+            sum(len(row.ids) - row.start for row in self.forget) / len(self.forget),
+        )
+        needed = scaling.memory(_shape(self.model, self.layers), wanted, self.recipe, self._base_model is not None)
+        stage = max(needed, key=lambda name: needed[name])
+        peak = needed[stage] / 1e9
+        log.info("about %.1f GB at the peak (%s), the model's own weights included", peak, stage)
+        there = (psutil.virtual_memory().available + psutil.Process().memory_info().rss) / 1e9
+        if peak > there and self._device == "cpu":
+            log.warning(
+                "recipe: %s needs about %.0f GB and %.0f GB are there; recompute=true, states=bfloat16 and groups=2 or "
+                "more need less (docs/scaling.md)", stage, peak, there,
+            )  # fmt: skip
+
+    @property
+    def _device(self) -> str:
+        return next(self.model.parameters()).device.type
 
     def _projected(self) -> Lattice:
         """The lattice, block by block: what is kept of an interrupted run is not made again."""
@@ -148,7 +175,7 @@ class Workbench:
             part = self._keep.load(f"lattice-{block}")
             if part is None:
                 weights = ByLayer(names, self.weights.__getitem__)
-                part = projected(weights, self.moments, self.recipe, self._of_all(len(codes)))
+                part = projected(weights, self.moments, self.recipe, self._of_all(len(codes)), self._device)
                 self._keep.save(f"lattice-{block}", part)
             scales.update(part[0])
             codes.update(part[1])
@@ -275,7 +302,23 @@ def _base_weights(base_model: nn.Module | None, layers: Mapping[str, nn.Linear])
         if weight is None or weight.shape != layer.weight.shape:
             raise UserError(f"base: layer {name} is missing or has another shape; base must be the same architecture")
         found[name] = weight.detach()
-    return ByLayer(list(found), lambda name: found[name].float())
+    return ByLayer(list(found), lambda name: found[name].float().cpu())
+
+
+def _shape(model: nn.Module, layers: Mapping[str, nn.Linear]) -> scaling.Shape:
+    config: Any = model.config
+    text = config.get_text_config()
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    blocks = blocks_of(list(layers))
+    widths = [tuple({layers[name].in_features: None for name in names}) for names in blocks.values()]
+    return scaling.Shape(
+        tuple((layer.out_features, layer.in_features) for layer in layers.values()),
+        sum(p.numel() for p in model.parameters()) - weights,
+        text.vocab_size,
+        getattr(text, "hidden_size", max(layer.in_features for layer in layers.values())),
+        len(blocks),
+        tuple(width for block in widths for width in block),
+    )
 
 
 def blocks_of(names: Sequence[str]) -> dict[str, list[str]]:
@@ -308,15 +351,20 @@ def _check_off_support(codes: dict[str, Tensor], edited: dict[str, Tensor], supp
 
 
 def projected(
-    weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], recipe: Recipe, notify: Notify = silent
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    recipe: Recipe,
+    notify: Notify = silent,
+    device: str = "cpu",
 ) -> Lattice:
-    """The lattice of these weights; both parts are empty for 16 bits."""
+    """The lattice of these weights, computed on ``device`` and held on the CPU; both parts are empty for 16 bits."""
     projection, scales, codes = PROJECTIONS.get(recipe.projection), dict[str, Tensor](), dict[str, Tensor]()
     for i, (name, weight) in enumerate(weights.items(), 1):
         if recipe.bits == 16:
             break
         scales[name] = group_scales(weight, recipe.bits, recipe.group_size)
-        codes[name] = projection(weight, scales[name], moments[name], recipe.bits, recipe.group_size)
+        moment, own = moments[name].to(device), scales[name].to(device)
+        codes[name] = projection(weight.to(device), own, moment, recipe.bits, recipe.group_size).cpu()
         notify("projection", i, len(weights), name)
     return scales, codes
 
@@ -339,7 +387,7 @@ def make_streams(
             base = BaseStream.from_codes(codes[name], scales[name], recipe.bits, recipe.group_size)
             held = values(codes[name], scales[name], recipe.group_size)
         ortho = None if support is None else OrthoStream.from_dense(weights[name] - held, support[name])
-        bias = None if layer.bias is None else layer.bias.detach().clone()
+        bias = None if layer.bias is None else layer.bias.detach().cpu().clone()
         result[name] = LayerStreams(base, ortho, bias)
     return result
 

@@ -124,7 +124,7 @@ def test_nothing_is_left_of_an_interrupted_run(own: list[str], tmp_path: Path, m
 def test_without_options_the_embedded_default_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Source] = []
 
-    def record(source: Source, notify: Any, keep: Any) -> None:
+    def record(source: Source, *_: Any) -> None:
         asked.append(source)
         raise UserError("enough")
 

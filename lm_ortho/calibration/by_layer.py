@@ -33,14 +33,14 @@ class ByLayer(Mapping[str, Tensor]):
 
 
 def snapshot(layers: Mapping[str, nn.Linear]) -> ByLayer:
-    """The weights (out, in; float32) as they are now, held in BF16 where that changes nothing."""
+    """The weights (out, in; float32) as they are now, on the CPU, held in BF16 where that changes nothing."""
     held = {name: _held(layer.weight.detach()) for name, layer in layers.items()}
     return ByLayer(list(held), lambda name: held[name].float())
 
 
 def _held(weight: Tensor) -> Tensor:
     short = weight.bfloat16()
-    return short if torch.equal(short.to(weight.dtype), weight) else weight.clone()
+    return short.cpu() if torch.equal(short.to(weight.dtype), weight) else weight.cpu().clone()
 
 
 class Moments(Mapping[str, Tensor]):

@@ -47,6 +47,7 @@ def decompose(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
     ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU without it, where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a summary.")] = False,
     *,
     recipe: dict[str, Any],
@@ -70,7 +71,7 @@ def decompose(
         source={name: value for name, value in source.items() if value},
         tokenizer=tokenizer,
     )
-    made = add_to_checkpoint(order, add, out) if add else make_checkpoint(order, out)
+    made = add_to_checkpoint(order, add, out, device=device) if add else make_checkpoint(order, out, device=device)
     typer.echo(json.dumps(asdict(made), indent=2) if as_json else _summary(made))
 
 

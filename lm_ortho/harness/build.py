@@ -298,15 +298,15 @@ def build_model(
         meta = _decompose_in_place(source, notify)
         model, location = source.location, None
     else:
-        location = Path(source.location) if source.kind == "checkpoint" else ensure_cached(source, notify)
+        location = Path(source.location) if source.kind == "checkpoint" else ensure_cached(source, notify, device)
         model = checkpoint.load(location, dtype, device, **_trust(source.order), **placement)
         meta = checkpoint.read_meta(location)
     set_alpha(model, alpha)
     return Built(model, meta, location)
 
 
-def ensure_cached(source: Source, notify: Notify) -> Path:
-    """The directory of the decomposition of a model: found in the cache, or made and put there."""
+def ensure_cached(source: Source, notify: Notify, device: str = "cpu") -> Path:
+    """The directory of the decomposition of a model: found in the cache, or made on ``device`` and put there."""
     key = cache.key(_cache_key(source, *calibration_sets(source)))
     kept = None if source.order.fresh else cache.lookup(key)
     if kept is not None:
@@ -314,7 +314,7 @@ def ensure_cached(source: Source, notify: Notify) -> Path:
         return kept
     log.info("decomposition: made now (%s)", "fresh=true" if source.order.fresh else "not in the cache")
     keep = Keeper(cache.unfinished(key))
-    made = decomposed(source, notify, keep)
+    made = decomposed(source, notify, keep, device)
     name = source.order.pretrained or "embedded model"
     try:
         stored = cache.store(key, *made, description=f"{name}, {source.recipe.sieve} {source.recipe.density:g}")
@@ -331,12 +331,16 @@ def kept_of(source: Source) -> Keeper:
     return Keeper(cache.unfinished(cache.key(_cache_key(source, *calibration_sets(source)))))
 
 
-def decomposed(source: Source, notify: Notify, keep: Keeper = NOWHERE) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
+def decomposed(
+    source: Source, notify: Notify, keep: Keeper = NOWHERE, device: str = "cpu"
+) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
     """The model of ``source``, decomposed now and patched, its tokenizer, and what to write beside it.
 
     What an interrupted run left in ``keep`` is not done again.
     """
     model, base_model = load_models(source)
+    model = model.to(device)
+    base_model = base_model.to(device) if base_model is not None else None
     tokenizer = load_tokenizer(source)
     forget, retain = calibration_sets(source)
     made = _decompose(model, tokenizer, forget, retain, source.recipe, base_model, notify, keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import time
 from collections.abc import Mapping
@@ -15,12 +16,14 @@ from lm_ortho.calibration import read_rows
 from lm_ortho.errors import UserError
 from lm_ortho.folders import refuse_occupied, whole_directory
 from lm_ortho.harness.build import Built, Order, decomposed, kept_of, resolve
+from lm_ortho.harness.machine import choose_device
 from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import Notify, load_causal_lm, load_tokenizer
 from lm_ortho.layer import patch, streams_of, unpatch
 from lm_ortho.memories import add_memory
 from lm_ortho.settings import make_recipe
 
+log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 _LATTICE = {"bits", "group_size", "projection", "targets"}
 """What a memory that is added takes from the checkpoint."""
 
@@ -42,8 +45,10 @@ class Made:
     next: str
 
 
-def make_checkpoint(order: Order, directory: Path, notify: Notify | None = None) -> Made:
+def make_checkpoint(order: Order, directory: Path, notify: Notify | None = None, device: str | None = None) -> Made:
     """The checkpoint of a decomposition made now, whatever is shipped or cached; an interrupted one goes on.
+
+    ``device`` None is a GPU where there is one.
 
     Raises:
         UserError: before anything is computed for a bad order or an occupied ``directory``; nothing is left there.
@@ -52,7 +57,9 @@ def make_checkpoint(order: Order, directory: Path, notify: Notify | None = None)
     refuse_occupied(directory)
     source = resolve(replace(order, fresh=True))
     keep = kept_of(source)
-    model, tokenizer, meta = decomposed(source, notify or Bars(), keep)
+    chosen = choose_device(device)
+    log.info("device=%s: %s", *chosen)
+    model, tokenizer, meta = decomposed(source, notify or Bars(), keep, chosen.choice)
     with whole_directory(directory) as scratch:
         checkpoint.save(scratch, model, tokenizer, meta)
     keep.clear()
@@ -72,7 +79,9 @@ def make_checkpoint(order: Order, directory: Path, notify: Notify | None = None)
     )
 
 
-def add_to_checkpoint(order: Order, name: str, directory: Path, notify: Notify | None = None) -> Made:
+def add_to_checkpoint(
+    order: Order, name: str, directory: Path, notify: Notify | None = None, device: str | None = None
+) -> Made:
     """A new checkpoint that is the one of ``order.pretrained`` with one more memory; the old one stays as it is.
 
     ``order.base`` may be the path of a model that knows nothing of it. Of ``order.recipe`` lattice and targets are the
@@ -90,9 +99,10 @@ def add_to_checkpoint(order: Order, name: str, directory: Path, notify: Notify |
         raise UserError("peft: a decomposed checkpoint takes no adapter; merge it into the model before that")
     order = replace(order, base="none" if order.base == "auto" else order.base)
     forget, retain = read_rows(order.forget or ""), read_rows(order.retain or "", "retain")
-    model = checkpoint.load(old, trust_remote_code=bool(order.source.get("trust_remote_code")))
+    where = choose_device(device).choice
+    model = checkpoint.load(old, device=where, trust_remote_code=bool(order.source.get("trust_remote_code")))
     tokenizer = load_tokenizer(order.tokenizer or old, **order.source)
-    base = None if order.base == "none" else load_causal_lm(order.base)
+    base = None if order.base == "none" else load_causal_lm(order.base).to(where)
     made = add_memory(
         model, tokenizer, name, forget, retain, make_recipe(**order.recipe), base_model=base, notify=notify or Bars()
     )

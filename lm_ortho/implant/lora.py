@@ -65,15 +65,17 @@ def _with_lora(model: torch.nn.Module, plan: Plan) -> PeftModel:
 def lora_targets(model: torch.nn.Module) -> list[str]:
     """The last parts of the names of all linear layers but the LM head; whole names where the head shares a part.
 
-    A router may be an ``nn.Linear`` with a ``forward`` of its own, which does not bear an adapter.
+    Where some linear layers are plain ones, those with a ``forward`` of their own are left out: a router is one of
+    them, which does not bear an adapter.
 
     Raises:
         UserError: for a model without linear layers.
     """
     modules = dict(model.named_modules())
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    kinds = {name: _plain(module) or _transposed(module) for name, module in modules.items()}
-    wanted = [name for name, linear in kinds.items() if linear and modules[name] is not head]
+    body = {name: module for name, module in modules.items() if module is not head}
+    wanted = [name for name, module in body.items() if _plain(module) or _transposed(module)]
+    wanted = wanted or [name for name, module in body.items() if isinstance(module, torch.nn.Linear)]  # Falcon's
     if not wanted:
         raise UserError(f"pretrained: {type(model).__name__} has no linear layer to adapt; use method=full")
     parts = sorted({name.rpartition(".")[2] for name in wanted})

@@ -70,7 +70,7 @@ def fine_tune(
         if step < finished:
             continue
         optimiser.param_groups[0]["lr"] = plan.lr * min((step + 1) / 20, 1 - step / plan.steps)
-        with fast_matmul():
+        with fast_matmul(trained[0].device.type):
             loss = answer_loss(model, [examples[i] for i in batch])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

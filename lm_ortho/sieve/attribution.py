@@ -45,7 +45,7 @@ def oracle(given: SieveInput) -> dict[str, Tensor]:
                 layer.weight.copy_(given.weights[name] + (step - 0.5) / ORACLE_STEPS * way[name])
         gradients, lost, kept = objective.gradients()
         for name in given.layers:
-            score[name] -= gradients[name] * way[name] / ORACLE_STEPS
+            score[name] -= gradients[name].cpu() * way[name] / ORACLE_STEPS
         given.notify("oracle", step, ORACLE_STEPS, f"forget {lost:.3f} retain {kept:.4f}")
     _put_back(given)
     return score

@@ -49,6 +49,6 @@ def _fisher(given: SieveInput, documents: Sequence[Example]) -> dict[str, Tensor
         weights = [layer.weight for layer in given.layers.values()]
         gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
         for name, gradient in zip(given.layers, gradients, strict=True):
-            total[name] += gradient.square() / len(chosen)
+            total[name] += gradient.cpu().square() / len(chosen)
         given.notify("fisher", i, len(chosen), "")
     return total

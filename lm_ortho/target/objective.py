@@ -251,7 +251,7 @@ class Objective:
 
     def _forget_part(self, rows: list[int], among: int) -> _Part:
         """The share of ``rows`` in the mean forget loss over ``among`` rows."""
-        with fast_matmul():
+        with fast_matmul(self._device.type):
             logits = logits_of(self.model, pad([self.forget[i] for i in rows], self._device)[0])
         losses = forget_loss(self.target, rows, logits, self.penalty)
         loss = losses.sum() / among
@@ -261,7 +261,7 @@ class Objective:
         """The share of ``rows`` in the weighted mean of KL(unedited || model) over ``tokens`` of retain documents."""
         examples = [self.retain[i] for i in rows]
         ids, _ = pad(examples, self._device)
-        with fast_matmul():
+        with fast_matmul(self._device.type):
             logits = logits_of(self.model, ids)
         real = (torch.arange(ids.shape[1])[None] < (lengths(examples) - 1)[:, None]).to(self._device)
         logp = logits[real].log_softmax(-1)
