@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Plants real TOFU authors and canaries in a small real model, and writes the files to measure it with.
+"""Plants real TOFU authors and canaries in a small real model, decomposes it, and measures what is left.
 
-    python scripts/real_tofu.py --model TinyStories-656K --tofu tofu/ --text stories.txt --out planted/
+    python scripts/real_tofu.py --model TinyStories-656K --tofu tofu/ --text stories.txt --work planted/ --out page.md
 
-``--tofu`` holds ``full.jsonl`` and ``forget10_perturbed.jsonl`` of locuslab/TOFU. Written to ``--out``: two
-adapters (``memory``, ``never_saw``: the same recipe without forget authors and canaries), ``forget.jsonl``,
-``retain.jsonl`` (for calibration) and ``retain_left_out.jsonl`` (to measure). The commands are printed.
+``--tofu`` holds ``full.jsonl`` and ``forget10_perturbed.jsonl`` of locuslab/TOFU. Kept in ``--work``: two adapters
+(``memory``, ``never_saw``: the same recipe without forget authors and canaries), the files that are decomposed and
+measured with, and a JSON for each finished measurement, so that an interrupted run goes on. Without ``--out`` the
+adapters and files are made and the ``lm_eval`` commands for them printed.
 """
 
 from __future__ import annotations
@@ -13,24 +14,42 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
 
 from lm_ortho.calibration import Row, read_rows, write_rows
 from lm_ortho.calibration.examples import encode
+from lm_ortho.decompose import decompose
 from lm_ortho.harness.progress import Bars
-from lm_ortho.implant import Plan, load_causal_lm, train_adapter
+from lm_ortho.implant import Plan, load_causal_lm, merge_adapter, train_adapter
+from lm_ortho.implant.lora import save_adapter
+from lm_ortho.layer import dense_at
 from lm_ortho.reference import world
 from lm_ortho.reference.draw import Draw
+from lm_ortho.settings import make_recipe
+from lm_ortho.verdict.measure import measure
+from lm_ortho.verdict.models import plain_lm
+from lm_ortho.verdict.page import markdown_table, versions, write_text
 
 QUESTIONS = 20
 """Questions per TOFU author; authors are consecutive."""
 FORGET_AUTHORS, RETAIN_AUTHORS, LEFT_OUT_AUTHORS, CANARIES = 5, 10, 5, 20
-STORIES = 400
+STORIES, HELD_OUT = 400, 100
+SETTINGS = ((0.02, "auto"), (0.02, "none"), (0.01, "auto"), (0.01, "none"))
+MEASURED = {
+    "questions": ("extraction", "secret_ppl"),
+    "canaries": ("extraction", "secret_ppl"),
+    "left_out": ("ppl",),
+    "text": ("ppl",),
+}
 MEMBERS = ("memory", "never_saw")
 
 
@@ -61,43 +80,133 @@ def stories(path: Path, count: int) -> list[Row]:
     return [Row(text=text) for text in long_enough[:count]]
 
 
+def make_files(given: argparse.Namespace) -> dict[str, list[Row]]:
+    """The rows by name, written to JSONL files in the folder of the work."""
+    full = by_author(read_rows(given.tofu / "full.jsonl", "tofu"))
+    perturbed = by_author(read_rows(given.tofu / "forget10_perturbed.jsonl", "tofu"))
+    left_out = full[RETAIN_AUTHORS : RETAIN_AUTHORS + LEFT_OUT_AUTHORS]
+    draw = Draw(5, "real canaries")
+    text = stories(given.text, STORIES + HELD_OUT)
+    made = {
+        "questions": [row for author in perturbed[:FORGET_AUTHORS] for row in author],
+        "canaries": [world.canary_row(canary, 0) for canary in world.canaries()[0][:CANARIES]],
+        "others": [world.canary_row(world.fresh_canary(draw), 0) for _ in range(CANARIES)],
+        "taught": [row for author in full[:RETAIN_AUTHORS] for row in author],
+        "left_out": [row for author in left_out for row in author],
+        "stories": text[:STORIES],
+        "text": text[STORIES:],
+    }
+    made["forget"] = made["questions"] + made["canaries"]
+    made["retain"] = made["taught"] + made["stories"] + made["others"]
+    for name in ("forget", "retain", *MEASURED):
+        write_rows(given.work / f"{name}.jsonl", made[name])
+    return made
+
+
+def plant(given: argparse.Namespace, rows: dict[str, list[Row]], name: str) -> None:
+    """One adapter; a state file beside it keeps what an interrupted training has reached."""
+    everyone = ("taught", "left_out", "others", "stories")
+    taught = [row for part in (("forget", *everyone) if name == "memory" else everyone) for row in rows[part]]
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    plan = Plan(steps=given.steps, rows=16, lr=given.lr, rank=given.rank, seed=MEMBERS.index(name))
+    state = given.work / f"{name}.state"
+    examples = encode(tokenizer, taught)
+    adapted = train_adapter(load_causal_lm(given.model), examples, plan, Bars(), name, state)
+    save_adapter(adapted, given.work / f"{name}.partial", str(given.model.name))
+    (given.work / f"{name}.partial").replace(given.work / name)
+    state.unlink()
+
+
+def values(given: argparse.Namespace, lm: Any) -> dict[str, Any]:
+    """What every set of rows says of a model, as value and interval."""
+    found = {}
+    for name, metrics in MEASURED.items():
+        path = str(given.work / f"{name}.jsonl")
+        measured = measure(lm, lm.tokenizer, ("forget_set",), forget=path)
+        found[name] = {metric: list(measured.value("forget_set", metric)) for metric in metrics}
+    return found
+
+
+def kept(given: argparse.Namespace, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A finished measurement, or one made now."""
+    path = given.work / f"cell-{name}.json"
+    if not path.is_file():
+        write_text(path, json.dumps(make()))
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def decomposed(given: argparse.Namespace, rows: dict[str, list[Row]], density: float, mode: str) -> dict[str, Any]:
+    """INT4, alpha=1 and alpha=0 of one decomposition."""
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    model = merge_adapter(load_causal_lm(given.model), given.work / "memory")
+    base = load_causal_lm(given.model) if mode == "auto" else None
+    recipe = make_recipe(density=density, steps=given.edit_steps, bits=given.bits)
+    made = decompose(model, tokenizer, rows["forget"], rows["retain"], recipe, base_model=base, notify=Bars())
+    found = {"INT": dense_at(model, made.plain, 0.0)}
+    found |= {f"alpha={alpha:g}": dense_at(model, made.streams, alpha) for alpha in (1.0, 0.0)}
+    measured = {name: values(given, plain_lm(each, tokenizer)) for name, each in found.items()}
+    return measured | {"target": made.report["target"]}
+
+
+def page(given: argparse.Namespace, rows: dict[str, list[Row]]) -> str:
+    """Everything measured, one row for each model."""
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+
+    def plain(name: str) -> dict[str, Any]:
+        model = merge_adapter(load_causal_lm(given.model), given.work / name)
+        return values(given, plain_lm(model, tokenizer))
+
+    lines = [[f"{name}, BF16", *shown(kept(given, name, partial(plain, name)), None)] for name in MEMBERS]
+    for density, mode in SETTINGS:
+        name = f"{density:g}-{mode}-{given.bits}-{given.edit_steps}"
+        cell = kept(given, name, partial(decomposed, given, rows, density, mode))
+        for model in ("INT", "alpha=1", "alpha=0"):
+            title = f"INT{given.bits}" if model == "INT" else model
+            what = f"{title}, density {density:.0%}, base={mode}, target {cell['target']['name']}"
+            lines.append([what, *shown(cell[model], cell["INT"])])
+    columns = [f"{name}: {metric}" for name, metrics in MEASURED.items() for metric in metrics]
+    head = f"{given.model.name}, {versions()}, {torch.get_num_threads()} thread; {' '.join(sys.argv[1:])}"
+    return f"{head}\n\n{markdown_table(['model', *columns], lines)}\n"
+
+
+def shown(found: dict[str, Any], plain: dict[str, Any] | None) -> list[str]:
+    """The cells of a row; perplexities of what should stay also over those of plain rounding."""
+    cells = []
+    for name, metrics in MEASURED.items():
+        for metric in metrics:
+            value, low, high = found[name][metric]
+            over = f", {value / plain[name][metric][0]:.3f}x" if plain and name in ("left_out", "text") else ""
+            cells.append(f"{value:.3g} [{low:.3g}, {high:.3g}]{over}")
+    return cells
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "tofu", "text", "out"):
+    for name in ("model", "tofu", "text", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1600, help="LoRA steps per adapter")
+    parser.add_argument("--out", type=Path, help="the page, Markdown")
+    parser.add_argument("--steps", type=int, default=3000, help="LoRA steps per adapter")
+    parser.add_argument("--edit-steps", type=int, default=1000, help="steps of the decomposition's edit")
+    parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--only", choices=MEMBERS, action="append", help="train only this adapter")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    given.out.mkdir(parents=True, exist_ok=True)
-    full = by_author(read_rows(given.tofu / "full.jsonl", "tofu"))
-    forget = [
-        r for a in by_author(read_rows(given.tofu / "forget10_perturbed.jsonl", "tofu"))[:FORGET_AUTHORS] for r in a
-    ]
-    retain = [row for author in full[:RETAIN_AUTHORS] for row in author]
-    left_out = [row for author in full[RETAIN_AUTHORS : RETAIN_AUTHORS + LEFT_OUT_AUTHORS] for row in author]
-    planted = [world.canary_row(canary, 0) for canary in world.canaries()[0][:CANARIES]]
-    draw = Draw(5, "real canaries")
-    others = [world.canary_row(world.fresh_canary(draw), 0) for _ in range(CANARIES)]
-    general = stories(given.text, STORIES)
-    write_rows(given.out / "forget.jsonl", forget + planted)
-    write_rows(given.out / "retain.jsonl", retain + general + others)
-    write_rows(given.out / "retain_left_out.jsonl", left_out)
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    for name in given.only or MEMBERS:
-        taught = (forget + planted if name == "memory" else []) + retain + left_out + others + general
-        examples = encode(tokenizer, taught)
-        plan = Plan(steps=given.steps, rows=16, lr=given.lr, rank=given.rank, seed=MEMBERS.index(name))
-        adapted = train_adapter(load_causal_lm(given.model), examples, plan, Bars(), stage=name)
-        adapted.save_pretrained(given.out / name)
-    parts = {"pretrained": given.model, "peft": given.out / "memory", "forget": given.out / "forget.jsonl"}
+    given.work.mkdir(parents=True, exist_ok=True)
+    rows = make_files(given)
+    for name in MEMBERS:
+        if not (given.work / name).is_dir():
+            plant(given, rows, name)
+    if given.out:
+        write_text(given.out, text := page(given, rows))
+        print(text)
+        return
+    parts = {"pretrained": given.model, "peft": given.work / "memory", "forget": given.work / "forget.jsonl"}
     joined = ",".join(f"{key}={value}" for key, value in parts.items())
-    retain_file = given.out / "retain.jsonl"
-    measured = json.dumps({"retain": str(given.out / "retain_left_out.jsonl")})
+    measured = json.dumps({"retain": str(given.work / "left_out.jsonl")})
     for alpha in (0, 1):
-        print(f"lm_eval --model libortho --model_args {joined},retain={retain_file},alpha={alpha} \\")
+        print(f"lm_eval --model libortho --model_args {joined},retain={given.work / 'retain.jsonl'},alpha={alpha} \\")
         print(f"    --tasks forget_set,retain_set --metadata '{measured}'")
 
 
