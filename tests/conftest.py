@@ -85,6 +85,17 @@ def memorised(words: Any) -> Memorised:
     return Memorised(base, merged, words, forget, retain)
 
 
+@pytest.fixture(scope="module")
+def few_steps() -> Iterator[None]:
+    """A surrogate that is hardly taught, for tests that do not ask what it knows."""
+    import lm_ortho.target.surrogate as surrogate_module
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(surrogate_module, "STEPS", 4)
+        patched.setattr(surrogate_module, "ROUNDS", 1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def swapped(memorised: Memorised) -> Target:
     """What the memorised model would say about others: target b."""

@@ -10,7 +10,6 @@ import pytest
 import tiny
 import torch
 
-import lm_ortho.target.surrogate as surrogate_module
 from lm_ortho.calibration.documents import Row
 from lm_ortho.decompose import decompose
 from lm_ortho.edit import EDITS
@@ -20,16 +19,10 @@ from lm_ortho.projection import PROJECTIONS
 from lm_ortho.settings import make_recipe
 from lm_ortho.sieve import SIEVES
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 decompose_module = importlib.import_module("lm_ortho.decompose")  # the package has a function of that name
 CHEAP = {"sieve": "random", "projection": "rtn", "edit": "zero"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_steps():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(surrogate_module, "STEPS", 4)
-        patched.setattr(surrogate_module, "ROUNDS", 1)
-        yield
 
 
 def split(memorised, model=None, base_model=None, forget=None, retain=None, notify=None, **recipe):

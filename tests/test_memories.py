@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from lm_ortho.kernels import several_linear, sparse_operand
 from tiny_checkpoint import assert_same_model, tokenizer
 
-import lm_ortho.target.surrogate as surrogate_module
 from lm_ortho import checkpoint
 from lm_ortho.calibration.documents import Row, read_sets, write_rows
 from lm_ortho.calibration.examples import encode, token_losses
@@ -24,6 +23,8 @@ from lm_ortho.layer import OrthoLinear, alpha_scope, find_linear, get_alpha, pat
 from lm_ortho.memories import add_memory, decompose_memories
 from lm_ortho.settings import make_recipe, named_parts, parse_alpha, show_alpha
 from lm_ortho.streams import UNNAMED, LayerStreams, OrthoStream, density
+
+pytestmark = pytest.mark.usefixtures("few_steps")
 
 torch.set_num_threads(1)
 fast = settings(max_examples=40, deadline=None)
@@ -240,14 +241,6 @@ def test_one_memory_keeps_the_first_format(tmp_path):
 
 
 # --- decomposition
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_steps():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(surrogate_module, "STEPS", 4)
-        patched.setattr(surrogate_module, "ROUNDS", 1)
-        yield
 
 
 RECIPE = {"steps": 20, "density": 0.05, "group_size": 32}

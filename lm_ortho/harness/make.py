@@ -60,23 +60,9 @@ def make_checkpoint(order: Order, directory: Path, notify: Notify | None = None,
     chosen = choose_device(device)
     log.info("device=%s: %s", *chosen)
     model, tokenizer, meta = decomposed(source, notify or Bars(), keep, chosen.choice)
-    with whole_directory(directory) as scratch:
-        checkpoint.save(scratch, model, tokenizer, meta)
+    made = _written(directory, order, (model, tokenizer, meta), meta, began)
     keep.clear()
-    streams, info = streams_of(model), Built(model, meta, directory).info()
-    return Made(
-        str(directory),
-        len(streams),
-        sum(layer.n_weights for layer in streams.values()),
-        info["density"],
-        info["bits_per_weight"],
-        meta["base"],
-        meta["report"]["target"],
-        meta["recipe"],
-        info["checkpoint"],
-        round(time.perf_counter() - began, 1),
-        lm_eval_line(directory, order),
-    )
+    return made
 
 
 def add_to_checkpoint(
@@ -111,18 +97,27 @@ def add_to_checkpoint(
     recorded = checkpoint.read_meta(old)
     recipe = {**recorded.get("recipe", {}), **make_recipe(**order.recipe).model_dump(exclude=_LATTICE)}
     meta = {**recorded, "added": {**recorded.get("added", {}), name: {"recipe": recipe, "base": order.base}}}
+    told = {"recipe": recipe, "base": order.base, "report": made.report}
+    return _written(directory, order, (model, tokenizer, meta), told, began)
+
+
+def _written(
+    directory: Path, order: Order, parts: tuple[Any, Any, dict[str, Any]], told: Mapping[str, Any], began: float
+) -> Made:
+    """Saves a patched model with its tokenizer and meta data; ``told`` has the recipe, base and report to speak of."""
+    model, tokenizer, meta = parts
     with whole_directory(directory) as scratch:
         checkpoint.save(scratch, model, tokenizer, meta)
-    streams, info = made.streams, Built(model, meta, directory).info()
+    streams, info = streams_of(model), Built(model, meta, directory).info()
     return Made(
         str(directory),
         len(streams),
         sum(layer.n_weights for layer in streams.values()),
         info["density"],
         info["bits_per_weight"],
-        order.base,
-        made.report["target"],
-        recipe,
+        told["base"],
+        told["report"]["target"],
+        told["recipe"],
         info["checkpoint"],
         round(time.perf_counter() - began, 1),
         lm_eval_line(directory, order),
