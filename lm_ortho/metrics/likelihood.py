@@ -19,12 +19,13 @@ from lm_ortho.metrics.interval import (
     finite,
 )
 
-_LOG_MAX = math.log(sys.float_info.max)
+LOG_MAX = math.log(sys.float_info.max)
+"""The largest exponent whose power is a float."""
 
 
 def _exp(value: float) -> float:
     """``exp``, at most the largest float: no finite loss overflows."""
-    return math.exp(min(value, _LOG_MAX))
+    return math.exp(min(value, LOG_MAX))
 
 
 def _exp_interval(logs: Interval) -> Interval:
@@ -51,7 +52,7 @@ def answer_probability(nll: ArrayLike, tokens: ArrayLike) -> Floats:
     losses, counts = finite(nll, "nll"), finite(tokens, "tokens")
     if (counts <= 0).any():
         raise ValueError("tokens: every value must be positive")
-    return np.exp(np.clip(-losses / counts, None, _LOG_MAX))
+    return np.exp(np.clip(-losses / counts, None, LOG_MAX))
 
 
 def log_truth_ratio(paraphrased: float, perturbed: ArrayLike) -> float:
