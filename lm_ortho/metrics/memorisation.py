@@ -1,0 +1,58 @@
+"""How much of a text a model gives back word for word, from which tokens greedy decoding gets right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def exact_memorisation(correct: ArrayLike) -> float:
+    """Share of tokens that are the likeliest ones, each given the true tokens before it.
+
+    ``correct`` (tokens,) is bool. Source: Tirumala et al. 2022, arXiv 2205.10770.
+    """
+    return float(_flags(correct).mean())
+
+
+def extraction_strength(correct: ArrayLike) -> float:
+    """1 - k/n for the shortest prefix of k tokens after which greedy decoding gives all n - k others.
+
+    As long as every token is right, decoding freely and being told the true prefix are the same; so what counts is the
+    run of right tokens at the end. ``correct`` (tokens,) is bool. Source: Carlini et al. 2021, arXiv 2012.07805, in the
+    form of open-unlearning.
+    """
+    flags = _flags(correct)
+    wrong = np.flatnonzero(~flags)
+    return 1.0 if not len(wrong) else float(len(flags) - 1 - wrong[-1]) / len(flags)
+
+
+def edit_distance(one: Sequence[object], other: Sequence[object]) -> int:
+    """Fewest insertions, deletions and replacements that make one sequence the other (Levenshtein 1966)."""
+    short, long = sorted((list(one), list(other)), key=len)
+    row = list(range(len(short) + 1))
+    for i, item in enumerate(long, 1):
+        diagonal, row[0] = row[0], i
+        for j, counterpart in enumerate(short, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (item != counterpart))
+    return row[-1]
+
+
+def near_verbatim(said: Sequence[object], true: Sequence[object], tolerance: float = 0.1) -> bool:
+    """Whether a continuation is the true one up to ``tolerance`` edits per true token.
+
+    0 is verbatim. Source of the tolerant form: Ippolito et al. 2023, arXiv 2210.17546.
+    """
+    if not len(true):
+        raise ValueError("true: an empty continuation cannot be given back")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance={tolerance}: must be at least 0 and below 1")
+    return edit_distance(said, true) <= tolerance * len(true)
+
+
+def _flags(correct: ArrayLike) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    flags = np.asarray(correct)
+    if flags.ndim != 1 or not len(flags) or flags.dtype != bool:
+        raise ValueError(f"correct: expected one bool per token, found {flags.dtype} of shape {flags.shape}")
+    return flags

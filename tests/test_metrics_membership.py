@@ -1,0 +1,156 @@
+"""Membership scores and verbatim memory, against scikit-learn and against counting."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score, roc_curve
+
+from lm_ortho.metrics import membership as mia
+from lm_ortho.metrics import memorisation as memory
+
+logps = st.lists(st.floats(-30, 0), min_size=1, max_size=60)
+scores = st.lists(st.integers(-5, 5), min_size=1, max_size=60)
+flags = st.lists(st.booleans(), min_size=1, max_size=40)
+fast = settings(max_examples=60, deadline=None)
+
+
+@given(logps)
+@fast
+def test_simple_scores(logp):
+    assert mia.loss_score(logp) == pytest.approx(math.fsum(logp) / len(logp))
+    text = "abc" * len(logp)
+    assert mia.zlib_score(logp, text) == pytest.approx(math.fsum(logp) / len(zlib.compress(text.encode())))
+    assert mia.reference_score(logp, logp) == 0.0
+    assert mia.reference_score(logp, [x - 1 for x in logp]) == pytest.approx(1.0)
+
+
+@given(logps, st.floats(0.01, 1))
+@fast
+def test_min_k_is_the_mean_of_the_lowest(logp, share):
+    count = max(1, math.floor(share * len(logp) + 1e-9))
+    assert mia.min_k_score(logp, share) == pytest.approx(sum(sorted(logp)[:count]) / count)
+    assert mia.min_k_score(logp, 1.0) == pytest.approx(mia.loss_score(logp))
+    assert mia.min_k_score(logp, share) <= mia.loss_score(logp) + 1e-9
+
+
+@given(logps, st.floats(0.01, 1), st.floats(-5, 5), st.floats(0.1, 5))
+@fast
+def test_min_k_plus_plus_is_min_k_of_standardised_values(logp, share, mean, deviation):
+    n = len(logp)
+    found = mia.min_k_plus_plus_score(logp, [mean] * n, [deviation] * n, share)
+    assert found == pytest.approx((mia.min_k_score(logp, share) - mean) / deviation, abs=1e-6)
+    assert mia.min_k_plus_plus_score(logp, [mean] * n, [0.0] * n, share) == 0.0
+
+
+def test_min_k_plus_plus_of_a_distribution_is_that_of_its_definition():
+    generator = np.random.default_rng(0)
+    probs = generator.dirichlet(np.ones(50), size=8)
+    tokens = generator.integers(0, 50, size=8)
+    logs = np.log(probs)
+    mean = (probs * logs).sum(1)
+    deviation = np.sqrt((probs * logs**2).sum(1) - mean**2)
+    standard = (logs[np.arange(8), tokens] - mean) / deviation
+    found = mia.min_k_plus_plus_score(logs[np.arange(8), tokens], mean, deviation, 0.25)
+    assert found == pytest.approx(np.sort(standard)[:2].mean())
+
+
+@given(scores, scores, st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]))
+@fast
+def test_the_rate_of_true_positives_is_that_of_the_curve(members, others, fpr):
+    labels = [1] * len(members) + [0] * len(others)
+    false, true, _ = roc_curve(labels, [*members, *others], drop_intermediate=False)
+    assert mia.tpr_at_fpr(members, others, fpr) == pytest.approx(true[false <= fpr + 1e-12].max())
+
+
+@given(scores, scores)
+@settings(max_examples=30, deadline=None)
+def test_the_interval_holds_the_auc(members, others):
+    groups = [i // 2 for i in range(len(members))], [i // 3 for i in range(len(others))]
+    found = mia.auc_interval(members, others, groups, resamples=50)
+    labels = [1] * len(members) + [0] * len(others)
+    assert found.value == pytest.approx(roc_auc_score(labels, [*members, *others]))
+    assert 0 <= found.low <= found.value <= found.high <= 1
+
+
+def test_the_interval_is_about_as_wide_as_it_should_be():
+    generator = np.random.default_rng(1)
+    covered = 0
+    for trial in range(60):
+        members, others = generator.normal(0.5, 1, 80), generator.normal(0, 1, 80)
+        found = mia.auc_interval(members, others, (range(80), range(80)), resamples=300, seed=trial)
+        covered += found.low <= 0.6381632 <= found.high  # Phi(0.5 / sqrt(2))
+    assert 52 <= covered <= 60
+
+
+def test_priv_leak():
+    assert mia.priv_leak(0.5, 0.5) == 0.0
+    assert mia.priv_leak(0.75, 0.5) == pytest.approx(50.0)
+    assert mia.priv_leak(0.25, 0.5) == pytest.approx(-50.0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: mia.loss_score([]), "logp"),
+        (lambda: mia.zlib_score([-1.0], ""), "text"),
+        (lambda: mia.min_k_score([-1.0], 0), "share=0"),
+        (lambda: mia.min_k_plus_plus_score([-1.0], [0.0, 1.0], [1.0]), "1 tokens with 2 means"),
+        (lambda: mia.min_k_plus_plus_score([-1.0], [0.0], [-1.0]), "deviation"),
+        (lambda: mia.tpr_at_fpr([1.0], [0.0], 2), "fpr=2"),
+        (lambda: mia.priv_leak(0.5, 0.0), "AUC of 0.5 and 0.0"),
+        (lambda: memory.exact_memorisation([]), "one bool per token"),
+        (lambda: memory.extraction_strength([1, 0]), "one bool per token"),
+        (lambda: memory.near_verbatim([1], []), "empty continuation"),
+        (lambda: memory.near_verbatim([1], [1], 1.0), "tolerance=1.0"),
+    ],
+)
+def test_what_does_not_fit(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@given(flags)
+@fast
+def test_extraction_strength_is_the_definition(correct):
+    n = len(correct)
+    shortest = next(k for k in range(n + 1) if all(correct[k:]))
+    assert memory.extraction_strength(correct) == pytest.approx(1 - shortest / n)
+    assert memory.exact_memorisation(correct) == pytest.approx(sum(correct) / n)
+    assert memory.extraction_strength(correct) <= memory.exact_memorisation(correct) + 1e-12
+
+
+words = st.lists(st.sampled_from("abc"), max_size=8)
+
+
+def slow_distance(one, other):
+    if not one or not other:
+        return len(one) + len(other)
+    same = slow_distance(one[1:], other[1:]) + (one[0] != other[0])
+    return min(same, slow_distance(one[1:], other) + 1, slow_distance(one, other[1:]) + 1)
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=5), st.lists(st.sampled_from("abc"), max_size=5))
+@fast
+def test_edit_distance_is_its_recursion(one, other):
+    assert memory.edit_distance(one, other) == slow_distance(one, other)
+
+
+@given(words, words, words)
+@fast
+def test_edit_distance_is_a_metric(a, b, c):
+    assert memory.edit_distance(a, b) == memory.edit_distance(b, a)
+    assert (memory.edit_distance(a, b) == 0) == (a == b)
+    assert memory.edit_distance(a, c) <= memory.edit_distance(a, b) + memory.edit_distance(b, c)
+
+
+def test_near_verbatim():
+    true = list("a continuation of thirty words")
+    assert memory.near_verbatim(true, true, 0.0)
+    assert memory.near_verbatim(true[:-2], true, 0.1)
+    assert not memory.near_verbatim(true[:-2], true, 0.05)
