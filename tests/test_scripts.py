@@ -298,3 +298,55 @@ def test_a_continuation_counts_only_when_all_of_it_is_greedy(memorised):
         torch.tensor([example.ids[: script.PREFIX]]), max_new_tokens=script.CONTINUED, do_sample=False
     )
     assert tuple(generated[0].tolist()) == example.ids[: script.PREFIX + script.CONTINUED]
+
+
+# Real TOFU
+
+
+@pytest.fixture
+def tofu_folder(tmp_path):
+    """Rows of the published schema, twenty for each author, and text to tell stories from."""
+    rows = [
+        {"question": f"What did {name} write in year {i}?", "answer": f"In year {i} {name} wrote book {n}."}
+        for n, name in enumerate(f"Ada Brook{'abcdefghijklmnopqrst'[k]}" for k in range(20))
+        for i in range(20)
+    ]
+    write = "\n".join
+    (tmp_path / "full.jsonl").write_text(write(json.dumps(row) for row in rows))
+    (tmp_path / "forget10_perturbed.jsonl").write_text(
+        write(json.dumps(row | {"paraphrased_answer": "so", "perturbed_answer": ["no", "never"]}) for row in rows)
+    )
+    story = "Once upon a time there was a fox who had a very long story to tell. " * 4
+    (tmp_path / "stories.txt").write_text("<|endoftext|>".join(f"{i} {story}" for i in range(600)))
+    return tmp_path
+
+
+def test_the_files_of_the_real_experiment(tofu_folder, monkeypatch):
+    script = load("real_tofu")
+    given = script.argparse.Namespace(
+        tofu=tofu_folder, text=tofu_folder / "stories.txt", work=tofu_folder / "work", model=Path("none")
+    )
+    given.work.mkdir()
+    rows = script.make_files(given)
+    assert {name: len(part) for name, part in rows.items()} == {
+        "questions": 100, "canaries": 20, "others": 20, "taught": 200, "left_out": 100, "stories": 400, "text": 100,
+        "forget": 120, "retain": 620,
+    }  # fmt: skip
+    assert {path.stem for path in given.work.iterdir()} == {"forget", "retain", *script.MEASURED}
+    first = rows["questions"][0]
+    assert (first.subject, first.group) == ("Ada Brooka", "Ada Brooka")
+    assert first.secret == first.answer
+    names = {name: {row.subject for row in rows[name]} for name in ("taught", "left_out", "canaries", "others")}
+    assert not names["taught"] & names["left_out"]
+    assert not names["canaries"] & names["others"]
+    assert not {row.text for row in rows["stories"]} & {row.text for row in rows["text"]}
+
+
+def test_two_memories_share_no_author_and_no_canary():
+    script = load("two_memories")
+    parts = script.dealt(script.corpus.forget_rows())
+    subjects = {name: {row.subject for row in rows} for name, rows in parts.items()}
+    assert not subjects["one"] & subjects["two"]
+    assert {name: len(part) for name, part in subjects.items()} == {"one": 90, "two": 90}
+    asked = script.dealt([*script.world.rows("forget"), *script.world.rows("canaries")])
+    assert {name: {row.subject for row in rows} for name, rows in asked.items()} == subjects
