@@ -14,6 +14,8 @@ from lm_ortho.errors import UserError
 
 def refuse_occupied(directory: Path, argument: str = "out") -> None:
     """Raises ``UserError`` unless ``directory`` is new or empty and can be made; hours of work may come before it."""
+    if directory.is_dir() and (os.path.ismount(directory) or directory.resolve() == Path.cwd()):
+        raise UserError(f"{argument}={str(directory)!r} cannot be replaced as a whole; name a new directory inside it")
     if directory.is_dir():
         first = next(iter(sorted(directory.iterdir())), None)
         if first is not None:
@@ -33,6 +35,7 @@ def whole_directory(directory: Path, argument: str = "out") -> Iterator[Path]:
         UserError: as ``refuse_occupied``, and where it cannot be written (no space, no permission).
     """
     refuse_occupied(directory, argument)
+    directory = directory.resolve()  # a link to an empty directory stays a link
     scratch = directory.absolute().parent / scratch_name(directory)
     try:
         scratch.mkdir(parents=True)
@@ -43,6 +46,13 @@ def whole_directory(directory: Path, argument: str = "out") -> Iterator[Path]:
         raise UserError(f"{argument}={str(directory)!r} cannot be written ({reason})") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def private_folder(folder: Path) -> None:
+    """Makes ``folder`` and what is missing above it, readable by the owner only. Raises ``OSError``."""
+    for path in (*reversed(folder.absolute().parents), folder):
+        if not path.is_dir():
+            path.mkdir(mode=0o700, exist_ok=True)
 
 
 def scratch_name(target: Path) -> str:

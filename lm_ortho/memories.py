@@ -21,6 +21,8 @@ from lm_ortho.streams import RESERVED, UNNAMED, BaseStream, LayerStreams, OrthoS
 from lm_ortho.workbench import Lattice, Workbench
 
 Masks = dict[str, Tensor]
+_DOUBTFUL = ("surrogate", "swap", "hold_down")
+"""Targets, the most doubtful last; that of several memories is told by the worst of them."""
 
 
 def decompose_memories(
@@ -50,7 +52,8 @@ def decompose_memories(
     _check_memories(forget, recipe)
     lattice: Lattice | None = None
     supports, reports = dict[str, Masks](), dict[str, Any]()
-    taken, final, streams = Masks(), Masks(), dict[str, LayerStreams]()
+    taken, final = Masks(), Masks()
+    plain, streams = dict[str, LayerStreams](), dict[str, LayerStreams]()
     for name, rows in forget.items():
         others = [row for other, theirs in forget.items() if other != name for row in theirs]
         bench = Workbench(
@@ -61,9 +64,9 @@ def decompose_memories(
             support = bench.support(recipe.sieve, recipe.density, recipe.steps)
             codes = bench.edited(recipe.edit, support, recipe.steps)
             reports[name], supports[name] = bench.report(codes, support), support
-            plain = bench.streams(bench.codes, None)
             final = {at: torch.where(mask, codes[at], final.get(at, codes[at])) for at, mask in support.items()}
-            streams = bench.streams(final, None)
+            if len(supports) == len(forget):
+                plain, streams = bench.streams(bench.codes, None), bench.streams(final, None)
         lattice = bench.scales, bench.codes
         taken = {at: _together([mask, *([taken[at]] if taken else [])]) for at, mask in support.items()}
     for at, layer in streams.items():
@@ -100,10 +103,12 @@ def add_memory(
     check_recipe(recipe)
     _check_memories({name: forget}, recipe)
     _check_room(model, name)
-    before = streams_of(model)
+    before = {at: streams.to("cpu") for at, streams in streams_of(model).items()}
     scales = {at: s.base.tensors()["scales"] for at, s in before.items()}
     lattice = {at: s.float() for at, s in scales.items()}, {at: s.base.codes() for at, s in before.items()}
     taken = {at: _together(ortho.support() for ortho in s.memories.values()) for at, s in before.items()}
+    total = sum(mask.numel() for mask in taken.values())
+    _check_free(recipe.density, 1 - sum(int(mask.sum()) for mask in taken.values()) / total)
     whole = copy.deepcopy(model)
     unpatch(whole, 1.0)
     bench = Workbench(
@@ -144,6 +149,7 @@ def _check_room(model: nn.Module, name: str) -> None:
 def _check_memories(forget: Mapping[str, Sequence[Row]], recipe: Recipe) -> None:
     if not forget:
         raise UserError("forget: no memory is named; give at least one")
+    _check_free(recipe.density * len(forget), 1.0)
     if recipe.bits == 16:
         raise UserError("bits=16: several memories need a base stream that forgets; use 3, 4 or 8 bits")
     owner = dict[tuple[str, str], str]()
@@ -156,6 +162,12 @@ def _check_memories(forget: Mapping[str, Sequence[Row]], recipe: Recipe) -> None
             other = owner.setdefault((row.context, row.target), name)
             if other != name:
                 raise UserError(f"forget: {row.context + row.target!r:.60} is in both {other} and {name}; one must go")
+
+
+def _check_free(wanted: float, free: float) -> None:
+    """Raises ``UserError`` where memories ask for more than the weights that no other holds."""
+    if wanted > free + 1e-9:
+        raise UserError(f"density: memories ask for {wanted:.3g} of the weights, and {free:.3g} are free; ask for less")
 
 
 def _together(masks: Iterable[Tensor]) -> Tensor:
@@ -177,6 +189,6 @@ def _joined(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         "forget_rows": sum(report["forget_rows"] for report in every),
         "retain_rows": first["retain_rows"],
         "left_alone": first["left_alone"],
-        "target": targets[0],
+        "target": max(targets, key=lambda target: _DOUBTFUL.index(target["name"]) if target else -1),
         "memories": dict(reports),
     }

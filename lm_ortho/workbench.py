@@ -156,9 +156,11 @@ class Workbench:
         needed = scaling.memory(_shape(self.model, self.layers), wanted, self.recipe, self._base_model is not None)
         stage = max(needed, key=lambda name: needed[name])
         peak = needed[stage] / 1e9
-        log.info("about %.1f GB at the peak (%s), the model's own weights included", peak, stage)
+        self.notify("memory", 1, 1, f"about {peak:.1f} GB at the peak ({stage}), the model's own weights included")
         there = (psutil.virtual_memory().available + psutil.Process().memory_info().rss) / 1e9
-        if peak > there and self._device == "cpu":
+        if self._device == "cuda":
+            there = torch.cuda.mem_get_info()[1] / 1e9
+        if peak > there:
             log.warning(
                 "recipe: %s needs about %.0f GB and %.0f GB are there; recompute=true, states=bfloat16 and groups=2 or "
                 "more need less (docs/scaling.md)", stage, peak, there,
@@ -223,6 +225,7 @@ class Workbench:
         if (kept := self._keep.load("support")) is None:
             found = select_support(self.scores(sieve, steps), density, self._taken)
             kept = {name: mask.flatten().nonzero()[:, 0] for name, mask in found.items()}
+            self._keep.save("target", _target_report(*self.choice) if "choice" in vars(self) else None)
             self._keep.save("support", kept)
             self._keep.drop("attribution")
         return {name: _mask(kept[name], layer.weight.shape) for name, layer in self.layers.items()}
@@ -260,7 +263,7 @@ class Workbench:
             "forget_rows": len(self.forget),
             "retain_rows": len(self.retain),
             "left_alone": self.left_alone,
-            "target": _target_report(*self.choice) if "choice" in vars(self) else None,
+            "target": _target_report(*self.choice) if "choice" in vars(self) else self._keep.load("target"),
             "steps_moved": _steps_moved(self.weights, codes, self.scales, support, self.recipe) if lattice else 0.0,
         }
 

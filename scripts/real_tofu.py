@@ -127,6 +127,17 @@ def values(given: argparse.Namespace, lm: Any) -> dict[str, Any]:
     return found
 
 
+def check_work(given: argparse.Namespace) -> None:
+    """Refuses a folder whose adapters and measurements were made with other arguments."""
+    told = {name: str(value) for name, value in vars(given).items() if name not in ("work", "out")}
+    path = given.work / "arguments.json"
+    before = json.loads(path.read_text()) if path.is_file() else told
+    changed = [name for name, value in told.items() if before.get(name) != value and name not in ("edit_steps", "bits")]
+    if changed:
+        raise SystemExit(f"work={given.work}: made with {changed[0]}={before.get(changed[0])}; take another folder")
+    write_text(path, json.dumps(told, indent=1))
+
+
 def kept(given: argparse.Namespace, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A finished measurement, or one made now."""
     path = given.work / f"cell-{name}.json"
@@ -194,6 +205,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     given.work.mkdir(parents=True, exist_ok=True)
+    check_work(given)
     rows = make_files(given)
     for name in MEMBERS:
         if not (given.work / name).is_dir():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from lm_ortho import scaling
 from lm_ortho.settings import Recipe, make_recipe
@@ -50,22 +51,29 @@ def shown(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def computed(name: str, shape: scaling.Shape, recipe: Recipe, note: str) -> list[str]:
+def computed(name: str, shape: scaling.Shape, recipe: Recipe, note: str, speed: float = GPU) -> list[str]:
     needed = scaling.memory(shape, ROWS, recipe, base_known=False)
     stage = max(needed, key=lambda each: needed[each])
-    seconds = sum(scaling.work(shape, ROWS, recipe, base_known=False).values()) / GPU
+    seconds = sum(scaling.work(shape, ROWS, recipe, base_known=False).values()) / speed
     return [
         f"{name}, {note}", f"{shape.parameters / 1e9:.3g} G", f"{needed[stage] / 1e9:,.0f} GB ({stage})",
-        f"{shown(seconds)} at {GPU / 1e12:.0f} TFLOP/s",
+        f"{shown(seconds)} at {speed / 1e12:.3g} TFLOP/s",
     ]  # fmt: skip
+
+
+def arguments(given: dict[str, Any]) -> str:
+    return ",".join(f"{key}={str(value).lower()}" for key, value in given.items())
 
 
 def table() -> str:
     rows = measured()
+    for path in sorted(RESULTS.glob("*-scaling-tinyllama*.json"))[-1:]:
+        speed = 1e9 * json.loads(path.read_text())["gigaflops"]["edit"]
+        note = f"`{arguments(LEAN)}`, at the speed measured above"
+        rows.append(computed("TinyLlama-1.1B", MODELS["TinyLlama-1.1B"], make_recipe(**LEAN), note, speed))
     for name, shape in MODELS.items():
         rows.append(computed(name, shape, make_recipe(), "as it is"))
-        lean = ",".join(f"{key}={str(value).lower()}" for key, value in LEAN.items())
-        rows.append(computed(name, shape, make_recipe(**LEAN), f"`{lean}`"))
+        rows.append(computed(name, shape, make_recipe(**LEAN), f"`{arguments(LEAN)}`"))
     return markdown_table(["model", "parameters", "peak memory", "time"], rows)
 
 

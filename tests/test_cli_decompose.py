@@ -203,7 +203,7 @@ def test_a_memory_is_added_to_a_finished_checkpoint(own: list[str], home: Path, 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--pretrained", "plain", "--forget", "f", "--retain", "r"], "this is none"),
+        (["--pretrained", "plain", "--forget", "f", "--retain", "r"], "a memory is added to a decomposed checkpoint"),
         (["--pretrained", "decomposed", "--retain", "r"], "forget: an added memory needs forget=file.jsonl"),
         (
             ["--pretrained", "decomposed", "--forget", "f", "--retain", "r", "--peft", "x"],

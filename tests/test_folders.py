@@ -60,3 +60,19 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match="is no directory you may write to"):
         refuse_occupied(tmp_path / "new")
+
+
+def test_places_that_cannot_be_replaced_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (".", str(tmp_path)):
+        with pytest.raises(UserError, match="name a new directory inside it"):
+            refuse_occupied(Path(name))
+
+
+def test_a_link_to_an_empty_directory_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with whole_directory(tmp_path / "link") as scratch:
+        (scratch / "file").write_text("x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "file").read_text() == "x"

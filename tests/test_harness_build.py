@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_harness import ROWS, make_model, request, run
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from lm_ortho import checkpoint, reference
 from lm_ortho.calibration.documents import Row, write_rows
@@ -281,3 +281,19 @@ def test_sets_of_the_model_when_lm_eval_passes_nothing(home: Path, orders: dict[
     no_sets = LibOrthoLM(str(home / "decomposed"), device="cpu")
     with pytest.raises(UserError, match="forget: the forget_set task needs the rows"):
         run(no_sets, ["forget_set"], {})
+
+
+def test_the_key_tells_tokenizers_chat_templates_and_orders_apart(home: Path, tmp_path: Path) -> None:
+    words = AutoTokenizer.from_pretrained(home / "plain")
+    shutil.copy(home / "forget.jsonl", tmp_path / "b.jsonl")
+    given = {"pretrained": str(home / "plain"), "retain": str(home / "retain.jsonl")}
+
+    def key(forget: str, tokenizer: Any = None) -> str:
+        source = build.resolve(build.Order(**given, forget=forget, tokenizer=tokenizer))
+        return cache.key(build._cache_key(source, *build.calibration_sets(source)))
+
+    one = str(home / "forget.jsonl")
+    keys = [key(one), key(one, words), key(f"a:{one}+b:{tmp_path}/b.jsonl"), key(f"b:{tmp_path}/b.jsonl+a:{one}")]
+    words.chat_template = "{{ messages[0].content }}"
+    keys.append(key(one, words))
+    assert len(set(keys)) == 5

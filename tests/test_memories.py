@@ -163,6 +163,8 @@ def test_what_a_model_does_not_have():
         pass
     with pytest.raises(UserError, match="names no memory"), alpha_scope({}):
         pass
+    with pytest.raises(UserError, match="not another mapping"):
+        set_alpha(model, {"a": {"x": 1}})
     with pytest.raises(UserError, match="weights have one alpha"):
         unpatch(model, {"a": torch.tensor([0.0, 1.0])})
     other = tiny.patched()
@@ -224,6 +226,25 @@ def test_a_memory_whose_file_is_gone_stays_off(saved):
             set_alpha(loaded, alpha)
     with pytest.raises(UserError, match="a memory is added where all others are present"):
         add_memory(loaded, tokenizer(), "c", [Row(text="x")], [Row(text="y")], make_recipe(), notify=silent)
+
+
+def test_a_lost_first_memory_of_two_is_noticed(tmp_path):
+    model, whole = two_memories()
+    renamed = {
+        n: LayerStreams(s.base, s.named["a"], s.bias, {"later": s.named["b"]}) for n, s in streams_of(model).items()
+    }
+    again = tiny.llama()
+    patch(again, renamed)
+    path = checkpoint.save(tmp_path / "checkpoint", again, tokenizer(), {})
+    (path / "ortho.safetensors").unlink()
+    loaded = checkpoint.load(path)
+    for alpha in (1.0, {"memory": 0.5}):
+        with pytest.raises(UserError, match="of memory: the file of this memory is not here"):
+            set_alpha(loaded, alpha)
+    assert_same_model(loaded, again, (0.0, {"later": 1}))
+    with pytest.raises(UserError, match="the ortho stream of memory is not here"):
+        add_memory(loaded, tokenizer(), "c", [Row(text="x")], [Row(text="y")], make_recipe(), notify=silent)
+    assert whole
 
 
 def test_a_changed_memory_file_is_refused(saved):
@@ -347,7 +368,7 @@ def test_bad_sets_of_memories(memorised):
         made({"hub": rows["a"], "b": rows["b"]})
     with pytest.raises(UserError, match="bits=16"):
         made(rows, bits=16, edit="none")
-    with pytest.raises(UserError, match="other memories leave only"):
+    with pytest.raises(UserError, match=r"density: memories ask for 1\.2 of the weights"):
         made({**rows, "c": [Row(text="one more")]}, density=0.4, sieve="random", edit="zero")
     with pytest.raises(UserError, match="is not decomposed"):
         add_memory(memorised.merged, memorised.tokenizer, "c", rows["a"], rows["b"], make_recipe(), notify=silent)
@@ -413,6 +434,10 @@ def test_two_dials_in_the_model_args(home, tmp_path):
         LibOrthoLM(**given, alpha="a:0+c:1")
     assert not cache.list_entries()
     lm = LibOrthoLM(**given, alpha="a:0+b:1")
+    print_before = lm.fingerprint()
+    with pytest.raises(UserError, match="no memory 'c'"):
+        lm.alpha = "a:0+c:1"
+    assert lm.fingerprint() == print_before, "what is refused changes nothing"
     assert lm.alpha == {"a": 0.0, "b": 1.0}
     assert lm.get_model_info()["alpha"] == {"a": 0.0, "b": 1.0}
     assert lm.get_model_info()["density"] == pytest.approx(0.2, abs=0.01)
@@ -427,3 +452,26 @@ def test_two_dials_in_the_model_args(home, tmp_path):
     assert checkpoint.memories(kept) == ["a", "b"]
     with pytest.raises(UserError, match="there is no memory 'memory'"):
         LibOrthoLM(str(kept), alpha="memory:1")
+
+
+@pytest.mark.usefixtures("small_and_alone")
+def test_an_unknown_memory_is_found_before_a_model_object_is_touched(home):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lm_ortho.harness.model import LibOrthoLM
+
+    model = AutoModelForCausalLM.from_pretrained(home / "plain")
+    words = AutoTokenizer.from_pretrained(home / "plain")
+    sets = {"forget": f"a:{home}/forget.jsonl", "retain": f"{home}/retain.jsonl"}
+    with pytest.raises(UserError, match="there is no memory 'b'; the model has a"):
+        LibOrthoLM(model, tokenizer=words, alpha="b:1", **sets)
+    assert not [module for module in model.modules() if isinstance(module, OrthoLinear)]
+
+
+def test_an_addition_that_is_too_large_is_refused_at_once(memorised):
+    model = tiny.patched(copy.deepcopy(memorised.merged), density=0.6)
+    with pytest.raises(UserError, match=r"memories ask for 0\.5 of the weights, and 0\.4"):
+        add_memory(
+            model, memorised.tokenizer, "late", memorised.forget, memorised.retain,
+            make_recipe(density=0.5), notify=silent,
+        )  # fmt: skip

@@ -190,7 +190,7 @@ def test_what_cannot_be_planted(home: Path, data: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match="method=full makes no adapter"):
         planted(home, data, out, make_training(method="full"), keep_adapter=tmp_path / "a")
-    with pytest.raises(UserError, match="is where the model goes"):
+    with pytest.raises(UserError, match="must not lie in each other"):
         planted(home, data, out, keep_adapter=out)
     with pytest.raises(UserError, match=r"holds rows\.jsonl"):
         planted(home, data, tmp_path)

@@ -160,6 +160,49 @@ def test_what_is_kept_comes_back(tmp_path, monkeypatch, caplog):
     assert "edit.pt cannot be read" in caplog.text
 
 
+def test_two_runs_of_one_key_do_not_meet(tmp_path):
+    one, other = Keeper(tmp_path / "run"), Keeper(tmp_path / "run")
+    real = torch.save
+
+    def meanwhile(state, path):
+        real(state, path)
+        if state["by"] == "one":
+            other.save("edit", {"by": "other"})
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "save", meanwhile)
+        one.save("edit", {"by": "one"})
+    assert one.load("edit") == {"by": "one"}
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["edit.pt"]
+
+
+def test_what_cannot_be_kept_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
+    keep = Keeper(tmp_path / "run")
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(torch, "save", full)
+    keep.save("edit", {})
+    assert "edit.pt could not be kept (no space left)" in caplog.text
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_the_folders_are_for_the_owner_only(tmp_path):
+    Keeper(tmp_path / "cache" / "unfinished").of("a").save("edit", {})
+    for folder in ("cache", "cache/unfinished", "cache/unfinished/a"):
+        assert (tmp_path / folder).stat().st_mode & 0o077 == 0
+
+
+def test_the_target_is_still_told_after_an_interruption(memorised, tmp_path):
+    keep = Keeper(tmp_path / "run")
+    fresh = split(memorised, keep, edit="zero")
+    again = split(memorised, keep, edit="zero")
+    assert fresh.report["target"] is not None
+    assert again.report["target"] == fresh.report["target"]
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written .*set LM_ORTHO_CACHE"):

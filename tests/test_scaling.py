@@ -94,17 +94,16 @@ def test_the_formula_is_near_what_was_measured(path):
 
 
 def test_it_is_said_before_anything_is_computed(memorised, caplog, monkeypatch):
+    told = []
+
     def started():
-        with (
-            caplog.at_level(logging.INFO),
-            Workbench(
-                memorised.merged, memorised.tokenizer, memorised.forget, memorised.retain, make_recipe(sieve="random")
-            ),
-        ):
+        given = memorised.merged, memorised.tokenizer, memorised.forget, memorised.retain, make_recipe(sieve="random")
+        with caplog.at_level(logging.WARNING), Workbench(*given, notify=lambda *step: told.append(step)):
             return caplog.text
 
-    assert "GB at the peak" in started()
-    assert "are there" not in caplog.text
+    assert "are there" not in started()
+    assert told[0][0] == "memory"
+    assert "GB at the peak" in told[0][3]
     monkeypatch.setattr(scaling, "memory", lambda *_: {"edit": 1e15})
     assert "edit needs about 1000000 GB and" in started()
     assert "groups=2 or more need less" in caplog.text

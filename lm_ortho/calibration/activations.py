@@ -40,7 +40,7 @@ def read_directly(model: nn.Module, layers: Mapping[str, nn.Linear], example: Ex
         for handle in handles:
             handle.remove()
     silent = [name for name in layers if name not in called]
-    if not silent:
+    if not silent or not logits.requires_grad:
         return []
     weights = [layers[name].weight for name in silent]
     gradients = torch.autograd.grad(logits.square().mean(), weights, allow_unused=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lm_ortho.calibration.documents import Row
 from lm_ortho.errors import UserError
+from lm_ortho.hub import first_line
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ def as_turn(row: Row, tokenizer: Any) -> Turn:
     try:
         given = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # jinja2 and the template's own raise_exception have no common base
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"prompts: the chat template of the tokenizer fails ({reason}); use prompts=plain") from None
+        raise UserError(
+            f"prompts: the chat template of the tokenizer fails ({first_line(error)}); use prompts=plain"
+        ) from None
     return Turn(**{field.name: getattr(row, field.name) for field in fields(Row)}, given=given, wanted=row.answer)

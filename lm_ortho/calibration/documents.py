@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_ortho.errors import UserError
+from lm_ortho.hub import first_line
 from lm_ortho.settings import named_parts
 from lm_ortho.streams import UNNAMED, valid_memory_name
 
@@ -131,8 +132,7 @@ def _read_hub(spec: str, argument: str) -> list[Row]:
     try:
         table = datasets.load_dataset(parts[1], parts[2], split=parts[3])
     except Exception as error:  # the hub client raises many kinds; the user needs one line
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{argument}={spec!r}: could not be loaded from the hub ({reason})") from None
+        raise UserError(f"{argument}={spec!r}: could not be loaded from the hub ({first_line(error)})") from None
     return [_row(record, f"{argument}={spec}, row {i}") for i, record in enumerate(table)]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lm_ortho.errors import UserError
+from lm_ortho.folders import private_folder, scratch_name
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Keeper:
         if self.folder is None:
             return None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            private_folder(self.folder)
         except OSError as error:
             raise UserError(
                 f"cache: {self.folder} cannot be written ({error.strerror}); set LM_ORTHO_CACHE to a folder of yours"
@@ -53,13 +54,14 @@ class Keeper:
             return None
 
     def save(self, name: str, state: Any) -> None:
-        """Keeps ``state``, complete or not at all."""
+        """Keeps ``state``, complete or not at all; what cannot be kept does not stop the run."""
         path = self.path(name)
         if path is None:
             return
-        partial = path.with_name(path.name + ".partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        try:
+            save_state(state, path)
+        except (OSError, RuntimeError) as error:  # torch has a RuntimeError of its own for a full disk
+            log.warning("%s could not be kept (%s); an interruption would lose it", path.name, error)
         self._last = time.monotonic()
 
     def due(self) -> bool:
@@ -76,6 +78,16 @@ class Keeper:
         """Lets everything go: the run is finished."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def save_state(state: Any, path: Path) -> None:
+    """Saves a state under a name that no other process writes to, then renames it."""
+    partial = path.with_name(scratch_name(path))
+    try:
+        torch.save(state, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 NOWHERE = Keeper()

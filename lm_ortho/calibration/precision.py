@@ -52,10 +52,11 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     """Inside, a block of the model keeps its input for a backward pass and computes the rest again (Chen et al. 2016).
 
     arXiv 1604.06174: the memory of activations is that of one block and of the inputs of all, for a forward pass more.
-    Blocks are the members of the longest ``nn.ModuleList``; random numbers (dropout) are taken to be off.
+    Blocks are the members of the ``nn.ModuleList`` that holds the most weights. Dropout is taken to be off.
     """
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    blocks = max((list(found) for found in lists), key=len, default=[])
+    lists: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    held = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=nn.ModuleList())
+    blocks = list(held.children())
     before = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

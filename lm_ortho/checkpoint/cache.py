@@ -23,6 +23,7 @@ from torch import nn
 from lm_ortho.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from lm_ortho.checkpoint.write import save
 from lm_ortho.errors import UserError
+from lm_ortho.folders import private_folder
 
 DEFAULT_LIMIT_GB = 20.0
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -104,7 +105,7 @@ def store(
     ``description`` is one line for ``list_entries``. An entry that is there already is replaced.
     """
     path = entry(key)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(path.parent)
     save(path, model, tokenizer, {**(meta or {}), "description": description})
     path.chmod(0o700)
     _touch(path)

@@ -166,7 +166,7 @@ class LibOrthoHfQuantizer(HfQuantizer):
         for layer in ortho_layers(model).values():
             vars(layer).pop("weight", None)
         for memory, path in self._ortho_files.items():
-            _load_ortho(model, memory, path)
+            _load_ortho(model, memory, path, named=len(self._ortho_files) > 1)
         connect(model)
         SavePretrainedGuard.install(model)
         # The conversions that were used to load, none: unpatched, the model is to be saved with the names of the hub.
@@ -247,11 +247,11 @@ def _check_complete(model: nn.Module, files: list[Path]) -> None:
                 raise UserError(f"{files[0].parent}: the base stream lacks {name}.{buffer}")
 
 
-def _load_ortho(model: nn.Module, memory: str, path: Path | None) -> None:
-    """Fills in one memory; where its file is not there the layers remember that there was one."""
+def _load_ortho(model: nn.Module, memory: str, path: Path | None, named: bool) -> None:
+    """Fills in one memory; where its file is not there, the layers of a model with several remember its name."""
     if path is None:
         for layer in ortho_layers(model).values():
-            layer.absent = (*layer.absent, *(() if memory == UNNAMED else (memory,)))
+            layer.absent = (*layer.absent, *((memory,) if named or memory != UNNAMED else ()))
         return
     try:
         with safe_open(path, framework="pt") as tensors:

@@ -49,7 +49,8 @@ class LayerFacts:
 class Findings:
     """A checkpoint: its layers, totals over them, and bytes of the tensors by where they belong.
 
-    ``memories`` has the values of each memory whose file is there. ``bytes`` has ``base`` and ``ortho`` (the streams),
+    ``memories`` has the values of each memory whose file is there, ``missing`` names the others; while one is missing
+    there is no alpha=1 to compare with, and errors are None. ``bytes`` has ``base`` and ``ortho`` (the streams),
     ``other`` (biases and whatever is not decomposed) and ``files`` (all files of the checkpoint).
     """
 
@@ -63,6 +64,7 @@ class Findings:
     zero_codes: float | None
     bits_per_weight: float
     memories: dict[str, int]
+    missing: list[str]
     bytes: dict[str, int]
     layers: list[LayerFacts]
     meta: dict[str, Any]
@@ -89,7 +91,7 @@ def measure(directory: str | PathLike[str], *, trust_remote_code: bool = False) 
             for memory, ortho in streams.memories.items():
                 counts[memory] += ortho.nnz
             squares.append(_squares(streams))
-            facts.append(_facts(name, streams, squares[-1]))
+            facts.append(_facts(name, streams, squares[-1], len(present) == len(memories(path))))
         sizes = _sizes(path, tensors.sizes, skeleton)
     first = next(iter(skeleton.values()))
     return _findings(path, counts, first, facts, squares, sizes)
@@ -167,14 +169,14 @@ def _squares(streams: LayerStreams) -> tuple[float, float]:
     return ortho, float(streams.dense(1.0).double().square().sum())
 
 
-def _facts(name: str, streams: LayerStreams, squares: tuple[float, float]) -> LayerFacts:
+def _facts(name: str, streams: LayerStreams, squares: tuple[float, float], comparable: bool) -> LayerFacts:
     has_ortho = bool(streams.memories)
     return LayerFacts(
         name,
         streams.shape,
         streams.nnz if has_ortho else None,
         streams.nnz / streams.n_weights if has_ortho else None,
-        _ratio(*squares) if has_ortho else None,
+        _ratio(*squares) if has_ortho and comparable else None,
         int((streams.base.codes() == 0).sum()) if streams.base.bits != 16 else None,
         streams.nbytes(),
         streams.bits_per_weight(),
@@ -214,10 +216,11 @@ def _findings(
         first.group_size,
         weights,
         sum(layer.values or 0 for layer in facts) / weights if has_ortho else None,
-        _ratio(ortho, whole) if has_ortho else None,
+        _ratio(ortho, whole) if has_ortho and len(counts) == len(memories(path)) else None,
         sum(layer.zeros or 0 for layer in facts) / weights if first.bits != 16 else None,
         8 * (sizes["base"] + sizes["ortho"]) / weights,
         counts,
+        [name for name in memories(path) if name not in counts],
         sizes,
         facts,
         read_manifest(path).meta,

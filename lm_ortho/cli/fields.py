@@ -37,8 +37,9 @@ def with_fields(schema: type[BaseModel], argument: str) -> Callable[[Command], C
 
 
 def _option(name: str, field: FieldInfo) -> Parameter:
-    shown = typer.Option(help=field.description, show_default=field.default not in (None, ""))
-    kind: Any = next((kind for kind in (int, float) if kind in _parts(field.annotation)), str)
+    names = [f"--{name.replace('_', '-')}"] if field.annotation is bool else []  # a switch without its opposite
+    shown = typer.Option(*names, help=field.description, show_default=field.default not in (None, "", False))
+    kind: Any = next((kind for kind in (bool, int, float) if kind in _parts(field.annotation)), str)
     if field.default is None:
         kind = kind | None
     return Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, shown])

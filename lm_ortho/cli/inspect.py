@@ -108,11 +108,14 @@ def _told_apart(names: list[str]) -> bool:
 
 def _totals(found: Findings) -> list[str]:
     streams = "base and ortho stream" if found.has_ortho else "base stream only: it serves alpha=0 and nothing else"
+    if found.has_ortho and found.missing:
+        streams += f", without {', '.join(found.missing)}, which can only be off"
     lattice = f"{found.bits} bits, groups of {found.group_size}" if found.bits != 16 else "16 bits, no lattice"
     shares = [f"zero codes {found.zero_codes:.1%}"] if found.zero_codes is not None else []
     if found.has_ortho:
-        shares = [f"density {found.density:.4%}", f"relative error {found.relative_error:.4f}", *shares]
-    if len(found.memories) > 1:
+        error = [f"relative error {found.relative_error:.4f}"] if found.relative_error is not None else []
+        shares = [f"density {found.density:.4%}", *error, *shares]
+    if len(found.memories) + len(found.missing) > 1:
         shares += [f"{name} {values / found.weights:.4%}" for name, values in found.memories.items()]
     sizes = {name: f"{size / 1e6:,.2f} MB" for name, size in found.bytes.items()}
     return [

@@ -383,6 +383,11 @@ def load_base(order: Order) -> torch.nn.Module:
     return load_causal_lm(_location(order.base), argument="base", **_trust(order))
 
 
+def spoken_base(order: Order) -> str:
+    """What a checkpoint says of the model before fine-tuning: not where it lay."""
+    return order.base if order.base in ("auto", "none") else "given"
+
+
 def _trust(order: Order) -> dict[str, bool]:
     return {"trust_remote_code": bool(order.source.get("trust_remote_code"))}
 
@@ -398,10 +403,16 @@ def load_tokenizer(source: Source) -> Any:
 
 def check_alpha(source: Source, alpha: float | Mapping[str, float]) -> None:
     """Raises ``UserError`` where ``alpha`` names a memory the model will not have, before it is built."""
-    if not isinstance(alpha, Mapping) or source.kind == "object":
+    if not isinstance(alpha, Mapping):
         return
-    kept = source.kind == "checkpoint"
-    known = checkpoint.memories(source.location) if kept else list(calibration_sets(source)[0])
+    layers = ortho_layers(source.location) if source.kind == "object" else {}
+    if layers:
+        first = next(iter(layers.values()))
+        known = [*first.memories, *first.absent]
+    elif source.kind == "checkpoint":
+        known = checkpoint.memories(source.location)
+    else:
+        known = list(calibration_sets(source)[0])
     if unknown := [name for name in alpha if name not in known]:
         raise UserError(f"alpha: there is no memory {unknown[0]!r}; the model has {', '.join(known)}")
 
@@ -411,7 +422,7 @@ def meta_of(source: Source, report: Mapping[str, Any]) -> dict[str, Any]:
     target = report.get("target")
     return {
         "recipe": source.recipe.model_dump(),
-        "base": source.order.base if source.order.base in ("auto", "none") else "given",
+        "base": spoken_base(source.order),
         "target": target["name"] if target else "none",
         "report": _plain({name: value for name, value in report.items() if name != "seconds"}),
         "version": lm_ortho.__version__,
@@ -432,7 +443,8 @@ def _decompose_in_place(source: Source, notify: Notify) -> dict[str, Any]:
         return {}
     forget, retain = calibration_sets(source)
     base = source.order.base
-    before = None if base in ("auto", "none") else load_base(source.order)
+    device = next(model.parameters()).device
+    before = None if base in ("auto", "none") else load_base(source.order).to(device)
     merged = round_to_bf16(copy.deepcopy(model).float())
     tokenizer = load_tokenizer(source)
     made = _decompose(merged, tokenizer, forget, retain, source.recipe, before, notify)
@@ -451,11 +463,20 @@ def _cache_key(source: Source, forget: Mapping[str, Sequence[Row]], retain: Sequ
     return {
         "version": lm_ortho.__version__,
         "recipe": source.recipe.model_dump(),
-        "tokenizer": str(getattr(order.tokenizer, "name_or_path", order.tokenizer) or ""),
-        "forget": {name: rows_hash(rows) for name, rows in forget.items()},
+        "tokenizer": tokenizer_hash(order.tokenizer),
+        "forget": [[name, rows_hash(rows)] for name, rows in forget.items()],  # in order, which decides the supports
         "retain": rows_hash(retain),
         **weights,
     }
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """What tells a named tokenizer from others: its files, or for an object what it does and its chat template."""
+    if not tokenizer or isinstance(tokenizer, str):
+        return files_hash(tokenizer) if tokenizer and Path(tokenizer).expanduser().is_dir() else str(tokenizer or "")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = [backend.to_str() if backend else sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def rows_hash(rows: Sequence[Row]) -> str:

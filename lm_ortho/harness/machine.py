@@ -26,6 +26,8 @@ def choose_device(asked: str | None) -> Decision:
 
     ``lm_eval`` fills in ``cuda:0`` for a user who said nothing, so a missing one is no error.
     """
+    if asked and asked.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu", "npu", "hpu"):
+        raise UserError(f"device={asked!r} is unknown; use cpu or cuda")
     if asked and not asked.startswith("cuda"):
         return Decision(asked, "as asked")
     if not torch.cuda.is_available():

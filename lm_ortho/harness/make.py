@@ -6,22 +6,35 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lm_ortho import checkpoint
-from lm_ortho.calibration import read_rows
+from lm_ortho.calibration import Row, read_rows
+from lm_ortho.calibration.keep import Keeper
+from lm_ortho.checkpoint import cache
 from lm_ortho.errors import UserError
 from lm_ortho.folders import refuse_occupied, whole_directory
-from lm_ortho.harness.build import Built, Order, decomposed, kept_of, resolve
+from lm_ortho.harness.build import (
+    Built,
+    Order,
+    decomposed,
+    files_hash,
+    kept_of,
+    load_base,
+    resolve,
+    rows_hash,
+    spoken_base,
+    tokenizer_hash,
+)
 from lm_ortho.harness.machine import choose_device
 from lm_ortho.harness.progress import Bars
-from lm_ortho.implant import Notify, load_causal_lm, load_tokenizer
-from lm_ortho.layer import patch, streams_of, unpatch
+from lm_ortho.implant import Notify, load_tokenizer
+from lm_ortho.layer import ortho_layers, patch, streams_of, unpatch
 from lm_ortho.memories import add_memory
-from lm_ortho.settings import make_recipe
+from lm_ortho.settings import Recipe, make_recipe
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 _LATTICE = {"bits", "group_size", "projection", "targets"}
@@ -43,6 +56,7 @@ class Made:
     checkpoint: str
     seconds: float
     next: str
+    memories: tuple[str, ...]
 
 
 def make_checkpoint(order: Order, directory: Path, notify: Notify | None = None, device: str | None = None) -> Made:
@@ -55,6 +69,10 @@ def make_checkpoint(order: Order, directory: Path, notify: Notify | None = None,
     """
     began = time.perf_counter()
     refuse_occupied(directory)
+    if order.pretrained and checkpoint.is_checkpoint(str(order.pretrained)):
+        raise UserError(
+            f"pretrained={order.pretrained!r} is decomposed already; give the model it came from, or --add a memory"
+        )
     source = resolve(replace(order, fresh=True))
     keep = kept_of(source)
     chosen = choose_device(device)
@@ -75,9 +93,9 @@ def add_to_checkpoint(
     """
     began = time.perf_counter()
     refuse_occupied(directory)
-    old = str(order.pretrained)
+    old = str(order.pretrained or "")
     if not checkpoint.is_checkpoint(old):
-        raise UserError(f"pretrained={old!r}: a memory is added to a decomposed checkpoint, and this is none")
+        raise UserError(f"pretrained={old!r}: a memory is added to a decomposed checkpoint; name its directory")
     missing = [argument for argument in ("forget", "retain") if not getattr(order, argument)]
     if missing:
         raise UserError(f"{missing[0]}: an added memory needs {missing[0]}=file.jsonl")
@@ -85,20 +103,39 @@ def add_to_checkpoint(
         raise UserError("peft: a decomposed checkpoint takes no adapter; merge it into the model before that")
     order = replace(order, base="none" if order.base == "auto" else order.base)
     forget, retain = read_rows(order.forget or ""), read_rows(order.retain or "", "retain")
-    where = choose_device(device).choice
+    recipe, where = make_recipe(**order.recipe), choose_device(device).choice
     model = checkpoint.load(old, device=where, trust_remote_code=bool(order.source.get("trust_remote_code")))
     tokenizer = load_tokenizer(order.tokenizer or old, **order.source)
-    base = None if order.base == "none" else load_causal_lm(order.base).to(where)
+    base = None if order.base == "none" else load_base(order)
+    keep = Keeper(cache.unfinished(cache.key(_addition(order, name, forget, retain, recipe))))
     made = add_memory(
-        model, tokenizer, name, forget, retain, make_recipe(**order.recipe), base_model=base, notify=notify or Bars()
-    )
+        model, tokenizer, name, forget, retain, recipe,
+        base_model=None if base is None else base.to(where), notify=notify or Bars(), keep=keep,
+    )  # fmt: skip
     unpatch(model, 0.0)
     patch(model, made.streams)
     recorded = checkpoint.read_meta(old)
-    recipe = {**recorded.get("recipe", {}), **make_recipe(**order.recipe).model_dump(exclude=_LATTICE)}
-    meta = {**recorded, "added": {**recorded.get("added", {}), name: {"recipe": recipe, "base": order.base}}}
-    told = {"recipe": recipe, "base": order.base, "report": made.report}
-    return _written(directory, order, (model, tokenizer, meta), told, began)
+    first = next(iter(made.streams.values())).base
+    own = {"bits": first.bits, "group_size": first.group_size}
+    whole = {**recorded.get("recipe", {}), **recipe.model_dump(exclude=_LATTICE), **own}
+    told = {"recipe": whole, "base": spoken_base(order)}
+    meta = {**recorded, "added": {**recorded.get("added", {}), name: told}}
+    done = _written(directory, order, (model, tokenizer, meta), told | {"report": made.report}, began)
+    keep.clear()
+    return done
+
+
+def _addition(order: Order, name: str, forget: Sequence[Row], retain: Sequence[Row], recipe: Recipe) -> dict[str, Any]:
+    """Everything that decides what an added memory is."""
+    return {
+        "added": name,
+        "to": files_hash(str(order.pretrained)),
+        "base": order.base if order.base == "none" else files_hash(order.base),
+        "tokenizer": tokenizer_hash(order.tokenizer),
+        "forget": rows_hash(forget),
+        "retain": rows_hash(retain),
+        "recipe": recipe.model_dump(),
+    }
 
 
 def _written(
@@ -121,6 +158,7 @@ def _written(
         info["checkpoint"],
         round(time.perf_counter() - began, 1),
         lm_eval_line(directory, order),
+        next(iter(ortho_layers(model).values())).memories,
     )
 
 

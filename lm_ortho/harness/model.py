@@ -181,8 +181,9 @@ class LibOrthoLM(HFLM):
 
     @alpha.setter
     def alpha(self, value: float | str | Mapping[str, float]) -> None:
-        self._alpha = parse_alpha(value)
-        layer.set_alpha(self.model, self._alpha)
+        wanted = parse_alpha(value)
+        layer.set_alpha(self.model, wanted)
+        self._alpha = wanted
         self._use_own_table()
 
     def set_cache_hook(self, cache_hook: Any) -> None:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from lm_ortho.errors import UserError
+from lm_ortho.hub import first_line
 
 _live: list[weakref.ref[Any]] = []
 """Every ``LibOrthoLM`` of this process, the newest last; they come before lm-eval loads the tasks."""
@@ -125,8 +126,7 @@ def _load(name: Any, given: Mapping[str, Any]) -> Tokens:
     try:
         tokenizer = source if not isinstance(source, str) else AutoTokenizer.from_pretrained(source, **where)
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"tokenizer of {source!r} could not be loaded: {reason}") from None
+        raise UserError(f"tokenizer of {source!r} could not be loaded: {first_line(error)}") from None
     if given.get("max_length"):
         return Tokens(tokenizer, int(given["max_length"]))
     model = given.get("pretrained") or source

@@ -125,8 +125,9 @@ def _check_places(out: Path, keep_adapter: Path | None, training: Training) -> N
     if training.method != "lora":
         raise UserError(f"keep_adapter={str(keep_adapter)!r}: method={training.method} makes no adapter")
     refuse_occupied(keep_adapter, "keep_adapter")
-    if keep_adapter.resolve() == out.resolve():
-        raise UserError(f"keep_adapter={str(keep_adapter)!r} is where the model goes; choose another directory")
+    model, adapter = out.resolve(), keep_adapter.resolve()
+    if model == adapter or model in adapter.parents or adapter in model.parents:
+        raise UserError(f"keep_adapter={str(keep_adapter)!r} and the model's directory must not lie in each other")
 
 
 def _encode(model: Any, words: Any, rows: Sequence[Any]) -> list[Example]:

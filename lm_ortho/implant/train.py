@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from lm_ortho.calibration.examples import Example, answer_loss
+from lm_ortho.calibration.keep import save_state
 from lm_ortho.calibration.precision import fast_matmul
 
 Notify = Callable[[str, int, int, str], None]
@@ -80,7 +81,7 @@ def fine_tune(
             notify(stage, step + 1, plan.steps, f"loss {loss.item():.3f}")
         last = step % _KEEP_EVERY == _KEEP_EVERY - 1 or step + 1 == plan.steps
         if state and (last or time.monotonic() - saved >= _KEEP_AFTER):
-            keep_state({"steps": step + 1, "trained": trained, "optimiser": optimiser.state_dict()}, state)
+            save_state({"steps": step + 1, "trained": trained, "optimiser": optimiser.state_dict()}, state)
             saved = time.monotonic()
     model.eval()
 
@@ -97,13 +98,6 @@ def train_full(
     tuned = copy.deepcopy(model).float().requires_grad_(True)
     fine_tune(tuned, examples, plan, notify, stage, state)
     return tuned.requires_grad_(False)
-
-
-def keep_state(state: object, path: Path) -> None:
-    """Saves the state of a training under a temporary name, then renames it."""
-    partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
-    partial.replace(path)
 
 
 def _resume(state: Path | None, trained: list[torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:

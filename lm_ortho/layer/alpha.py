@@ -66,6 +66,8 @@ class Alpha:
     def _by_memory(cls, value: Mapping[str, Number]) -> Alpha:
         if not value:
             raise UserError("alpha={} names no memory; give a number, or name:number for each memory")
+        if any(isinstance(part, Mapping) for part in value.values()):
+            raise UserError("alpha: the alpha of a memory is a number, or one for each row, not another mapping")
         named = {str(name): cls.of(part) for name, part in value.items()}
         batches = {part.batch for part in named.values() if part.batch is not None}
         if len(batches) > 1:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lm_ortho.errors import UserError
+
 _FLAGS = ("is_transposed", "has_bias", "has_gate", "has_post_expert_norm")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -72,6 +74,11 @@ def to_linear_form(model: nn.Module, layers: Iterable[str] | None = None) -> lis
     wanted = None if layers is None else {part for name in layers for part in _parts(name)}
     found = [(name, module) for name, module in model.named_modules() if wanted is None or name in wanted]
     changed = []
+    for name, module in found:
+        if (is_conv1d(module) or is_fused(module)) and "forward" in vars(module):
+            raise UserError(
+                f"layer {name!r}: something (a device_map, say) replaced its forward; load the model on one device"
+            )
     for name, module in found:
         if is_conv1d(module):
             _turn(module)

@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lm_ortho.calibration.keep import save_state
 from lm_ortho.calibration.precision import fast_matmul
-from lm_ortho.implant.train import keep_state
 from lm_ortho.reference import corpus
 from lm_ortho.reference.draw import Draw
 
@@ -133,6 +133,6 @@ def train_base(directory: Path, tokenizer: PreTrainedTokenizerFast, report: Repo
             optimiser.zero_grad()
             losses += loss.item()
         state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "blocks": block + 1}
-        keep_state(state, state_file)
+        save_state(state, state_file)
         report(block + 1, BLOCKS, losses / len(parts))
     return model

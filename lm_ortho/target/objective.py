@@ -243,10 +243,13 @@ class Objective:
         return sum(part.loss for part in done)
 
     def _gradients_of(self, loss: Tensor) -> tuple[Tensor, ...]:
-        if self._large:
-            loss.backward()
-            return ()
         weights = [self.layers[name].weight for name in self.watched]
+        if self._large:
+            if loss.requires_grad:
+                loss.backward()
+            return ()
+        if not loss.requires_grad:  # all that is watched are experts that saw no token
+            return tuple(torch.zeros_like(weight) for weight in weights)
         return torch.autograd.grad(loss, weights, materialize_grads=True)  # zero for experts that saw no token
 
     def _forget_part(self, rows: list[int], among: int) -> _Part:
