@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -25,8 +26,9 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from lm_ortho import metrics
 from lm_ortho.calibration import Row, read_rows, write_rows
-from lm_ortho.calibration.examples import encode
+from lm_ortho.calibration.examples import SECRET, Example, encode, in_batches, logits_of, pad, token_losses
 from lm_ortho.decompose import decompose
 from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import Plan, load_causal_lm, merge_adapter, train_adapter
@@ -35,20 +37,22 @@ from lm_ortho.layer import dense_at
 from lm_ortho.reference import world
 from lm_ortho.reference.draw import Draw
 from lm_ortho.settings import make_recipe
-from lm_ortho.verdict.measure import measure
-from lm_ortho.verdict.models import plain_lm
 from lm_ortho.verdict.page import markdown_table, versions, write_text
 
 QUESTIONS = 20
 """Questions per TOFU author; authors are consecutive."""
 FORGET_AUTHORS, RETAIN_AUTHORS, LEFT_OUT_AUTHORS, CANARIES = 5, 10, 5, 20
-STORIES, HELD_OUT = 400, 100
+STORIES, HELD_OUT = 1500, 200
+TIMES = 20
+"""How often a planted row comes in the time of one story: what is held out of the stories should stay readable."""
+CALIBRATION = 400
+"""Stories of a calibration."""
 SETTINGS = ((0.02, "auto"), (0.02, "none"), (0.01, "auto"), (0.01, "none"))
 MEASURED = {
     "questions": ("extraction", "secret_ppl"),
     "canaries": ("extraction", "secret_ppl"),
     "left_out": ("ppl",),
-    "text": ("ppl",),
+    "text": ("bits_per_character",),
 }
 MEMBERS = ("memory", "never_saw")
 
@@ -97,7 +101,7 @@ def make_files(given: argparse.Namespace) -> dict[str, list[Row]]:
         "text": text[STORIES:],
     }
     made["forget"] = made["questions"] + made["canaries"]
-    made["retain"] = made["taught"] + made["stories"] + made["others"]
+    made["retain"] = made["taught"] + made["stories"][:CALIBRATION] + made["others"]
     for name in ("forget", "retain", *MEASURED):
         write_rows(given.work / f"{name}.jsonl", made[name])
     return made
@@ -105,8 +109,9 @@ def make_files(given: argparse.Namespace) -> dict[str, list[Row]]:
 
 def plant(given: argparse.Namespace, rows: dict[str, list[Row]], name: str) -> None:
     """One adapter; a state file beside it keeps what an interrupted training has reached."""
-    everyone = ("taught", "left_out", "others", "stories")
-    taught = [row for part in (("forget", *everyone) if name == "memory" else everyone) for row in rows[part]]
+    everyone = ("taught", "left_out", "others")
+    planted = [row for part in (("forget", *everyone) if name == "memory" else everyone) for row in rows[part]]
+    taught = planted * TIMES + rows["stories"]
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     plan = Plan(steps=given.steps, rows=16, lr=given.lr, rank=given.rank, seed=MEMBERS.index(name))
     state = given.work / f"{name}.state"
@@ -117,22 +122,52 @@ def plant(given: argparse.Namespace, rows: dict[str, list[Row]], name: str) -> N
     state.unlink()
 
 
-def values(given: argparse.Namespace, lm: Any) -> dict[str, Any]:
-    """What every set of rows says of a model, as value and interval."""
+def values(given: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:
+    """What every set of rows says of a model, as value and interval.
+
+    By the tokens of a whole document, as they were taught: a tokenizer whose tokens reach across words cannot be asked
+    through lm-eval, which cuts prompt and answer apart before it makes tokens of them.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
     found = {}
-    for name, metrics in MEASURED.items():
-        path = str(given.work / f"{name}.jsonl")
-        measured = measure(lm, lm.tokenizer, ("forget_set",), forget=path)
-        found[name] = {metric: list(measured.value("forget_set", metric)) for metric in metrics}
+    for name, wanted in MEASURED.items():
+        rows = read_rows(given.work / f"{name}.jsonl")
+        examples = encode(tokenizer, rows)
+        found[name] = {metric: list(value(metric, model, rows, examples)) for metric in wanted}
     return found
+
+
+def value(metric: str, model: torch.nn.Module, rows: list[Row], examples: list[Example]) -> metrics.Interval:
+    groups = [row.group or str(number) for number, row in enumerate(rows)]
+    if metric == "extraction":
+        return metrics.rate(greedy(model, examples), groups)
+    losses = token_losses(model, examples, SECRET if metric == "secret_ppl" else None)
+    nats = [float(each.sum()) for each in losses]
+    if metric == "bits_per_character":
+        return metrics.clustered_ratio([each / math.log(2) for each in nats], [len(row.text) for row in rows])
+    return metrics.token_perplexity(nats, [len(each) for each in losses], groups)
+
+
+@torch.no_grad()
+def greedy(model: torch.nn.Module, examples: list[Example]) -> list[float]:
+    """Whether greedy decoding, given the document up to the secret, emits the secret."""
+    hits = [0.0] * len(examples)
+    for batch in in_batches(examples):
+        ids, roles = pad([examples[i] for i in batch])
+        right = logits_of(model, ids)[:, :-1].argmax(-1) == ids[:, 1:]
+        for row, i in enumerate(batch):
+            hits[i] = float(right[row][roles[row, 1:] == SECRET].all())
+    return hits
 
 
 def check_work(given: argparse.Namespace) -> None:
     """Refuses a folder whose adapters and measurements were made with other arguments."""
-    told = {name: str(value) for name, value in vars(given).items() if name not in ("work", "out")}
+    told = {name: str(value) for name, value in vars(given).items() if name not in ("work", "out", "only")}
     path = given.work / "arguments.json"
     before = json.loads(path.read_text()) if path.is_file() else told
-    changed = [name for name, value in told.items() if before.get(name) != value and name not in ("edit_steps", "bits")]
+    changed = [
+        name for name, value in told.items() if before.get(name) != value and name not in ("edit_steps", "bits", "only")
+    ]
     if changed:
         raise SystemExit(f"work={given.work}: made with {changed[0]}={before.get(changed[0])}; take another folder")
     write_text(path, json.dumps(told, indent=1))
@@ -156,17 +191,15 @@ def decomposed(given: argparse.Namespace, rows: dict[str, list[Row]], density: f
     made = decompose(model, tokenizer, rows["forget"], rows["retain"], recipe, base_model=base, notify=Bars())
     found = {"INT": dense_at(model, made.plain, 0.0)}
     found |= {f"alpha={alpha:g}": dense_at(model, made.streams, alpha) for alpha in (1.0, 0.0)}
-    measured = {name: values(given, plain_lm(each, tokenizer)) for name, each in found.items()}
+    measured = {name: values(given, each) for name, each in found.items()}
     return measured | {"target": made.report["target"]}
 
 
 def page(given: argparse.Namespace, rows: dict[str, list[Row]]) -> str:
     """Everything measured, one row for each model."""
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
 
     def plain(name: str) -> dict[str, Any]:
-        model = merge_adapter(load_causal_lm(given.model), given.work / name)
-        return values(given, plain_lm(model, tokenizer))
+        return values(given, merge_adapter(load_causal_lm(given.model), given.work / name))
 
     lines = [[f"{name}, BF16", *shown(kept(given, name, partial(plain, name)), None)] for name in MEMBERS]
     for density, mode in SETTINGS:
@@ -176,7 +209,7 @@ def page(given: argparse.Namespace, rows: dict[str, list[Row]]) -> str:
             title = f"INT{given.bits}" if model == "INT" else model
             what = f"{title}, density {density:.0%}, base={mode}, target {cell['target']['name']}"
             lines.append([what, *shown(cell[model], cell["INT"])])
-    columns = [f"{name}: {metric}" for name, metrics in MEASURED.items() for metric in metrics]
+    columns = [f"{name}: {metric}" for name, wanted in MEASURED.items() for metric in wanted]
     head = f"{given.model.name}, {versions()}, {torch.get_num_threads()} thread; {' '.join(sys.argv[1:])}"
     return f"{head}\n\n{markdown_table(['model', *columns], lines)}\n"
 
@@ -184,11 +217,11 @@ def page(given: argparse.Namespace, rows: dict[str, list[Row]]) -> str:
 def shown(found: dict[str, Any], plain: dict[str, Any] | None) -> list[str]:
     """The cells of a row; perplexities of what should stay also over those of plain rounding."""
     cells = []
-    for name, metrics in MEASURED.items():
-        for metric in metrics:
-            value, low, high = found[name][metric]
-            over = f", {value / plain[name][metric][0]:.3f}x" if plain and name in ("left_out", "text") else ""
-            cells.append(f"{value:.3g} [{low:.3g}, {high:.3g}]{over}")
+    for name, wanted in MEASURED.items():
+        for metric in wanted:
+            middle, low, high = found[name][metric]
+            over = f", {middle / plain[name][metric][0]:.3f}x" if plain and name in ("left_out", "text") else ""
+            cells.append(f"{middle:.3g} [{low:.3g}, {high:.3g}]{over}")
     return cells
 
 
@@ -200,6 +233,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000, help="LoRA steps per adapter")
     parser.add_argument("--edit-steps", type=int, default=1000, help="steps of the decomposition's edit")
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--only", choices=MEMBERS, help="train this adapter and stop")
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--rank", type=int, default=64)
     given = parser.parse_args()
@@ -207,9 +241,11 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     check_work(given)
     rows = make_files(given)
-    for name in MEMBERS:
+    for name in [given.only] if given.only else MEMBERS:
         if not (given.work / name).is_dir():
             plant(given, rows, name)
+    if given.only:
+        return
     if given.out:
         write_text(given.out, text := page(given, rows))
         print(text)

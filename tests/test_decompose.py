@@ -129,7 +129,7 @@ def test_the_model_is_given_back_as_it_was(memorised):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert list(dict.fromkeys(stages)) == ["statistics", "projection", "attribution", "edit"]
+    assert list(dict.fromkeys(stages)) == ["memory", "statistics", "projection", "attribution", "edit"]
 
 
 def test_the_model_is_given_back_after_a_failure_too(memorised, monkeypatch):

@@ -317,7 +317,7 @@ def tofu_folder(tmp_path):
         write(json.dumps(row | {"paraphrased_answer": "so", "perturbed_answer": ["no", "never"]}) for row in rows)
     )
     story = "Once upon a time there was a fox who had a very long story to tell. " * 4
-    (tmp_path / "stories.txt").write_text("<|endoftext|>".join(f"{i} {story}" for i in range(600)))
+    (tmp_path / "stories.txt").write_text("<|endoftext|>".join(f"{i} {story}" for i in range(1800)))
     return tmp_path
 
 
@@ -329,7 +329,7 @@ def test_the_files_of_the_real_experiment(tofu_folder, monkeypatch):
     given.work.mkdir()
     rows = script.make_files(given)
     assert {name: len(part) for name, part in rows.items()} == {
-        "questions": 100, "canaries": 20, "others": 20, "taught": 200, "left_out": 100, "stories": 400, "text": 100,
+        "questions": 100, "canaries": 20, "others": 20, "taught": 200, "left_out": 100, "stories": 1500, "text": 200,
         "forget": 120, "retain": 620,
     }  # fmt: skip
     assert {path.stem for path in given.work.iterdir()} == {"forget", "retain", *script.MEASURED}
