@@ -217,3 +217,39 @@ def test_what_cannot_be_added(home: Path, tmp_path: Path, arguments: list[str], 
     given = [str(home / part) if part in ("plain", "decomposed") else part for part in arguments]
     assert message in refusal(*given, "--add", "later", "-o", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_switch_takes_no_value(own: list[str], tmp_path: Path) -> None:
+    done = run(*own, "--recompute", "--json", "-o", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.exception
+    assert json.loads(done.stdout)["recipe"]["recompute"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "gpu"], "device='gpu' is unknown; use cpu or cuda"),
+        (["--pretrained", "decomposed"], "is decomposed already; give the model it came from, or --add a memory"),
+        (["--add", "later"], "pretrained='': a memory is added to a decomposed checkpoint"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_unclear_wishes(home: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    given = [str(home / part) if part == "decomposed" else part for part in arguments]
+    assert message in refusal(*given, "-o", str(tmp_path / "out"))
+
+
+def test_inspect_names_a_memory_that_is_not_there(own: list[str], home: Path, tmp_path: Path) -> None:
+    rows = read_rows(home / "forget.jsonl")
+    for name, part in (("a", rows[:3]), ("b", rows[3:])):
+        write_rows(tmp_path / f"{name}.jsonl", part)
+    both = f"a:{tmp_path}/a.jsonl+b:{tmp_path}/b.jsonl"
+    done = run(*own, "--forget", both, "-o", str(tmp_path / "out"))
+    assert "of at most 0.02 for each of a, b" in done.stdout
+    (tmp_path / "out" / "ortho-a.safetensors").unlink()
+    shown = runner.invoke(app, ["inspect", str(tmp_path / "out")]).stdout
+    assert "without a, which can only be off" in shown
+    assert "relative error" not in shown
+    found = json.loads(runner.invoke(app, ["inspect", str(tmp_path / "out"), "--json"]).stdout)
+    assert found["missing"] == ["a"]
+    assert found["relative_error"] is None
