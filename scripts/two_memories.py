@@ -59,13 +59,16 @@ def one_by_one(model: Any, words: Any, base: Any) -> Decomposition:
 
 def made(place: Path, how: Callable[..., Decomposition]) -> Path:
     """The checkpoint of one way, made if it is not there."""
+    recipe = make_recipe().model_dump()
+    if checkpoint.is_checkpoint(place) and checkpoint.read_meta(place)["recipe"] != recipe:
+        raise SystemExit(f"work={place.parent}: {place.name} was made with another recipe; take another folder")
     if not checkpoint.is_checkpoint(place):
         words = models.load_words(reference.WEIGHTS)
         base = models.load_model(reference.WEIGHTS, "base")
         done = how(models.load_model(reference.WEIGHTS, "memory"), words, base)
         model = models.load_model(reference.WEIGHTS, "memory")
         patch(model, done.streams)
-        checkpoint.save(place, model, words, {"recipe": make_recipe().model_dump()})
+        checkpoint.save(place, model, words, {"recipe": recipe})
     return place
 
 
