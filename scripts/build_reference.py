@@ -46,9 +46,10 @@ def build_adapter(out: Path, work: Path, name: str) -> None:
 def build_decomposed(out: Path, threads: int) -> None:
     from lm_ortho import checkpoint
     from lm_ortho.harness import build
+    from lm_ortho.harness.order import Order, resolve
 
     torch.set_num_threads(threads)
-    source = build.resolve(build.Order(fresh=True))
+    source = resolve(Order(fresh=True))
     partial = out / "decomposed.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model, words, meta = build.decomposed(source, Bars())

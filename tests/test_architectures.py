@@ -38,6 +38,7 @@ from lm_ortho.calibration.documents import write_rows
 from lm_ortho.calibration.examples import encode
 from lm_ortho.errors import UserError
 from lm_ortho.harness import build
+from lm_ortho.harness.order import Order, resolve
 from lm_ortho.layer import (
     alpha_scope,
     find_linear,
@@ -345,7 +346,7 @@ def test_sharded_files_of_every_dtype(name, dtype, tmp_path, small_and_alone):
     for kind, rows in (("forget", RETAIN[:2]), ("retain", RETAIN[2:])):
         write_rows(tmp_path / f"{kind}.jsonl", rows)
         sets[kind] = str(tmp_path / f"{kind}.jsonl")
-    source = build.resolve(build.Order(str(tmp_path / "plain"), recipe={"density": 0.05, **CHEAP}, **sets))
+    source = resolve(Order(str(tmp_path / "plain"), recipe={"density": 0.05, **CHEAP}, **sets))
     built = build.build_model(source, dtype=torch.float32)
     rounded = model.float().bfloat16().float()
     to_linear_form(rounded)

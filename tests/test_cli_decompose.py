@@ -19,8 +19,8 @@ from lm_ortho.calibration import read_rows, write_rows
 from lm_ortho.cli.app import app
 from lm_ortho.errors import UserError
 from lm_ortho.harness import make
-from lm_ortho.harness.build import Order, Source
 from lm_ortho.harness.model import LibOrthoLM
+from lm_ortho.harness.order import Order, Source
 from lm_ortho.layer import streams_of
 from lm_ortho.settings import Recipe, make_recipe
 

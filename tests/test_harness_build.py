@@ -20,6 +20,7 @@ from lm_ortho.checkpoint import cache
 from lm_ortho.errors import UserError
 from lm_ortho.harness import build, tokens
 from lm_ortho.harness.model import LibOrthoLM
+from lm_ortho.harness.order import RECIPE_ARGUMENTS, Order, calibration_sets, resolve
 from lm_ortho.streams import UNNAMED
 
 pytestmark = pytest.mark.usefixtures("small_and_alone")
@@ -67,10 +68,10 @@ def test_another_order_is_another_entry(
     if change.get("retain"):
         change = {"retain": str(tmp_path / "other.jsonl")}
     for order in (orders, {**orders, **change}):
-        given = {k: v for k, v in order.items() if k in (*build.Order.__dataclass_fields__, "base")}
-        recipe = {k: v for k, v in order.items() if k in build.RECIPE_ARGUMENTS}
-        source = build.resolve(build.Order(**{**given, "recipe": recipe}))
-        keys.append(cache.key(build._cache_key(source, *build.calibration_sets(source))))
+        given = {k: v for k, v in order.items() if k in (*Order.__dataclass_fields__, "base")}
+        recipe = {k: v for k, v in order.items() if k in RECIPE_ARGUMENTS}
+        source = resolve(Order(**{**given, "recipe": recipe}))
+        keys.append(build.key_of(source))
     assert keys[0] != keys[1]
 
 
@@ -97,7 +98,7 @@ def embedded(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def test_the_default_is_the_shipped_decomposition(embedded: Path) -> None:
-    source = build.resolve(build.Order())
+    source = resolve(Order())
     assert (source.kind, source.location) == ("checkpoint", str(embedded / "decomposed"))
     model = LibOrthoLM(device="cpu")
     assert model.alpha == 0
@@ -108,28 +109,28 @@ def test_the_default_is_the_shipped_decomposition(embedded: Path) -> None:
     "given", [{"fresh": True}, {"base": "none"}, {"recipe": {"density": 0.02}}, {"recipe": {"seed": 1}}], ids=str
 )
 def test_anything_else_is_decomposed_from_the_embedded_model(embedded: Path, given: dict[str, Any]) -> None:
-    source = build.resolve(build.Order(**given))
+    source = resolve(Order(**given))
     assert (source.kind, source.location) == ("embedded", str(embedded / "base"))
     merged, before = build.load_models(source)
     assert (before is None) is (given.get("base") == "none")
     assert merged.config.vocab_size > 0
-    forget, retain = build.calibration_sets(source)
+    forget, retain = calibration_sets(source)
     assert forget[UNNAMED][0].secret
     assert retain
 
 
 def test_naming_a_default_changes_nothing(embedded: Path) -> None:
-    assert build.resolve(build.Order(recipe={"density": 0.01, "sieve": "attribution"})).kind == "checkpoint"
+    assert resolve(Order(recipe={"density": 0.01, "sieve": "attribution"})).kind == "checkpoint"
 
 
 def test_without_the_shipped_decomposition(embedded: Path) -> None:
     shutil.rmtree(embedded / "decomposed")
-    assert build.resolve(build.Order()).kind == "embedded"
+    assert resolve(Order()).kind == "embedded"
 
 
 def test_an_adapter_alone_is_refused(embedded: Path) -> None:
     with pytest.raises(UserError, match="peft: the embedded model brings its own"):
-        build.resolve(build.Order(peft="x"))
+        resolve(Order(peft="x"))
 
 
 def adapter(home: Path, target: Path) -> Path:
@@ -148,7 +149,7 @@ def test_a_merged_adapter_makes_the_base_known(home: Path, orders: dict[str, Any
     peft = adapter(home, tmp_path / "adapter")
     given = {k: orders[k] for k in ("pretrained", "forget", "retain")}
     for base, known in (("auto", True), ("none", False), (None, False), (str(home / "plain"), True)):
-        source = build.resolve(build.Order(**given, peft=str(peft), base=base, recipe=RECIPE))
+        source = resolve(Order(**given, peft=str(peft), base=base, recipe=RECIPE))
         merged, before = build.load_models(source)
         assert (before is not None) is known
         plain = make_model(merged.config.vocab_size).state_dict()
@@ -289,8 +290,8 @@ def test_the_key_tells_tokenizers_chat_templates_and_orders_apart(home: Path, tm
     given = {"pretrained": str(home / "plain"), "retain": str(home / "retain.jsonl")}
 
     def key(forget: str, tokenizer: Any = None) -> str:
-        source = build.resolve(build.Order(**given, forget=forget, tokenizer=tokenizer))
-        return cache.key(build._cache_key(source, *build.calibration_sets(source)))
+        source = resolve(Order(**given, forget=forget, tokenizer=tokenizer))
+        return build.key_of(source)
 
     one = str(home / "forget.jsonl")
     keys = [key(one), key(one, words), key(f"a:{one}+b:{tmp_path}/b.jsonl"), key(f"b:{tmp_path}/b.jsonl+a:{one}")]

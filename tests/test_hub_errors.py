@@ -20,6 +20,7 @@ from lm_ortho.errors import UserError
 from lm_ortho.harness import build
 from lm_ortho.harness.make import make_checkpoint
 from lm_ortho.harness.model import LibOrthoLM
+from lm_ortho.harness.order import Order, download, resolve
 from lm_ortho.hub import reason
 from lm_ortho.implant import load_causal_lm, load_config, load_tokenizer, merge_adapter
 
@@ -57,10 +58,13 @@ def told(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 WAYS: dict[str, tuple[str, Callable[[], object]]] = {
     "config": ("pretrained", lambda: load_config("some/model", revision="v9")),
     "model": ("pretrained", lambda: load_causal_lm("some/model", revision="v9")),
-    "order": ("pretrained", lambda: build.resolve(build.Order(pretrained="some/model", source={"revision": "v9"}))),
-    "base": ("base", lambda: build.load_base(build.Order(base="some/model"))),
+    "order": (
+        "pretrained",
+        lambda: resolve(Order(pretrained="some/model", source={"revision": "v9"})),
+    ),
+    "base": ("base", lambda: build.load_base(Order(base="some/model"))),
     "tokenizer": ("tokenizer", lambda: load_tokenizer("some/model", revision="v9")),
-    "whole repository": ("pretrained", lambda: build._download("pretrained", "some/model", "v9")),
+    "whole repository": ("pretrained", lambda: download("pretrained", "some/model", "v9")),
 }
 
 
@@ -125,10 +129,10 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(home: Path, own: Path, tm
     recipe = {"sieve": "magnitude", "projection": "rtn", "edit": "zero", "density": 0.02, "group_size": 16}
     sets = {"forget": str(home / "forget.jsonl"), "retain": str(home / "retain.jsonl")}
     trust = {"trust_remote_code": True}
-    order = build.Order(pretrained=str(own), recipe=recipe, source=trust, **sets)
+    order = Order(pretrained=str(own), recipe=recipe, source=trust, **sets)
     made = tmp_path / "made"
     untrusted: list[Callable[[], object]] = [
-        lambda: build.resolve(build.Order(pretrained=str(own), recipe=recipe, **sets)),
+        lambda: resolve(Order(pretrained=str(own), recipe=recipe, **sets)),
         lambda: load_causal_lm(own),
     ]
     make_checkpoint(order, made)

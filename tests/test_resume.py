@@ -222,12 +222,13 @@ def test_blocks_of_names():
 def test_the_cache_goes_on_with_an_interrupted_decomposition(home):
     from lm_ortho.checkpoint import cache
     from lm_ortho.harness import build
+    from lm_ortho.harness.order import Order, resolve
 
-    order = build.Order(
+    order = Order(
         pretrained=str(home / "plain"), forget=str(home / "forget.jsonl"), retain=str(home / "retain.jsonl"),
         recipe={"steps": 20, "density": 0.05, "group_size": 16},
     )  # fmt: skip
-    source = build.resolve(order)
+    source = resolve(order)
     with pytest.raises(Stopped):
         build.ensure_cached(source, stops_at("edit", 9))
     (left,) = cache.cache_dir().glob("unfinished-*")

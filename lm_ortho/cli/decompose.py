@@ -57,8 +57,8 @@ def decompose(
     Without any option but --out the embedded default is made again. --pretrained needs --forget and --retain.
     Progress goes to standard error.
     """
-    from lm_ortho.harness.build import Order
     from lm_ortho.harness.make import add_to_checkpoint, make_checkpoint
+    from lm_ortho.harness.order import Order
 
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     order = Order(

@@ -19,17 +19,15 @@ from lm_ortho.errors import UserError
 from lm_ortho.folders import refuse_occupied, whole_directory
 from lm_ortho.harness.build import (
     Built,
-    Order,
     decomposed,
     files_hash,
     kept_of,
     load_base,
-    resolve,
     rows_hash,
-    spoken_base,
     tokenizer_hash,
 )
 from lm_ortho.harness.machine import choose_device
+from lm_ortho.harness.order import Order, resolve, spoken_base
 from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import Notify, load_tokenizer
 from lm_ortho.layer import ortho_layers, patch, streams_of, unpatch

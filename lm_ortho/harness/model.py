@@ -20,6 +20,7 @@ from lm_ortho import layer
 from lm_ortho.checkpoint import hf
 from lm_ortho.errors import UserError
 from lm_ortho.harness import build, machine, tokens
+from lm_ortho.harness.order import RECIPE_ARGUMENTS, Order, check_alpha, resolve
 from lm_ortho.kernels import calls
 from lm_ortho.settings import parse_alpha, show_alpha
 
@@ -64,13 +65,13 @@ class LibOrthoLM(HFLM):
     ) -> None:
         """Raises ``UserError`` for whatever cannot be built, before weights are loaded where possible."""
         self._alpha = parse_alpha(alpha)
-        recipe = {name: options.pop(name) for name in build.RECIPE_ARGUMENTS if name in options}
+        recipe = {name: options.pop(name) for name in RECIPE_ARGUMENTS if name in options}
         self._refuse(options, kernel)
         self.kernel, self.forget, self.retain = kernel, forget, retain
         self.pretrained_argument = pretrained
         where = ("revision", "subfolder", "trust_remote_code")
-        self._source = build.resolve(
-            build.Order(
+        self._source = resolve(
+            Order(
                 pretrained=pretrained,
                 peft=peft,
                 base="none" if base is None else base,
@@ -82,7 +83,7 @@ class LibOrthoLM(HFLM):
                 tokenizer=tokenizer,
             )
         )
-        build.check_alpha(self._source, self._alpha)
+        check_alpha(self._source, self._alpha)
         hf.register()
         chosen = machine.choose_device(device)
         log.info("device=%s: %s", *chosen)
@@ -124,7 +125,7 @@ class LibOrthoLM(HFLM):
         known = {
             *signature(HFLM).parameters,
             *signature(LibOrthoLM).parameters,
-            *build.RECIPE_ARGUMENTS,
+            *RECIPE_ARGUMENTS,
             *_LOADING,
         }
         for name in options:
