@@ -13,7 +13,6 @@ import pytest
 import tiny
 import tiny_checkpoint
 import torch
-import upstream
 
 from lm_ortho import checkpoint
 from lm_ortho.calibration.documents import Row, write_rows
@@ -186,13 +185,3 @@ def _trained(model: Any, batch: Callable[[], list[Example]], steps: int, rate: f
         optimiser.step()
         optimiser.zero_grad()
     return tiny.in_bf16_values(model).requires_grad_(False)
-
-
-def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Leaves groups that name tasks of lm-eval itself out of the check that loads every group: it would fetch them."""
-    loading = [item for item in items if getattr(item, "originalname", "") == "test_group_loads_and_has_a_version"]
-    left_out = upstream.groups_by_reference() if loading else {}
-    skip = pytest.mark.skip(reason="names tasks whose data is on the hub; tests/test_task_groups.py loads stand-ins")
-    for item in loading:
-        if item.callspec.params["name"] in left_out:
-            item.add_marker(skip)

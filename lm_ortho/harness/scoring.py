@@ -99,21 +99,25 @@ def _forget_ks(items: Sequence[tuple[float, float | None, str, str]]) -> Interva
     return found if isinstance(found, str) else metrics.ks_distance(*found)
 
 
-PrivLeakItem = tuple[float | None, float | None, str, str, str]
-"""(Min-K% score, that of the retain-only model, forget or holdout, group, why not)."""
+PrivLeakItem = tuple[float | None, float | None, str, str, str, float | None]
+"""(Min-K% score, that of the retrained model, member or other, group, why not, AUC of the retrained model)."""
 
 
 def _priv_leak(items: Sequence[PrivLeakItem]) -> Interval | str:
-    if any(own is None for own, *_ in items):
+    if any(item[0] is None for item in items):
         return not_available("the model gives no probability per token")
-    if why := next((reason for _, other, _, _, reason in items if other is None and reason), None):
+    parts = [[item for item in items if item[2] == part] for part in ("member", "other")]
+    known = items[0][5]
+    if why := next((item[4] for item in items if item[1] is None and item[4]), None):
         return why
-    parts = {part: [item for item in items if item[2] == part] for part in ("forget", "holdout")}
-    if not all(parts.values()) or any(other is None for _, other, *_ in items):
-        return not_available("no hold-out rows among those measured here and with the retain-only model")
-    own, other, groups = ([[item[i] for item in part] for part in parts.values()] for i in (0, 1, 3))
-    pairs: list[Any] = [(values[0], values[1]) for values in (own, other)]
-    return membership.priv_leak_interval(pairs[0], pairs[1], (groups[0], groups[1]))
+    if not all(parts) or (known is None and any(item[1] is None for item in items)):
+        return not_available("no hold-out rows among those measured here and with the retrained model")
+    groups = ([item[3] for item in parts[0]], [item[3] for item in parts[1]])
+    own: Any = tuple([item[0] for item in part] for part in parts)
+    other: Any = tuple([item[1] for item in part] for part in parts)
+    if known is None and metrics.auc(*other) == 1:
+        return not_available("the retrained model tells the two sets apart without an error")
+    return membership.priv_leak_interval(own, other if known is None else known, groups)
 
 
 def _utility(items: Sequence[tuple[str, float, float, float, str]]) -> Interval | str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lm_ortho.errors import UserError
 from lm_ortho.harness.answer_task import AnswerTask
+from lm_ortho.harness.membership_task import MEMBER, OTHER
 from lm_ortho.harness.task import Doc, Part, truth_losses
 from lm_ortho.harness.token_scores import TokenScores
 from lm_ortho.metrics import log_truth_ratio
@@ -66,7 +67,8 @@ class TofuTask(AnswerTask):
     def _token_values(self, doc: Doc, scores: TokenScores | None) -> dict[str, Any]:
         values = {} if doc["part"] == "holdout" else super()._token_values(doc, scores)
         own = None if scores is None else min_k_score(scores.logp, MIN_K_SHARE)
-        values["priv_leak"] = (own, doc["retrained_score"], doc["part"], doc["group"], doc["no_score"])
+        part = OTHER if doc["part"] == "holdout" else MEMBER
+        values["priv_leak"] = (own, doc["retrained_score"], part, doc["group"], doc["no_score"], None)
         return values
 
     def _other_values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:

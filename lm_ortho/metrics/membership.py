@@ -146,7 +146,7 @@ def priv_leak(model_auc: float, retrained_auc: float) -> float:
 
 def priv_leak_interval(
     model: tuple[ArrayLike, ArrayLike],
-    retrained: tuple[ArrayLike, ArrayLike],
+    retrained: tuple[ArrayLike, ArrayLike] | float,
     groups: tuple[Groups, Groups],
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
@@ -154,13 +154,18 @@ def priv_leak_interval(
 ) -> Interval:
     """``priv_leak`` with an interval over groups; each pair is (scores of the forget set, of the hold-out set).
 
-    Both models are resampled alike. Resamples in which the retrained model tells the sets apart without an error are
-    left out: nothing can be compared with that.
+    Both models are resampled alike, unless only the AUC of the retrained one is known. Resamples in which it tells the
+    sets apart without an error are left out: nothing can be compared with that.
     """
-    value = priv_leak(auc(*model), auc(*retrained))
     weights = [drawn_weights(part, resamples, seed + i) for i, part in enumerate(groups)]
-    own, theirs = (
-        weighted_auc(finite(pair[0], "forget"), finite(pair[1], "holdout"), *weights) for pair in (model, retrained)
-    )
+
+    def aucs(pair: tuple[ArrayLike, ArrayLike]) -> Floats:
+        return weighted_auc(finite(pair[0], "forget"), finite(pair[1], "holdout"), *weights)
+
+    own = aucs(model)
+    if isinstance(retrained, tuple):
+        value, theirs = priv_leak(auc(*model), auc(*retrained)), aucs(retrained)
+    else:
+        value, theirs = priv_leak(auc(*model), retrained), np.full_like(own, retrained)
     usable = theirs < 1
     return around(value, 100.0 * (theirs - own)[usable] / (1 - theirs[usable]), confidence)

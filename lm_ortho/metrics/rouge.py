@@ -15,17 +15,17 @@ class Rouge(NamedTuple):
 
 
 @cache
-def _scorer() -> Any:
+def _scorer(stemmer: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=stemmer)
 
 
-def rouge(said: str, true: str) -> Rouge:
-    """ROUGE-1 and ROUGE-L of a generated text against the true one, on stemmed words.
+def rouge(said: str, true: str, stemmer: bool = True) -> Rouge:
+    """ROUGE-1 and ROUGE-L of a generated text against the true one, by the rouge-score package.
 
-    The rouge-score package with the stemmer, as TOFU (arXiv 2401.06121) and MUSE (arXiv 2407.06460) publish it.
-    Source: Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries.
+    TOFU (arXiv 2401.06121) compares stems of words, MUSE (arXiv 2407.06460) the words themselves. Source: Lin 2004,
+    ROUGE: A Package for Automatic Evaluation of Summaries.
     """
-    scores = _scorer().score(true, said)
+    scores = _scorer(stemmer).score(true, said)
     return Rouge(scores["rouge1"].recall, scores["rougeL"].recall, scores["rougeL"].fmeasure)
