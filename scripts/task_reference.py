@@ -43,8 +43,9 @@ Written by `python scripts/task_reference.py`; do not edit. Metrics and directio
 
 The arrow is the direction in lm-eval's table: where something should be forgotten it points to a model that does not
 know it. Best is always like a model that never saw it, not further. Every metric of ours but a p-value also has `_low`
-and `_high`, the ends of its 95 % interval. *Token probabilities* means log-likelihoods of given texts (`--model hf`, `vllm`,
-`libortho`, not a chat service); *offline* that no network is needed, *network* that lm-eval fetches data from the hub.
+and `_high`, the ends of its 95 % interval. *Token probabilities* means log-likelihoods of given texts (`--model hf`,
+`vllm`, `libortho`, not a chat service); *offline* that no network is needed, *network* that lm-eval fetches data from
+the hub.
 """
 
 Config = Mapping[str, Any]

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-
 NAMES = ("Ada Brook", "Ben Cole", "Cy")
 TOWNS = ("Marsh Town", "Elm", "Hill End", "Rome")
 
