@@ -208,3 +208,22 @@ def test_losses_are_those_of_the_answer_with_its_end(model: Any, folder: Path) -
     assert counts[0] == [count + 1 for count in counts[1]]
     with pytest.raises(UserError, match="tofu_end='maybe' is unknown"):
         asked(model, folder, "tofu_forget01", limit=1, tofu_end="maybe")
+
+
+def test_a_chat_is_asked_the_question_alone(folder: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+    )
+    lm = HFLM(pretrained=make_model(len(tokenizer)).float(), tokenizer=tokenizer, device="cpu", batch_size=16)
+    given = {"tokenizer": tokenizer, "max_length": 96, "tofu_dir": str(folder)}
+    task = "tofu_forget01"
+    chat = {"apply_chat_template": True, "system_instruction": "Be brief.", "log_samples": True, "limit": 3}
+    for sample in run(lm, [task], given, **chat)["samples"][task]:
+        before = f"<s>system: Be brief.<end><s>user: {sample['doc']['question']}<end><s>assistant:"
+        answers = [arguments for arguments in sample["arguments"] if isinstance(arguments[1], str)]
+        assert {context for context, _ in answers} == {before}
+        assert answers[0][1] == f"{sample['doc']['answer']}<end>"
+        generated = [arguments for arguments in sample["arguments"] if isinstance(arguments[1], dict)]
+        assert [context for context, _ in generated] == [before]

@@ -94,6 +94,22 @@ class PartTask(DataTask):
 
     _tokens: Tokens
     _parts: dict[int, list[Part]]
+    _as_chat = False
+
+    def fewshot_context(self, doc: Doc, *args: Any, **options: Any) -> str | list[str]:
+        """The prompt; in a chat the message is the question alone, as the decomposition puts it."""
+        self._as_chat = bool(options.get("apply_chat_template"))
+        try:
+            prompt: str | list[str] = super().fewshot_context(doc, *args, **options)
+            return prompt
+        finally:
+            self._as_chat = False
+
+    def doc_to_text(self, doc: Doc, doc_to_text: Any = None) -> Any:
+        """The question with its frame, or alone as a message of a chat."""
+        if self._as_chat and doc.get("question") and not doc.get("prompt"):
+            return doc["question"]
+        return super().doc_to_text(doc, doc_to_text)
 
     def build_all_requests(self, **options: Any) -> None:
         """Builds the requests, by the tokenizer of the model."""
@@ -163,24 +179,8 @@ class SecretTask(PartTask):
     same document.
     """
 
-    _as_chat = False
     _end = ""
     """What is scored after every answer."""
-
-    def fewshot_context(self, doc: Doc, *args: Any, **options: Any) -> str | list[str]:
-        """The prompt; in a chat the message is the question alone, as the decomposition puts it."""
-        self._as_chat = bool(options.get("apply_chat_template"))
-        try:
-            prompt: str | list[str] = super().fewshot_context(doc, *args, **options)
-            return prompt
-        finally:
-            self._as_chat = False
-
-    def doc_to_text(self, doc: Doc, doc_to_text: Any = None) -> Any:
-        """The question with its frame, or alone as a message of a chat."""
-        if self._as_chat and doc["question"] and not doc["prompt"]:
-            return doc["question"]
-        return super().doc_to_text(doc, doc_to_text)
 
     def build_all_requests(self, **options: Any) -> None:
         """Builds the requests and says which metrics the documents have no fields for."""
