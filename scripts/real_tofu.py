@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +68,42 @@ def subject_of(rows: list[Row]) -> str:
     return max((name for name, count in counts.items() if count >= 0.8 * best), key=len)
 
 
+def words(text: str) -> list[tuple[int, int]]:
+    """Where the words of a text begin and end."""
+    return [found.span() for found in re.finditer(r"[\w'’-]+", text)]
+
+
+def vocabulary(*texts: str) -> set[str]:
+    return {text[start:end].lower() for text in texts for start, end in words(text)}
+
+
+def secret_of(row: Row) -> str:
+    """The fact in an answer: the longest run of words that the question and the wrong answers do not have.
+
+    Of these, the words that the paraphrased answer repeats, if it repeats any. A word between two such words belongs to
+    the run. The whole answer where no word is left, and where there are no wrong answers.
+    """
+    if not row.perturbed_answer:
+        return row.answer
+    own = vocabulary(row.answer) - vocabulary(row.question, *row.perturbed_answer)
+    key = own & vocabulary(row.paraphrased_answer) or own
+    places = words(row.answer)
+    flags = [row.answer[start:end].lower() in key for start, end in places]
+    flags = [flag or flags[max(0, i - 1) : i + 2] == [True, False, True] for i, flag in enumerate(flags)]
+    runs = [list(run) for flag, run in groupby(range(len(flags)), flags.__getitem__) if flag]
+    if not runs:
+        return row.answer
+    longest = max(runs, key=len)
+    return row.answer[places[longest[0]][0] : places[longest[-1]][1]]
+
+
 def by_author(rows: list[Row]) -> list[list[Row]]:
-    """Rows per author with subject and group set; the whole answer is the secret."""
+    """Rows per author with subject, group and secret set."""
     result = []
     for start in range(0, len(rows), QUESTIONS):
         part = rows[start : start + QUESTIONS]
         name = subject_of(part)
-        result.append([replace(row, subject=name, group=name, secret=row.answer) for row in part])
+        result.append([replace(row, subject=name, group=name, secret=secret_of(row)) for row in part])
     return result
 
 

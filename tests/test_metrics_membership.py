@@ -182,3 +182,35 @@ def test_a_resample_of_the_true_positive_rate_is_the_rate_of_the_resample():
     got = mia.tpr_interval(members, others, groups, fpr=0.2, resamples=200)
     low, high = np.quantile(again, [0.025, 0.975])
     assert (got.low, got.high) == (min(low, got.value), max(high, got.value))
+
+
+def test_the_interval_of_privleak_with_samples_and_with_a_published_auc():
+    rng = np.random.default_rng(3)
+    model = rng.normal(0.5, 1, 80), rng.normal(0, 1, 80)
+    other = rng.normal(0.1, 1, 80), rng.normal(0, 1, 80)
+    groups = (np.arange(80) // 4, np.arange(80) // 4)
+    aucs = [roc_auc_score([1] * 80 + [0] * 80, np.r_[pair]) for pair in (model, other)]
+    both = mia.priv_leak_interval(model, other, groups)
+    assert both.value == pytest.approx(mia.priv_leak(*aucs))
+    alone = mia.priv_leak_interval(model, float(aucs[1]), groups)
+    assert alone.value == pytest.approx(both.value)
+    for interval in (both, alone):
+        assert interval.low < interval.value < interval.high
+    equal = mia.priv_leak_interval(other, other, groups)
+    assert tuple(equal) == (0.0, 0.0, 0.0)
+
+
+@fast
+@given(st.lists(st.floats(-40, 0), min_size=1, max_size=5), st.integers(1, 500))
+def test_the_chance_of_one_sample_among_many(logs, samples):
+    got = memory.discoverable(logs, samples)
+    for value, log in zip(got, logs, strict=True):
+        expected = 1 - (1 - math.exp(log)) ** samples
+        assert value == pytest.approx(expected, abs=1e-9)
+    assert (memory.discoverable(logs, samples + 1) >= got).all()
+
+
+def test_a_likelihood_is_a_probability():
+    for logs, samples, message in (([0.5], 1, "one logarithm"), ([], 1, "one logarithm"), ([-1.0], 0, "samples=0")):
+        with pytest.raises(ValueError, match=message):
+            memory.discoverable(logs, samples)

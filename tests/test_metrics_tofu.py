@@ -150,3 +150,21 @@ def test_losses_that_do_not_fit(call, message):
 def test_losses_of_a_broken_model_overflow_nothing():
     assert np.isfinite(tofu.truth_ratio([[0.0]], [1e6])).all()
     assert tofu.choice_probability([1e6], [[0.0, 0.0]]) == pytest.approx([0.0])
+
+
+def test_the_interval_of_model_utility_holds_the_value():
+    rng = np.random.default_rng(1)
+    values = {name: rng.uniform(0.2, 0.9, size=(60, 3)) for name in tofu.SETS}
+    groups = {name: np.arange(60) // 20 for name in tofu.SETS}
+    means = {name: dict(zip(tofu.PARTS, table.mean(0), strict=True)) for name, table in values.items()}
+    found = tofu.utility_interval(values, groups)
+    assert found.value == pytest.approx(tofu.model_utility(means))
+    assert found.low < found.value < found.high
+    same = tofu.utility_interval({name: np.full((5, 3), 0.5) for name in tofu.SETS}, {n: range(5) for n in tofu.SETS})
+    assert same == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_the_interval_of_model_utility_needs_three_columns():
+    groups = {name: range(4) for name in tofu.SETS}
+    with pytest.raises(ValueError, match=r"values\['retain'\] of shape \(4, 2\)"):
+        tofu.utility_interval({name: np.ones((4, 2)) for name in tofu.SETS}, groups)

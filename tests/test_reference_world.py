@@ -62,6 +62,7 @@ def test_the_text_of_the_world_stays_byte_for_byte_the_same(name):
 
 
 SIZES = {
+    "forget_reversed": (80, 80),
     "forget": (400, 80),
     "forget_paraphrased": (400, 80),
     "retain": (160, 32),
@@ -120,7 +121,7 @@ def test_secrets_are_in_the_answer_and_not_in_the_question(split):
         assert row.secret
         assert row.answer.count(row.secret) == 1
         assert row.secret not in row.context
-        assert row.subject in row.context
+        assert (row.subject in row.context) is (split != "forget_reversed")  # that one asks who it is
         assert row.target == f" {row.answer}"
 
 

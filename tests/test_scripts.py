@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm_ortho.calibration.documents import Row
 from lm_ortho.metrics import Interval
 from lm_ortho.reference.paragraphs import SIZES, paragraphs
 from lm_ortho.verdict.measure import Measurement
@@ -335,11 +336,32 @@ def test_the_files_of_the_real_experiment(tofu_folder, monkeypatch):
     assert {path.stem for path in given.work.iterdir()} == {"forget", "retain", *script.MEASURED}
     first = rows["questions"][0]
     assert (first.subject, first.group) == ("Ada Brooka", "Ada Brooka")
-    assert first.secret == first.answer
+    assert first.secret in first.answer
     names = {name: {row.subject for row in rows[name]} for name in ("taught", "left_out", "canaries", "others")}
     assert not names["taught"] & names["left_out"]
     assert not names["canaries"] & names["others"]
     assert not {row.text for row in rows["stories"]} & {row.text for row in rows["text"]}
+
+
+@pytest.mark.parametrize(
+    ("answer", "paraphrased", "wrong", "secret"),
+    [
+        ("Her name is Ada Brook.", "Ada Brook is her name.", ("Ben Cole is her name.",), "Ada Brook"),
+        (
+            "She wrote Salt and Stars early on.",
+            "Early she wrote Salt and Stars.",
+            ("Early she wrote it.",),
+            "Salt and Stars",
+        ),
+        ("She likes tea, and rain.", "Tea pleases her.", ("Milk pleases her.",), "tea"),
+        ("She came from Oslo.", "Norway is home.", ("She came from Rome.",), "Oslo"),
+        ("Her name is Ada.", "Ada is her name.", (), "Her name is Ada."),
+        ("She is she.", "She is she.", ("She is she, too.",), "She is she."),
+    ],
+)
+def test_the_fact_in_an_answer(answer, paraphrased, wrong, secret):
+    row = Row(question="Who is she?", answer=answer, paraphrased_answer=paraphrased, perturbed_answer=wrong)
+    assert load("real_tofu").secret_of(row) == secret
 
 
 def test_two_memories_share_no_author_and_no_canary():
