@@ -28,7 +28,7 @@ def plane_codes(words, INDEX: tl.constexpr, HALF: tl.constexpr, UPCAST: tl.const
     magic: tl.constexpr = 0x64006400 if HALF else 0x43004300
     two = ((words >> (4 * INDEX)) & 0x000F000F) | magic
     pair = tl.join(two.to(tl.int16), (two >> 16).to(tl.int16))
-    flat = pair.reshape(words.shape[:-1] + [2 * words.shape[-1]])
+    flat = pair.reshape(words.shape[:-1] + [2 * words.shape[-1]])  # noqa: RUF005 (Triton knows no star here)
     if HALF and UPCAST:
         codes = flat.to(tl.float16, bitcast=True).to(tl.float32) - 1032.0
     elif HALF:
@@ -65,60 +65,89 @@ def word_value(word):
 
 
 @triton.jit
-def _ortho_rows(
-    ortho, rowptr, rows, xt, xt_stride, m, OUT, part,
-    BLOCKS: tl.constexpr, SPLIT: tl.constexpr, SLOTS: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """(ORTHO_ROWS, BM) FP32: x W_ortho^T of some output rows.
+def _any_active(alphas, alpha_row, m, ROWS):
+    """1 if the alpha of any of these rows of x is not 0, else 0."""
+    return tl.max((tl.load(alphas + m * alpha_row, mask=m < ROWS, other=0.0) != 0.0).to(tl.int32), 0)
 
-    The values of a row lie one after the other; SLOTS of each row are multiplied at a time, the next ones being on
-    their way. ``xt`` is x transposed, so that the BM numbers a value is multiplied with are one short load.
+
+@triton.jit
+def _row_span(rowptr, rows, limit, part, SPLIT: tl.constexpr):
+    """Where this part's words of each row begin and end; nothing is read of rows from ``limit`` on."""
+    begin = tl.load(rowptr + rows, mask=rows < limit, other=0)
+    end = tl.load(rowptr + rows + 1, mask=rows < limit, other=0)
+    if SPLIT > 1:
+        count = end - begin
+        end = begin + count * (part + 1) // SPLIT
+        begin = begin + count * part // SPLIT
+    return begin, end
+
+
+@triton.jit
+def _words(ortho, low, high, SLOTS: tl.constexpr):
+    """(ORTHO_ROWS, SLOTS): the first words of each row, 0 beyond the last."""
+    here = low[:, None] + tl.arange(0, SLOTS)[None, :]
+    return tl.load(ortho + here, mask=here < high[:, None], other=0)
+
+
+@triton.jit
+def _ortho_sums(
+    sums, ortho, low, high, word, xt, xt_stride, m, first_col, SLOTS: tl.constexpr
+):  # fmt: skip
+    """``sums`` (ORTHO_ROWS, SLOTS, BM) plus the products of the words from ``low`` to ``high`` with x.
+
+    SLOTS words of each row are multiplied at a time, the next ones being on their way. ``xt`` is x transposed, so
+    that the BM numbers a value is multiplied with are one short load.
     """
     slot = tl.arange(0, SLOTS)
-    sums = tl.zeros((ORTHO_ROWS, SLOTS, BM), tl.float32)
-    for block in tl.static_range(BLOCKS):
-        at = rowptr + block * (OUT + 1) + rows
-        present = rows < OUT
-        first = tl.load(at, mask=present, other=0)
-        count = tl.load(at + 1, mask=present, other=0) - first
-        low = first + count * part // SPLIT
-        high = first + count * (part + 1) // SPLIT
-        here = low[:, None] + slot[None, :]
-        word = tl.load(ortho + here, mask=here < high[:, None], other=0)
-        for _ in range(tl.cdiv(tl.max(high - low, 0), SLOTS)):
-            after = here + SLOTS
-            coming = tl.load(ortho + after, mask=after < high[:, None], other=0)
-            col = (word & 0xFFFF) + block * 65536
-            near = xt + col[:, :, None].to(tl.int64) * xt_stride + m[None, None, :]
-            live = (here < high[:, None])[:, :, None] & (m[None, None, :] < xt_stride)
-            x = tl.load(near, mask=live, other=0.0).to(tl.float32)
-            sums = tl.fma(tl.broadcast_to(word_value(word)[:, :, None], sums.shape), x, sums)
-            here = after
-            word = coming
-    return tree_sum(sums, ORTHO_ROWS, SLOTS, BM)
+    for _ in range(tl.cdiv(tl.max(high - low, 0), SLOTS)):
+        live = (low[:, None] + slot[None, :] < high[:, None])[:, :, None] & (m[None, None, :] < xt_stride)
+        low += SLOTS
+        coming = _words(ortho, low, high, SLOTS)
+        col = (word & 0xFFFF) + first_col
+        near = xt + col[:, :, None].to(tl.int64) * xt_stride + m[None, None, :]
+        x = tl.load(near, mask=live, other=0.0).to(tl.float32)
+        sums = tl.fma(tl.broadcast_to(word_value(word)[:, :, None], sums.shape), x, sums)
+        word = coming
+    return sums
 
 
 @triton.jit
 def _with_ortho(
-    total, ortho, rowptr, alphas, alpha_memory, alpha_row, xt, xt_stride, first_row, m, ROWS, OUT, part,
+    total, active, ready, ready_low, ready_high, ready_word,
+    ortho, rowptr, alphas, alpha_memory, alpha_row, xt, xt_stride, first_row, m, ROWS, OUT, part,
     MEMORIES: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, SLOTS: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """``total`` (BN, BM) plus alpha times the sparse product of every memory; rows of x at alpha=0 stay as they are."""
+    """``total`` (BN, BM) plus alpha times the sparse product of every memory; rows of x at alpha=0 stay as they are.
+
+    ``active`` is 1 if an alpha of the first memory is not 0; ``ready`` if the words of its first tile were fetched.
+    """
     tiles: tl.constexpr = BN // ORTHO_ROWS
     total = total.reshape(tiles, ORTHO_ROWS, BM)
     which = tl.arange(0, tiles)[:, None, None]
     for memory in tl.static_range(MEMORIES):
         alpha = tl.load(alphas + memory * alpha_memory + m * alpha_row, mask=m < ROWS, other=0.0)
         # Decided before a byte of the ortho stream is read: no tile is visited if every alpha is 0.
-        visited = tl.max((alpha != 0.0).to(tl.int32), 0) * tiles
-        pointers = rowptr + memory * BLOCKS * (OUT + 1)
-        for tile in range(visited):
+        if memory > 0:
+            active = tl.max((alpha != 0.0).to(tl.int32), 0)
+        for tile in range(active * tiles):
             rows = first_row + tile * ORTHO_ROWS + tl.arange(0, ORTHO_ROWS)
-            found = _ortho_rows(ortho, pointers, rows, xt, xt_stride, m, OUT, part, BLOCKS, SPLIT, SLOTS, BM)
-            moved = tl.fma(
-                tl.broadcast_to(alpha[None, None, :], total.shape), tl.broadcast_to(found[None, :, :], total.shape), total
-            )
+            sums = tl.zeros((ORTHO_ROWS, SLOTS, BM), tl.float32)
+            for block in tl.static_range(BLOCKS):
+                pointers = rowptr + (memory * BLOCKS + block) * (OUT + 1)
+                if memory == 0 and block == 0:
+                    known = tl.where(tile == 0, ready, 0)
+                    low, high = _row_span(pointers, rows, tl.where(known == 1, 0, OUT), part, SPLIT)
+                    word = _words(ortho, low, high, SLOTS)
+                    low = tl.where(known == 1, ready_low, low)
+                    high = tl.where(known == 1, ready_high, high)
+                    word = tl.where(known == 1, ready_word, word)
+                else:
+                    low, high = _row_span(pointers, rows, OUT, part, SPLIT)
+                    word = _words(ortho, low, high, SLOTS)
+                sums = _ortho_sums(sums, ortho, low, high, word, xt, xt_stride, m, block * 65536, SLOTS)
+            found = tl.broadcast_to(tree_sum(sums, ORTHO_ROWS, SLOTS, BM)[None, :, :], total.shape)
+            moved = tl.fma(tl.broadcast_to(alpha[None, None, :], total.shape), found, total)
             total = tl.where((which == tile) & (alpha != 0.0)[None, None, :], moved, total)
     return total.reshape(BN, BM)
 
@@ -144,7 +173,21 @@ def _fused(
     k = tl.arange(0, PLANE)
     x_row = x + m[None, None, :].to(tl.int64) * IN
     acc = tl.zeros((SLICES, BN, BM), tl.float32)
+    # What the sparse part reads first hangs on three loads after each other. They are issued one per step of the
+    # base loop, whose own loads are on their way meanwhile.
+    near_rows = first_row + tl.arange(0, ORTHO_ROWS)
+    active = 0
+    low = tl.zeros((ORTHO_ROWS,), tl.int32)
+    high = tl.zeros((ORTHO_ROWS,), tl.int32)
+    word = tl.zeros((ORTHO_ROWS, SLOTS), tl.int32)
     for step in range(per_slice):
+        if MEMORIES > 0:
+            if step == 0:
+                active = _any_active(alphas, alpha_row, m, ROWS)
+            elif step == 1:
+                low, high = _row_span(rowptr, near_rows, active * OUT, part, SPLIT)
+            elif step == 2:
+                word = _words(ortho, low, high, SLOTS)
         span = first + step
         line = tl.minimum(span, spans - 1)[:, None] * OUT + row[None, :]
         words = tl.load(codes + line[:, :, None] * (PLANE // 2) + pair[None, None, :])
@@ -159,8 +202,10 @@ def _fused(
             acc = tl.fma(product, factor, acc)
     total = tree_sum(tl.permute(acc, (1, 0, 2)), BN, SLICES, BM)
     if MEMORIES > 0:
+        ready = (per_slice > 2).to(tl.int32)
         total = _with_ortho(
-            total, ortho, rowptr, alphas, alpha_memory, alpha_row, xt, xt_stride, first_row, m, ROWS, OUT, part,
+            total, active, ready, low, high, word,
+            ortho, rowptr, alphas, alpha_memory, alpha_row, xt, xt_stride, first_row, m, ROWS, OUT, part,
             MEMORIES, BLOCKS, SPLIT, SLOTS, BN, BM,
         )  # fmt: skip
     if HAS_BIAS and SPLIT == 1:
@@ -189,5 +234,7 @@ def _turn(x, xt, ROWS, IN, xt_stride, BK: tl.constexpr, BM: tl.constexpr):
     """x (ROWS, IN) transposed to (IN, xt_stride), zeros beyond ROWS."""
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     k = tl.program_id(1) * BK + tl.arange(0, BK)
-    value = tl.load(x + m[:, None].to(tl.int64) * IN + k[None, :], mask=(m[:, None] < ROWS) & (k[None, :] < IN), other=0.0)
+    value = tl.load(
+        x + m[:, None].to(tl.int64) * IN + k[None, :], mask=(m[:, None] < ROWS) & (k[None, :] < IN), other=0.0
+    )
     tl.store(xt + k[None, :].to(tl.int64) * xt_stride + m[:, None], value, mask=k[None, :] < IN)

@@ -138,9 +138,7 @@ def _dense(x: Tensor, prepared: Prepared, alphas: Tensor | None, bias: Tensor | 
     merged = alphas if alphas is not None and alphas.dim() == 1 else None
     ortho, pointers = (None, None) if merged is None else (prepared.ortho, prepared.rowptr)
     out, width, bits, group, plane = prepared[:5]
-    weight = ops.weight(
-        prepared.codes, prepared.scales, ortho, pointers, merged, out, width, bits, group, plane, dtype
-    )
+    weight = ops.weight(prepared.codes, prepared.scales, ortho, pointers, merged, out, width, bits, group, plane, dtype)
     x = x.to(dtype)
     y = functional.linear(x, weight, None if bias is None else bias.to(dtype))
     if alphas is None or alphas.dim() == 1 or prepared.ortho is None or prepared.rowptr is None:
