@@ -102,12 +102,14 @@ def shared_bytes(order: Order, launch: Launch, plane: int) -> int:
 
 
 def fitted(order: Order, launch: Launch, plane: int, limit: int) -> Launch:
-    """``launch`` with fewer stages, then fewer output rows, until it fits into ``limit`` bytes of shared memory."""
+    """``launch`` with fewer stages, output rows or rows of x, until it fits into ``limit`` bytes of shared memory."""
     while shared_bytes(order, launch, plane) > limit:
         if launch.stages > 2:
             launch = launch._replace(stages=launch.stages - 1)
         elif launch.block_out > 16:
             launch = launch._replace(block_out=launch.block_out // 2)
+        elif launch.block_rows > 1:
+            launch = launch._replace(block_rows=launch.block_rows // 2)
         else:
             break
     return launch
