@@ -183,6 +183,30 @@ def test_what_ran_is_counted() -> None:
     assert calls() == {"triton.fused": 1, "triton.weight": 1}
 
 
+def test_the_operators_are_registered_as_torch_wants_them() -> None:
+    p, x = random_layer(20, 130).prepared(), random_x(2, 130)
+    alpha, checks = torch.ones(1), ("test_schema", "test_faketensor")
+    fused = (x, p.codes, p.scales, p.ortho, p.rowptr, alpha, None, torch.float32)
+    weight = (p.codes, p.scales, p.ortho, p.rowptr, alpha, 20, 130, 4, 64, p.plane, torch.float32)
+    torch.library.opcheck(ops.fused, fused, test_utils=checks)
+    torch.library.opcheck(ops.weight, weight, test_utils=checks)
+    torch.library.opcheck(ops.ortho_dense, (p.ortho, p.rowptr, 0, 20, 130, torch.float32), test_utils=checks)
+
+
+@pytest.mark.parametrize("path", ["fused", "dense"])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_torch_compile_takes_it_whole(path: str, per_row: bool) -> None:
+    layer, x = random_layer(20, 130, memories=2), random_x(3, 130)
+    prepared, alphas = layer.prepared(), torch.rand(2, 3) if per_row else torch.rand(2)
+
+    def call(x: Tensor, alphas: Tensor) -> Tensor:
+        return linear(x, prepared, alphas, layer.bias, path=path, out_dtype=torch.float32)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert same_bits(compiled(x, alphas), call(x, alphas))
+    assert same_bits(compiled(x, alphas * 0), call(x, alphas * 0))
+
+
 @triton.jit
 def _dot(a, b, out):
     i = tl.arange(0, 16)

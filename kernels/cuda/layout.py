@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..packing import PACKED_BITS, unpack_codes
+from . import tuning
 
 PLANES = 4
 _PLANE_WIDTHS = (64, 32, 16)
@@ -41,6 +42,7 @@ class Prepared(NamedTuple):
     scales: (spans, out_features) int64, a BF16 scale for each of the four planes; or (out_features, groups) BF16.
     ortho: (nnz,) int32, or None without an ortho stream.
     rowptr: (memories, column blocks, out_features + 1) int32 into ``ortho``.
+    fused_rows: the most rows of x for which the fused kernel is used here.
     """
 
     out_features: int
@@ -52,6 +54,7 @@ class Prepared(NamedTuple):
     scales: Tensor
     ortho: Tensor | None
     rowptr: Tensor | None
+    fused_rows: int
 
     @property
     def memories(self) -> int:
@@ -102,7 +105,16 @@ def prepare(
     codes, factors = (qweight, scales) if plane == 0 else _planes(qweight, scales, in_features, group_size, plane)
     ortho, rowptr = (None, None) if not memories else _ortho_words(memories, in_features)
     return Prepared(
-        out_features, in_features, bits, group_size, plane, codes.contiguous(), factors.contiguous(), ortho, rowptr
+        out_features,
+        in_features,
+        bits,
+        group_size,
+        plane,
+        codes.contiguous(),
+        factors.contiguous(),
+        ortho,
+        rowptr,
+        tuning.fused_rows(tuning.device_name(qweight.device)) if plane else 0,
     )
 
 

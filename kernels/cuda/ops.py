@@ -29,12 +29,6 @@ def interpreted() -> bool:
 
 
 @lru_cache
-def device_name(device: torch.device) -> str:
-    """What a tuning file is found by."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-
-
-@lru_cache
 def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that one program may have; a few are kept for what the compiler adds."""
     if device.type != "cuda":
@@ -58,7 +52,7 @@ def fused(
 
     ``alphas``: float32, (memories,), or (memories, rows) for an alpha per row.
     """
-    name, spans = device_name(x.device), scales.shape[0]
+    name, spans = tuning.device_name(x.device), scales.shape[0]
     order = tuning.order(name, scales.shape[1], spans)
     launch = tuning.launch(name, scales.shape[1], spans, x.shape[0])
     launch = tuning.fitted(order, launch, 2 * codes.shape[2], shared_limit(x.device))

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..packing import PACKED_BITS
-from . import tuning
 from .layout import Prepared, plane_width
 
 Path = Literal["fused", "dense"]
@@ -107,8 +106,7 @@ def linear(
     rows = _per_row(alphas, x, prepared.memories)
     dtype = out_dtype or x.dtype
     if path is None:
-        few = prepared.plane > 0 and flat.shape[0] <= tuning.fused_rows(ops.device_name(x.device))
-        path = "fused" if few else "dense"
+        path = "fused" if flat.shape[0] <= prepared.fused_rows else "dense"
     if path == "fused":
         if prepared.plane == 0:
             raise ValueError(fuses(prepared.bits, prepared.group_size, prepared.in_features))

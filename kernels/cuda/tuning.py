@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 FOLDER = Path(__file__).parent / "tuning"
 WIDTHS = (1, 2, 4, 8, 16, 32)
 """Rows of x that a program can own."""
@@ -42,6 +44,12 @@ class Launch(NamedTuple):
 def file_name(device: str) -> str:
     """The name of a device's tuning file: ``NVIDIA H200`` is ``nvidia-h200.json``."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json"
+
+
+@lru_cache
+def device_name(device: torch.device) -> str:
+    """What a tuning file is found by; the interpreter has the default one."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
 @lru_cache
