@@ -91,21 +91,21 @@ def _words(ortho, low, high, SLOTS: tl.constexpr):
 
 @triton.jit
 def _ortho_sums(
-    sums, ortho, low, high, word, xt, xt_stride, m, first_col, SLOTS: tl.constexpr
+    sums, ortho, low, high, word, xt, first_col, SLOTS: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
     """``sums`` (ORTHO_ROWS, SLOTS, BM) plus the products of the words from ``low`` to ``high`` with x.
 
-    SLOTS words of each row are multiplied at a time, the next ones being on their way. ``xt`` is x transposed, so
-    that the BM numbers a value is multiplied with are one short load.
+    SLOTS words of each row are multiplied at a time, the next ones being on their way. ``xt`` is this block of x
+    transposed (IN, BM), so that the BM numbers a value is multiplied with are one short load.
     """
     slot = tl.arange(0, SLOTS)
     for _ in range(tl.cdiv(tl.max(high - low, 0), SLOTS)):
-        live = (low[:, None] + slot[None, :] < high[:, None])[:, :, None] & (m[None, None, :] < xt_stride)
+        live = low[:, None] + slot[None, :] < high[:, None]
         low += SLOTS
         coming = _words(ortho, low, high, SLOTS)
         col = (word & 0xFFFF) + first_col
-        near = xt + col[:, :, None].to(tl.int64) * xt_stride + m[None, None, :]
-        x = tl.load(near, mask=live, other=0.0).to(tl.float32)
+        near = xt + col.to(tl.int64)[:, :, None] * BM + tl.arange(0, BM)[None, None, :]
+        x = tl.load(near, mask=live[:, :, None], other=0.0).to(tl.float32)
         sums = tl.fma(tl.broadcast_to(word_value(word)[:, :, None], sums.shape), x, sums)
         word = coming
     return sums
@@ -114,7 +114,7 @@ def _ortho_sums(
 @triton.jit
 def _with_ortho(
     total, active, ready, ready_low, ready_high, ready_word,
-    ortho, rowptr, alphas, alpha_memory, alpha_row, xt, xt_stride, first_row, m, ROWS, OUT, part,
+    ortho, rowptr, alphas, alpha_memory, alpha_row, xt, first_row, m, ROWS, OUT, part,
     MEMORIES: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, SLOTS: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
@@ -145,16 +145,17 @@ def _with_ortho(
                 else:
                     low, high = _row_span(pointers, rows, OUT, part, SPLIT)
                     word = _words(ortho, low, high, SLOTS)
-                sums = _ortho_sums(sums, ortho, low, high, word, xt, xt_stride, m, block * 65536, SLOTS)
+                sums = _ortho_sums(sums, ortho, low, high, word, xt, block * 65536, SLOTS, BM)
             found = tl.broadcast_to(tree_sum(sums, ORTHO_ROWS, SLOTS, BM)[None, :, :], total.shape)
             moved = tl.fma(tl.broadcast_to(alpha[None, None, :], total.shape), found, total)
             total = tl.where((which == tile) & (alpha != 0.0)[None, None, :], moved, total)
     return total.reshape(BN, BM)
 
 
-@triton.jit
+# One compilation serves every number of rows and memories, and both forms of alpha.
+@triton.jit(do_not_specialize=["alpha_memory", "alpha_row", "ROWS", "spans"])
 def _fused(
-    x, codes, scales, ortho, rowptr, alphas, alpha_memory, alpha_row, xt, xt_stride, bias, out,
+    x, codes, scales, ortho, rowptr, alphas, alpha_memory, alpha_row, xt, bias, out,
     ROWS, OUT, IN, spans,
     MEMORIES: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, SLICES: tl.constexpr, SLOTS: tl.constexpr,
     PLANE: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
@@ -203,9 +204,10 @@ def _fused(
     total = tree_sum(tl.permute(acc, (1, 0, 2)), BN, SLICES, BM)
     if MEMORIES > 0:
         ready = (per_slice > 2).to(tl.int32)
+        turned = xt + tl.program_id(0).to(tl.int64) * IN * BM
         total = _with_ortho(
             total, active, ready, low, high, word,
-            ortho, rowptr, alphas, alpha_memory, alpha_row, xt, xt_stride, first_row, m, ROWS, OUT, part,
+            ortho, rowptr, alphas, alpha_memory, alpha_row, turned, first_row, m, ROWS, OUT, part,
             MEMORIES, BLOCKS, SPLIT, SLOTS, BN, BM,
         )  # fmt: skip
     if HAS_BIAS and SPLIT == 1:
@@ -214,7 +216,7 @@ def _fused(
     tl.store(to, total.to(out.dtype.element_ty), mask=(n[:, None] < OUT) & (m[None, :] < ROWS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS"])
 def _add_parts(
     parts, bias, out, ROWS, OUT, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
@@ -229,12 +231,12 @@ def _add_parts(
     tl.store(out + here, total.to(out.dtype.element_ty), mask=n < OUT)
 
 
-@triton.jit
-def _turn(x, xt, ROWS, IN, xt_stride, BK: tl.constexpr, BM: tl.constexpr):
-    """x (ROWS, IN) transposed to (IN, xt_stride), zeros beyond ROWS."""
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    k = tl.program_id(1) * BK + tl.arange(0, BK)
-    value = tl.load(
-        x + m[:, None].to(tl.int64) * IN + k[None, :], mask=(m[:, None] < ROWS) & (k[None, :] < IN), other=0.0
-    )
-    tl.store(xt + k[None, :].to(tl.int64) * xt_stride + m[:, None], value, mask=k[None, :] < IN)
+@triton.jit(do_not_specialize=["ROWS"])
+def _turn(x, xt, ROWS, IN, BK: tl.constexpr, BM: tl.constexpr):
+    """x (ROWS, IN) as (blocks of BM rows, IN, BM), zeros beyond ROWS."""
+    block = tl.program_id(0)
+    m = tl.arange(0, BM)[:, None]
+    k = (tl.program_id(1) * BK + tl.arange(0, BK))[None, :]
+    row = block * BM + m
+    value = tl.load(x + row.to(tl.int64) * IN + k, mask=(row < ROWS) & (k < IN), other=0.0)
+    tl.store(xt + (block.to(tl.int64) * IN + k) * BM + m, value, mask=k < IN)

@@ -50,7 +50,7 @@ def _stored_values(codes, scales, row, col, IN, width, groups, BITS: tl.constexp
     return (code - (1 << (BITS - 1))).to(tl.float32) * factor.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["alpha_memory", "first_memory"])
 def _merge(
     codes, scales, ortho, rowptr, alphas, alpha_memory, weight, OUT, IN, width, groups, first_memory,
     MEMORIES: tl.constexpr, BLOCKS: tl.constexpr, SLOTS: tl.constexpr, BASE: tl.constexpr,

@@ -96,14 +96,14 @@ def run_fused(
     slices, split, slots = order
     bm, bn, stages = launch
     to = x.new_empty(split, rows, out_features, dtype=torch.float32) if split > 1 else out
-    turned, turned_stride = x, 1
+    turned = x
     memories = 0
     if rowptr is not None and ortho is not None and alphas is not None and ortho.numel():
         memories = rowptr.shape[0]
-        turned, turned_stride = _turned(x, bm)
+        turned = _turned(x, bm)
     grid = (triton.cdiv(rows, bm), triton.cdiv(out_features, bn), split)
     _fused[grid](
-        x, codes, scales, ortho, rowptr, alphas, *_alpha_strides(alphas), turned, turned_stride, bias, to,
+        x, codes, scales, ortho, rowptr, alphas, *_alpha_strides(alphas), turned, bias, to,
         rows, out_features, in_features, spans,
         MEMORIES=memories, BLOCKS=_blocks(in_features), SPLIT=split, SLICES=slices, SLOTS=slots,
         PLANE=2 * codes.shape[2], BN=bn, BM=bm,
@@ -117,15 +117,15 @@ def run_fused(
     return out
 
 
-def _turned(x: Tensor, bm: int) -> tuple[Tensor, int]:
-    """x transposed, its rows padded to a multiple of ``bm``; one row is its own transpose."""
+def _turned(x: Tensor, bm: int) -> Tensor:
+    """x as (blocks of ``bm`` rows, in_features, bm), zeros beyond its last row; one row is its own transpose."""
+    if bm == 1:
+        return x
     rows, in_features = x.shape
-    if rows == 1:
-        return x, 1
-    stride = triton.cdiv(rows, bm) * bm
-    turned = x.new_empty(in_features, stride)
-    _turn[(stride // bm, triton.cdiv(in_features, 64))](x, turned, rows, in_features, stride, BK=64, BM=bm, num_warps=4)
-    return turned, stride
+    blocks = triton.cdiv(rows, bm)
+    turned = x.new_empty(blocks, in_features, bm)
+    _turn[(blocks, triton.cdiv(in_features, 64))](x, turned, rows, in_features, BK=64, BM=bm, num_warps=4)
+    return turned
 
 
 def _alpha_strides(alphas: Tensor | None) -> tuple[int, int]:
