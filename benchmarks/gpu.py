@@ -66,6 +66,8 @@ TARGETS = {
 """On an H200: time of cuBLAS BF16 over ours."""
 CALLS, FEW_CALLS = 12, 2
 """The least calls in a graph, so that its own start does not count; less where a call takes long."""
+_FOR_CHECKS = 0.5
+"""Of the time; most of it goes into compilations."""
 _BETWEEN = (33, 1024)
 """Rows for which both paths are timed, to see where they cross."""
 
@@ -277,7 +279,8 @@ def main() -> int:
     run = Run(options.out / name, options.seconds, about)
     with torch.inference_mode():
         if not options.skip_checks:
-            run_checks(device, options.seed, partial(checked, run))
+            enough = _FOR_CHECKS * options.seconds
+            run_checks(device, options.seed, partial(checked, run), lambda: run.left() > options.seconds - enough)
         if options.tune:
             tuned(run, device, options)
         if not options.skip_timings:

@@ -39,10 +39,15 @@ def all_checks(device: Device, seed: int) -> Iterator[Check]:
     yield "torch.compile", partial(_compiled, stored_layer((128, 256), 0.02, device.kind, seed), small)
 
 
-def run_checks(device: Device, seed: int, keep: Callable[[dict[str, Any]], None]) -> None:
-    """Runs every check and hands its record to ``keep``; a check that raises is a failed one."""
+def run_checks(
+    device: Device, seed: int, keep: Callable[[dict[str, Any]], None], time_left: Callable[[], bool]
+) -> None:
+    """Runs every check and hands its record to ``keep``; one that raises has failed, one without time is not ok."""
     for name, check in all_checks(device, seed):
         record: dict[str, Any] = {"check": name}
+        if not time_left():
+            keep(record | {"ok": False, "error": "not run: out of time"})
+            continue
         try:
             found = check()
             record |= {"ok": found if isinstance(found, bool) else found <= 1.0, "value": found}
