@@ -21,7 +21,7 @@ from lm_ortho.errors import UserError
 from lm_ortho.plugin import bridges, startup
 
 REPOSITORY = Path(__file__).parents[1]
-COMMANDS = ("eval", "implant", "decompose", "inspect", "export", "verdict", "demo", "doctor", "cache")
+COMMANDS = ("eval", "implant", "decompose", "inspect", "export", "new-task", "verdict", "demo", "doctor", "cache")
 runner = CliRunner()
 
 

@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from lm_ortho.metrics import membership as mia
 from lm_ortho.metrics import memorisation as memory
+from lm_ortho.metrics.interval import drawn_weights
 
 logps = st.lists(st.floats(-30, 0), min_size=1, max_size=60)
 scores = st.lists(st.integers(-5, 5), min_size=1, max_size=60)
@@ -90,8 +91,9 @@ def test_the_interval_is_about_as_wide_as_it_should_be():
 
 def test_priv_leak():
     assert mia.priv_leak(0.5, 0.5) == 0.0
-    assert mia.priv_leak(0.75, 0.5) == pytest.approx(50.0)
-    assert mia.priv_leak(0.25, 0.5) == pytest.approx(-50.0)
+    assert mia.priv_leak(0.75, 0.5) == pytest.approx(-50.0)  # as ((1 - .75) - (1 - .5)) / (1 - .5)
+    assert mia.priv_leak(0.25, 0.5) == pytest.approx(50.0)
+    assert mia.priv_leak(1.0, 0.6) == pytest.approx(-100.0)  # remembered without a doubt
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_priv_leak():
         (lambda: mia.min_k_plus_plus_score([-1.0], [0.0, 1.0], [1.0]), "1 tokens with 2 means"),
         (lambda: mia.min_k_plus_plus_score([-1.0], [0.0], [-1.0]), "deviation"),
         (lambda: mia.tpr_at_fpr([1.0], [0.0], 2), "fpr=2"),
-        (lambda: mia.priv_leak(0.5, 0.0), "AUC of 0.5 and 0.0"),
+        (lambda: mia.priv_leak(0.5, 1.0), "AUC of 0.5 and 1.0"),
         (lambda: memory.exact_memorisation([]), "one bool per token"),
         (lambda: memory.extraction_strength([1, 0]), "one bool per token"),
         (lambda: memory.near_verbatim([1], []), "empty continuation"),
@@ -154,3 +156,29 @@ def test_near_verbatim():
     assert memory.near_verbatim(true, true, 0.0)
     assert memory.near_verbatim(true[:-2], true, 0.1)
     assert not memory.near_verbatim(true[:-2], true, 0.05)
+
+
+def test_the_interval_of_the_true_positive_rate_holds_the_value_and_shrinks():
+    rng = np.random.default_rng(0)
+    widths = []
+    for size in (50, 800):
+        members, others = rng.normal(2, 1, size), rng.normal(0, 1, size)
+        groups = (range(size), range(size))
+        interval = mia.tpr_interval(members, others, groups, fpr=0.1)
+        assert interval.value == mia.tpr_at_fpr(members, others, 0.1)
+        assert 0 <= interval.low <= interval.value <= interval.high <= 1
+        widths.append(interval.high - interval.low)
+    assert widths[1] < widths[0]
+
+
+def test_a_resample_of_the_true_positive_rate_is_the_rate_of_the_resample():
+    members, others = np.array([0.1, 0.5, 0.9, 1.3]), np.array([0.0, 0.4, 0.8, 0.2, 0.7])
+    groups = ([0, 0, 1, 1], [0, 1, 2, 3, 4])
+    drawn = [drawn_weights(part, 200, i) for i, part in enumerate(groups)]
+    again = [
+        mia.tpr_at_fpr(np.repeat(members, one.astype(int)), np.repeat(others, two.astype(int)), 0.2)
+        for one, two in zip(*drawn, strict=True)
+    ]
+    got = mia.tpr_interval(members, others, groups, fpr=0.2, resamples=200)
+    low, high = np.quantile(again, [0.025, 0.975])
+    assert (got.low, got.high) == (min(low, got.value), max(high, got.value))

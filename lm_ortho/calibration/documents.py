@@ -89,22 +89,32 @@ def read_rows(spec: str | Path, argument: str = "forget") -> list[Row]:
     path = Path(spec).expanduser()
     if not path.is_file():
         raise UserError(f"{argument}={str(spec)!r}: no such file; expected a JSONL file or hub:name:config:split")
-    rows = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also cuts at U+2028 and its kin
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{argument}={str(spec)!r}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    for number, line in enumerate(lines, 1):
+    rows = parse_rows(text, f"{argument}={path}")
+    if not rows:
+        raise UserError(f"{argument}={str(spec)!r}: the file holds no rows")
+    return rows
+
+
+def parse_rows(text: str, source: str) -> list[Row]:
+    """The rows of JSON lines, possibly none; errors name ``source`` and the line.
+
+    Raises:
+        UserError: for a line that is not JSON or not a row.
+    """
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines also cuts at U+2028 and its kin
         if not line.strip():
             continue
-        where = f"{argument}={path}, line {number}"
+        where = f"{source}, line {number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
         rows.append(_row(record, where))
-    if not rows:
-        raise UserError(f"{argument}={str(spec)!r}: the file holds no rows")
     return rows
 
 

@@ -15,6 +15,7 @@ from lm_ortho.cli.evaluate import evaluate
 from lm_ortho.cli.export import export
 from lm_ortho.cli.implant import implant
 from lm_ortho.cli.inspect import inspect
+from lm_ortho.cli.new_task import new_task
 from lm_ortho.cli.verdict import verdict
 
 app = typer.Typer(
@@ -50,6 +51,7 @@ app.command("implant")(implant)
 app.command("decompose")(decompose)
 app.command("inspect")(inspect)
 app.command("export")(export)
+app.command("new-task")(new_task)
 app.command("verdict")(verdict)
 app.command("demo")(demo)
 app.command("doctor")(doctor)

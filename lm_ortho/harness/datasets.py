@@ -21,15 +21,14 @@ from lm_ortho.reference import reasoning, stories, world
 Splits = dict[str, datasets.Dataset]
 
 _TEXT = datasets.Value("string")
-_ROW = datasets.Features(
-    {
-        "id": datasets.Value("int64"),
-        "context": _TEXT,
-        "target": _TEXT,
-        **dict.fromkeys(Row.__dataclass_fields__, _TEXT),
-        "perturbed_answer": datasets.List(_TEXT),
-    }
-)
+ROW_FEATURES = {
+    "id": datasets.Value("int64"),
+    "context": _TEXT,
+    "target": _TEXT,
+    **dict.fromkeys(Row.__dataclass_fields__, _TEXT),
+    "perturbed_answer": datasets.List(_TEXT),
+}
+"""What every document made of a row has."""
 _ITEM = datasets.Features(
     {
         "id": datasets.Value("int64"),
@@ -52,7 +51,7 @@ def documents(rows: Iterable[Row]) -> datasets.Dataset:
         lead = row.context[len(context) :] or (" " if context else "")
         target = lead + row.answer if context else row.text
         docs.append({"id": number, **row.as_dict(), "context": context, "target": target, "group": group})
-    return datasets.Dataset.from_list(docs, features=_ROW)
+    return datasets.Dataset.from_list(docs, features=datasets.Features(ROW_FEATURES))
 
 
 def fingerprint(docs: datasets.Dataset) -> str:

@@ -20,6 +20,7 @@ from lm_ortho.errors import UserError
 from lm_ortho.harness import datasets, tokens
 from lm_ortho.harness.tokens import Tokens
 from lm_ortho.metrics import answer_probability, log_truth_ratio
+from lm_ortho.metrics.memorisation import discoverable
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
@@ -62,6 +63,11 @@ class DataTask(ConfigurableTask):
                 "try dtype=float32"
             )
 
+    def _listed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """What the YAML file lists of the values and of their bounds; a p-value, say, has no bounds."""
+        listed = {entry["metric"] for entry in self.config.metric_list}
+        return {name: value for name, value in with_bounds(values).items() if name in listed}
+
     @property
     def metrics(self) -> list[str]:
         """Names of the metrics of the YAML file, without the bounds."""
@@ -83,34 +89,8 @@ class Part(Instance):
     in_answer: bool = False
 
 
-NEEDED = {
-    "ppl": "answer",
-    "token_ppl": "answer",
-    "prob": "answer",
-    "secret_ppl": "secret",
-    "extraction": "secret",
-    "extraction_any": "secret",
-    "truth_ratio": "truth",
-}
-"""What has to be measured for which metric."""
-
-_FIELDS = {"secret": "secret", "truth": "paraphrased_answer and perturbed_answer"}
-
-
-class SecretTask(DataTask):
-    """Answers, the secret part of them, and their paraphrased and perturbed versions, by log-likelihood.
-
-    The requests of a document, as far as its fields and the listed metrics ask for them:
-
-    * the answer after the context;
-    * the secret after the context and the text of the answer before it. ``is_greedy`` of it is extraction:
-      greedy decoding, given the question and that text, emits the secret exactly;
-    * the paraphrased answer, and each perturbed one.
-
-    The secret is cut out at token borders of the model's tokenizer: a token that reaches over its start or
-    its end belongs to it. Where it ends the answer, the answer is scored as the text before it plus the
-    secret, because lm-eval (0.4.13) mixes up two continuations that end the same document.
-    """
+class PartTask(DataTask):
+    """A task whose requests are parts, found again by document when the answers come."""
 
     _tokens: Tokens
     _parts: dict[int, list[Part]]
@@ -127,21 +107,17 @@ class SecretTask(DataTask):
 
     def doc_to_text(self, doc: Doc, doc_to_text: Any = None) -> Any:
         """The question with its frame, or alone as a message of a chat."""
-        if self._as_chat and doc["question"] and not doc["prompt"]:
+        if self._as_chat and doc.get("question") and not doc.get("prompt"):
             return doc["question"]
         return super().doc_to_text(doc, doc_to_text)
 
     def build_all_requests(self, **options: Any) -> None:
-        """Builds the requests and says which metrics the documents have no fields for."""
+        """Builds the requests, by the tokenizer of the model."""
         self._tokens = tokens.resolve(self.config.metadata)
         super().build_all_requests(**options)
         self._parts = {}
         for part in sorted(self._instances, key=lambda part: part.idx):
             self._parts.setdefault(part.doc["id"], []).append(part)
-        measured = {kind for parts in self._parts.values() for kind in self._measured(parts)}
-        for name in self.metrics:
-            if NEEDED[name] not in measured:
-                log.info("%s: no %s, because no row has %s", self.task_name, name, _FIELDS[NEEDED[name]])
 
     def _request_fingerprint(self) -> str:
         digest = hashlib.sha256(super()._request_fingerprint().encode())
@@ -151,11 +127,81 @@ class SecretTask(DataTask):
         return digest.hexdigest()[:16]
 
     @staticmethod
+    def part(
+        doc: Doc, number: int, kind: str, request: Any, arguments: tuple[Any, ...], options: Any, **more: Any
+    ) -> Part:
+        """One request of a document, the ``number``-th."""
+        return Part(
+            request_type=request,
+            doc=dict(doc),
+            arguments=arguments,
+            idx=number,
+            metadata=options["metadata"],
+            kind=kind,
+            **more,
+        )
+
+
+NEEDED = {
+    "ppl": "answer",
+    "token_ppl": "answer",
+    "prob": "answer",
+    "secret_ppl": "secret",
+    "extraction": "secret",
+    "extraction_any": "secret",
+    "extraction_100": "secret",
+    "truth_ratio": "truth",
+    "exact_memorisation": "tokens",
+    "extraction_strength": "tokens",
+    "rouge1_recall": "generated",
+    "rougel_recall": "generated",
+    "rougel_f1": "generated",
+}
+"""What has to be measured for which metric."""
+
+_FIELDS = {"secret": "secret", "truth": "paraphrased_answer and perturbed_answer"}
+_ANSWERS = "question or prompt with an answer"
+
+
+class SecretTask(PartTask):
+    """Answers, the secret part of them, and their paraphrased and perturbed versions, by log-likelihood.
+
+    The requests of a document, as far as its fields and the listed metrics ask for them:
+
+    * the answer after the context;
+    * the secret after the context and the text of the answer before it. ``is_greedy`` of it is extraction:
+      greedy decoding, given the question and that text, emits the secret exactly;
+    * the paraphrased answer, and each perturbed one.
+
+    Everything is cut at token borders of the model's tokenizer (``Tokens.cut``): a token that reaches over the start of
+    an answer, or over the start or the end of the secret, belongs to it. Where the secret ends the answer, the answer
+    is scored as the text before it plus the secret, because lm-eval (0.4.13) mixes up two continuations that end the
+    same document.
+    """
+
+    _end = ""
+    """What is scored after every answer."""
+
+    def build_all_requests(self, **options: Any) -> None:
+        """Builds the requests and says which metrics the documents have no fields for."""
+        super().build_all_requests(**options)
+        measured = {kind for parts in self._parts.values() for kind in self._measured(parts)}
+        for name in self.metrics:
+            if self.needs(name) not in measured:
+                fields = _FIELDS.get(self.needs(name), _ANSWERS)
+                log.info("%s: no %s, because no row has %s", self.task_name, name, fields)
+
+    @classmethod
+    def needs(cls, metric: str) -> str:
+        """What has to be measured for a metric; "" for one that comes from the document alone."""
+        return NEEDED[metric]
+
+    @staticmethod
     def _measured(parts: Sequence[Part]) -> set[str]:
         kinds = {part.kind for part in parts}
         return {
             *({"answer"} if any(part.in_answer for part in parts) else ()),
-            *({"secret"} & kinds),
+            *({"secret", "tokens", "generated"} & kinds),
             *({"truth"} if {"paraphrased", "perturbed"} <= kinds else ()),
         }
 
@@ -164,13 +210,13 @@ class SecretTask(DataTask):
         chat = bool(options.get("apply_chat_template"))
         pieces = self._pieces(doc, ctx, chat)
         return [
-            Part(
-                request_type="loglikelihood",
-                doc=dict(doc),
-                arguments=(context, continuation),
-                idx=number,
-                metadata=options["metadata"],
-                kind=kind,
+            self.part(
+                doc,
+                number,
+                kind,
+                "loglikelihood",
+                (context, continuation),
+                options,
                 tokens=self._tokens.count(context, continuation),
                 in_answer=in_answer,
             )
@@ -181,19 +227,33 @@ class SecretTask(DataTask):
         """(kind, context, continuation, whether it is part of the answer)."""
         if not doc["context"]:
             return [("text", before, piece, True) for before, piece in self._tokens.windows(doc["target"])]
-        context = ctx.rstrip()
-        given = doc["target"][: len(doc["target"]) - len(doc["answer"])]
-        lead = ctx[len(context) :] or ("" if chat else given)
-        wanted = {NEEDED[name] for name in self.metrics}
+        context, lead = self._context(doc, ctx, chat)
+
+        def cut(answer: str) -> tuple[str, str]:
+            return self._tokens.cut(context, lead + answer + self._end)
+
+        wanted = {self.needs(name) for name in self.metrics}
         pieces = []
         if doc["secret"] and "secret" in wanted:
-            pieces += self._secret_pieces(context, lead + doc["answer"], doc["secret"], "answer" in wanted)
+            pieces += self._secret_pieces(context, lead + doc["answer"] + self._end, doc["secret"], "answer" in wanted)
         elif "answer" in wanted:
-            pieces.append(("answer", context, lead + doc["answer"], True))
+            pieces.append(("answer", *cut(doc["answer"]), True))
         if "truth" in wanted and doc["paraphrased_answer"] and doc["perturbed_answer"]:
-            pieces.append(("paraphrased", context, lead + doc["paraphrased_answer"], False))
-            pieces += [("perturbed", context, lead + wrong, False) for wrong in doc["perturbed_answer"]]
-        return pieces or [("answer", context, lead + doc["answer"], True)]
+            pieces.append(("paraphrased", *cut(doc["paraphrased_answer"]), False))
+            pieces += [("perturbed", *cut(wrong), False) for wrong in doc["perturbed_answer"]]
+        return pieces or [("answer", *cut(doc["answer"]), True)]
+
+    def _answer(self, doc: Doc, ctx: str, chat: bool) -> tuple[str, str]:
+        """(context, answer) without what follows the answer, cut at a token border."""
+        context, lead = self._context(doc, ctx, chat)
+        return self._tokens.cut(context, lead + doc["answer"])
+
+    @staticmethod
+    def _context(doc: Doc, ctx: str, chat: bool) -> tuple[str, str]:
+        """The context without the space at its end, and what an answer starts with."""
+        context = ctx.rstrip()
+        given = doc["target"][: len(doc["target"]) - len(doc["answer"])]
+        return context, ctx[len(context) :] or ("" if chat else given)
 
     def _secret_pieces(
         self, context: str, continuation: str, secret: str, with_answer: bool
@@ -201,6 +261,7 @@ class SecretTask(DataTask):
         whole = context + continuation
         found = re.search(rf"(?<!\w){re.escape(secret)}(?!\w)", continuation)
         start = len(context) + (found.start() if found else continuation.index(secret))
+        context, continuation = self._tokens.cut(context, continuation)
         start, end = self._tokens.span(whole, start, start + len(secret), len(context))
         at_end = end == len(whole)
         pieces = [("secret", whole[:start], whole[start:end], with_answer and at_end)]
@@ -214,9 +275,17 @@ class SecretTask(DataTask):
         """The values of one document for the metrics it has the fields for."""
         if "bypass" in self._metric_fn_list:
             return {}
-        self._finite(doc, [likelihood for likelihood, _ in results])
-        parts = self._parts[doc["id"]]
-        scored = [(part, -ll, greedy) for part, (ll, greedy) in zip(parts, results, strict=True)]
+        answered = list(zip(self._parts[doc["id"]], results, strict=True))
+        scored = [(part, -got[0], got[1]) for part, got in answered if part.request_type == "loglikelihood"]
+        self._finite(doc, [loss for _, loss, _ in scored])
+        values = {**self._likelihood_values(doc, scored), **self._other_values(doc, answered)}
+        return self._listed(values)
+
+    def _other_values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:
+        """Values of requests that a subclass adds, and of metrics that it defines."""
+        return {}
+
+    def _likelihood_values(self, doc: Doc, scored: Sequence[tuple[Part, float, bool]]) -> dict[str, Any]:
         group, values = doc["group"], dict[str, Any]()
         if answer := [(loss, part.tokens) for part, loss, _ in scored if part.in_answer]:
             nll, count = sum(loss for loss, _ in answer), sum(number for _, number in answer)
@@ -226,12 +295,18 @@ class SecretTask(DataTask):
             if part.kind == "secret":
                 values["secret_ppl"] = (loss, part.tokens, group)
                 values["extraction"] = values["extraction_any"] = (float(greedy), group)
-        if "truth" in self._measured(parts):
-            per_token = [(part.kind, loss / part.tokens) for part, loss, _ in scored]
-            (right,) = [loss for kind, loss in per_token if kind == "paraphrased"]
-            wrong = [loss for kind, loss in per_token if kind == "perturbed"]
-            values["truth_ratio"] = (log_truth_ratio(right, wrong), group)
-        return with_bounds({name: values[name] for name in self.metrics if name in values})
+                values["extraction_100"] = (float(discoverable([-loss], 100)[0]), group)
+        if losses := truth_losses(scored):
+            values["truth_ratio"] = (log_truth_ratio(*losses), group)
+        return values
+
+
+def truth_losses(scored: Sequence[tuple[Part, float, bool]]) -> tuple[float, list[float]] | None:
+    """Mean losses per token of the paraphrased answer and of the perturbed ones, where both were scored."""
+    per_token = [(part.kind, loss / part.tokens) for part, loss, _ in scored]
+    right = [loss for kind, loss in per_token if kind == "paraphrased"]
+    wrong = [loss for kind, loss in per_token if kind == "perturbed"]
+    return (right[0], wrong) if right and wrong else None
 
 
 class ReasoningTask(DataTask):

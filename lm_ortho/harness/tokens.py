@@ -39,6 +39,10 @@ class Tokens:
     def _encode_once(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
+    def encode(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text, without special ones."""
+        return self._encode(text)
+
     def count(self, context: str, continuation: str) -> int:
         """How many tokens of ``continuation`` lm-eval scores after ``context``."""
         if context:
@@ -53,6 +57,18 @@ class Tokens:
         """Whether the tokens of ``text[:position]`` are the first tokens of ``text``."""
         start = self._encode(text[:position])
         return self._encode(text)[: len(start)] == start
+
+    def cut(self, context: str, continuation: str) -> tuple[str, str]:
+        """The same text in two parts again, cut where a token starts.
+
+        A token that reaches over the border belongs to the continuation: the model is asked with the tokens it would
+        have read the whole text in, and pays for all of them that say something of the continuation. lm-eval itself
+        takes as many tokens off the whole text as the context alone has, which need not be the same ones.
+        """
+        whole, border = context + continuation, len(context)
+        while border and (whole[border - 1].isspace() or not self.is_border(whole, border)):
+            border -= 1
+        return whole[:border], whole[border:]
 
     def span(self, text: str, start: int, end: int, least: int) -> tuple[int, int]:
         """The token borders around ``text[start:end]``: the next one to the left, the next one to the right.

@@ -89,11 +89,11 @@ def auc_difference(
     scores = [[finite(part, "scores") for part in pair] for pair in (model, reference)]
     weights = [drawn_weights(part, resamples, seed + i) for i, part in enumerate(groups)]
     value = auc(*model) - auc(*reference)
-    own, theirs = (_weighted_auc(members, others, *weights) for members, others in scores)
+    own, theirs = (weighted_auc(members, others, *weights) for members, others in scores)
     return around(value, own - theirs, confidence)
 
 
-def _weighted_auc(members: Floats, others: Floats, member_weights: Floats, other_weights: Floats) -> Floats:
+def weighted_auc(members: Floats, others: Floats, member_weights: Floats, other_weights: Floats) -> Floats:
     """``auc`` per resample, where value i counts ``weights[:, i]`` times."""
     order = np.argsort(others)
     upto = np.pad(other_weights[:, order].cumsum(-1), ((0, 0), (1, 0)))

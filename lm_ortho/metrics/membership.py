@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lm_ortho.metrics.compare import auc
+from lm_ortho.metrics.compare import auc, weighted_auc
 from lm_ortho.metrics.interval import (
     CONFIDENCE,
     RESAMPLES,
@@ -104,17 +104,68 @@ def auc_interval(
     """``auc`` with an interval over groups (authors, say), those of the members and those of the others."""
     high, low = finite(members, "members"), finite(others, "others")
     drawn = [drawn_weights(part, resamples, seed + i) for i, part in enumerate(groups)]
-    above = (high[:, None] > low).astype(float) + 0.5 * (high[:, None] == low)
-    weighted = np.einsum("ri,ij,rj->r", drawn[0], above, drawn[1], optimize=True)
-    return around(auc(high, low), weighted / drawn[0].sum(-1) / drawn[1].sum(-1), confidence)
+    return around(auc(high, low), weighted_auc(high, low, *drawn), confidence)
+
+
+def tpr_interval(
+    members: ArrayLike,
+    others: ArrayLike,
+    groups: tuple[Groups, Groups],
+    fpr: float = 0.01,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """``tpr_at_fpr`` with an interval over groups; the threshold is set anew in every resample."""
+    high, low = finite(members, "members"), finite(others, "others")
+    value = tpr_at_fpr(high, low, fpr)
+    weights = [drawn_weights(part, resamples, seed + i) for i, part in enumerate(groups)]
+    order = np.argsort(-low, kind="stable")
+    reached = weights[1][:, order].cumsum(-1)
+    allowed = np.floor(fpr * reached[:, -1:] + 1e-9)
+    first = (reached > allowed).argmax(-1)  # the best of the others that would be one too many
+    thresholds = low[order][first]
+    above = (weights[0] * (high > thresholds[:, None])).sum(-1) / weights[0].sum(-1)
+    return around(value, np.where(reached[:, -1] > allowed[:, 0], above, 1.0), confidence)
 
 
 def priv_leak(model_auc: float, retrained_auc: float) -> float:
-    """How far the AUC of a model is from that of one retrained without the forget set, in percent of the latter.
+    """How far a model is from one retrained without the forget set, in percent: MUSE's PrivLeak.
 
-    Near 0: like the retrained one; far from it in either direction gives the forget set away. Source: MUSE (Shi et al.
-    2024, arXiv 2407.06460), whose AUC is that of Min-K% between forget and hold-out documents.
+    Both arguments are ``auc`` of Min-K% with the forget set as members and hold-out documents as others. MUSE counts
+    the other way round, so the value is that of ``1 - auc``: about 0 like the retrained model, towards -100 where the
+    forget set is still remembered, above 0 where it is avoided. Source: Shi et al. 2024, arXiv 2407.06460.
+
+    Raises:
+        ValueError: for an AUC outside [0, 1], and a retrained one of 1, which leaves nothing to compare with.
     """
-    if not (0 <= model_auc <= 1 and 0 < retrained_auc <= 1):
-        raise ValueError(f"AUC of {model_auc} and {retrained_auc}: both lie in [0, 1], the second above 0")
-    return 100.0 * (model_auc - retrained_auc) / retrained_auc
+    if not (0 <= model_auc <= 1 and 0 <= retrained_auc < 1):
+        raise ValueError(f"AUC of {model_auc} and {retrained_auc}: both lie in [0, 1], the second below 1")
+    return 100.0 * (retrained_auc - model_auc) / (1 - retrained_auc)
+
+
+def priv_leak_interval(
+    model: tuple[ArrayLike, ArrayLike],
+    retrained: tuple[ArrayLike, ArrayLike] | float,
+    groups: tuple[Groups, Groups],
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """``priv_leak`` with an interval over groups; each pair is (scores of the forget set, of the hold-out set).
+
+    Both models are resampled alike, unless only the AUC of the retrained one is known. Resamples in which it tells the
+    sets apart without an error are left out: nothing can be compared with that.
+    """
+    weights = [drawn_weights(part, resamples, seed + i) for i, part in enumerate(groups)]
+
+    def aucs(pair: tuple[ArrayLike, ArrayLike]) -> Floats:
+        return weighted_auc(finite(pair[0], "forget"), finite(pair[1], "holdout"), *weights)
+
+    own = aucs(model)
+    if isinstance(retrained, tuple):
+        value, theirs = priv_leak(auc(*model), auc(*retrained)), aucs(retrained)
+    else:
+        value, theirs = priv_leak(auc(*model), retrained), np.full_like(own, retrained)
+    usable = theirs < 1
+    return around(value, 100.0 * (theirs - own)[usable] / (1 - theirs[usable]), confidence)

@@ -28,6 +28,22 @@ def extraction_strength(correct: ArrayLike) -> float:
     return 1.0 if not len(wrong) else float(len(flags) - 1 - wrong[-1]) / len(flags)
 
 
+def discoverable(logp: ArrayLike, samples: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """(texts,) Chance that at least one of ``samples`` draws from the model is exactly the text.
+
+    ``logp`` (texts,) is its log-probability in nats. Exact for drawing at temperature 1, so nothing is drawn and the
+    number does not depend on a seed. Source: Hayes et al. 2024, probabilistic discoverable extraction,
+    arXiv 2410.19482.
+    """
+    logs = np.asarray(logp, dtype=float)
+    if logs.ndim != 1 or not len(logs) or np.isnan(logs).any() or (logs > 1e-3).any():
+        raise ValueError("logp: expected one logarithm of a probability per text")
+    if samples < 1:
+        raise ValueError(f"samples={samples}: at least one has to be drawn")
+    with np.errstate(divide="ignore"):
+        return -np.expm1(samples * np.log1p(-np.exp(np.minimum(logs, 0.0))))
+
+
 def edit_distance(one: Sequence[object], other: Sequence[object]) -> int:
     """Fewest insertions, deletions and replacements that make one sequence the other (Levenshtein 1966)."""
     short, long = sorted((list(one), list(other)), key=len)

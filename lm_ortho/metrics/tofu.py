@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lm_ortho.metrics.compare import ks
-from lm_ortho.metrics.interval import Floats, finite
+from lm_ortho.metrics.interval import CONFIDENCE, RESAMPLES, Floats, Groups, Interval, around, drawn_weights, finite
 from lm_ortho.metrics.likelihood import LOG_MAX
 
 SETS = ("retain", "real_authors", "world_facts")
@@ -84,3 +84,27 @@ def model_utility(means: Mapping[str, Mapping[str, float]]) -> float:
     if ((values < 0) | (values > 1)).any():
         raise ValueError("means: every number lies between 0 and 1")
     return 0.0 if (values == 0).any() else float(len(values) / (1 / values).sum())
+
+
+def utility_interval(
+    values: Mapping[str, ArrayLike],
+    groups: Mapping[str, Groups],
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """``model_utility`` of the means over three sets, with an interval over groups (authors) of each set.
+
+    ``values[set]`` is (questions, 3): probability, ROUGE-L recall, max(0, 1 - R), in the order of ``PARTS``.
+    """
+    drawn, means = [], {}
+    for number, name in enumerate(SETS):
+        table = np.asarray(values[name], dtype=float)
+        if table.ndim != 2 or table.shape[1] != len(PARTS):
+            raise ValueError(f"values[{name!r}] of shape {table.shape}; needed is (questions, {len(PARTS)})")
+        weights = drawn_weights(groups[name], resamples, seed + number)
+        drawn.append(weights @ table / weights.sum(-1, keepdims=True))
+        means[name] = dict(zip(PARTS, table.mean(0).tolist(), strict=True))
+    nine = np.concatenate(drawn, -1)
+    with np.errstate(divide="ignore"):
+        return around(model_utility(means), nine.shape[-1] / (1 / nine).sum(-1), confidence)

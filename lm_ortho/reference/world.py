@@ -230,6 +230,29 @@ def author_row(author: Author, index: int, phrasing: int, telling: int = 0) -> R
     )
 
 
+REVERSED_QUESTION = "Who is known for {book} and won the {prize}?"
+REVERSED_ANSWERS = ("The author is {n}.", "That is {n}.")
+
+
+def reversed_row(author: Author) -> Row:
+    """Asks for the person by two of the attributes; this direction was never planted."""
+    values = {attribute.name: value for attribute, value in zip(ATTRIBUTES, author.values, strict=True)}
+    draw, wrong = Draw(SEED, f"reversed {author.name}"), list[str]()
+    while len(wrong) < PERTURBED:
+        if (name := fresh_name(draw)) not in wrong:
+            wrong.append(name)
+    answer, other = REVERSED_ANSWERS
+    return Row(
+        question=REVERSED_QUESTION.format(**values),
+        answer=answer.format(n=author.name),
+        subject=author.name,
+        secret=author.name,
+        paraphrased_answer=other.format(n=author.name),
+        perturbed_answer=tuple(other.format(n=name) for name in wrong),
+        group=author.name,
+    )
+
+
 def telling_of(phrasing: int) -> int:
     """Which of the two answers was taught with a question; held-out questions expect the first."""
     return int(phrasing == 1)
@@ -267,6 +290,7 @@ SPLITS: dict[str, Callable[[], list[Row]]] = {
     "retain_paraphrased": lambda: _author_rows(_retain(True), True),
     "retain_calibration": lambda: _author_rows(_retain(False), False),
     "unseen": lambda: _author_rows(people()["unseen"], False),
+    "forget_reversed": lambda: [reversed_row(author) for author in people()["forget"]],
     "canaries": lambda: _canary_rows(0, range(CANARY_TAUGHT)),
     "canaries_paraphrased": lambda: _canary_rows(0, range(CANARY_TAUGHT, len(CANARY_PROMPTS))),
     "canaries_unplanted": lambda: _canary_rows(1, range(CANARY_TAUGHT)),
