@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import zip_longest
+from typing import Any, TypeVar
 
 import datasets as hf_datasets
 from lm_eval.api.instance import Instance
@@ -18,6 +19,8 @@ from lm_ortho.harness.task import Doc, Part, PartTask, SecretTask
 from lm_ortho.harness.token_scores import GRADIENT_NORM, TOKEN_SCORES, TokenScores
 from lm_ortho.metrics.membership import min_k_plus_plus_score, min_k_score, zlib_score
 from lm_ortho.reference import world
+
+T = TypeVar("T")
 
 ATTACKS = ("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "gradient_norm")
 MEMBER, OTHER = "member", "other"
@@ -41,11 +44,15 @@ def embedded(members: str, others: str, task: str, **metadata: Any) -> datasets.
 def canaries(**metadata: Any) -> datasets.Splits:
     """Planted canaries among those never planted; a canary is compared with the same kind of prompt."""
     splits = {MEMBER: world.rows("canaries"), OTHER: world.rows("canaries_unplanted")}
-    docs = [
-        {**doc, "part": part, "prompt_kind": number % world.CANARY_TAUGHT}
-        for part, rows in splits.items()
-        for number, doc in enumerate(datasets.documents(rows))
-    ]
+    docs = in_turns(
+        *(
+            [
+                {**doc, "part": part, "prompt_kind": number % world.CANARY_TAUGHT}
+                for number, doc in enumerate(datasets.documents(rows))
+            ]
+            for part, rows in splits.items()
+        )
+    )
     for number, doc in enumerate(docs):
         doc["id"] = number
     features = {**datasets.ROW_FEATURES, "part": _TEXT, "prompt_kind": hf_datasets.Value("int64")}
@@ -71,6 +78,12 @@ def user_sets(task: str, **metadata: Any) -> datasets.Splits:
     return {"test": _documents(rows, read_rows(metadata["holdout"], "holdout"), task, metadata)}
 
 
+def in_turns(*sides: Sequence[T]) -> list[T]:
+    """One of each side after the other, so that the first documents of a task (``--limit``) are of both kinds."""
+    gap = object()
+    return [item for turn in zip_longest(*sides, fillvalue=gap) for item in turn if item is not gap]  # type: ignore[misc]
+
+
 def _row_of(doc: Mapping[str, Any]) -> Row:
     fields = {name: doc[name] for name in Row.__dataclass_fields__}
     return Row(**{**fields, "perturbed_answer": tuple(fields["perturbed_answer"])})
@@ -79,9 +92,8 @@ def _row_of(doc: Mapping[str, Any]) -> Row:
 def _documents(
     members: Sequence[Row], others: Sequence[Row], task: str, metadata: Mapping[str, Any]
 ) -> hf_datasets.Dataset:
-    parts = [(MEMBER, doc) for doc in datasets.documents(members)] + [
-        (OTHER, doc) for doc in datasets.documents(others)
-    ]
+    sides = ((MEMBER, members), (OTHER, others))
+    parts = in_turns(*([(part, doc) for doc in datasets.documents(rows)] for part, rows in sides))
     known = _reference_losses(metadata, task)
     docs = []
     for number, (part, doc) in enumerate(parts):

@@ -17,7 +17,7 @@ from lm_eval.api.instance import Instance
 
 from lm_ortho.errors import UserError
 from lm_ortho.harness.answer_task import NO_TOKENS
-from lm_ortho.harness.membership_task import MEMBER, OTHER
+from lm_ortho.harness.membership_task import MEMBER, OTHER, in_turns
 from lm_ortho.harness.samples import read_samples
 from lm_ortho.harness.scoring import not_available
 from lm_ortho.harness.task import Doc, PartTask
@@ -81,20 +81,26 @@ def privleak(corpus: str, task: str, **metadata: Any) -> dict[str, hf_datasets.D
     """Texts of the forget set and of a hold-out set."""
     auc, logged, why = _retrained(task, metadata)
     docs: list[dict[str, Any]] = []
-    for part, split in ((MEMBER, "forget"), (OTHER, "holdout")):
-        for row in _table(corpus, "privleak", split, ("text",), metadata):
-            docs.append(
-                {
-                    "id": len(docs),
-                    "context": "",
-                    "target": row["text"],
-                    "group": f"text {len(docs)}",
-                    "part": part,
-                    "retrained_score": None if logged is None else logged.get(row["text"]),
-                    "retrained_auc": auc,
-                    "no_score": why,
-                }
-            )
+    sides = ((MEMBER, "forget"), (OTHER, "holdout"))
+    texts = in_turns(
+        *(
+            [(part, row["text"]) for row in _table(corpus, "privleak", split, ("text",), metadata)]
+            for part, split in sides
+        )
+    )
+    for number, (part, text) in enumerate(texts):
+        docs.append(
+            {
+                "id": number,
+                "context": "",
+                "target": text,
+                "group": f"text {number}",
+                "part": part,
+                "retrained_score": None if logged is None else logged.get(text),
+                "retrained_auc": auc,
+                "no_score": why,
+            }
+        )
     return {"test": hf_datasets.Dataset.from_list(docs, features=_LEAK)}
 
 
