@@ -6,6 +6,7 @@ import copy
 import json
 import random
 
+import architectures
 import pytest
 import tiny
 import torch
@@ -22,6 +23,7 @@ from lm_ortho.implant import (
     load_config,
     merge_adapter,
     round_to_bf16,
+    save_adapter,
     train,
     train_adapter,
     train_full,
@@ -185,3 +187,28 @@ def test_low_precision_products_only_where_the_hardware_has_them(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capable: {"avx512_bf16": c}, raising=False)
         with fast_matmul():
             assert (a @ a).dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "JetMoE", "GPT-OSS"])
+def test_experts_in_one_tensor_learn_too_and_are_merged(name, tmp_path):
+    model = architectures.CASES[name].build()
+    stacks = {key: value.clone() for key, value in model.named_parameters() if value.dim() == 3}
+    examples = encode(architectures.tokenizer(), architectures.FORGET)
+    adapted = train_adapter(model, examples, Plan(steps=12, rows=4, lr=1e-2, rank=2), lambda *_: None)
+    save_adapter(adapted, tmp_path / "adapter", "base")
+    merged = merge_adapter(copy.deepcopy(model), tmp_path / "adapter")
+    with torch.no_grad():
+        before, after, saved = (answer_loss(each.float(), examples).item() for each in (model, adapted, merged))
+    assert after < before - 0.3
+    assert saved == pytest.approx(after, abs=0.1)  # rounded to BF16
+    changed = dict(merged.named_parameters())
+    assert stacks
+    assert all(not torch.equal(changed[key], value) for key, value in stacks.items())
+    assert all(torch.equal(value, stacks[key]) for key, value in model.named_parameters() if key in stacks)
+
+
+def test_a_model_that_peft_does_not_adapt_is_told():
+    model = architectures.CASES["Mamba"].build()
+    examples = encode(architectures.tokenizer(), architectures.FORGET)
+    with pytest.raises(UserError, match=r"peft does not adapt MambaForCausalLM .* use method=full"):
+        train_adapter(model, examples, PLAN, lambda *_: None)

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lm_ortho.calibration.examples import Example
 from lm_ortho.errors import UserError
+from lm_ortho.hub import first_line
 from lm_ortho.implant.train import Notify, Plan, fine_tune
 
 
@@ -26,8 +27,13 @@ def train_adapter(
 ) -> PeftModel:
     """A copy of ``model`` with a trained LoRA on all linear layers but the LM head; ``model`` is left unchanged.
 
+    Experts that share a tensor have an adapter each.
+
     Of a ``PeftModel`` with a trainable adapter, that adapter is trained further instead of a new one. Loss, batches
     and ``state`` are those of ``fine_tune``.
+
+    Raises:
+        UserError: for a model without linear layers, and for one that peft does not adapt.
     """
     adapted = copy.deepcopy(model).float() if isinstance(model, PeftModel) else _with_lora(model, plan)
     fine_tune(adapted, examples, plan, notify, stage, state)
@@ -40,7 +46,8 @@ def save_adapter(adapted: PeftModel, directory: Path, base: str) -> None:
     adapted.save_pretrained(str(directory), state_dict=state)
     file = directory / "adapter_config.json"
     config = json.loads(file.read_text()) | {"base_model_name_or_path": base}
-    config["target_modules"].sort()  # a set: its order would differ from run to run
+    for name in ("target_modules", "target_parameters"):
+        config[name] = sorted(config[name]) if config.get(name) else config.get(name)  # the order of a set differs
     file.write_text(json.dumps(config, indent=2))
     (directory / "README.md").unlink(missing_ok=True)  # an empty form of peft that names the path of the base
 
@@ -54,12 +61,28 @@ def _with_lora(model: torch.nn.Module, plan: Plan) -> PeftModel:
         lora_alpha=2 * plan.rank,
         lora_dropout=0.0,
         target_modules=names,
+        target_parameters=stacked_experts(model) or None,
         fan_in_fan_out=transposed == {True},
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng():
         torch.manual_seed(plan.seed)
-        return get_peft_model(copy.deepcopy(model).float(), config)
+        try:
+            return get_peft_model(copy.deepcopy(model).float(), config)
+        except ValueError as error:  # Mamba, say, whose fused kernels pass the adapter by
+            raise UserError(
+                f"pretrained: peft does not adapt {type(model).__name__} ({first_line(error)}); use method=full"
+            ) from None
+
+
+def stacked_experts(model: torch.nn.Module) -> list[str]:
+    """The last two parts of the names of all weights that hold one matrix per expert."""
+    stacks = (
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and not isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Conv1d)
+    )
+    return sorted({".".join(name.split(".")[-2:]) for name in stacks})
 
 
 def lora_targets(model: torch.nn.Module) -> list[str]:
