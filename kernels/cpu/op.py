@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,18 +22,18 @@ _SCHEMA = (
 )
 
 
-@cache
 def operator() -> Any:
     """``torch.ops.lm_ortho.cpu_linear``, registered at the first call.
 
     Not at import: transformers imports whatever is called ``kernels`` on the path, and in a checkout that is this
     folder, which must not register the operator a second time.
     """
-    library = torch.library.Library("lm_ortho", "FRAGMENT")
-    library.define("cpu_linear" + _SCHEMA)
-    library.impl("cpu_linear", cpu_linear, "CPU")
-    torch.library.register_fake("lm_ortho::cpu_linear", _shape_only, lib=library)
-    _libraries.append(library)
+    if not _libraries:
+        library = torch.library.Library("lm_ortho", "FRAGMENT")
+        library.define("cpu_linear" + _SCHEMA)
+        library.impl("cpu_linear", cpu_linear, "CPU")
+        torch.library.register_fake("lm_ortho::cpu_linear", _shape_only, lib=library)
+        _libraries.append(library)
     return torch.ops.lm_ortho.cpu_linear
 
 
