@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,8 +24,7 @@ KERNELS = (AUTO, REFERENCE, "cpu", "triton")
 """What ``kernel=`` may be."""
 
 
-@dataclass(frozen=True)
-class Ask:
+class Ask(NamedTuple):
     """What is to be multiplied: all that an implementation may base its refusal on.
 
     ``rows`` are those of x flattened to a matrix, ``bits`` and ``group_size`` those of the base stream, ``dtype`` that
@@ -85,7 +83,7 @@ class Implementation(Protocol):
     name: str
 
     def refuses(self, ask: Ask) -> str | None:
-        """Why it cannot do this, or None. Asked at every call, so quick; may compile at the first one."""
+        """Why it cannot do this, or None. Asked once for each question; may compile."""
 
     def declines(self, ask: Ask) -> str | None:
         """Why ``auto`` should not pick it although it could, or None. Asked before ``refuses``; compiles nothing."""
@@ -115,6 +113,9 @@ class Choice(NamedTuple):
 
 _known: dict[str, Implementation] = {}
 _said: set[tuple[str, str]] = set()
+_decided: dict[tuple[str, Ask], Choice] = {}
+_MOST_DECISIONS = 4096
+"""Prompts of many lengths ask many questions; past so many the answers are found again."""
 _lock = threading.Lock()
 
 
@@ -126,12 +127,23 @@ def register(implementation: Implementation) -> None:
     if name in _known:
         raise ValueError(f"kernel {name!r} is registered already")
     _known[name] = implementation
+    _decided.clear()
 
 
 def choose(wanted: str, ask: Ask) -> Choice:
-    """What runs ``ask``. Raises ``ValueError`` for a name that is not in ``KERNELS``."""
+    """What runs ``ask``; decided once. Raises ``ValueError`` for a name that is not in ``KERNELS``."""
+    decided = _decided.get((wanted, ask))
+    if decided is not None:
+        return decided
     if wanted not in KERNELS:
         raise ValueError(f"kernel={wanted!r} is unknown; known: {', '.join(KERNELS)}")
+    if len(_decided) >= _MOST_DECISIONS:
+        _decided.clear()
+    made = _decided[wanted, ask] = _decide(wanted, ask)
+    return made
+
+
+def _decide(wanted: str, ask: Ask) -> Choice:
     if wanted == REFERENCE:
         return Choice(_known[REFERENCE], "as asked")
     return _automatic(ask) if wanted == AUTO else _named(wanted, ask)
@@ -171,7 +183,8 @@ def _say_once(name: str, refusal: str) -> None:
     log.warning("kernel %s does not run here, plain PyTorch does: %s", name, refusal)
 
 
-def forget_said() -> None:
-    """Refusals are told again."""
+def forget_decisions() -> None:
+    """Every question is decided, and every refusal told, again."""
     with _lock:
         _said.clear()
+        _decided.clear()

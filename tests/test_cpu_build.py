@@ -28,9 +28,9 @@ needs_compiler = pytest.mark.skipif(
 def looks_again(monkeypatch):
     """The library is looked for again, during the test and after it."""
     monkeypatch.setattr(library, "_found", None)
-    dispatch.forget_said()
+    dispatch.forget_decisions()
     yield
-    dispatch.forget_said()
+    dispatch.forget_decisions()
 
 
 @needs_compiler
@@ -137,6 +137,7 @@ def test_doctor_names_the_kernel_and_the_reason(monkeypatch, looks_again):
         assert _kernel().status == "ok"
         assert cpu.find().isa in _kernel().found
     cpu.forget()
+    dispatch.forget_decisions()
     monkeypatch.setenv(library.SWITCH, "off")
     if not torch.cuda.is_available():
         assert _kernel().status == "warn"

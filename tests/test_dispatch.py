@@ -20,9 +20,9 @@ LARGE = Ask("cpu", torch.bfloat16, 1, 4096, 4096, 4, 64)
 
 @pytest.fixture(autouse=True)
 def nothing_said():
-    dispatch.forget_said()
+    dispatch.forget_decisions()
     yield
-    dispatch.forget_said()
+    dispatch.forget_decisions()
 
 
 def layer(out=1024, width=1024, kernel="auto", **options):
@@ -41,7 +41,7 @@ def test_auto_takes_the_fast_kernel_for_large_layers_in_bf16_only():
         ({"bits": 16}, "not BF16 inference"),
         ({"in_features": 100}, "fewer than 1048576 weights"),
     ):
-        choice = choose("auto", Ask(**{**LARGE.__dict__, **change}))
+        choice = choose("auto", LARGE._replace(**change))
         assert choice.implementation.name == "reference"
         assert reason in choice.reason
 
@@ -58,7 +58,7 @@ def test_auto_takes_the_fast_kernel_for_large_layers_in_bf16_only():
     ],
 )
 def test_a_named_kernel_that_refuses_is_replaced_and_says_why_once(change, reason, caplog):
-    ask = Ask(**{**LARGE.__dict__, **change})
+    ask = LARGE._replace(**change)
     with caplog.at_level(logging.WARNING):
         choices = [choose("cpu", ask) for _ in range(3)]
     assert {choice.implementation.name for choice in choices} == {"reference"}

@@ -3,7 +3,7 @@
 ``dual_stream.h`` says how the streams lie in memory; the plain-PyTorch twin is ``kernels/reference.py``.
 """
 
-from .library import ISAS, SWITCH, Absent, Library, find, forget
+from .library import ISAS, SWITCH, Absent, Library, find, forget, product_speed, read_speed
 from .op import cpu_linear, path_of
 from .operands import pack_base, pack_sheets
 
@@ -18,4 +18,6 @@ __all__ = [
     "pack_base",
     "pack_sheets",
     "path_of",
+    "product_speed",
+    "read_speed",
 ]

@@ -23,12 +23,13 @@ BUNDLED = "dual_stream.so"
 COMMON = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fvisibility=hidden")
 # The headers of GCC leave "undefined" vectors uninitialised on purpose; vectors never cross a border of the ABI.
 QUIET = ("-Wall", "-Wextra", "-Werror=return-type", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi")
-SOURCES: dict[str, tuple[str, ...]] = {"api": (), "pack": (), "threads": (), "scalar": ()}
+SOURCES: dict[str, tuple[str, ...]] = {"api": (), "pack": (), "threads": (), "scalar": (), "probe": ()}
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mfma")
 X86_SOURCES: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": _AVX512,
     "avx512_sparse": _AVX512,
+    "avx512_probe": _AVX512,
 }
 SECONDS = 300.0
 """A compiler that takes longer hangs."""

@@ -8,6 +8,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from . import build
 
 ABI = 1
@@ -90,9 +92,38 @@ def _declare(functions: ctypes.CDLL) -> None:
         _INT, _INT, _LONG, _LONG, _LONG, _LONG, _INT, _POINTER, _POINTER, _POINTER, _INT,
         _POINTER, _POINTER, _POINTER, _INT, _POINTER,
     ]  # fmt: skip
+    functions.lm_ortho_read_speed.argtypes = [_POINTER, _LONG]
+    functions.lm_ortho_read_speed.restype = ctypes.c_double
+    functions.lm_ortho_advise.argtypes = [_POINTER, _LONG]
+    functions.lm_ortho_advise.restype = None
     functions.lm_ortho_pack_base.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER]
     functions.lm_ortho_pack_base.restype = None
     functions.lm_ortho_make_sheets.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _LONG, _POINTER]
     functions.lm_ortho_make_sheets.restype = _POINTER
     functions.lm_ortho_take_sheets.argtypes = [_POINTER, _POINTER]
     functions.lm_ortho_take_sheets.restype = None
+
+
+def read_speed(megabytes: int = 256) -> float:
+    """Bytes per second that one thread reads from memory, the best of five. Raises ``RuntimeError`` without library."""
+    room = torch.ones(megabytes << 20, dtype=torch.uint8)
+    start = -room.data_ptr() % 64
+    size = (room.numel() - start) // 512 * 512
+    return max(_present().functions.lm_ortho_read_speed(room.data_ptr() + start, size) for _ in range(5))
+
+
+def product_speed() -> float | None:
+    """BF16 multiply-adds per second of one thread, the best of five; None without AVX-512 BF16."""
+    found = _present()
+    if found.isa != ISAS[2]:
+        return None
+    probe = found.functions.lm_ortho_product_speed
+    probe.argtypes, probe.restype = [], ctypes.c_double
+    return max(probe() for _ in range(5))
+
+
+def _present() -> Library:
+    found = find()
+    if isinstance(found, Absent):
+        raise RuntimeError(f"the CPU kernel is not there: {found.why}")
+    return found

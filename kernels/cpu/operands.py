@@ -38,7 +38,7 @@ def pack_base(qweight: Tensor, scales: Tensor, bits: int, group_size: int) -> Te
     functions = _functions()
     out_features, n_groups = scales.shape
     per_panel = panel_bytes(n_groups, bits, group_size)
-    packed = _aligned(-(-out_features // PANEL) * per_panel)
+    packed = _aligned(functions, -(-out_features // PANEL) * per_panel)
     for first in range(0, out_features, _ROWS_AT_ONCE):
         codes = unpack_codes(qweight[first : first + _ROWS_AT_ONCE], bits).contiguous()
         own = scales[first : first + _ROWS_AT_ONCE].contiguous()
@@ -63,7 +63,7 @@ def pack_sheets(rowptr: Tensor, cols: Tensor, vals: Tensor) -> Tensor:
     )
     if made is None:
         raise ValueError(f"an ortho stream of {vals.numel()} values is too large for the CPU kernel")
-    sheets = _aligned(size.value)
+    sheets = _aligned(functions, size.value)
     functions.lm_ortho_take_sheets(made, sheets.data_ptr())
     return sheets
 
@@ -75,6 +75,8 @@ def _functions() -> ctypes.CDLL:
     return library.functions
 
 
-def _aligned(size: int) -> Tensor:
-    room = torch.zeros(size + _ALIGN, dtype=torch.uint8)
+def _aligned(functions: ctypes.CDLL, size: int) -> Tensor:
+    """Uninitialised bytes, in large pages where the system has some."""
+    room = torch.empty(size + _ALIGN, dtype=torch.uint8)
+    functions.lm_ortho_advise(room.data_ptr(), room.numel())
     return room[-room.data_ptr() % _ALIGN :][:size]

@@ -6,6 +6,10 @@
 #include <memory>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace lm_ortho {
 namespace {
 
@@ -121,6 +125,19 @@ Sheets view_sheets(const uint8_t* blob) {
 using namespace lm_ortho;
 
 extern "C" {
+
+// Asks for large pages for memory that was not touched yet. Weights are read once per product from end to end, and
+// with pages of 4 KB a fifth of the time at one row of x went into finding them.
+LM_ORTHO_API void lm_ortho_advise(uint8_t* data, int64_t size) {
+#if defined(__linux__)
+    constexpr uintptr_t LARGE = 2 << 20;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + LARGE - 1) / LARGE * LARGE;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(size)) / LARGE * LARGE;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)size;
+#endif
+}
 
 // codes: (rows, width) signed bytes of the next rows, beginning with a new panel; width a multiple of the group.
 // scales: (rows, width / group) BF16. Writes ceil(rows / 64) panels to `out`.

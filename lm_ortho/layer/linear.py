@@ -233,9 +233,12 @@ class _Operand:
         return cls(made, dtype, tuple(sources), _versions(sources))
 
     def fits(self, dtype: torch.dtype, sources: Sequence[Tensor | None]) -> bool:
-        same = all(kept is stored for kept, stored in zip(self.sources, sources, strict=True))
-        return same and dtype == self.dtype and self.versions == _versions(sources)
+        # Asked at every product, so without a generator: `==` on tensors is not meant.
+        for kept, stored in zip(self.sources, sources, strict=True):
+            if kept is not stored:
+                return False
+        return dtype == self.dtype and self.versions == _versions(sources)
 
 
 def _versions(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    return tuple(t._version for t in tensors if t is not None and not t.is_inference())
+    return tuple([t._version for t in tensors if t is not None and not t.is_inference()])

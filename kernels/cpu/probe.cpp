@@ -1,0 +1,28 @@
+// How fast memory can be read here, for the benchmark to compare with.
+#include "clock.h"
+#include "dual_stream.h"
+
+typedef uint64_t Words __attribute__((vector_size(64)));
+
+extern "C" {
+
+// Bytes per second that one thread reads from `size` bytes (a multiple of 512, aligned to 64), which should be more
+// than the caches hold.
+LM_ORTHO_API double lm_ortho_read_speed(const uint8_t* data, int64_t size) {
+    Words sums[8] = {};
+    const auto* words = reinterpret_cast<const Words*>(data);
+    const double start = lm_ortho::thread_seconds();
+    for (int64_t i = 0; i < size / 64; i += 8)
+        for (int j = 0; j < 8; ++j) {
+            __builtin_prefetch(words + i + j + 64);
+            sums[j] ^= words[i + j];
+        }
+    const double taken = lm_ortho::thread_seconds() - start;
+    Words all = sums[0];
+    for (int j = 1; j < 8; ++j) all ^= sums[j];
+    volatile uint64_t kept = all[0];
+    (void)kept;
+    return static_cast<double>(size) / taken;
+}
+
+}  // extern "C"
