@@ -93,7 +93,22 @@ class Cpu:
 def _per_row(alpha: float | Tensor, x: Tensor, rows: int) -> Tensor:
     """``(1,)`` or ``(rows,)`` float32 from one alpha, or one per entry of the first dimension of ``x``."""
     if not isinstance(alpha, Tensor):
-        return torch.tensor([alpha], dtype=torch.float32)
+        return _one(alpha)
     if alpha.shape != x.shape[:1]:
         raise ValueError(f"alpha of shape {tuple(alpha.shape)} for x of shape {tuple(x.shape)}")
     return alpha.to(torch.float32).repeat_interleave(rows // max(1, x.shape[0]))
+
+
+def _one(alpha: float) -> Tensor:
+    """``(1,)`` float32. The numbers in use are few, and making a tensor costs a tenth of a small product."""
+    kept = _numbers.get(alpha)
+    if kept is None:
+        with torch.inference_mode(False):
+            kept = torch.tensor([alpha], dtype=torch.float32)
+        if len(_numbers) < _MOST_NUMBERS:
+            _numbers[alpha] = kept
+    return kept
+
+
+_numbers: dict[float, Tensor] = {}
+_MOST_NUMBERS = 256

@@ -88,6 +88,7 @@ void panel_product(const Base& base, const uint8_t* panel, const uint16_t* x, in
     }
 }
 
+constexpr int64_t ANNOUNCED = 2048;  // bytes of steps that are fetched while the base product is computed
 constexpr int64_t TURN = 8;  // rows of x from which turning x pays for the sparse products
 
 // What one thread works with.
@@ -118,7 +119,19 @@ struct Worker {
             finish(job, from + m, panel, sums + m * PANEL, products.as<float>() + m * SPARE, TOKENS * SPARE);
     }
 
+    // Asks for the first steps of a panel, which are needed after its base product.
+    void announce(int64_t panel, int64_t from, int64_t count) const {
+        for (int t = 0; t < job.n_terms; ++t) {
+            if (!job.terms[t].active(from, count)) continue;
+            const Sheets& sheets = job.terms[t].sheets;
+            const size_t first = sheets.group_steps[sheets.panel_groups[panel]];
+            const auto* steps = reinterpret_cast<const char*>(sheets.steps + first * STEP_BYTES);
+            for (int64_t i = 0; i < ANNOUNCED; i += 64) _mm_prefetch(steps + i, _MM_HINT_T1);
+        }
+    }
+
     void panel(int64_t panel, int64_t from, int64_t count) {
+        announce(panel, from, count);
         const int64_t tiles = (count + MOST - 1) / MOST;
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const int64_t m = count * tile / tiles, some = count * (tile + 1) / tiles - m;
@@ -131,6 +144,8 @@ struct Worker {
 
     // One row takes two panels at once: a chain of pair products is slow, and eight of them keep the units busy.
     void two_panels(int64_t panel) {
+        announce(panel, 0, 1);
+        announce(panel + 1, 0, 1);
         base_product<1, 2 * BLOCKS>(base, job.panel(panel), x.row(0), AHEAD, total.as<float>(), 0);
         complete(panel, 0, 1, total.as<float>());
         complete(panel + 1, 0, 1, total.as<float>() + PANEL);
