@@ -8,9 +8,8 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from . import build
+from .pages import reserve
 
 ABI = 1
 ISAS = ("scalar", "avx2", "avx512_bf16")
@@ -94,8 +93,6 @@ def _declare(functions: ctypes.CDLL) -> None:
     ]  # fmt: skip
     functions.lm_ortho_read_speed.argtypes = [_POINTER, _LONG]
     functions.lm_ortho_read_speed.restype = ctypes.c_double
-    functions.lm_ortho_advise.argtypes = [_POINTER, _LONG]
-    functions.lm_ortho_advise.restype = None
     functions.lm_ortho_pack_base.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER]
     functions.lm_ortho_pack_base.restype = None
     functions.lm_ortho_make_sheets.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _LONG, _POINTER]
@@ -106,10 +103,8 @@ def _declare(functions: ctypes.CDLL) -> None:
 
 def read_speed(megabytes: int = 256) -> float:
     """Bytes per second that one thread reads from memory, the best of five. Raises ``RuntimeError`` without library."""
-    room = torch.ones(megabytes << 20, dtype=torch.uint8)
-    start = -room.data_ptr() % 64
-    size = (room.numel() - start) // 512 * 512
-    return max(_present().functions.lm_ortho_read_speed(room.data_ptr() + start, size) for _ in range(5))
+    room = reserve(megabytes << 20).fill_(1)
+    return max(_present().functions.lm_ortho_read_speed(room.data_ptr(), room.numel()) for _ in range(5))
 
 
 def product_speed() -> float | None:

@@ -72,19 +72,27 @@ def cpu_linear(
     x = x.contiguous()
     y = x.new_empty((rows, out_features), dtype=torch.float32 if wide else torch.bfloat16)
     shift = None if bias is None else bias.to(torch.float32).contiguous()
-    alphas = [alpha.contiguous() for alpha in alphas]
-    count = len(sheets)
-    pointers = ctypes.c_void_p * count
+    blobs, numbers, strides = _pointers(sheets, alphas) if sheets else (None, None, None)
     status = library.functions.lm_ortho_linear(
         ISAS.index(isa or library.isa), torch.get_num_threads(), rows, in_features, out_features, group_size,
-        2 if bits == 8 else 1, x.data_ptr(), base.data_ptr(), None if shift is None else shift.data_ptr(), count,
-        pointers(*(sheet.data_ptr() for sheet in sheets)), pointers(*(alpha.data_ptr() for alpha in alphas)),
-        (ctypes.c_int64 * count)(*(int(alpha.numel() > 1) for alpha in alphas)), int(wide), y.data_ptr(),
+        2 if bits == 8 else 1, x.data_ptr(), base.data_ptr(), None if shift is None else shift.data_ptr(), len(sheets),
+        blobs, numbers, strides, int(wide), y.data_ptr(),
     )  # fmt: skip
     if status:
         raise RuntimeError(f"CPU kernel: {'no ' + isa + ' here' if status == 1 else 'out of memory'}")
     record(f"cpu.{path_of(rows)}")
     return y
+
+
+def _pointers(sheets: list[Tensor], alphas: list[Tensor]) -> tuple[Any, Any, Any]:
+    """C arrays of the addresses of sheets and alphas, and of the steps from one alpha to the next."""
+    count = len(sheets)
+    pointers = ctypes.c_void_p * count
+    return (
+        pointers(*(sheet.data_ptr() for sheet in sheets)),
+        pointers(*(alpha.data_ptr() for alpha in alphas)),
+        (ctypes.c_int64 * count)(*(int(alpha.numel() > 1) for alpha in alphas)),
+    )
 
 
 def _check(
@@ -107,7 +115,7 @@ def _check(
     if len(sheets) != len(alphas):
         raise ValueError(f"{len(sheets)} ortho streams but {len(alphas)} alphas")
     for alpha in alphas:
-        if alpha.dtype != torch.float32 or alpha.dim() > 1 or alpha.numel() not in (1, rows):
+        if alpha.dtype != torch.float32 or alpha.numel() not in (1, rows) or not alpha.is_contiguous():
             raise ValueError(f"alpha of {alpha.dtype} {tuple(alpha.shape)} for {rows} rows")
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias of shape {tuple(bias.shape)} for {out_features} out_features")

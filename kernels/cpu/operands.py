@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..packing import unpack_codes
 from .library import Absent, find
+from .pages import reserve
 
 PANEL = 64
 _SCALE_BYTES = 2
 _CHUNK_BYTES = PANEL * 4
 _CHUNK = 8
-_ALIGN = 64
 _ROWS_AT_ONCE = 16 * PANEL
 """Codes unpacked at a time, so that making an operand needs little memory beside it."""
 
@@ -38,7 +38,7 @@ def pack_base(qweight: Tensor, scales: Tensor, bits: int, group_size: int) -> Te
     functions = _functions()
     out_features, n_groups = scales.shape
     per_panel = panel_bytes(n_groups, bits, group_size)
-    packed = _aligned(functions, -(-out_features // PANEL) * per_panel)
+    packed = reserve(-(-out_features // PANEL) * per_panel)
     for first in range(0, out_features, _ROWS_AT_ONCE):
         codes = unpack_codes(qweight[first : first + _ROWS_AT_ONCE], bits).contiguous()
         own = scales[first : first + _ROWS_AT_ONCE].contiguous()
@@ -63,7 +63,7 @@ def pack_sheets(rowptr: Tensor, cols: Tensor, vals: Tensor) -> Tensor:
     )
     if made is None:
         raise ValueError(f"an ortho stream of {vals.numel()} values is too large for the CPU kernel")
-    sheets = _aligned(functions, size.value)
+    sheets = reserve(size.value)
     functions.lm_ortho_take_sheets(made, sheets.data_ptr())
     return sheets
 
@@ -73,10 +73,3 @@ def _functions() -> ctypes.CDLL:
     if isinstance(library, Absent):
         raise RuntimeError(f"the CPU kernel is not there: {library.why}")
     return library.functions
-
-
-def _aligned(functions: ctypes.CDLL, size: int) -> Tensor:
-    """Uninitialised bytes, in large pages where the system has some."""
-    room = torch.empty(size + _ALIGN, dtype=torch.uint8)
-    functions.lm_ortho_advise(room.data_ptr(), room.numel())
-    return room[-room.data_ptr() % _ALIGN :][:size]

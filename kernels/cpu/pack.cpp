@@ -6,10 +6,6 @@
 #include <memory>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace lm_ortho {
 namespace {
 
@@ -126,19 +122,6 @@ using namespace lm_ortho;
 
 extern "C" {
 
-// Asks for large pages for memory that was not touched yet. Weights are read once per product from end to end, and
-// with pages of 4 KB a fifth of the time at one row of x went into finding them.
-LM_ORTHO_API void lm_ortho_advise(uint8_t* data, int64_t size) {
-#if defined(__linux__)
-    constexpr uintptr_t LARGE = 2 << 20;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + LARGE - 1) / LARGE * LARGE;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(size)) / LARGE * LARGE;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)data, (void)size;
-#endif
-}
-
 // codes: (rows, width) signed bytes of the next rows, beginning with a new panel; width a multiple of the group.
 // scales: (rows, width / group) BF16. Writes ceil(rows / 64) panels to `out`.
 LM_ORTHO_API void lm_ortho_pack_base(const int8_t* codes, const uint16_t* scales, int64_t rows, int64_t width, int64_t group,
@@ -180,6 +163,7 @@ LM_ORTHO_API void lm_ortho_take_sheets(void* made, uint8_t* out) {
     const Places at = packed->places();
     const uint64_t header[5] = {packed->n_panels(), packed->n_groups(), packed->n_steps(), at.lane_rows, at.steps};
     std::memcpy(out, header, HEADER);
+    std::memset(out + at.lane_rows, 0, at.steps - at.lane_rows);  // what lies between is the same every time, too
     put(out, HEADER, packed->panel_groups);
     put(out, at.group_steps, packed->group_steps);
     put(out, at.step_bases, packed->step_bases);

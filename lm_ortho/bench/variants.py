@@ -81,16 +81,13 @@ def ours(problem: Problem, densities: tuple[float, ...], kernel: str) -> Iterato
 
 
 def torchao_int4(problem: Problem) -> Iterator[Variant]:
-    """torchao's INT4 for CPUs, where it is installed."""
+    """torchao's INT4 for CPUs (tried: 0.18), where it is installed."""
     try:
-        from torchao.dtypes import Int4CPULayout
-        from torchao.quantization import int4_weight_only, quantize_
+        from torchao.prototype.quantization.int4 import Int4OpaqueTensor
     except ImportError:
         return
-    copies = []
-    for weight in problem.dense(torch.bfloat16):
-        linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.bfloat16)
-        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-        quantize_(linear, int4_weight_only(group_size=GROUP_SIZE, layout=Int4CPULayout()))
-        copies.append(linear)
-    yield Variant("torchao_int4", 0.0, 0.0, lambda i, x: copies[i](x), len(copies), "torchao")
+    if problem.shape.out_features % 16:
+        return
+    weight = problem.base.dequantize(torch.bfloat16)
+    copies = [Int4OpaqueTensor.from_hp(weight, [1, GROUP_SIZE]) for _ in range(problem.shape.copies)]
+    yield Variant("torchao_int4", 0.0, 0.0, lambda i, x: functional.linear(x, copies[i]), len(copies), "torchao")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +16,20 @@ from lm_ortho.streams import UNNAMED, BaseStream, LayerStreams, OrthoStream
 
 _BASE = ("qweight", "scales", "weight")
 _ORTHO = ("ortho_rowptr", "ortho_cols", "ortho_vals")
-_NAMED = re.compile(r"ortho_(.+)_rowptr")
 
 
 def ortho_buffers(memory: str) -> tuple[str, str, str]:
     """Names of the buffers that hold the ortho stream of ``memory``: rowptr, cols, vals."""
     rowptr, cols, vals = (part if memory == UNNAMED else part.replace("_", f"_{memory}_", 1) for part in _ORTHO)
     return rowptr, cols, vals
+
+
+def _memory_of(buffer: str) -> str | None:
+    """The memory whose values are in a buffer of this name; None for every other buffer."""
+    if buffer == _ORTHO[2]:
+        return UNNAMED
+    named = buffer.startswith("ortho_") and buffer.endswith("_vals")
+    return buffer.removeprefix("ortho_").removesuffix("_vals") if named else None
 
 
 class OrthoLinear(nn.Module):
@@ -94,8 +100,8 @@ class OrthoLinear(nn.Module):
     @property
     def memories(self) -> tuple[str, ...]:
         """The memories whose ortho streams are here."""
-        named = (_NAMED.fullmatch(name) for name, held in self._buffers.items() if held is not None)
-        return (*((UNNAMED,) if self.ortho_vals is not None else ()), *(found[1] for found in named if found))
+        found = [_memory_of(name) for name, held in self._buffers.items() if held is not None]
+        return tuple(sorted(filter(None, found), key=lambda name: name != UNNAMED))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -160,30 +166,36 @@ class OrthoLinear(nn.Module):
             raise UserError(f"alpha{shown}: this model has only its base stream, so alpha=0 is all it can do")
 
     def _base_operand(self, kernel: Implementation, dtype: torch.dtype) -> Any:
-        stored = [self._buffers.get(name) for name in _BASE]
-
-        def make() -> Any:
-            codes = stored[0] if stored[2] is None else stored[2]
-            return kernel.base(StoredBase(codes, stored[1], self.bits, self.group_size, self.in_features), dtype)
-
-        return self._operand((kernel.name, None), dtype, stored, make)
+        held = self._buffers
+        stored = (held.get("qweight"), held.get("scales"), held.get("weight"))
+        kept = self._operands.get((kernel.name, None))
+        if kept is not None and kept.fits(dtype, stored):
+            return kept.made
+        codes = stored[0] if stored[2] is None else stored[2]
+        assert codes is not None
+        base = StoredBase(codes, stored[1], self.bits, self.group_size, self.in_features)
+        return self._keep((kernel.name, None), lambda: kernel.base(base, dtype), dtype, stored)
 
     def _ortho_operand(self, kernel: Implementation, dtype: torch.dtype, memory: str) -> Any:
-        stored = [self.get_buffer(name) for name in ortho_buffers(memory)]
-        return self._operand(
-            (kernel.name, memory), dtype, stored, lambda: kernel.ortho(StoredOrtho(*stored, self.in_features), dtype)
-        )
+        stored = tuple(map(self.get_buffer, ortho_buffers(memory)))
+        kept = self._operands.get((kernel.name, memory))
+        if kept is not None and kept.fits(dtype, stored):
+            return kept.made
+        ortho = StoredOrtho(*stored, self.in_features)
+        return self._keep((kernel.name, memory), lambda: kernel.ortho(ortho, dtype), dtype, stored)
 
-    def _operand(
-        self, key: tuple[str, str | None], dtype: torch.dtype, stored: Sequence[Tensor | None], make: Callable[[], Any]
+    def _keep(
+        self,
+        key: tuple[str, str | None],
+        make: Callable[[], Any],
+        dtype: torch.dtype,
+        stored: tuple[Tensor | None, ...],
     ) -> Any:
-        kept = self._operands.get(key)
-        if kept is None or not kept.fits(dtype, stored):
-            # A tensor made in inference mode could never take part in a later backward pass.
-            with torch.inference_mode(False), torch.no_grad():
-                made = make()
-            kept = self._operands[key] = _Operand.of(made, dtype, stored)
-        return kept.made
+        # A tensor made in inference mode could never take part in a later backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            made = make()
+        self._operands[key] = _Operand.of(made, dtype, stored)
+        return made
 
     def _forget_operands(self) -> None:
         self._operands = {}
@@ -221,24 +233,27 @@ class OrthoLinear(nn.Module):
 
 @dataclass(frozen=True)
 class _Operand:
-    """Something made from stored tensors, good as long as these are the same and were not written to."""
+    """Something made from stored tensors, good as long as these are the same and were not written to.
+
+    ``watched`` are those that count what is written to them, with their count; tensors of inference mode do not.
+    """
 
     made: Any
     dtype: torch.dtype
     sources: tuple[Tensor | None, ...]
-    versions: tuple[int, ...]
+    watched: tuple[tuple[Tensor, int], ...]
 
     @classmethod
-    def of(cls, made: Any, dtype: torch.dtype, sources: Sequence[Tensor | None]) -> _Operand:
-        return cls(made, dtype, tuple(sources), _versions(sources))
+    def of(cls, made: Any, dtype: torch.dtype, sources: tuple[Tensor | None, ...]) -> _Operand:
+        watched = tuple((t, t._version) for t in sources if t is not None and not t.is_inference())
+        return cls(made, dtype, sources, watched)
 
-    def fits(self, dtype: torch.dtype, sources: Sequence[Tensor | None]) -> bool:
-        # Asked at every product, so without a generator: `==` on tensors is not meant.
+    def fits(self, dtype: torch.dtype, sources: tuple[Tensor | None, ...]) -> bool:
+        # Asked at every product. `==` on tensors is not meant, and a generator would take twice the time.
         for kept, stored in zip(self.sources, sources, strict=True):
             if kept is not stored:
                 return False
-        return dtype == self.dtype and self.versions == _versions(sources)
-
-
-def _versions(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    return tuple([t._version for t in tensors if t is not None and not t.is_inference()])
+        for kept, version in self.watched:
+            if kept._version != version:
+                return False
+        return dtype == self.dtype

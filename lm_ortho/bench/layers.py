@@ -136,10 +136,10 @@ def _check_counts(
         raise RuntimeError(f"the benchmark timed {wanted}, but what ran is {ran}")
 
 
-def null_test(plan: Plan, shape: Shape = SQUARE, batch: int = 1) -> Ratio:
+def null_test(plan: Plan) -> Ratio:
     """Time of a layer at alpha=0 over that of one without an ortho stream, in pairs, with copies of their own."""
-    problem = Problem(shape)
-    x = problem.x(batch)
+    problem = Problem(SQUARE)
+    x = problem.x(1)
     without, with_ortho = (problem.layers(density, plan.kernel) for density in (0.0, NULL_DENSITY))
     for layer in (*without, *with_ortho):
         layer(x)
