@@ -134,8 +134,10 @@ class OrthoLinear(nn.Module):
         kernel = choose(self.kernel, ask).implementation
         terms = list[tuple[Any, float | Tensor]]()
         if alpha.reads_ortho:
-            self.check(alpha)
-            for name in self.memories:
+            memories = self.memories
+            if alpha.named is not None or self.absent or not memories:  # else there is nothing to refuse
+                self.check(alpha)
+            for name in memories:
                 part = alpha.of_memory(name)
                 if part.reads_ortho:
                     factor = part.value if part.rows is None else rows_for(self.dial, part, x)

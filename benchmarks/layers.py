@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Every layer shape of Llama-3-8B and TinyLlama, with the limits of the machine measured beside it; JSON and a chart.
 
-    python benchmarks/kernels.py                                  # about 15 minutes on one core
-    python benchmarks/kernels.py --shapes 4096x4096 --threads 2
+    python benchmarks/layers.py                                  # about 15 minutes on one core
+    python benchmarks/layers.py --shapes 4096x4096 --threads 2
 
 Pin it to a core (``taskset -c 1``) where others use the machine, too. Written to ``benchmarks/results/``. torchao's
 INT4 is timed as well where it is installed.
@@ -37,7 +37,7 @@ def main() -> None:
     report |= {"limits": limits, "date": str(datetime.date.today()), "versions": versions(), "group_size": GROUP_SIZE}
     for row in report["rows"]:
         row["share_of_limit"] = share_of_limit(row, limits, asked.threads)
-    stem = asked.out or RESULTS / f"{report['date']}-kernels-{asked.threads}-thread{'s' * (asked.threads > 1)}"
+    stem = asked.out or RESULTS / f"{report['date']}-layers-{asked.threads}-thread{'s' * (asked.threads > 1)}"
     stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     draw(report, stem.with_suffix(".svg"))
     print(stem.with_suffix(".json"))
