@@ -10,6 +10,7 @@ namespace {
 // Rows of x per pass over the codes: 6 rows * 4 blocks of sums, 4 weights, a table and a broadcast fill the 32 registers.
 constexpr int MOST = 6;
 constexpr int64_t AHEAD = 4096;  // bytes: what memory delivers while as much is worked on
+constexpr int64_t PART = 512;    // columns that several passes go over before the next: 18 KB of codes and scales
 
 // One pair of columns of a chunk, T rows of x.
 template <int T, int B, int J>
@@ -48,19 +49,26 @@ inline void group_sums(const Base& base, const uint8_t* const* blocks, int64_t g
     }
 }
 
-// total (T, between): the base products of T rows with the next B blocks from a panel on.
+// Groups of columns, and how far beyond them memory is asked for.
+struct Range {
+    int64_t begin, end, ahead;
+};
+
+// total (T, between): the base products of T rows with the next B blocks from a panel on, in a range of groups; added to
+// those of the groups before.
 template <int T, int B>
-void base_product(const Base& base, const uint8_t* panel, const uint16_t* x, int64_t ahead, float* total, int64_t between) {
+void base_product(const Base& base, const uint8_t* panel, const uint16_t* x, Range range, float* total, int64_t between) {
     const uint8_t *blocks[B], *scales[B];
     for (int b = 0; b < B; ++b) {
         const uint8_t* start = panel + b / BLOCKS * base.groups * base.group_bytes;
         blocks[b] = start + b % BLOCKS * 64;
         scales[b] = start + b % BLOCKS * 32;
     }
-    for (int t = 0; t < T; ++t) std::memset(total + t * between, 0, sizeof(float) * B * BLOCK);
-    for (int64_t g = 0; g < base.groups; ++g) {
+    if (range.begin == 0)
+        for (int t = 0; t < T; ++t) std::memset(total + t * between, 0, sizeof(float) * B * BLOCK);
+    for (int64_t g = range.begin; g < range.end; ++g) {
         __m512 sums[T][B];
-        group_sums<T, B>(base, blocks, g, x, ahead, sums);
+        group_sums<T, B>(base, blocks, g, x, range.ahead, sums);
         for (int b = 0; b < B; ++b) {
             const __m512 scale = wide16(reinterpret_cast<const uint16_t*>(scales[b] + g * base.group_bytes));
             for (int t = 0; t < T; ++t) {
@@ -72,19 +80,19 @@ void base_product(const Base& base, const uint8_t* panel, const uint16_t* x, int
 }
 
 template <int T>
-void panel_rows(const Base& base, const uint8_t* panel, const uint16_t* x, int64_t ahead, float* total) {
-    base_product<T, BLOCKS>(base, panel, x, ahead, total, PANEL);
+void panel_rows(const Base& base, const uint8_t* panel, const uint16_t* x, Range range, float* total) {
+    base_product<T, BLOCKS>(base, panel, x, range, total, PANEL);
 }
 
 // total (T, PANEL): up to MOST rows of x with one panel.
-void panel_product(const Base& base, const uint8_t* panel, const uint16_t* x, int64_t rows, int64_t ahead, float* total) {
+void panel_product(const Base& base, const uint8_t* panel, const uint16_t* x, int64_t rows, Range range, float* total) {
     switch (rows) {
-        case 1: return panel_rows<1>(base, panel, x, ahead, total);
-        case 2: return panel_rows<2>(base, panel, x, ahead, total);
-        case 3: return panel_rows<3>(base, panel, x, ahead, total);
-        case 4: return panel_rows<4>(base, panel, x, ahead, total);
-        case 5: return panel_rows<5>(base, panel, x, ahead, total);
-        default: return panel_rows<6>(base, panel, x, ahead, total);
+        case 1: return panel_rows<1>(base, panel, x, range, total);
+        case 2: return panel_rows<2>(base, panel, x, range, total);
+        case 3: return panel_rows<3>(base, panel, x, range, total);
+        case 4: return panel_rows<4>(base, panel, x, range, total);
+        case 5: return panel_rows<5>(base, panel, x, range, total);
+        default: return panel_rows<6>(base, panel, x, range, total);
     }
 }
 
@@ -133,11 +141,17 @@ struct Worker {
     void panel(int64_t panel, int64_t from, int64_t count) {
         announce(panel, from, count);
         const int64_t tiles = (count + MOST - 1) / MOST;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t m = count * tile / tiles, some = count * (tile + 1) / tiles - m;
-            // The last of several passes finds this panel in the cache and may fetch the next one meanwhile.
-            const int64_t ahead = tiles > 1 && tile + 1 == tiles ? base.groups * base.group_bytes : AHEAD;
-            panel_product(base, job.panel(panel), x.row(from + m), some, ahead, total.as<float>() + m * PANEL);
+        // Several passes go over a part of the panel at a time, which stays in the second-level cache; the last one finds
+        // it there and may fetch the next part meanwhile.
+        const int64_t part = tiles > 1 ? std::max<int64_t>(1, PART / base.group) : base.groups;
+        for (int64_t g = 0; g < base.groups; g += part) {
+            const int64_t end = std::min(g + part, base.groups);
+            for (int64_t tile = 0; tile < tiles; ++tile) {
+                const int64_t m = count * tile / tiles, some = count * (tile + 1) / tiles - m;
+                const bool last = tiles > 1 && tile + 1 == tiles;
+                const Range range{g, end, last ? (end - g) * base.group_bytes : AHEAD};
+                panel_product(base, job.panel(panel), x.row(from + m), some, range, total.as<float>() + m * PANEL);
+            }
         }
         complete(panel, from, count, total.as<float>());
     }
@@ -146,7 +160,7 @@ struct Worker {
     void two_panels(int64_t panel) {
         announce(panel, 0, 1);
         announce(panel + 1, 0, 1);
-        base_product<1, 2 * BLOCKS>(base, job.panel(panel), x.row(0), AHEAD, total.as<float>(), 0);
+        base_product<1, 2 * BLOCKS>(base, job.panel(panel), x.row(0), {0, base.groups, AHEAD}, total.as<float>(), 0);
         complete(panel, 0, 1, total.as<float>());
         complete(panel + 1, 0, 1, total.as<float>() + PANEL);
     }
