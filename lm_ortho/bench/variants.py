@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from torch.nn import functional
 
 from lm_ortho.bench.problem import GROUP_SIZE, Problem
 from lm_ortho.kernels import sparse_operand
-from lm_ortho.layer import OrthoLinear, alpha_scope
+from lm_ortho.layer import OrthoLinear
+from lm_ortho.layer.alpha import Alpha, Dial
 
 INT4PACK_TILES = 2
 """innerKTiles of torch's packing; the CPU operator takes any."""
@@ -71,13 +73,16 @@ def ours(problem: Problem, densities: tuple[float, ...], kernel: str) -> Iterato
     for density in (0.0, *densities):
         layers = problem.layers(density, kernel)
         for alpha in (0.0, 1.0) if density else (0.0,):
+            turned = [at_alpha(layer, alpha) for layer in layers]
+            yield Variant("ours", density, alpha, lambda i, x, turned=turned: turned[i](x), len(turned))  # type: ignore[misc]
 
-            def call(i: int, x: Tensor, alpha: float = alpha, layers: list[OrthoLinear] = layers) -> Tensor:
-                with alpha_scope(alpha):
-                    y: Tensor = layers[i](x)
-                    return y
 
-            yield Variant("ours", density, alpha, call, len(layers))
+def at_alpha(layer: OrthoLinear, alpha: float) -> OrthoLinear:
+    """The same layer behind a dial of its own, because a model decides on alpha once and not in every layer."""
+    twin = copy.copy(layer)
+    twin.dial = Dial(Alpha.of(alpha))
+    twin._operands = layer._operands
+    return twin
 
 
 def torchao_int4(problem: Problem) -> Iterator[Variant]:
