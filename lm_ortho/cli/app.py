@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import lm_ortho
+from lm_ortho.cli.bench import bench
 from lm_ortho.cli.cache import app as cache
 from lm_ortho.cli.decompose import decompose
 from lm_ortho.cli.demo import demo
@@ -53,6 +54,7 @@ app.command("inspect")(inspect)
 app.command("export")(export)
 app.command("new-task")(new_task)
 app.command("verdict")(verdict)
+app.command("bench")(bench)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.add_typer(cache, name="cache")

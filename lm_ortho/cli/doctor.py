@@ -71,6 +71,7 @@ def _checks() -> Iterator[Check]:
     yield _weights()
     yield _device()
     yield _bfloat16()
+    yield _kernel()
 
 
 def _library(name: str) -> Check:
@@ -185,6 +186,24 @@ def _bfloat16() -> Check:
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return Check("bfloat16", "ok", "in hardware (cpu)")
     return Check("bfloat16", "warn", "emulated on this cpu", "slow; `dtype=float32` is faster here")
+
+
+def _kernel() -> Check:
+    """What computes the products of a large decomposed model here, in BF16, with ``kernel=auto``."""
+    import torch
+
+    from lm_ortho.kernels import AUTO, Ask, choose, cpu
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = choose(AUTO, Ask(device, torch.bfloat16, 1, 4096, 4096, 4, 64))
+    library = cpu.find()
+    where = f"{library.isa}, {library.path}" if isinstance(library, cpu.Library) else library.why
+    name = chosen.implementation.name
+    if name == "cpu":
+        return Check("kernel", "ok", f"cpu: {where}")
+    if name != "reference":
+        return Check("kernel", "ok", f"{name}: {chosen.reason}")
+    return Check("kernel", "warn", f"reference: {chosen.reason}", "plain PyTorch: slower; install a C++ compiler (g++)")
 
 
 def _print_table(checks: list[Check]) -> None:

@@ -21,7 +21,7 @@ from lm_ortho.checkpoint import hf
 from lm_ortho.errors import UserError
 from lm_ortho.harness import build, machine, tokens
 from lm_ortho.harness.order import RECIPE_ARGUMENTS, Order, check_alpha, resolve
-from lm_ortho.kernels import calls
+from lm_ortho.kernels import KERNELS, calls
 from lm_ortho.settings import parse_alpha, show_alpha
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
@@ -29,7 +29,6 @@ log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers 
 _PACKED = ("autogptq", "gptqmodel", "gguf_file", "delta", "load_in_4bit", "load_in_8bit")
 _LOADING = ("attn_implementation", "device_map", "local_files_only", "token", "use_safetensors")
 """What else ``from_pretrained`` may be told."""
-_KERNELS = ("auto", "reference")
 
 Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 """A request of lm-eval: its strings, the tokens of the context and of the continuation."""
@@ -115,8 +114,8 @@ class LibOrthoLM(HFLM):
 
     @staticmethod
     def _refuse(options: Mapping[str, Any], kernel: str) -> None:
-        if kernel not in _KERNELS:
-            raise UserError(f"kernel={kernel!r} is unknown; known: {', '.join(_KERNELS)}")
+        if kernel not in KERNELS:
+            raise UserError(f"kernel={kernel!r} is unknown; known: {', '.join(KERNELS)}")
         for name in _PACKED:
             if options.get(name):
                 raise UserError(f"{name}: packed or patched weights cannot be decomposed; use the 16-bit model")
@@ -164,8 +163,11 @@ class LibOrthoLM(HFLM):
 
     def _adopt(self, built: build.Built) -> None:
         self._model = built.model
+        layer.set_kernel(built.model, self.kernel)
         self._built_info = built.info()
         self._calls_before = calls()
+        for name, reason in sorted({(c.implementation.name, c.reason) for c in self._choices().values()}):
+            log.info("kernel=%s: %s", name, reason)
         log.info(
             "alpha=%s, density %.4g, %.3g bits per weight, target %s, checkpoint %.12s",
             show_alpha(self._alpha),
@@ -207,6 +209,7 @@ class LibOrthoLM(HFLM):
             "checkpoint": self._built_info["checkpoint"],
             "alpha": self._alpha,
             "kernel": self.kernel,
+            "kernels": self._kernels(),
             "dtype": str(self.model.dtype),
             "softmax_dtype": str(self.softmax_dtype),
             "mixed_precision_dtype": str(self.mixed_precision_dtype),
@@ -218,6 +221,13 @@ class LibOrthoLM(HFLM):
             "think_end_token": self.think_end_token,
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    def _kernels(self) -> list[str]:
+        """The implementations that run here: on another machine ``auto`` may mean others, with other roundings."""
+        return sorted({choice.implementation.name for choice in self._choices().values()})
+
+    def _choices(self) -> dict[str, Any]:
+        return layer.chosen_kernels(self.model, self.model.dtype)
 
     def get_model_info(self) -> dict[str, Any]:
         """What goes into the results file: the model, its streams, and the kernels that ran so far."""

@@ -4,6 +4,7 @@ from lm_ortho.layer.alpha import alpha_scope
 from lm_ortho.layer.linear import OrthoLinear
 from lm_ortho.layer.linear_form import linear_form, restore_form, to_linear_form
 from lm_ortho.layer.patch import (
+    chosen_kernels,
     connect,
     dense_at,
     get_alpha,
@@ -11,6 +12,7 @@ from lm_ortho.layer.patch import (
     patch,
     replace_modules,
     set_alpha,
+    set_kernel,
     streams_of,
     unpatch,
 )
@@ -19,6 +21,7 @@ from lm_ortho.layer.targets import find_linear, survey
 __all__ = [
     "OrthoLinear",
     "alpha_scope",
+    "chosen_kernels",
     "connect",
     "dense_at",
     "find_linear",
@@ -29,6 +32,7 @@ __all__ = [
     "replace_modules",
     "restore_form",
     "set_alpha",
+    "set_kernel",
     "streams_of",
     "survey",
     "to_linear_form",

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lm_ortho.errors import UserError
-from lm_ortho.kernels import SparseOperand, base_operand, prepared_linear, several_linear, sparse_operand
+from lm_ortho.kernels import AUTO, Ask, Implementation, StoredBase, StoredOrtho, choose
 from lm_ortho.layer.alpha import Alpha, Dial, effective, rows_for
 from lm_ortho.streams import UNNAMED, BaseStream, LayerStreams, OrthoStream
 
-T = TypeVar("T")
 _BASE = ("qweight", "scales", "weight")
 _ORTHO = ("ortho_rowptr", "ortho_cols", "ortho_vals")
-_NAMED = re.compile(r"ortho_(.+)_rowptr")
 
 
 def ortho_buffers(memory: str) -> tuple[str, str, str]:
@@ -27,14 +24,22 @@ def ortho_buffers(memory: str) -> tuple[str, str, str]:
     return rowptr, cols, vals
 
 
+def _memory_of(buffer: str) -> str | None:
+    """The memory whose values are in a buffer of this name; None for every other buffer."""
+    if buffer == _ORTHO[2]:
+        return UNNAMED
+    named = buffer.startswith("ortho_") and buffer.endswith("_vals")
+    return buffer.removeprefix("ortho_").removesuffix("_vals") if named else None
+
+
 class OrthoLinear(nn.Module):
     """``y = x W_base^T + bias + alpha * (x W_ortho^T)`` in the dtype of ``x``.
 
     With several memories there is one such ortho term for each. The streams are buffers under the names they have in
     a checkpoint; the ortho ones are None in a base-only layer. ``absent`` names memories that the checkpoint was
     made with and whose file was not there. The dtypes of streams are part of the format: ``.to(dtype)`` moves them
-    but converts only the bias. Dense copies made for speed are no part of the state and are left out of copies and
-    pickles.
+    but converts only the bias. What is made of them for speed is no part of the state and is left out of copies and
+    pickles. ``kernel`` asks for an implementation of the product (``lm_ortho.kernels.KERNELS``).
     """
 
     qweight: Tensor | None
@@ -46,8 +51,8 @@ class OrthoLinear(nn.Module):
     bias: Tensor | None
     origin: type[nn.Module] | None = None
     """The class of the ``Conv1D`` that the layer stands for."""
-    _dense: _Operand[Tensor] | None
-    _sparse: dict[str, _Operand[SparseOperand]]
+    kernel: str = AUTO
+    _operands: dict[tuple[str, str | None], _Operand]
 
     def __init__(
         self,
@@ -95,8 +100,8 @@ class OrthoLinear(nn.Module):
     @property
     def memories(self) -> tuple[str, ...]:
         """The memories whose ortho streams are here."""
-        named = (_NAMED.fullmatch(name) for name, held in self._buffers.items() if held is not None)
-        return (*((UNNAMED,) if self.ortho_vals is not None else ()), *(found[1] for found in named if found))
+        found = [_memory_of(name) for name, held in self._buffers.items() if held is not None]
+        return tuple(sorted(filter(None, found), key=lambda name: name != UNNAMED))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -125,18 +130,20 @@ class OrthoLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., out_features)`` in the dtype of ``x`` (..., in_features)."""
         alpha = effective(self.dial)
-        weight = self._base_operand(x.dtype)
+        ask = Ask.of(x, self.out_features, self.bits, self.group_size)
+        kernel = choose(self.kernel, ask).implementation
+        terms = list[tuple[Any, float | Tensor]]()
+        if alpha.reads_ortho:
+            memories = self.memories
+            if alpha.named is not None or self.absent or not memories:  # else there is nothing to refuse
+                self.check(alpha)
+            for name in memories:
+                part = alpha.of_memory(name)
+                if part.reads_ortho:
+                    factor = part.value if part.rows is None else rows_for(self.dial, part, x)
+                    terms.append((self._ortho_operand(kernel, x.dtype, name), factor))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if not alpha.reads_ortho:
-            return prepared_linear(x, weight, None, bias)
-        self.check(alpha)
-        terms = list[tuple[SparseOperand, float | Tensor]]()
-        for name in self.memories:
-            part = alpha.of_memory(name)
-            if part.reads_ortho:
-                factor = part.value if part.rows is None else rows_for(self.dial, part, x)
-                terms.append((self._sparse_operand(x.dtype, name), factor))
-        return several_linear(x, weight, terms, bias)
+        return kernel.linear(x, self._base_operand(kernel, x.dtype), terms, bias, ask)
 
     def extra_repr(self) -> str:
         counts = {name: self.get_buffer(ortho_buffers(name)[2]).numel() for name in self.memories}
@@ -160,34 +167,40 @@ class OrthoLinear(nn.Module):
                 raise UserError(f"alpha{shown} of {name}: the file of this memory is not here, so 0 is all it can do")
             raise UserError(f"alpha{shown}: this model has only its base stream, so alpha=0 is all it can do")
 
-    def _base_operand(self, dtype: torch.dtype) -> Tensor:
-        stored = [self._buffers.get(name) for name in _BASE]
-        if self._dense is None or not self._dense.fits(dtype, stored):
-            # A tensor made in inference mode could never take part in a later backward pass.
-            with torch.inference_mode(False), torch.no_grad():
-                dense = base_operand(
-                    stored[0] if stored[2] is None else stored[2],
-                    stored[1],
-                    bits=self.bits,
-                    group_size=self.group_size,
-                    in_features=self.in_features,
-                    dtype=dtype,
-                )
-            self._dense = _Operand.of(dense, dtype, stored)
-        return self._dense.made
+    def _base_operand(self, kernel: Implementation, dtype: torch.dtype) -> Any:
+        held = self._buffers
+        stored = (held.get("qweight"), held.get("scales"), held.get("weight"))
+        kept = self._operands.get((kernel.name, None))
+        if kept is not None and kept.fits(dtype, stored):
+            return kept.made
+        codes = stored[0] if stored[2] is None else stored[2]
+        assert codes is not None
+        base = StoredBase(codes, stored[1], self.bits, self.group_size, self.in_features)
+        return self._keep((kernel.name, None), lambda: kernel.base(base, dtype), dtype, stored)
 
-    def _sparse_operand(self, dtype: torch.dtype, memory: str) -> SparseOperand:
-        stored = [self.get_buffer(name) for name in ortho_buffers(memory)]
-        kept = self._sparse.get(memory)
-        if kept is None or not kept.fits(dtype, stored):
-            with torch.inference_mode(False), torch.no_grad():
-                sparse = sparse_operand(*stored, self.in_features, dtype)
-            kept = self._sparse[memory] = _Operand.of(sparse, dtype, stored)
-        return kept.made
+    def _ortho_operand(self, kernel: Implementation, dtype: torch.dtype, memory: str) -> Any:
+        stored = tuple(map(self.get_buffer, ortho_buffers(memory)))
+        kept = self._operands.get((kernel.name, memory))
+        if kept is not None and kept.fits(dtype, stored):
+            return kept.made
+        ortho = StoredOrtho(*stored, self.in_features)
+        return self._keep((kernel.name, memory), lambda: kernel.ortho(ortho, dtype), dtype, stored)
+
+    def _keep(
+        self,
+        key: tuple[str, str | None],
+        make: Callable[[], Any],
+        dtype: torch.dtype,
+        stored: tuple[Tensor | None, ...],
+    ) -> Any:
+        # A tensor made in inference mode could never take part in a later backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            made = make()
+        self._operands[key] = _Operand.of(made, dtype, stored)
+        return made
 
     def _forget_operands(self) -> None:
-        self._dense = None
-        self._sparse = {}
+        self._operands = {}
 
     def _device(self) -> torch.device:
         return next(buffer.device for name, buffer in self.named_buffers() if name in _BASE)
@@ -217,26 +230,32 @@ class OrthoLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dense": None, "_sparse": {}}
+        return {**self.__dict__, "_operands": {}}
 
 
 @dataclass(frozen=True)
-class _Operand(Generic[T]):
-    """Something made from stored tensors, good as long as these are the same and were not written to."""
+class _Operand:
+    """Something made from stored tensors, good as long as these are the same and were not written to.
 
-    made: T
+    ``watched`` are those that count what is written to them, with their count; tensors of inference mode do not.
+    """
+
+    made: Any
     dtype: torch.dtype
     sources: tuple[Tensor | None, ...]
-    versions: tuple[int, ...]
+    watched: tuple[tuple[Tensor, int], ...]
 
     @classmethod
-    def of(cls, made: T, dtype: torch.dtype, sources: Sequence[Tensor | None]) -> _Operand[T]:
-        return cls(made, dtype, tuple(sources), _versions(sources))
+    def of(cls, made: Any, dtype: torch.dtype, sources: tuple[Tensor | None, ...]) -> _Operand:
+        watched = tuple((t, t._version) for t in sources if t is not None and not t.is_inference())
+        return cls(made, dtype, sources, watched)
 
-    def fits(self, dtype: torch.dtype, sources: Sequence[Tensor | None]) -> bool:
-        same = all(kept is stored for kept, stored in zip(self.sources, sources, strict=True))
-        return same and dtype == self.dtype and self.versions == _versions(sources)
-
-
-def _versions(tensors: Sequence[Tensor | None]) -> tuple[int, ...]:
-    return tuple(t._version for t in tensors if t is not None and not t.is_inference())
+    def fits(self, dtype: torch.dtype, sources: tuple[Tensor | None, ...]) -> bool:
+        # Asked at every product. `==` on tensors is not meant, and a generator would take twice the time.
+        for kept, stored in zip(self.sources, sources, strict=True):
+            if kept is not stored:
+                return False
+        for kept, version in self.watched:
+            if kept._version != version:
+                return False
+        return dtype == self.dtype

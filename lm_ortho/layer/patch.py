@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.errors import UserError
+from lm_ortho.kernels import KERNELS, Ask, Choice, choose
 from lm_ortho.layer.alpha import Alpha, Dial, effective
 from lm_ortho.layer.guard import ForwardGuard, GenerateGuard, remove_guards
 from lm_ortho.layer.linear import OrthoLinear
@@ -112,6 +113,29 @@ def get_alpha(model: nn.Module) -> float | Tensor | dict[str, float | Tensor]:
     """The alpha a call of ``model`` made here would run with; one per row, or by memory, inside such a scope."""
     layer = next(iter(_require_layers(model).values()))
     return effective(layer.dial).plain()
+
+
+def set_kernel(model: nn.Module, kernel: str) -> None:
+    """Asks for an implementation of the products of ``model``: ``auto``, ``reference``, ``cpu`` or ``triton``.
+
+    Where it refuses a product the reference computes it, which is logged once. Raises ``UserError`` for another name
+    and for a model that is not decomposed.
+    """
+    if kernel not in KERNELS:
+        raise UserError(f"kernel={kernel!r} is unknown; known: {', '.join(KERNELS)}")
+    for layer in _require_layers(model).values():
+        layer.kernel = kernel
+
+
+def chosen_kernels(model: nn.Module, dtype: torch.dtype) -> dict[str, Choice]:
+    """What computes the product of one row of activations in ``dtype``, without gradients, by name of the layer."""
+    return {
+        name: choose(
+            layer.kernel,
+            Ask(layer._device().type, dtype, 1, layer.out_features, layer.in_features, layer.bits, layer.group_size),
+        )
+        for name, layer in ortho_layers(model).items()
+    }
 
 
 def ortho_layers(model: nn.Module) -> dict[str, OrthoLinear]:

@@ -1,0 +1,6 @@
+// For any processor.
+#include "generic.h"
+
+namespace lm_ortho {
+void run_scalar(const Job& job) { run_generic(job); }
+}  // namespace lm_ortho
