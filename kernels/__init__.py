@@ -5,6 +5,7 @@
 
 from .counter import calls, record, reset_calls
 from .dispatch import AUTO, KERNELS, Ask, Choice, Implementation, StoredBase, StoredOrtho, choose, register
+from .gpu import Triton
 from .implementations import Cpu, Reference
 from .packing import pack_codes, packed_width, unpack_codes
 from .reference import SparseOperand, base_operand, dual_stream_linear, prepared_linear, several_linear, sparse_operand
@@ -20,6 +21,7 @@ __all__ = [
     "SparseOperand",
     "StoredBase",
     "StoredOrtho",
+    "Triton",
     "base_operand",
     "calls",
     "choose",
@@ -35,5 +37,5 @@ __all__ = [
     "unpack_codes",
 ]
 
-for _implementation in (Reference(), Cpu()):
+for _implementation in (Reference(), Cpu(), Triton()):
     register(_implementation)

@@ -20,6 +20,9 @@ from torch import Tensor
 from triton.runtime import interpreter
 from triton_layers import ERROR, Layer, eighths, random_layer, random_x, same_bits
 
+from lm_ortho.layer import OrthoLinear, alpha_scope
+from lm_ortho.streams import UNNAMED, OrthoStream
+
 assert os.environ.get("TRITON_INTERPRET") == "1"
 PHASES = (Phase.explicit, Phase.generate)  # shrinking takes minutes in the interpreter
 FAST = settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=PHASES)
@@ -268,3 +271,43 @@ def test_the_three_limits_of_the_interpreter_that_the_kernels_work_around() -> N
     tuned = triton.autotune([triton.Config({}, num_warps=1), triton.Config({}, num_warps=2)], key=[])(_cast)
     with pytest.raises(Exception):  # noqa: B017, PT011 (which one differs between versions)
         tuned[(1,)](values, rounded)
+
+
+def layer_of(layer: Layer, names: tuple[str, ...]) -> Any:
+    """An ``OrthoLinear`` that is told to use these kernels, with the streams of ``layer`` as named memories."""
+    made = OrthoLinear(layer.shape[1], layer.shape[0], layer.bits, layer.group_size, bias=layer.bias is not None)
+    made.qweight, made.scales = layer.qweight, layer.scales
+    if layer.bias is not None:
+        made.bias = layer.bias
+    for name, (rowptr, cols, vals) in zip(names, layer.memories, strict=True):
+        made.set_ortho(OrthoStream(rowptr, cols, vals, layer.shape), name)
+    made.kernel = "triton"
+    return made.eval()
+
+
+@pytest.mark.parametrize("names", [("",), ("one", "two")])
+def test_a_layer_finds_these_kernels_by_name(names: tuple[str, ...]) -> None:
+    memories = len(names)
+    layer = random_layer(33, 200, support=0.1, memories=memories, bias=True)
+    names = (UNNAMED,) if names == ("",) else names
+    module, x = layer_of(layer, names), random_x(4, 200)
+    values = [0.25, 1.0][:memories]
+    reset_calls()
+    with torch.no_grad(), alpha_scope(dict(zip(names, values, strict=True)) if memories > 1 else values[0]):
+        y = module(x)
+    assert calls() == {"triton.fused": 1}
+    error = (y.double() - layer.exact(x, torch.tensor(values))).abs() / layer.magnitude(x).clamp(min=1e-30)
+    assert float(error.max()) <= ERROR + 2.0**-7  # the interpreter cuts BF16 off instead of rounding
+    with torch.no_grad(), alpha_scope(0.0):
+        plain = module(x)
+    assert same_bits(plain, linear(x, layer.prepared(ortho=False), None, layer.bias))
+
+
+def test_a_layer_with_an_alpha_per_row() -> None:
+    layer = random_layer(20, 130, support=0.2, bias=False)
+    module, x = layer_of(layer, (UNNAMED,)), random_x(3, 130)
+    with torch.no_grad(), alpha_scope([0.0, 0.5, 1.0]):
+        mixed = module(x)
+    for row, alpha in enumerate((0.0, 0.5, 1.0)):
+        with torch.no_grad(), alpha_scope(alpha):
+            assert same_bits(mixed[row : row + 1], module(x[row : row + 1]))

@@ -103,7 +103,7 @@ def prepare(
         raise ValueError(f"a base of {bits} bits has no codes")
     plane = plane_width(bits, group_size, in_features)
     codes, factors = (qweight, scales) if plane == 0 else _planes(qweight, scales, in_features, group_size, plane)
-    ortho, rowptr = (None, None) if not memories else _ortho_words(memories, in_features)
+    ortho, rowptr = (None, None) if not memories else ortho_words(memories, in_features)
     return Prepared(
         out_features,
         in_features,
@@ -134,7 +134,8 @@ def _planes(qweight: Tensor, scales: Tensor, in_features: int, group_size: int, 
     return words.transpose(0, 1), factors.t()
 
 
-def _ortho_words(memories: Sequence[Csr], in_features: int) -> tuple[Tensor, Tensor]:
+def ortho_words(memories: Sequence[Csr], in_features: int) -> tuple[Tensor, Tensor]:
+    """``ortho`` and ``rowptr`` of ``Prepared``. Raises ``ValueError`` for more values than 31 bits can count."""
     blocks = -(-in_features // COLUMN_BLOCK)
     words, counts = [], []
     for rowptr, cols, vals in memories:
