@@ -113,7 +113,7 @@ Make = Callable[[Material, Any, Run], Result]
 
 @dataclass(frozen=True)
 class Method:
-    """A method of the registry. ``grid`` are the settings that are tried on the tuning split, the default the first.
+    """A method of the registry. ``grid`` are the settings that are tried on the tuning split.
 
     ``objective`` and ``paper`` are Markdown for docs/methods.md; ``trains`` says whether a budget applies.
     """
