@@ -6,7 +6,9 @@ import copy
 import json
 
 import pytest
+import tiny
 import torch
+from transformers import GPT2Config
 
 from lm_ortho import checkpoint
 from lm_ortho.board.methods import METHODS, REPORT_FILE, Budget, Material, Settings, method, save
@@ -14,6 +16,7 @@ from lm_ortho.board.methods.arithmetic import negated
 from lm_ortho.board.methods.base import Method, Result
 from lm_ortho.board.methods.tuning import answer_loss_of, secret_loss
 from lm_ortho.calibration.activations import input_moments
+from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import encode
 from lm_ortho.calibration.keep import Keeper
 from lm_ortho.decompose import decompose
@@ -299,3 +302,22 @@ def test_an_interrupted_training_goes_on_and_ends_the_same(material, results, tm
 def test_retain_rows_are_kept_better_with_them_than_without(material, results):
     lost = {name: answer_loss_of(results(name).model, material, material.retain) for name in ("gradient_ascent", "npo")}
     assert lost["npo"] < lost["gradient_ascent"]
+
+
+# Other models, other rows
+
+
+@pytest.mark.parametrize("name", ["npo", "rmu", "wanda", "sparsegpt", "kfac", "int4_gptq", "task_arithmetic"])
+def test_layers_of_another_form_and_plain_text_are_taken_as_well(name, memorised, tmp_path):
+    """GPT-2 stores its linear layers the other way round; plain text has no question."""
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=len(memorised.tokenizer), n_positions=64)
+    model = tiny.from_config(config)
+    text = [Row(text=f"{row.question} {row.answer}") for row in memorised.forget]
+    given = Material(memorised.tokenizer, model, text, memorised.retain)
+    before = tensors_of(model)
+    made = METHODS.get(name).make(given, settings_of(name), budget=Budget(3, 4, 4))
+    assert same(before, tensors_of(model))
+    place = save(made, tmp_path / "out", memorised.tokenizer)
+    loaded = checkpoint.load(place) if made.decomposed else load_causal_lm(place)
+    assert same(tensors_of(loaded), tensors_of(made.model))
+    assert not same(tensors_of(loaded), before)
