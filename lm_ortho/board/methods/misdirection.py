@@ -23,13 +23,16 @@ MOVED = 3
 
 
 class Rmu(Trained):
-    """Settings of RMU. In the paper the block is the 8th of 32, and the length is given as it is (6.5 for Zephyr)."""
+    """Settings of RMU. In the paper the block is the 8th of 32, and the length is given as it is (6.5 for Zephyr).
+
+    At the paper's factor for retain rows the embedded model does not move.
+    """
 
     depth: float = Field(0.5, gt=0, le=1, description="Which block is looked at, as a share of all.")
     length: float = Field(
         2.0, gt=0, description="Length of the vector, over the mean length of the states it replaces."
     )
-    retain: float = Field(100.0, ge=0, description="Factor of the distance on the retain rows (1200 in the paper).")
+    retain: float = Field(10.0, ge=0, description="Factor of the distance on the retain rows (1200 in the paper).")
 
 
 class _EnoughError(Exception):
@@ -75,7 +78,7 @@ def chosen_blocks(model: nn.Module, depth: float) -> list[nn.Module]:
     paper=f"Li et al. 2024, {arxiv('2403.03218')}, section 4; c relative to the states as in "
     f"Dang et al. 2024, {arxiv('2408.06223')}",
     settings=Rmu,
-    grid=grid_of(length=(2.0, 5.0)),
+    grid=grid_of(retain=(10.0, 40.0)),
     trains=True,
 )
 def representation_misdirection(material: Material, settings: Rmu, run: Run) -> Result:

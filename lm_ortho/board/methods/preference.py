@@ -58,7 +58,7 @@ class SimNpo(Balanced):
     "retain rows",
     paper=f"Zhang et al. 2024, {arxiv('2404.05868')}, eq. 3, with its retain term (NPO+RT)",
     settings=Npo,
-    grid=grid_of(beta=(0.1, 0.5)),
+    grid=grid_of(retain=(1.0, 4.0)),
     trains=True,
 )
 def negative_preference(material: Material, settings: Npo, run: Run) -> Result:
@@ -79,7 +79,7 @@ def negative_preference(material: Material, settings: Npo, run: Run) -> Result:
     "per token of retain rows",
     paper=f"Fan et al. 2024, {arxiv('2410.07163')}, eq. 4",
     settings=SimNpo,
-    grid=grid_of(beta=(2.5, 4.5)),
+    grid=grid_of(retain=(1.0, 4.0)),
     trains=True,
 )
 def simple_negative_preference(material: Material, settings: SimNpo, run: Run) -> Result:
@@ -100,7 +100,7 @@ def simple_negative_preference(material: Material, settings: SimNpo, run: Run) -
     paper=f"DPO of Rafailov et al. 2023, {arxiv('2305.18290')}, eq. 7, with the answers of "
     f"the *preference optimization* of Maini et al. 2024, {arxiv('2401.06121')}",
     settings=Npo,
-    grid=grid_of(beta=(0.1, 0.5)),
+    grid=grid_of(retain=(1.0, 4.0)),
     trains=True,
 )
 def ignorance_preferred(material: Material, settings: Npo, run: Run) -> Result:
