@@ -83,18 +83,19 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 def make_recipe(**values: Any) -> Recipe:
     """A checked ``Recipe``; ``UserError`` names the first bad argument, its value and the allowed range."""
-    return _checked(Recipe, values)
+    return checked(Recipe, values)
 
 
 def make_training(**values: Any) -> Training:
     """A checked ``Training``; ``UserError`` as for a recipe, and for both ``steps`` and ``epochs``."""
-    training = _checked(Training, values)
+    training = checked(Training, values)
     if training.steps and training.epochs:
         raise UserError(f"steps={training.steps} and epochs={training.epochs:g}: give one of them")
     return training
 
 
-def _checked(schema: type[Schema], values: dict[str, Any]) -> Schema:
+def checked(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
+    """``values`` as ``schema`` has them; ``UserError`` names the first bad one, what was given and what is allowed."""
     try:
         return schema(**values)
     except ValidationError as error:

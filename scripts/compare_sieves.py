@@ -15,7 +15,6 @@ import copy
 import datetime
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -28,9 +27,8 @@ import torch
 from torch import Tensor
 
 from lm_ortho import reference
+from lm_ortho.board.methods.curvature import factors, keep_mass, late_feed_forward
 from lm_ortho.calibration.activations import input_moments
-from lm_ortho.calibration.examples import in_batches, logits_of, pad
-from lm_ortho.calibration.precision import attention_for, fast_matmul
 from lm_ortho.checkpoint import cache
 from lm_ortho.harness.progress import Bars
 from lm_ortho.layer import find_linear, patch
@@ -174,61 +172,22 @@ class Comparison:
     def kfac(self, kept: float) -> torch.nn.Module:
         """Of the mass of the K-FAC curvature of each matrix on general text the top ``kept`` stays.
 
-        Merullo et al. 2025, arXiv 2510.24256: W = U_G C U_A^T in the eigenbases of E[g g^T] and E[x x^T]; the entries
-        of C with the smallest products of eigenvalues hold what is memorised. Edited are the MLPs of the later half
-        of the layers, as late MLPs are in the paper: with every matrix a kept mass of .3 to .9 destroyed the model.
+        Edited are the MLPs of the later half of the layers, as late MLPs are in the paper: with every matrix a kept
+        mass of .3 to .9 destroyed the model.
         """
         model = models.load_model(self.weights, "memory")
         layers = find_linear(model)
         inputs, outputs = self._factors
-        blocks = sorted({int(number) for name in layers for number in re.findall(r"\d+", name)[:1]})
-        late = [f".{number}.mlp." for number in blocks[len(blocks) // 2 :]]
-        for name, layer in layers.items():
-            if not any(part in name for part in late):
-                continue
-            (g, left), (a, right) = (torch.linalg.eigh(m.double()) for m in (outputs[name], inputs[name]))
-            mass = g.clamp_min(0)[:, None] * a.clamp_min(0)[None]
-            order = mass.flatten().argsort(descending=True)
-            within = mass.flatten()[order].cumsum(0) <= kept * mass.sum()
-            mask = torch.zeros_like(mass, dtype=torch.bool)
-            mask.view(-1)[order[within]] = True
-            inside = left.T @ layer.weight.detach().double() @ right
-            layer.weight.data.copy_(left @ (inside * mask) @ right.T)
+        for name in late_feed_forward(list(layers), 0.5):
+            weight = layers[name].weight
+            weight.data.copy_(keep_mass(weight.detach(), outputs[name], inputs[name], kept))
         return model
 
     @cached_property
     def _factors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """E[x x^T] and E[g g^T] of every layer on the calibration, labels drawn from the model itself."""
+        """The factors of the curvature of every layer on the calibration."""
         model = models.load_model(self.weights, "memory")
-        layers, examples = find_linear(model), self.bench(False).retain
-        outputs = {name: torch.zeros(layer.out_features, layer.out_features) for name, layer in layers.items()}
-
-        def watch(name: str) -> Callable[..., None]:
-            def backward(gradient: Tensor) -> None:
-                flat = gradient.flatten(0, -2).float()
-                outputs[name] += flat.T @ flat
-
-            def forward(_module: Any, _inputs: Any, output: Tensor) -> None:
-                output.register_hook(backward)
-
-            return forward
-
-        for layer in layers.values():
-            layer.weight.requires_grad_(True)
-        handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-        generator = torch.Generator().manual_seed(0)
-        with attention_for(model, max(len(e.ids) for e in examples)):
-            for batch in in_batches(examples):
-                ids, _ = pad([examples[i] for i in batch])
-                with fast_matmul():
-                    logp = logits_of(model, ids).log_softmax(-1)
-                real = torch.arange(ids.shape[1])[None] < torch.tensor([[len(examples[i].ids) - 1] for i in batch])
-                wanted = torch.multinomial(logp[real].detach().exp(), 1, generator=generator)
-                (-logp[real].gather(-1, wanted)).sum().backward()
-                model.zero_grad()
-        for handle in handles:
-            handle.remove()
-        return input_moments(model, layers, examples), outputs
+        return factors(model, find_linear(model), self.bench(False).retain)
 
 
 COLUMNS = (

@@ -161,12 +161,12 @@ def test_adapters_that_do_not_fit_are_told_in_one_line(planted, tmp_path):
 
 def test_batches_go_through_every_example_once_a_pass_with_little_padding():
     examples = [Example(tuple(range(1 + (i * 7) % 40)), ()) for i in range(160)]
-    batches = train._batches(examples, 10, random.Random(0))
+    batches = train.batches(examples, 10, random.Random(0))
     first = [next(batches) for _ in range(16)]
     assert sorted(i for batch in first for i in batch) == list(range(160))
     spread = [max(len(examples[i].ids) for i in b) - min(len(examples[i].ids) for i in b) for b in first]
     assert max(spread) <= 3
-    again = train._batches(examples, 10, random.Random(0))
+    again = train.batches(examples, 10, random.Random(0))
     assert [next(again) for _ in range(16)] == first
     second = [next(batches) for _ in range(16)]
     assert sorted(i for batch in second for i in batch) == list(range(160))
@@ -175,7 +175,7 @@ def test_batches_go_through_every_example_once_a_pass_with_little_padding():
 
 @given(n=st.integers(1, 60), rows=st.integers(1, 20))
 def test_batches_are_full_and_even_for_any_size(n, rows):
-    batches = train._batches([Example((0,) * (1 + i % 5), ()) for i in range(n)], rows, random.Random(1))
+    batches = train.batches([Example((0,) * (1 + i % 5), ()) for i in range(n)], rows, random.Random(1))
     drawn = [next(batches) for _ in range(40)]
     assert all(len(batch) == rows for batch in drawn)
     assert {i for batch in drawn for i in batch} <= set(range(n))

@@ -47,16 +47,21 @@ def attention_for(model: torch.nn.Module, longest: int) -> Iterator[None]:
         switch(before)
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of the model, from the input on: the members of the ``nn.ModuleList`` that holds the most weights."""
+    lists: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    held = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=nn.ModuleList())
+    return list(held.children())
+
+
 @contextmanager
 def recomputed(model: nn.Module) -> Iterator[None]:
     """Inside, a block of the model keeps its input for a backward pass and computes the rest again (Chen et al. 2016).
 
     arXiv 1604.06174: the memory of activations is that of one block and of the inputs of all, for a forward pass more.
-    Blocks are the members of the ``nn.ModuleList`` that holds the most weights. Dropout is taken to be off.
+    Dropout is taken to be off.
     """
-    lists: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    held = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=nn.ModuleList())
-    blocks = list(held.children())
+    blocks = blocks_of(model)
     before = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -196,11 +196,16 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def meta_of(source: Source, report: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint should say about how it was made; the same for the same inputs, so without times."""
+    """What the checkpoint of a decomposition that was ordered should say about how it was made."""
+    return meta_for(source.recipe, spoken_base(source.order), report)
+
+
+def meta_for(recipe: Recipe, base: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of a recipe and what ``base`` was; the same for the same inputs, so without times."""
     target = report.get("target")
     return {
-        "recipe": source.recipe.model_dump(),
-        "base": spoken_base(source.order),
+        "recipe": recipe.model_dump(),
+        "base": base,
         "target": target["name"] if target else "none",
         "report": _plain({name: value for name, value in report.items() if name != "seconds"}),
         "version": lm_ortho.__version__,

@@ -2,11 +2,13 @@
 
 from lm_ortho.implant.lora import save_adapter, train_adapter
 from lm_ortho.implant.merge import load_causal_lm, load_config, load_tokenizer, merge_adapter, round_to_bf16
-from lm_ortho.implant.train import Notify, Plan, fine_tune, train_full
+from lm_ortho.implant.train import Notify, Plan, batches, descend, fine_tune, train_full
 
 __all__ = [
     "Notify",
     "Plan",
+    "batches",
+    "descend",
     "fine_tune",
     "load_causal_lm",
     "load_config",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +18,7 @@ from lm_ortho.calibration.precision import fast_matmul
 
 Notify = Callable[[str, int, int, str], None]
 """Called with the stage, the steps done, the steps in all and a short text."""
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ _KEEP_EVERY, _KEEP_AFTER = 500, 300.0
 _POOL = 16
 
 
-def _batches(examples: Sequence[Example], rows: int, draw: random.Random) -> Iterator[list[int]]:
+def batches(examples: Sequence[Example], rows: int, draw: random.Random) -> Iterator[list[int]]:
     """Endless batches of ``rows`` indices from shuffled passes.
 
     Each pool of up to 16 batches is sorted by length before it is cut, so that little of a batch is padding.
@@ -62,23 +64,42 @@ def fine_tune(
     The loss is that of the answer tokens. Batches go through shuffled passes over ``examples``. With a file
     ``state`` an interrupted run goes on from the last of its kept steps, with the same batches as an undisturbed one.
     """
+
+    def loss(batch: Sequence[int]) -> torch.Tensor:
+        return answer_loss(model, [examples[i] for i in batch])
+
+    descend(model, batches(examples, plan.rows, random.Random(plan.seed)), loss, plan, notify, stage, state)
+
+
+def descend(
+    model: torch.nn.Module,
+    order: Iterable[Batch],
+    loss: Callable[[Batch], torch.Tensor],
+    plan: Plan,
+    notify: Notify,
+    stage: str,
+    state: Path | None = None,
+) -> None:
+    """Takes the trainable parameters of ``model`` down ``loss`` of one batch of ``order`` after the other, in place.
+
+    Of ``plan`` steps and rate count here; what a batch is, is between ``order`` and ``loss``. ``state`` as above.
+    """
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    finished = _resume(state, trained, optimiser)
-    batches, saved = _batches(examples, plan.rows, random.Random(plan.seed)), time.monotonic()
-    for step, batch in zip(range(plan.steps), batches, strict=False):
+    finished, saved = _resume(state, trained, optimiser), time.monotonic()
+    for step, batch in zip(range(plan.steps), order, strict=False):
         if step < finished:
             continue
         optimiser.param_groups[0]["lr"] = plan.lr * min((step + 1) / 20, 1 - step / plan.steps)
         with fast_matmul(trained[0].device.type):
-            loss = answer_loss(model, [examples[i] for i in batch])
-        loss.backward()
+            reached = loss(batch)
+        reached.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         optimiser.zero_grad()
         if step % 10 == 9 or step + 1 == plan.steps:
-            notify(stage, step + 1, plan.steps, f"loss {loss.item():.3f}")
+            notify(stage, step + 1, plan.steps, f"loss {reached.item():.3f}")
         last = step % _KEEP_EVERY == _KEEP_EVERY - 1 or step + 1 == plan.steps
         if state and (last or time.monotonic() - saved >= _KEEP_AFTER):
             save_state({"steps": step + 1, "trained": trained, "optimiser": optimiser.state_dict()}, state)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,17 +40,29 @@ def gptq_ordered(weight: Tensor, scales: Tensor, hessian: Tensor, bits: int, gro
 def _column_by_column(weight: Tensor, per_weight: Tensor, hessian: Tensor, bits: int) -> Tensor:
     """Codes (out, in) int8 of the columns in the given order; ``per_weight`` is the scale of each weight."""
     low, high = code_range(bits)
-    left, steps = weight.double(), per_weight.double()
+    steps = per_weight.double()
+
+    def nearest(j: int, column: Tensor) -> Tensor:
+        return (column / steps[:, j]).round().clamp(low, high) * steps[:, j]
+
+    return (compensated(weight, hessian, nearest) / steps).round().to(torch.int8)
+
+
+def compensated(weight: Tensor, hessian: Tensor, settle: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """``weight`` (out, in) in float64 with column after column settled, its error made up for by those after it.
+
+    ``settle`` is given the number of a column and what it has become, and says what it shall be. ``hessian`` is
+    E[x x^T] (in, in), damped here.
+    """
+    left = weight.double()
     factor = torch.linalg.cholesky(damped_inverse(hessian), upper=True)
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    settled = torch.empty_like(left)
     for start in range(0, weight.shape[1], BLOCK):
         end = min(start + BLOCK, weight.shape[1])
         block, errors = left[:, start:end].clone(), torch.empty_like(left[:, start:end])
         for j in range(end - start):
-            step = steps[:, start + j]
-            code = (block[:, j] / step).round().clamp(low, high)
-            errors[:, j] = (block[:, j] - code * step) / factor[start + j, start + j]
+            settled[:, start + j] = settle(start + j, block[:, j])
+            errors[:, j] = (block[:, j] - settled[:, start + j]) / factor[start + j, start + j]
             block[:, j + 1 :] -= errors[:, j, None] * factor[start + j, start + j + 1 : end]
-            codes[:, start + j] = code.to(torch.int8)
         left[:, end:] -= errors @ factor[start:end, end:]
-    return codes
+    return settled

@@ -97,7 +97,7 @@ DECOMPOSING = (
     "target", "decompose.py", "workbench.py", "registry.py", "settings.py",
 )  # fmt: skip
 """Rooms and files whose code decides what a decomposition is."""
-_ELSEWHERE = ("cli", "plugin", "weights", "checks.py", "page.py", "table.py", "thresholds.py")
+_ELSEWHERE = ("board", "cli", "plugin", "weights", "checks.py", "page.py", "table.py", "thresholds.py")
 """What decides neither a decomposition nor a measurement."""
 
 
