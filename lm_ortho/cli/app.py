@@ -16,6 +16,7 @@ from lm_ortho.cli.export import export
 from lm_ortho.cli.implant import implant
 from lm_ortho.cli.inspect import inspect
 from lm_ortho.cli.new_task import new_task
+from lm_ortho.cli.sweep import sweep
 from lm_ortho.cli.verdict import verdict
 
 app = typer.Typer(
@@ -53,6 +54,7 @@ app.command("inspect")(inspect)
 app.command("export")(export)
 app.command("new-task")(new_task)
 app.command("verdict")(verdict)
+app.command("sweep")(sweep)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
 app.add_typer(cache, name="cache")
