@@ -67,10 +67,12 @@ class Maker(Protocol):
     """What makes models of cells. ``mode`` is one of ``MODES``, ``dial`` says whether the models have an alpha."""
 
     @property
-    def mode(self) -> str: ...
+    def mode(self) -> str:
+        """What it reads."""
 
     @property
-    def dial(self) -> bool: ...
+    def dial(self) -> bool:
+        """Whether its models have an alpha."""
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises ``UserError`` for settings it does not know."""

@@ -109,7 +109,7 @@ class Resources(_Part):
 class Board(_Part):
     """A matrix of models, methods, settings, seeds and tasks."""
 
-    name: str = Field(pattern=r"[a-z0-9][a-z0-9_-]*")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     title: str = ""
     models: dict[str, Model] = Field(default_factory=lambda: {"embedded": Model.model_validate({})}, min_length=1)
     methods: tuple[Entry, ...] = Field(min_length=1)

@@ -36,8 +36,8 @@ class Executor(Protocol):
     def events(self) -> Iterator[Told]:
         """What happened next; ends when there is room again or nothing is left."""
 
-    def close(self) -> None:
-        """Ends the workers."""
+    def close(self, clean: bool = True) -> None:
+        """Ends the workers; after an error (``clean`` false) without waiting for any of them."""
 
 
 class Local:
@@ -63,8 +63,9 @@ class Local:
             for event in work(job, self.notify):
                 yield job, event
 
-    def close(self) -> None:
-        _share(None)
+    def close(self, clean: bool = True) -> None:
+        if clean:  # after an error the others may wait for something else; torchrun ends them
+            _share(None)
 
 
 def _share(job: Job | None) -> None:
@@ -72,25 +73,15 @@ def _share(job: Job | None) -> None:
     from lm_ortho.harness import ranks
 
     if ranks.world_size() > 1:
-        import torch
-
-        ranks.join("cpu" if not torch.cuda.is_available() else "cuda")
-        torch.distributed.broadcast_object_list([job], src=0)
+        ranks.told(job)
 
 
 def follow() -> None:
     """What the other processes of torchrun do: their share of every job, until there is none."""
-    import torch
-
     from lm_ortho.harness import ranks
 
-    ranks.join("cpu" if not torch.cuda.is_available() else "cuda")
-    while True:
-        heard: list[Job | None] = [None]
-        torch.distributed.broadcast_object_list(heard, src=0)
-        if heard[0] is None:
-            return
-        for _ in work(heard[0], lambda *_: None):
+    while (job := ranks.told(None)) is not None:
+        for _ in work(job, lambda *_: None):
             pass
 
 
@@ -152,7 +143,7 @@ class OnRay:
             else:
                 yield job, event
 
-    def close(self) -> None:
+    def close(self, clean: bool = True) -> None:
         for stream in self._running:
             self._ray.cancel(stream, force=True)
         if self._started:

@@ -140,7 +140,7 @@ def _kept(out: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, An
         "git": out.get("git_hash"),
         "kernel": config.get("kernel", ["torch"]),
         "checkpoint": config.get("checkpoint", ""),
-        "dtype": config.get("model_dtype", ""),
+        "dtype": str(config.get("model_dtype", "")),
         "density": config.get("density"),
         "bits_per_weight": config.get("bits_per_weight"),
     }  # fmt: skip

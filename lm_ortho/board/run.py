@@ -6,7 +6,7 @@ import logging
 import shlex
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,7 +55,7 @@ def logged_run(store: Store, directory: Path) -> Iterator[Path]:
 def drive(
     store: Store,
     jobs: Iterable[Job],
-    start: Callable[[], Executor],
+    executor: Executor,
     screen: Screen,
     retry_failed: bool = False,
 ) -> Tally:
@@ -67,19 +67,16 @@ def drive(
     keys = {key for job in jobs for key in job.keys}
     waiting = deque(job for job in jobs if _open(store, job, retry_failed))
     deaths: Counter[str] = Counter()
-    executor: Executor | None = None
     try:
-        while waiting or (executor and executor.busy()):
-            executor = executor or start()
+        while waiting or executor.busy():
             while waiting and executor.has_room():
-                if job := _claimed(store, waiting.popleft(), retry_failed and not deaths):
-                    executor.submit(job)
+                job = waiting.popleft()
+                if mine := _claimed(store, job, retry_failed and not deaths[job.label]):
+                    executor.submit(mine)
             for told in executor.events():
                 _keep(store, told, waiting, deaths, screen)
     finally:
         store.release()
-        if executor:
-            executor.close()
     return tally(store, keys)
 
 

@@ -117,6 +117,8 @@ def what(record: Record) -> str:
     config = record.piece.config
     if record.piece.kind == "make":
         return "model"
+    if record.piece.kind == "tune":
+        return "tuning " + " ".join(f"{name}={value}" for name, value in config["settings"].items())
     return config["task"] + ("" if config["alpha"] is None else f" alpha={config['alpha']}")
 
 

@@ -175,7 +175,7 @@ class Store:
 
     def finish(self, key: str, result: Mapping[str, Any], seconds: float) -> None:
         """The piece is done."""
-        self._settle(key, DONE, json.dumps(dict(result)), None, seconds)
+        self._settle(key, DONE, json.dumps(dict(result), default=str), None, seconds)
 
     def fail(self, key: str, error: str, seconds: float = 0.0) -> None:
         """The piece ended in an error."""

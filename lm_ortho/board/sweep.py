@@ -56,7 +56,14 @@ def run_sweep(
         mine = {piece.key for piece in pieces}
         records = [record for record in store.records(results=False) if record.piece.key in mine]
         with Screen(records, console, quiet) as screen:
-            return drive(store, [replace(job, log=log)], lambda: Local(screen.notify), screen, retry_failed)
+            executor = Local(screen.notify)
+            try:
+                tally = drive(store, [replace(job, log=log)], executor, screen, retry_failed)
+            except BaseException:
+                executor.close(clean=False)
+                raise
+            executor.close()
+    return tally
 
 
 def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:

@@ -10,7 +10,7 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,8 +68,13 @@ def work(job: Job, notify: Notify) -> Iterator[Event]:
 
 
 def _steps(job: Job, notify: Notify) -> Iterator[Event]:
+    from lm_ortho.harness import ranks
+
+    if job.cell and job.pieces and job.pieces[0].kind == "tune":
+        yield from _tune(job, notify)
+        return
     place = Path(job.loading["pretrained"]) if job.cell else None
-    if job.cell and place and not place.is_dir():
+    if job.cell and place and ranks.told(not place.is_dir()):
         key = job.make.key if job.make else ""
         made = yield from _attempt(key, partial(_make, job, place, notify))
         if made is None:
@@ -103,16 +108,30 @@ def _attempt(key: str, do: Callable[[], dict[str, Any]]) -> Generator[Event, Non
         if key:
             yield Event("failed", key, error=told(error), seconds=time.perf_counter() - began)
         if ranks.world_size() > 1:
-            raise  # the other processes wait for this one; torchrun ends them, and the next start goes on
+            raise UserError(f"{told(error).splitlines()[0]}; start again to go on without this piece") from None
         return None
     if key:
         yield Event("done", key, result=result, seconds=time.perf_counter() - began)
     return result
 
 
+def _tune(job: Job, notify: Notify) -> Iterator[Event]:
+    """Tries settings on the tuning split; under torchrun in the first process, the others have nothing to do."""
+    from lm_ortho.harness import ranks
+
+    if ranks.rank():
+        return
+    assert job.cell is not None
+    maker = find_maker(job.cell.method, job.imports)
+    for piece in job.pieces:
+        tried = replace(job.cell, **{name: piece.config[name] for name in ("settings", "seed", "budget")})
+        yield from _attempt(piece.key, lambda cell=tried: dict(maker.score(cell, notify)))  # type: ignore[misc]
+
+
 def _make(job: Job, place: Path, notify: Notify) -> dict[str, Any]:
     """Makes the model of the cell and says what it is; in one process only."""
     from lm_ortho.harness import ranks
+    from lm_ortho.harness.build import files_hash
 
     cell = job.cell
     assert cell is not None
@@ -122,6 +141,7 @@ def _make(job: Job, place: Path, notify: Notify) -> dict[str, Any]:
         with whole_directory(place) as scratch:
             maker = find_maker(cell.method, job.imports)
             report = dict(maker.make(cell, scratch, notify))
+            report |= {"settings": dict(cell.settings), "checkpoint": files_hash(str(scratch))}
             report |= {"layers": _shares(scratch)} if cell.dial else {}
     if accelerator is not None:
         accelerator.wait_for_everyone()

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import lm_ortho
+from lm_ortho.cli.board import app as board
 from lm_ortho.cli.cache import app as cache
 from lm_ortho.cli.decompose import decompose
 from lm_ortho.cli.demo import demo
@@ -57,4 +58,5 @@ app.command("verdict")(verdict)
 app.command("sweep")(sweep)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
+app.add_typer(board, name="board")
 app.add_typer(cache, name="cache")

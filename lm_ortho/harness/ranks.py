@@ -35,6 +35,18 @@ def join(device: str) -> Any:
     return Accelerator(cpu=device.startswith("cpu"), kwargs_handlers=[forever])
 
 
+def told(value: Any) -> Any:
+    """What the first process says, in every process."""
+    if world_size() < 2:
+        return value
+    import torch
+
+    join("cuda" if torch.cuda.is_available() else "cpu")
+    heard = [value]
+    torch.distributed.broadcast_object_list(heard, src=0)
+    return heard[0]
+
+
 class Spread:
     """Mixin for ``HFLM``: documents are dealt out to the processes, and come back in their own order.
 
