@@ -114,8 +114,15 @@ def curves(results: Results) -> dict[str, list[dict[str, Any]]]:
             numbers = [(row.alpha, row.numbers[column]) for row in rows if column in row.numbers]
             dialled = sorted((a, n) for a, n in numbers if isinstance(a, int | float))
             if len(dialled) > 1:
-                bounds = {end: [getattr(n, end) for _, n in dialled] for end in ("value", "low", "high")}
-                line = {"name": name, "alpha": [a for a, _ in dialled], **bounds, "colour": colours[rows[0].method]}
+                bounds: dict[str, list[Any]] = {
+                    end: [getattr(n, end) for _, n in dialled] for end in ("value", "low", "high")
+                }
+                line: dict[str, Any] = {
+                    "name": name,
+                    "alpha": [a for a, _ in dialled],
+                    **bounds,
+                    "colour": colours[rows[0].method],
+                }
                 lines.append(line)
             elif rows[0].method in (TARGET, UNEDITED) and numbers:
                 lines.append({"name": name, "level": numbers[0][1].value, "colour": colours[rows[0].method]})

@@ -62,8 +62,8 @@ def of_seeds(values: Sequence[tuple[float, float | None, float | None]], metric:
     if metric.endswith("ppl") and all(part is None or part > 0 for value in values for part in value):
         logs = [tuple(None if part is None else math.log(part) for part in value) for value in values]
         value, low, high, _ = of_seeds(logs)  # type: ignore[arg-type]
-        ends = (None if end is None else math.exp(end) for end in (low, high))
-        return Number(math.exp(value), *ends, tuple(value for value, _, _ in values))
+        low, high = (None if end is None else math.exp(end) for end in (low, high))
+        return Number(math.exp(value), low, high, tuple(value for value, _, _ in values))
     plain = tuple(value for value, _, _ in values)
     mean = math.fsum(plain) / len(plain)
     lows = [value - low for value, low, _ in values if low is not None]
