@@ -1,1 +1,1 @@
-"""Sweeps and leaderboards: many models through the same tasks, every result kept, one page at the end."""
+"""Methods beside each other: what they are, how they are tuned and run, and the leaderboard of what was measured."""
