@@ -43,9 +43,8 @@ def shown(number: Number | None) -> str:
     """A value with its interval."""
     if number is None:
         return ""
-    if number.low is None or number.high is None:
-        return f"{number.value:.3g}"
-    return f"{number.value:.3g} [{number.low:.3g}, {number.high:.3g}]"
+    value, low, high = (None if part is None else f"{round(part, 9) + 0.0:.3g}" for part in number[:3])
+    return f"{value}" if low is None or high is None else f"{value} [{low}, {high}]"
 
 
 def marked(row: Row, name: str, text: str) -> str:
