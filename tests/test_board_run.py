@@ -102,6 +102,18 @@ def test_what_the_board_names_must_be_there(
     assert not (tmp_path / "out" / "models").exists()
 
 
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "boards").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_ready_boards_can_be_read(path: Path) -> None:
+    board = read_board(path)
+    assert board.name == path.stem
+    methods = {entry.method for entry in board.methods}
+    assert {"ortho", "ortho_merged", "never_saw", "unedited"} <= methods
+    axes = (*board.frontier.forget, *board.frontier.retain)
+    assert {axis.task for axis in axes} <= set(board.tasks)
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_board(tmp_path / "none.yaml")

@@ -228,6 +228,13 @@ def test_the_batch_of_a_real_model_is_halved(home: Path, tmp_path: Path, monkeyp
     assert "going on with 2" in record.result["notes"][-1]
 
 
+def test_one_model_across_devices(swept: Path, home: Path, tmp_path: Path) -> None:
+    asked = order(home, alphas=[0], tasks=["retain_set"], parallelize=True)
+    assert sweep(asked, tmp_path / "out").complete
+    (record,) = Store(tmp_path / "out").records()
+    assert record.result["values"] == Store(swept).records()[1].result["values"]
+
+
 def test_the_command(home: Path, tmp_path: Path) -> None:
     args = f"pretrained={home / 'decomposed'},forget={home / 'forget.jsonl'},retain={home / 'retain.jsonl'}"
     command = ["sweep", "--tasks", "retain_set", "--alpha", "0.5", "--model-args", args, "-o", str(tmp_path / "out")]
