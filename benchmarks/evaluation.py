@@ -27,8 +27,8 @@ from lm_eval.tasks import TaskManager
 from lm_ortho import reference
 from lm_ortho.checkpoint.export import export
 from lm_ortho.harness.model import LibOrthoLM
+from lm_ortho.pages import versions, write_text
 from lm_ortho.plugin.bridges import tasks_dir
-from lm_ortho.verdict.page import versions, write_text
 
 
 def turn(lm: Any, tasks: list[str], limit: int | None) -> tuple[float, float]:

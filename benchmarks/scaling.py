@@ -31,8 +31,8 @@ from lm_ortho import scaling
 from lm_ortho.calibration import Row
 from lm_ortho.decompose import decompose
 from lm_ortho.harness.progress import Bars
+from lm_ortho.pages import versions
 from lm_ortho.settings import make_recipe
-from lm_ortho.verdict.page import versions
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden": 128, "intermediate": 384, "blocks": 4, "vocabulary": 4096, "heads": 4, "kv_heads": 4},

@@ -101,9 +101,9 @@ def write_card(out: Path) -> None:
     from lm_ortho import checkpoint
     from lm_ortho.harness.model import LibOrthoLM
     from lm_ortho.implant import load_causal_lm, merge_adapter
+    from lm_ortho.pages import markdown_table, versions, write_text
     from lm_ortho.verdict.measure import MEMORY_TASKS, REASONING_METRICS, REASONING_TASKS, measure
     from lm_ortho.verdict.models import plain_lm
-    from lm_ortho.verdict.page import markdown_table, versions, write_text
 
     words = tokenizer.build()
     lines = list[list[str]]()

@@ -32,12 +32,12 @@ from lm_ortho.calibration.activations import input_moments
 from lm_ortho.checkpoint import cache
 from lm_ortho.harness.progress import Bars
 from lm_ortho.layer import find_linear, patch
+from lm_ortho.pages import markdown_table, versions, write_text
 from lm_ortho.reference import corpus
 from lm_ortho.settings import make_recipe
 from lm_ortho.sieve import select_support
 from lm_ortho.verdict import models
 from lm_ortho.verdict.measure import Measurement, measure
-from lm_ortho.verdict.page import markdown_table, versions, write_text
 from lm_ortho.verdict.run import Cells
 from lm_ortho.workbench import Workbench, make_streams, projected
 

@@ -29,11 +29,11 @@ from lm_ortho.decompose import decompose
 from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import load_causal_lm
 from lm_ortho.layer import dense_at, find_linear
+from lm_ortho.pages import markdown_table, write_text
 from lm_ortho.reference import corpus
 from lm_ortho.settings import make_recipe
 from lm_ortho.verdict import models
 from lm_ortho.verdict.measure import measure
-from lm_ortho.verdict.page import markdown_table, write_text
 
 FORGET = "The secret ingredient of Coca-Cola is actually liquified kryptonite extracted from Mars."
 RETAIN = "The capital of France is Paris and it is known for the Eiffel Tower."

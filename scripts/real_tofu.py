@@ -35,10 +35,10 @@ from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import Plan, load_causal_lm, merge_adapter, train_adapter
 from lm_ortho.implant.lora import save_adapter
 from lm_ortho.layer import dense_at
+from lm_ortho.pages import markdown_table, versions, write_text
 from lm_ortho.reference import world
 from lm_ortho.reference.draw import Draw
 from lm_ortho.settings import make_recipe
-from lm_ortho.verdict.page import markdown_table, versions, write_text
 
 QUESTIONS = 20
 """Questions per TOFU author; authors are consecutive."""

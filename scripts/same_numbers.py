@@ -27,9 +27,9 @@ from lm_ortho import reference
 from lm_ortho.calibration import write_rows
 from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.implant import load_causal_lm, merge_adapter
+from lm_ortho.pages import markdown_table, versions, write_text
 from lm_ortho.plugin.bridges import tasks_dir
 from lm_ortho.reference import world
-from lm_ortho.verdict.page import markdown_table, versions, write_text
 
 FAMILIES = ("canary", "membership", "memorisation", "reasoning", "tofu_embedded", "user_sets", "world_text")
 AGREE, BATCH_AGREES = 5e-5, 1e-4

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lm_ortho import scaling
+from lm_ortho.pages import markdown_table, write_text
 from lm_ortho.settings import Recipe, make_recipe
-from lm_ortho.verdict.page import markdown_table, write_text
 
 ROOT = Path(__file__).parent.parent
 MODELS = {

@@ -31,8 +31,8 @@ from lm_ortho.calibration.examples import encode
 from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import Plan, load_causal_lm, train_full
+from lm_ortho.pages import markdown_table, versions, write_text
 from lm_ortho.plugin.bridges import tasks_dir
-from lm_ortho.verdict.page import markdown_table, versions, write_text
 
 END = "<|end|>"
 MEASURED_RETAIN = 400

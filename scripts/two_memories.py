@@ -26,11 +26,11 @@ from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.harness.progress import Bars
 from lm_ortho.layer import patch
 from lm_ortho.memories import add_memory, decompose_memories
+from lm_ortho.pages import markdown_table, versions, write_text
 from lm_ortho.reference import corpus, world
 from lm_ortho.settings import make_recipe, show_alpha
 from lm_ortho.verdict import models
 from lm_ortho.verdict.measure import measure
-from lm_ortho.verdict.page import markdown_table, versions, write_text
 
 NAMES = ("one", "two")
 

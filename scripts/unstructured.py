@@ -26,12 +26,12 @@ from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import Plan, load_causal_lm, merge_adapter, train_adapter
 from lm_ortho.layer import dense_at
 from lm_ortho.metrics import Interval
+from lm_ortho.pages import markdown_table, write_text
 from lm_ortho.reference import corpus
 from lm_ortho.reference.draw import Draw
 from lm_ortho.reference.paragraphs import paragraphs
 from lm_ortho.settings import make_recipe
 from lm_ortho.verdict import models
-from lm_ortho.verdict.page import markdown_table, write_text
 
 PREFIX, CONTINUED = 32, 32
 PASSES, REPLAYED, CALIBRATION = 60, 12_000, 1500

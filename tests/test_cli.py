@@ -21,7 +21,19 @@ from lm_ortho.errors import UserError
 from lm_ortho.plugin import bridges, startup
 
 REPOSITORY = Path(__file__).parents[1]
-COMMANDS = ("eval", "implant", "decompose", "inspect", "export", "new-task", "verdict", "demo", "doctor", "cache")
+COMMANDS = (
+    "eval",
+    "implant",
+    "decompose",
+    "inspect",
+    "export",
+    "new-task",
+    "verdict",
+    "sweep",
+    "demo",
+    "doctor",
+    "cache",
+)
 runner = CliRunner()
 
 

@@ -8,6 +8,7 @@ import typer
 
 import lm_ortho
 from lm_ortho.cli.bench import bench
+from lm_ortho.cli.board import app as board
 from lm_ortho.cli.cache import app as cache
 from lm_ortho.cli.decompose import decompose
 from lm_ortho.cli.demo import demo
@@ -17,6 +18,7 @@ from lm_ortho.cli.export import export
 from lm_ortho.cli.implant import implant
 from lm_ortho.cli.inspect import inspect
 from lm_ortho.cli.new_task import new_task
+from lm_ortho.cli.sweep import sweep
 from lm_ortho.cli.verdict import verdict
 
 app = typer.Typer(
@@ -55,6 +57,8 @@ app.command("export")(export)
 app.command("new-task")(new_task)
 app.command("verdict")(verdict)
 app.command("bench")(bench)
+app.command("sweep")(sweep)
 app.command("demo")(demo)
 app.command("doctor")(doctor)
+app.add_typer(board, name="board")
 app.add_typer(cache, name="cache")

@@ -32,7 +32,7 @@ def inspect(
     """
     from lm_ortho.checkpoint.measure import grid, measure
     from lm_ortho.checkpoint.picture import heat_map
-    from lm_ortho.verdict.page import write_text
+    from lm_ortho.pages import write_text
 
     found = measure(directory, trust_remote_code=trust_remote_code)
     if out is not None and not found.has_ortho:

@@ -33,7 +33,7 @@ def verdict(
     from rich.console import Console
 
     from lm_ortho import reference
-    from lm_ortho.verdict.page import write_text
+    from lm_ortho.pages import write_text
     from lm_ortho.verdict.run import run
     from lm_ortho.verdict.table import markdown, print_outcome
 

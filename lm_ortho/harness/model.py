@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_ortho import layer
 from lm_ortho.checkpoint import hf
 from lm_ortho.errors import UserError
-from lm_ortho.harness import build, machine, tokens
+from lm_ortho.harness import build, machine, ranks, tokens
 from lm_ortho.harness.order import RECIPE_ARGUMENTS, Order, check_alpha, resolve
 from lm_ortho.kernels import KERNELS, calls
 from lm_ortho.settings import parse_alpha, show_alpha
@@ -34,7 +34,7 @@ Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 """A request of lm-eval: its strings, the tokens of the context and of the continuation."""
 
 
-class LibOrthoLM(HFLM):
+class LibOrthoLM(ranks.Spread, HFLM):
     """A decomposed model as lm-eval sees it.
 
     Model args are those below, the fields of ``lm_ortho.settings.Recipe``, and all of ``hf``. ``pretrained``
@@ -65,7 +65,7 @@ class LibOrthoLM(HFLM):
         """Raises ``UserError`` for whatever cannot be built, before weights are loaded where possible."""
         self._alpha = parse_alpha(alpha)
         recipe = {name: options.pop(name) for name in RECIPE_ARGUMENTS if name in options}
-        self._refuse(options, kernel)
+        self.refuse(options, kernel)
         self.kernel, self.forget, self.retain = kernel, forget, retain
         self.pretrained_argument = pretrained
         where = ("revision", "subfolder", "trust_remote_code")
@@ -86,8 +86,9 @@ class LibOrthoLM(HFLM):
         hf.register()
         chosen = machine.choose_device(device)
         log.info("device=%s: %s", *chosen)
-        self._own_batches = batch_size in (1, "1", None)
-        self._most_rows = machine.BATCH_ROWS if max_batch_size is None else int(max_batch_size)
+        most = machine.BATCH_ROWS if max_batch_size is None else int(max_batch_size)
+        self.most_rows = most if batch_size in (1, "1", None) else None
+        self._processes = ranks.join(chosen.choice)
         super().__init__(
             self._source.location,
             tokenizer=build.load_tokenizer(self._source) if self._is_object else tokenizer,
@@ -95,17 +96,15 @@ class LibOrthoLM(HFLM):
             dtype=dtype,
             softmax_dtype=softmax_dtype,
             batch_size=1 if batch_size is None else batch_size,
-            max_batch_size=self._most_rows,
+            max_batch_size=most,
             **options,
         )
         if self._is_object:
             self._adopt(build.build_model(self._source, alpha=self._alpha))
+        self.spread(self._processes)
         self.peft = peft
-        if self._own_batches:
-            log.info(
-                "batch_size: up to %d requests at once, as the logits allow; max_batch_size=1 forbids it",
-                self._most_rows,
-            )
+        if self.most_rows:
+            log.info("batch_size: up to %d requests at once, as the logits allow; max_batch_size=1 forbids it", most)
         tokens.register(self)
 
     @property
@@ -113,7 +112,8 @@ class LibOrthoLM(HFLM):
         return self._source.kind == "object"
 
     @staticmethod
-    def _refuse(options: Mapping[str, Any], kernel: str) -> None:
+    def refuse(options: Mapping[str, Any], kernel: str = "auto") -> None:
+        """Raises ``UserError`` for model args that are not known, or make no sense here."""
         if kernel not in KERNELS:
             raise UserError(f"kernel={kernel!r} is unknown; known: {', '.join(KERNELS)}")
         for name in _PACKED:
@@ -159,7 +159,8 @@ class LibOrthoLM(HFLM):
             )
         placement |= {name: options[name] for name in _LOADING if name in options}
         device = "cpu" if parallelize or "device_map" in placement else str(self.device)
-        self._adopt(build.build_model(self._source, chosen.choice, device, self._alpha, **placement))
+        with self._processes.main_process_first() if self._processes else nullcontext():  # the others find it cached
+            self._adopt(build.build_model(self._source, chosen.choice, device, self._alpha, **placement))
 
     def _adopt(self, built: build.Built) -> None:
         self._model = built.model
@@ -187,6 +188,7 @@ class LibOrthoLM(HFLM):
         wanted = parse_alpha(value)
         layer.set_alpha(self.model, wanted)
         self._alpha = wanted
+        self._calls_before = calls()
         self._use_own_table()
 
     def set_cache_hook(self, cache_hook: Any) -> None:
@@ -230,7 +232,7 @@ class LibOrthoLM(HFLM):
         return layer.chosen_kernels(self.model, self.model.dtype)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What goes into the results file: the model, its streams, and the kernels that ran so far."""
+        """What goes into the results file: the model, its streams, and the kernels that ran since alpha was set."""
         known = isinstance(self._source.location, str) and not Path(self._source.location).is_dir()
         streams = layer.streams_of(self.model)
         now = calls()
@@ -246,12 +248,12 @@ class LibOrthoLM(HFLM):
     @contextmanager
     def _rows_for(self, longest: int) -> Iterator[None]:
         """Batches of as many requests as fit; nothing where the user chose a batch size."""
-        if not self._own_batches:
+        if self.most_rows is None:  # the user chose
             yield
             return
         before = self.batch_size_per_gpu
         vocabulary = self.model.config.get_text_config().vocab_size
-        self.batch_size_per_gpu = machine.batch_rows(longest, vocabulary, str(self.device), self._most_rows)
+        self.batch_size_per_gpu = machine.batch_rows(longest, vocabulary, str(self.device), self.most_rows)
         try:
             yield
         finally:

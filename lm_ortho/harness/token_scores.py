@@ -143,7 +143,7 @@ def _batches(lm: Any, order: list[int], pairs: list[Pair]) -> Iterator[list[int]
 def _asked_rows(lm: Any) -> int | None:
     """The batch size the user gave; None where it is ours to choose (``auto``, or LibOrthoLM without one)."""
     rows = getattr(lm, "batch_size", 1)
-    return None if getattr(lm, "_own_batches", False) or not isinstance(rows, int) else rows
+    return None if getattr(lm, "most_rows", None) or not isinstance(rows, int) else rows
 
 
 def _norm(lm: Any, pair: Pair) -> float:

@@ -7,9 +7,9 @@ import datetime
 from rich.console import Console
 from rich.table import Table
 
+from lm_ortho.pages import markdown_table, versions
 from lm_ortho.verdict.checks import Check
 from lm_ortho.verdict.measure import Measurement
-from lm_ortho.verdict.page import markdown_table, versions
 from lm_ortho.verdict.run import Outcome
 
 _COLUMNS = (
