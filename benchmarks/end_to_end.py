@@ -29,8 +29,8 @@ from lm_ortho.bench.layers import device_name
 from lm_ortho.harness.build import load_models
 from lm_ortho.harness.order import Order, resolve
 from lm_ortho.layer import alpha_scope, find_linear, patch, set_kernel, streams_of
-from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream, bits_per_weight
 from lm_ortho.pages import versions
+from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream, bits_per_weight
 
 RESULTS = Path(__file__).parent / "results"
 TINYLLAMA = {
