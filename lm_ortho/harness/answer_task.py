@@ -36,12 +36,8 @@ class AnswerTask(SecretTask):
             parts.append(self.part(doc, len(parts), "generated", "generate_until", (ctx, generation), options))
         return parts
 
-    @property
-    def _needed(self) -> set[str]:
-        return {self.needs(name) for name in self.metrics}
-
-    def _other_values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:
-        values, group = super()._other_values(doc, answered), doc["group"]
+    def _values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:
+        values, group = super()._values(doc, answered), doc["group"]
         for part, got in answered:
             if part.kind == "generated":
                 said = rouge(got.strip(), doc["answer"])

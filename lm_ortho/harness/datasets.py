@@ -78,7 +78,7 @@ def reasoning_items(kind: str, **_: Any) -> Splits:
     return {"test": datasets.Dataset.from_list(docs, features=_ITEM)}
 
 
-def user_set(argument: str, **metadata: Any) -> Splits:
+def user_rows(argument: str, metadata: Mapping[str, Any]) -> list[Row]:
     """The rows of ``forget=`` or ``retain=``, of all memories together; the embedded set for the embedded model.
 
     Raises:
@@ -86,15 +86,20 @@ def user_set(argument: str, **metadata: Any) -> Splits:
     """
     spec = metadata.get(argument) or _of_newest_model(argument, metadata)
     if spec:
-        return {"test": documents(row for rows in read_sets(spec, argument).values() for row in rows)}
+        return [row for rows in read_sets(spec, argument).values() for row in rows]
     lm = tokens.newest_model()
     pretrained = metadata.get("pretrained") if lm is None else lm.pretrained_argument
     if metadata.get("pretrained") is None and pretrained is None:
-        return {"test": documents(world.rows(argument))}
+        return world.rows(argument)
     raise UserError(
         f"{argument}: the {argument}_set task needs the rows to measure: pass {argument}=rows.jsonl in the "
         f"model args, or --metadata {argument}=rows.jsonl with another model type"
     )
+
+
+def user_set(argument: str, **metadata: Any) -> Splits:
+    """The documents of ``user_rows``."""
+    return {"test": documents(user_rows(argument, metadata))}
 
 
 def _of_newest_model(argument: str, metadata: Mapping[str, Any]) -> str | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import zip_longest
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets as hf_datasets
 from lm_eval.api.instance import Instance
@@ -17,10 +16,9 @@ from lm_ortho.harness.samples import read_samples
 from lm_ortho.harness.scoring import not_available
 from lm_ortho.harness.task import Doc, Part, PartTask, SecretTask
 from lm_ortho.harness.token_scores import GRADIENT_NORM, TOKEN_SCORES, TokenScores
+from lm_ortho.harness.turns import in_turns
 from lm_ortho.metrics.membership import min_k_plus_plus_score, min_k_score, zlib_score
 from lm_ortho.reference import world
-
-T = TypeVar("T")
 
 ATTACKS = ("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "gradient_norm")
 MEMBER, OTHER = "member", "other"
@@ -44,13 +42,16 @@ def embedded(members: str, others: str, task: str, **metadata: Any) -> datasets.
 def canaries(**metadata: Any) -> datasets.Splits:
     """Planted canaries among those never planted; a canary is compared with the same kind of prompt."""
     splits = {MEMBER: world.rows("canaries"), OTHER: world.rows("canaries_unplanted")}
-    docs = in_turns(
-        *(
-            [
-                {**doc, "part": part, "prompt_kind": number % world.CANARY_TAUGHT}
-                for number, doc in enumerate(datasets.documents(rows))
-            ]
-            for part, rows in splits.items()
+    # In turns, so that the first documents of a task (--limit) are of both kinds.
+    docs = list(
+        in_turns(
+            *(
+                [
+                    {**doc, "part": part, "prompt_kind": number % world.CANARY_TAUGHT}
+                    for number, doc in enumerate(datasets.documents(rows))
+                ]
+                for part, rows in splits.items()
+            )
         )
     )
     for number, doc in enumerate(docs):
@@ -65,7 +66,7 @@ def user_sets(task: str, **metadata: Any) -> datasets.Splits:
     Raises:
         UserError: when another model is measured and one of the two is missing.
     """
-    members = list(datasets.user_set("forget", **metadata)["test"])
+    members = datasets.user_rows("forget", metadata)
     if not metadata.get("holdout"):
         lm = tokens.newest_model()
         if metadata.get("pretrained") or metadata.get("forget") or (lm is not None and lm.pretrained_argument):
@@ -74,19 +75,7 @@ def user_sets(task: str, **metadata: Any) -> datasets.Splits:
                 "set: pass --metadata holdout=rows.jsonl"
             )
         return embedded("forget", "unseen", task, **metadata)
-    rows = [_row_of(doc) for doc in members]
-    return {"test": _documents(rows, read_rows(metadata["holdout"], "holdout"), task, metadata)}
-
-
-def in_turns(*sides: Sequence[T]) -> list[T]:
-    """One of each side after the other, so that the first documents of a task (``--limit``) are of both kinds."""
-    gap = object()
-    return [item for turn in zip_longest(*sides, fillvalue=gap) for item in turn if item is not gap]  # type: ignore[misc]
-
-
-def _row_of(doc: Mapping[str, Any]) -> Row:
-    fields = {name: doc[name] for name in Row.__dataclass_fields__}
-    return Row(**{**fields, "perturbed_answer": tuple(fields["perturbed_answer"])})
+    return {"test": _documents(members, read_rows(metadata["holdout"], "holdout"), task, metadata)}
 
 
 def _documents(
@@ -135,7 +124,8 @@ class MembershipTask(PartTask):
 
     def construct_requests(self, doc: Doc, ctx: str, **options: Any) -> list[Instance]:
         """The likelihood of the answer, a score for each of its tokens, and the norm of the gradient."""
-        pair = self._pair(doc, ctx, bool(options.get("apply_chat_template")))
+        chat = bool(options.get("apply_chat_template"))
+        pair = self._answer(doc, ctx, chat) if doc["context"] else ("", doc["target"])
         count = self._tokens.count(*pair)
         if count > self._tokens.max_length:
             raise UserError(
@@ -147,13 +137,6 @@ class MembershipTask(PartTask):
     @property
     def _attacks(self) -> set[str]:
         return {name.partition("_")[2] for name in self.metrics}
-
-    def _pair(self, doc: Doc, ctx: str, chat: bool) -> tuple[str, str]:
-        if not doc["context"]:
-            return "", doc["target"]
-        context = ctx.rstrip()
-        given = doc["target"][: len(doc["target"]) - len(doc["answer"])]
-        return self._tokens.cut(context, (ctx[len(context) :] or ("" if chat else given)) + doc["answer"])
 
     def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, Any]:
         """(score, member or other, group, log-probability of the answer) for each attack."""
@@ -194,6 +177,6 @@ class ExposureTask(SecretTask):
         """The secret alone."""
         return "secret"
 
-    def _other_values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:
+    def _values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:
         logp = sum(got[0] for part, got in answered if part.kind == "secret")
         return {"exposure": (logp, doc["part"], doc["group"], doc["prompt_kind"])}

@@ -17,12 +17,13 @@ from lm_eval.api.instance import Instance
 
 from lm_ortho.errors import UserError
 from lm_ortho.harness.answer_task import NO_TOKENS
-from lm_ortho.harness.membership_task import MEMBER, OTHER, in_turns
+from lm_ortho.harness.membership_task import MEMBER, OTHER
 from lm_ortho.harness.samples import read_samples
 from lm_ortho.harness.scoring import not_available
 from lm_ortho.harness.task import Doc, PartTask
 from lm_ortho.harness.tofu_task import MIN_K_SHARE
 from lm_ortho.harness.token_scores import TOKEN_SCORES, TokenScores
+from lm_ortho.harness.turns import in_turns
 from lm_ortho.hub import first_line
 from lm_ortho.metrics.membership import min_k_score
 from lm_ortho.metrics.rouge import rouge
@@ -80,7 +81,6 @@ def knowmem(corpus: str, split: str, **metadata: Any) -> dict[str, hf_datasets.D
 def privleak(corpus: str, task: str, **metadata: Any) -> dict[str, hf_datasets.Dataset]:
     """Texts of the forget set and of a hold-out set."""
     auc, logged, why = _retrained(task, metadata)
-    docs: list[dict[str, Any]] = []
     sides = ((MEMBER, "forget"), (OTHER, "holdout"))
     texts = in_turns(
         *(
@@ -88,19 +88,19 @@ def privleak(corpus: str, task: str, **metadata: Any) -> dict[str, hf_datasets.D
             for part, split in sides
         )
     )
-    for number, (part, text) in enumerate(texts):
-        docs.append(
-            {
-                "id": number,
-                "context": "",
-                "target": text,
-                "group": f"text {number}",
-                "part": part,
-                "retrained_score": None if logged is None else logged.get(text),
-                "retrained_auc": auc,
-                "no_score": why,
-            }
-        )
+    docs = [
+        {
+            "id": number,
+            "context": "",
+            "target": text,
+            "group": f"text {number}",
+            "part": part,
+            "retrained_score": None if logged is None else logged.get(text),
+            "retrained_auc": auc,
+            "no_score": why,
+        }
+        for number, (part, text) in enumerate(texts)
+    ]
     return {"test": hf_datasets.Dataset.from_list(docs, features=_LEAK)}
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from itertools import chain, zip_longest
+from itertools import chain
 from typing import Any
 
-_MISSING = object()
+from lm_ortho.harness.turns import in_turns
 
 
 def world_size() -> int:
@@ -91,8 +91,7 @@ def _joined_values(task: str, parts: Sequence[Any], seen: Sequence[Any] | None) 
     for metric, name in keys:
         values = [part[task].get((metric, name), []) for part in parts]
         if seen is None:
-            dealt = chain.from_iterable(zip_longest(*values, fillvalue=_MISSING))
-            joined[metric, name] = [value for value in dealt if value is not _MISSING]
+            joined[metric, name] = list(in_turns(*values))
         else:
             ids = [[s["doc_id"] for s in part[task] if s["filter"] == name and metric in s["metrics"]] for part in seen]
             pairs = [pair for mine, own in zip(ids, values, strict=True) for pair in zip(mine, own, strict=True)]

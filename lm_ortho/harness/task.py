@@ -126,6 +126,18 @@ class PartTask(DataTask):
         digest.update(f"{described} {self._tokens.max_length} {self.VERSION} {self.metrics}".encode())
         return digest.hexdigest()[:16]
 
+    def _answer(self, doc: Doc, ctx: str, chat: bool) -> tuple[str, str]:
+        """(context, answer) without what follows the answer, cut at a token border."""
+        context, lead = self._context(doc, ctx, chat)
+        return self._tokens.cut(context, lead + doc["answer"])
+
+    @staticmethod
+    def _context(doc: Doc, ctx: str, chat: bool) -> tuple[str, str]:
+        """The context without the space at its end, and what an answer starts with."""
+        context = ctx.rstrip()
+        given = doc["target"][: len(doc["target"]) - len(doc["answer"])]
+        return context, ctx[len(context) :] or ("" if chat else given)
+
     @staticmethod
     def part(
         doc: Doc, number: int, kind: str, request: Any, arguments: tuple[Any, ...], options: Any, **more: Any
@@ -196,6 +208,10 @@ class SecretTask(PartTask):
         """What has to be measured for a metric; "" for one that comes from the document alone."""
         return NEEDED[metric]
 
+    @property
+    def _needed(self) -> set[str]:
+        return {self.needs(name) for name in self.metrics}
+
     @staticmethod
     def _measured(parts: Sequence[Part]) -> set[str]:
         kinds = {part.kind for part in parts}
@@ -232,7 +248,7 @@ class SecretTask(PartTask):
         def cut(answer: str) -> tuple[str, str]:
             return self._tokens.cut(context, lead + answer + self._end)
 
-        wanted = {self.needs(name) for name in self.metrics}
+        wanted = self._needed
         pieces = []
         if doc["secret"] and "secret" in wanted:
             pieces += self._secret_pieces(context, lead + doc["answer"] + self._end, doc["secret"], "answer" in wanted)
@@ -242,18 +258,6 @@ class SecretTask(PartTask):
             pieces.append(("paraphrased", *cut(doc["paraphrased_answer"]), False))
             pieces += [("perturbed", *cut(wrong), False) for wrong in doc["perturbed_answer"]]
         return pieces or [("answer", *cut(doc["answer"]), True)]
-
-    def _answer(self, doc: Doc, ctx: str, chat: bool) -> tuple[str, str]:
-        """(context, answer) without what follows the answer, cut at a token border."""
-        context, lead = self._context(doc, ctx, chat)
-        return self._tokens.cut(context, lead + doc["answer"])
-
-    @staticmethod
-    def _context(doc: Doc, ctx: str, chat: bool) -> tuple[str, str]:
-        """The context without the space at its end, and what an answer starts with."""
-        context = ctx.rstrip()
-        given = doc["target"][: len(doc["target"]) - len(doc["answer"])]
-        return context, ctx[len(context) :] or ("" if chat else given)
 
     def _secret_pieces(
         self, context: str, continuation: str, secret: str, with_answer: bool
@@ -276,17 +280,12 @@ class SecretTask(PartTask):
         if "bypass" in self._metric_fn_list:
             return {}
         answered = list(zip(self._parts[doc["id"]], results, strict=True))
-        scored = [(part, -got[0], got[1]) for part, got in answered if part.request_type == "loglikelihood"]
-        self._finite(doc, [loss for _, loss, _ in scored])
-        values = {**self._likelihood_values(doc, scored), **self._other_values(doc, answered)}
-        return self._listed(values)
+        self._finite(doc, [loss for _, loss, _ in scored_by_likelihood(answered)])
+        return self._listed(self._values(doc, answered))
 
-    def _other_values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:
-        """Values of requests that a subclass adds, and of metrics that it defines."""
-        return {}
-
-    def _likelihood_values(self, doc: Doc, scored: Sequence[tuple[Part, float, bool]]) -> dict[str, Any]:
-        group, values = doc["group"], dict[str, Any]()
+    def _values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:
+        """Every value that the answers give; a subclass adds those of its own requests and metrics."""
+        scored, group, values = scored_by_likelihood(answered), doc["group"], dict[str, Any]()
         if answer := [(loss, part.tokens) for part, loss, _ in scored if part.in_answer]:
             nll, count = sum(loss for loss, _ in answer), sum(number for _, number in answer)
             values["ppl"] = values["token_ppl"] = (nll, count, group)
@@ -299,6 +298,11 @@ class SecretTask(PartTask):
         if losses := truth_losses(scored):
             values["truth_ratio"] = (log_truth_ratio(*losses), group)
         return values
+
+
+def scored_by_likelihood(answered: Sequence[tuple[Part, Any]]) -> list[tuple[Part, float, bool]]:
+    """(part, loss in nats, whether it is greedy) of each log-likelihood among the answers."""
+    return [(part, -got[0], got[1]) for part, got in answered if part.request_type == "loglikelihood"]
 
 
 def truth_losses(scored: Sequence[tuple[Part, float, bool]]) -> tuple[float, list[float]] | None:

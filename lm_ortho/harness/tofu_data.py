@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -172,18 +173,14 @@ def _with_answers(rows: Sequence[Row], perturbed: Sequence[Row]) -> list[Row]:
     """The rows, those among them that have wrong answers with these."""
     known = {(row.question, row.answer): row for row in perturbed}
     found = [(row, known.get((row.question, row.answer))) for row in rows]
-    return [row if full is None else _grouped(full, row.group) for row, full in found]
-
-
-def _grouped(row: Row, group: str) -> Row:
-    return Row(**{**row.as_dict(), "perturbed_answer": row.perturbed_answer, "group": group})
+    return [row if full is None else replace(full, group=row.group) for row, full in found]
 
 
 def _right_for_paraphrase(row: Row) -> Row:
     """Real authors and world facts have no paraphrase: the answer takes its place."""
     if row.paraphrased_answer or not row.perturbed_answer:
         return row
-    return Row(**{**row.as_dict(), "perturbed_answer": row.perturbed_answer, "paraphrased_answer": row.answer})
+    return replace(row, paraphrased_answer=row.answer)
 
 
 @lru_cache(maxsize=32)
@@ -216,7 +213,7 @@ def _slice_of(name: str) -> tuple[str, int | None, int | None] | None:
 def _with_groups(name: str, rows: Sequence[Row]) -> list[Row]:
     about_authors = not name.startswith(("real_authors", "world_facts"))
     size = AUTHOR_ROWS if about_authors else 1
-    return [_grouped(row, row.group or f"{number // size}") for number, row in enumerate(rows)]
+    return [replace(row, group=row.group or f"{number // size}") for number, row in enumerate(rows)]
 
 
 def _from_hub(name: str) -> list[Row]:

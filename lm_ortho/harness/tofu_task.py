@@ -9,12 +9,11 @@ from typing import Any
 from lm_ortho.errors import UserError
 from lm_ortho.harness.answer_task import AnswerTask
 from lm_ortho.harness.membership_task import MEMBER, OTHER
-from lm_ortho.harness.task import Doc, Part, truth_losses
+from lm_ortho.harness.task import Doc, Part, scored_by_likelihood, truth_losses
 from lm_ortho.harness.token_scores import TokenScores
-from lm_ortho.metrics import log_truth_ratio
 from lm_ortho.metrics.likelihood import LOG_MAX
 from lm_ortho.metrics.membership import min_k_score
-from lm_ortho.metrics.tofu import PARTS, SETS, choice_probability
+from lm_ortho.metrics.tofu import PARTS, choice_probability
 
 MIN_K_SHARE = 0.4
 """Of the tokens, in the AUC of PrivLeak, as published for MUSE and TOFU."""
@@ -71,13 +70,12 @@ class TofuTask(AnswerTask):
         values["priv_leak"] = (own, doc["retrained_score"], part, doc["group"], doc["no_score"], None)
         return values
 
-    def _other_values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:
-        values = super()._other_values(doc, answered)
-        scored = [(part, -got[0], got[1]) for part, got in answered if part.request_type == "loglikelihood"]
+    def _values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:
+        values, scored = super()._values(doc, answered), scored_by_likelihood(answered)
         losses = truth_losses(scored)
         if losses is None:
             return values
-        log_ratio, group = log_truth_ratio(*losses), doc["group"]
+        log_ratio, group = values["truth_ratio"]
         ratio = math.exp(min(log_ratio, LOG_MAX))
         right = next((loss / part.tokens for part, loss, _ in scored if part.in_answer), losses[0])
         return values | {
@@ -98,17 +96,12 @@ class UtilityTask(TofuTask):
         kinds = {"prob": "answer", "rouge": "generated", "truth_ratio": "truth"}
         return next((kind for end, kind in kinds.items() if metric.endswith(f"_{end}")), "truth")
 
-    def _other_values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:
-        own = super()._other_values(doc, answered)
-        likelihoods = [(part, -got[0], got[1]) for part, got in answered if part.request_type == "loglikelihood"]
-        plain = self._likelihood_values(doc, likelihoods)
+    def _values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:
+        own = super()._values(doc, answered)
         if "retain_truth_ratio" not in own:
             raise UserError(f"{self.task_name}: document {doc['id']} of {doc['part']} has no perturbed_answer")
-        prob = plain["prob"] if doc["part"] == "retain" else own["choice_prob"]
+        prob = own["prob"] if doc["part"] == "retain" else own["choice_prob"]
         means = {"prob": prob, "rouge": own["rougel_recall"], "truth_ratio": own["retain_truth_ratio"]}
         shown = {f"{doc['part']}_{name}": value for name, value in means.items()}
         numbers = [means[name][0] for name in PARTS]
         return shown | {"model_utility": (doc["part"], *numbers, doc["group"])}
-
-
-UTILITY_METRICS = ("model_utility", *(f"{part}_{name}" for part in SETS for name in PARTS))

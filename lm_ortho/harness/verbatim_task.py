@@ -31,7 +31,7 @@ class VerbatimTask(PartTask):
         prefix, rest = self._split(doc, text)
         generation = {"until": [], "do_sample": False, "max_gen_toks": self._tokens.count(prefix, rest)}
         return [
-            self.part(doc, 0, rest, "generate_until", (prefix, generation), options),
+            self.part(doc, 0, "generated", "generate_until", (prefix, generation), options),
             self.part(doc, 1, "tokens", TOKEN_SCORES, ("", text), options),
         ]
 
@@ -65,7 +65,8 @@ class VerbatimTask(PartTask):
         if "bypass" in self._metric_fn_list:
             return {}
         said, scores = results
-        true, group = self._parts[doc["id"]][0].kind, doc["group"]
+        generated, whole = self._parts[doc["id"]]
+        true, group = whole.args[1].removeprefix(generated.args[0]), doc["group"]
         wanted = self._tokens.encode(true.strip())
         given = self._tokens.encode(said.strip())[: len(wanted)]
         values: dict[str, Any] = {
