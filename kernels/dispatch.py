@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -54,8 +55,14 @@ class Ask(NamedTuple):
             bits=bits,
             group_size=group_size,
             grad=torch.is_grad_enabled() and x.requires_grad,
-            autocast=torch.is_autocast_enabled(x.device.type),
+            autocast=_has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type),
         )
+
+
+@cache
+def _has_autocast(device: str) -> bool:
+    """The meta device, say, has none, and must not be asked whether it is on."""
+    return bool(torch.amp.is_autocast_available(device))
 
 
 class StoredBase(NamedTuple):
@@ -103,6 +110,11 @@ class Implementation(Protocol):
         of x. No terms: no sparse work at all.
         """
 
+    def bind(
+        self, x: Tensor, base: Any, terms: Sequence[tuple[Any, float]], bias: Tensor | None, ask: Ask
+    ) -> Callable[[Tensor], Tensor]:
+        """``linear`` as a function of x alone, for further x of the same shape, dtype and device; not for tracing."""
+
 
 class Choice(NamedTuple):
     """The implementation that runs, and why it and no other."""
@@ -117,6 +129,8 @@ _decided: dict[tuple[str, Ask], Choice] = {}
 _MOST_DECISIONS = 4096
 """Prompts of many lengths ask many questions; past so many the answers are found again."""
 _lock = threading.Lock()
+epoch = 0
+"""Grows when decisions made so far may not hold any more."""
 
 
 def register(implementation: Implementation) -> None:
@@ -127,7 +141,7 @@ def register(implementation: Implementation) -> None:
     if name in _known:
         raise ValueError(f"kernel {name!r} is registered already")
     _known[name] = implementation
-    _decided.clear()
+    forget_decisions()
 
 
 def choose(wanted: str, ask: Ask) -> Choice:
@@ -185,6 +199,8 @@ def _say_once(name: str, refusal: str) -> None:
 
 def forget_decisions() -> None:
     """Every question is decided, and every refusal told, again."""
+    global epoch
     with _lock:
         _said.clear()
         _decided.clear()
+        epoch += 1

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,12 @@ class Triton:
         words, starts = _joined(base, [operand for operand, _ in terms])
         alphas = _alphas([alpha for _, alpha in terms], x)
         return product.linear(x, base.prepared._replace(ortho=words, rowptr=starts), alphas, bias)
+
+    def bind(
+        self, x: Tensor, base: GpuBase, terms: Sequence[tuple[Words, float]], bias: Tensor | None, ask: Ask
+    ) -> Callable[[Tensor], Tensor]:
+        """``linear`` as a function of ``x`` alone."""
+        return partial(self.linear, base=base, terms=terms, bias=bias, ask=ask)
 
 
 def _joined(base: GpuBase, streams: Sequence[Words]) -> Words:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,16 @@ class Reference:
         ask: Ask,
     ) -> Tensor:
         return several_linear(x, base, terms, bias)
+
+    def bind(
+        self,
+        x: Tensor,
+        base: Tensor,
+        terms: Sequence[tuple[SparseOperand, float]],
+        bias: Tensor | None,
+        ask: Ask,
+    ) -> Callable[[Tensor], Tensor]:
+        return lambda x: several_linear(x, base, terms, bias)
 
 
 class Cpu:
@@ -91,6 +101,12 @@ class Cpu:
         product = op.operator() if traced else op.cpu_linear
         y: Tensor = product(rows, base, sheets, alphas, bias, ask.out_features, ask.bits, ask.group_size)
         return y.view(*x.shape[:-1], ask.out_features)
+
+    def bind(
+        self, x: Tensor, base: Tensor, terms: Sequence[tuple[Tensor, float]], bias: Tensor | None, ask: Ask
+    ) -> Callable[[Tensor], Tensor]:
+        sheets, alphas = [sheet for sheet, _ in terms], [_one(alpha) for _, alpha in terms]
+        return op.bound(x, base, sheets, alphas, bias, ask.out_features, ask.bits, ask.group_size)
 
 
 def _per_row(alpha: float | Tensor, x: Tensor, rows: int) -> Tensor:

@@ -31,7 +31,7 @@ Run runner(Isa) { return run_scalar; }
 extern "C" {
 
 // Grows when a signature or a layout changes.
-LM_ORTHO_API int lm_ortho_abi() { return 1; }
+LM_ORTHO_API int lm_ortho_abi() { return 2; }
 
 // The widest instruction set of this processor: 0 scalar, 1 AVX2, 2 AVX-512 with BF16.
 LM_ORTHO_API int lm_ortho_isa() { return has(AVX512_BF16) ? AVX512_BF16 : has(AVX2) ? AVX2 : SCALAR; }
@@ -55,6 +55,23 @@ LM_ORTHO_API int lm_ortho_linear(int isa, int threads, int64_t rows, int64_t in_
         return 2;
     }
     return 0;
+}
+
+// What of a product stays the same from call to call: the arguments of lm_ortho_linear but threads, rows, x and y.
+struct LmOrthoLayer {
+    int32_t isa, planes, n_terms, y_float;
+    int64_t in_features, out_features, group;
+    const uint8_t* base;
+    const float* bias;
+    const uint8_t* const* sheets;
+    const float* const* alphas;
+    const int64_t* strides;
+};
+
+LM_ORTHO_API int lm_ortho_layer(const LmOrthoLayer* layer, int threads, int64_t rows, const uint16_t* x, void* y) {
+    return lm_ortho_linear(layer->isa, threads, rows, layer->in_features, layer->out_features, layer->group, layer->planes,
+                           x, layer->base, layer->bias, layer->n_terms, layer->sheets, layer->alphas, layer->strides,
+                           layer->y_float, y);
 }
 
 }  // extern "C"

@@ -8,7 +8,8 @@ namespace avx512 {
 namespace {
 
 // Rows of x per pass over the codes: 6 rows * 4 blocks of sums, 4 weights, a table and a broadcast fill the 32 registers.
-constexpr int MOST = 6;
+// More rows take the blocks of a panel two by two, 12 rows at most, which decodes each word for twice as many products.
+constexpr int FEW = 6, MOST = 12;
 constexpr int64_t AHEAD = 4096;  // bytes: what memory delivers while as much is worked on
 constexpr int64_t PART = 512;    // columns that several passes go over before the next: 18 KB of codes and scales
 
@@ -54,16 +55,18 @@ struct Range {
     int64_t begin, end, ahead;
 };
 
-// total (T, between): the base products of T rows with the next B blocks from a panel on, in a range of groups; added to
-// those of the groups before.
+// total (T, between): the base products of T rows with B blocks from block `first` of a panel on, in a range of groups;
+// added to those of the groups before.
 template <int T, int B>
-void base_product(const Base& base, const uint8_t* panel, const uint16_t* x, Range range, float* total, int64_t between) {
+void base_product(const Base& base, const uint8_t* panel, int first, const uint16_t* x, Range range, float* total,
+                  int64_t between) {
     const uint8_t *blocks[B], *scales[B];
     for (int b = 0; b < B; ++b) {
-        const uint8_t* start = panel + b / BLOCKS * base.groups * base.group_bytes;
-        blocks[b] = start + b % BLOCKS * 64;
-        scales[b] = start + b % BLOCKS * 32;
+        const uint8_t* start = panel + (first + b) / BLOCKS * base.groups * base.group_bytes;
+        blocks[b] = start + (first + b) % BLOCKS * 64;
+        scales[b] = start + (first + b) % BLOCKS * 32;
     }
+    total += first * BLOCK;
     if (range.begin == 0)
         for (int t = 0; t < T; ++t) std::memset(total + t * between, 0, sizeof(float) * B * BLOCK);
     for (int64_t g = range.begin; g < range.end; ++g) {
@@ -81,10 +84,11 @@ void base_product(const Base& base, const uint8_t* panel, const uint16_t* x, Ran
 
 template <int T>
 void panel_rows(const Base& base, const uint8_t* panel, const uint16_t* x, Range range, float* total) {
-    base_product<T, BLOCKS>(base, panel, x, range, total, PANEL);
+    constexpr int B = T <= FEW ? BLOCKS : BLOCKS / 2;
+    for (int first = 0; first < BLOCKS; first += B) base_product<T, B>(base, panel, first, x, range, total, PANEL);
 }
 
-// total (T, PANEL): up to MOST rows of x with one panel.
+// total (rows, PANEL): up to MOST rows of x with one panel.
 void panel_product(const Base& base, const uint8_t* panel, const uint16_t* x, int64_t rows, Range range, float* total) {
     switch (rows) {
         case 1: return panel_rows<1>(base, panel, x, range, total);
@@ -92,7 +96,13 @@ void panel_product(const Base& base, const uint8_t* panel, const uint16_t* x, in
         case 3: return panel_rows<3>(base, panel, x, range, total);
         case 4: return panel_rows<4>(base, panel, x, range, total);
         case 5: return panel_rows<5>(base, panel, x, range, total);
-        default: return panel_rows<6>(base, panel, x, range, total);
+        case 6: return panel_rows<6>(base, panel, x, range, total);
+        case 7: return panel_rows<7>(base, panel, x, range, total);
+        case 8: return panel_rows<8>(base, panel, x, range, total);
+        case 9: return panel_rows<9>(base, panel, x, range, total);
+        case 10: return panel_rows<10>(base, panel, x, range, total);
+        case 11: return panel_rows<11>(base, panel, x, range, total);
+        default: return panel_rows<12>(base, panel, x, range, total);
     }
 }
 
@@ -160,7 +170,7 @@ struct Worker {
     void two_panels(int64_t panel) {
         announce(panel, 0, 1);
         announce(panel + 1, 0, 1);
-        base_product<1, 2 * BLOCKS>(base, job.panel(panel), x.row(0), {0, base.groups, AHEAD}, total.as<float>(), 0);
+        base_product<1, 2 * BLOCKS>(base, job.panel(panel), 0, x.row(0), {0, base.groups, AHEAD}, total.as<float>(), 0);
         complete(panel, 0, 1, total.as<float>());
         complete(panel + 1, 0, 1, total.as<float>() + PANEL);
     }

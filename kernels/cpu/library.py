@@ -11,12 +11,22 @@ from pathlib import Path
 from . import build
 from .pages import reserve
 
-ABI = 1
+ABI = 2
 ISAS = ("scalar", "avx2", "avx512_bf16")
 """Instruction sets by the number that the library knows them by."""
 SWITCH = "LM_ORTHO_CPU_KERNEL"
 """Environment variable: ``off``, or the widest instruction set to use."""
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+
+
+class Layer(ctypes.Structure):
+    """``LmOrthoLayer`` of ``api.cpp``: the operands of a product, for ``lm_ortho_layer``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("isa", "planes", "n_terms", "y_float")),
+        *((name, _LONG) for name in ("in_features", "out_features", "group")),
+        *((name, _POINTER) for name in ("base", "bias", "sheets", "alphas", "strides")),
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,7 @@ def _declare(functions: ctypes.CDLL) -> None:
         _INT, _INT, _LONG, _LONG, _LONG, _LONG, _INT, _POINTER, _POINTER, _POINTER, _INT,
         _POINTER, _POINTER, _POINTER, _INT, _POINTER,
     ]  # fmt: skip
+    functions.lm_ortho_layer.argtypes = [_POINTER, _INT, _LONG, _POINTER, _POINTER]
     functions.lm_ortho_read_speed.argtypes = [_POINTER, _LONG]
     functions.lm_ortho_read_speed.restype = ctypes.c_double
     functions.lm_ortho_pack_base.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER]

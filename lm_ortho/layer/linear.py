@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.errors import UserError
-from lm_ortho.kernels import AUTO, Ask, Implementation, StoredBase, StoredOrtho, choose
+from lm_ortho.kernels import AUTO, Ask, Implementation, StoredBase, StoredOrtho, choose, dispatch
 from lm_ortho.layer.alpha import Alpha, Dial, effective, rows_for
 from lm_ortho.streams import UNNAMED, BaseStream, LayerStreams, OrthoStream
 
@@ -53,6 +53,7 @@ class OrthoLinear(nn.Module):
     """The class of the ``Conv1D`` that the layer stands for."""
     kernel: str = AUTO
     _operands: dict[tuple[str, str | None], _Operand]
+    _bound: dict[torch.Size, _Bound]
 
     def __init__(
         self,
@@ -130,8 +131,36 @@ class OrthoLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., out_features)`` in the dtype of ``x`` (..., in_features)."""
         alpha = effective(self.dial)
+        if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
+            return self._product(x, alpha)
+        bound = self._bound.get(x.shape)
+        if bound is not None and bound.fits(self, x, alpha):
+            return bound.product(x)
+        return self._first(x, alpha)
+
+    def _product(self, x: Tensor, alpha: Alpha) -> Tensor:
         ask = Ask.of(x, self.out_features, self.bits, self.group_size)
         kernel = choose(self.kernel, ask).implementation
+        return kernel.linear(x, self._base_operand(kernel, x.dtype), self._terms(kernel, x, alpha), self._shift(x), ask)
+
+    def _first(self, x: Tensor, alpha: Alpha) -> Tensor:
+        """The product, ready to be repeated for tensors of this shape."""
+        ask = Ask.of(x, self.out_features, self.bits, self.group_size)
+        if ask.grad or ask.autocast or alpha.batch is not None:
+            return self._product(x, alpha)
+        buffers = tuple(self._buffers.values())  # taken first: what changes from here on is seen by the next call
+        told = (alpha, self.kernel, x.dtype, x.device, dispatch.epoch, buffers, _versions(buffers))
+        kernel = choose(self.kernel, ask).implementation
+        terms = self._terms(kernel, x, alpha)
+        with torch.inference_mode(False), torch.no_grad():
+            product = kernel.bind(x, self._base_operand(kernel, x.dtype), terms, self._shift(x), ask)
+        if len(self._bound) >= _MOST_SHAPES:
+            self._bound.clear()
+        self._bound[x.shape] = _Bound(*told, product)
+        return product(x)
+
+    def _terms(self, kernel: Implementation, x: Tensor, alpha: Alpha) -> list[tuple[Any, Any]]:
+        """Operands of the ortho streams that ``alpha`` reads, each with one number or one per row."""
         terms = list[tuple[Any, float | Tensor]]()
         if alpha.reads_ortho:
             memories = self.memories
@@ -142,8 +171,10 @@ class OrthoLinear(nn.Module):
                 if part.reads_ortho:
                     factor = part.value if part.rows is None else rows_for(self.dial, part, x)
                     terms.append((self._ortho_operand(kernel, x.dtype, name), factor))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return kernel.linear(x, self._base_operand(kernel, x.dtype), terms, bias, ask)
+        return terms
+
+    def _shift(self, x: Tensor) -> Tensor | None:
+        return None if self.bias is None else self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
         counts = {name: self.get_buffer(ortho_buffers(name)[2]).numel() for name in self.memories}
@@ -196,11 +227,12 @@ class OrthoLinear(nn.Module):
         # A tensor made in inference mode could never take part in a later backward pass.
         with torch.inference_mode(False), torch.no_grad():
             made = make()
-        self._operands[key] = _Operand.of(made, dtype, stored)
+        self._operands[key] = _Operand(made, dtype, stored, _versions(stored))
+        self._bound = {}  # or the operand before would be kept alive there
         return made
 
     def _forget_operands(self) -> None:
-        self._operands = {}
+        self._operands, self._bound = {}, {}
 
     def _device(self) -> torch.device:
         return next(buffer.device for name, buffer in self.named_buffers() if name in _BASE)
@@ -230,28 +262,31 @@ class OrthoLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_operands": {}}
+        return {**self.__dict__, "_operands": {}, "_bound": {}}
+
+
+_MOST_SHAPES = 16
+"""Shapes of x for which a product is kept ready. Prompts have many lengths; tokens have one."""
+
+
+def _versions(tensors: Iterable[Tensor | None]) -> tuple[tuple[Tensor, int], ...]:
+    """Those tensors that count what is written to them, with their count; tensors of inference mode do not."""
+    return tuple((t, t._version) for t in tensors if t is not None and not t.is_inference())
+
+
+# What follows is asked at every product. `==` on tensors is not meant, and a generator would take twice the time.
 
 
 @dataclass(frozen=True)
 class _Operand:
-    """Something made from stored tensors, good as long as these are the same and were not written to.
-
-    ``watched`` are those that count what is written to them, with their count; tensors of inference mode do not.
-    """
+    """Something made from stored tensors, good as long as these are the same and were not written to."""
 
     made: Any
     dtype: torch.dtype
     sources: tuple[Tensor | None, ...]
     watched: tuple[tuple[Tensor, int], ...]
 
-    @classmethod
-    def of(cls, made: Any, dtype: torch.dtype, sources: tuple[Tensor | None, ...]) -> _Operand:
-        watched = tuple((t, t._version) for t in sources if t is not None and not t.is_inference())
-        return cls(made, dtype, sources, watched)
-
     def fits(self, dtype: torch.dtype, sources: tuple[Tensor | None, ...]) -> bool:
-        # Asked at every product. `==` on tensors is not meant, and a generator would take twice the time.
         for kept, stored in zip(self.sources, sources, strict=True):
             if kept is not stored:
                 return False
@@ -259,3 +294,38 @@ class _Operand:
             if kept._version != version:
                 return False
         return dtype == self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """A product of which only x is open, good for x of one shape as long as nothing else has changed."""
+
+    alpha: Alpha
+    kernel: str
+    dtype: torch.dtype
+    device: torch.device
+    epoch: int
+    buffers: tuple[Tensor | None, ...]
+    watched: tuple[tuple[Tensor, int], ...]
+    product: Callable[[Tensor], Tensor]
+
+    def fits(self, layer: OrthoLinear, x: Tensor, alpha: Alpha) -> bool:
+        held = layer._buffers
+        if (
+            alpha is not self.alpha
+            or x.dtype is not self.dtype
+            or x.device != self.device
+            or layer.kernel != self.kernel
+            or dispatch.epoch != self.epoch
+            or len(held) != len(self.buffers)
+            or (x.requires_grad and torch.is_grad_enabled())
+            or torch.is_autocast_enabled(self.device.type)
+        ):
+            return False
+        for kept, stored in zip(self.buffers, held.values(), strict=True):
+            if kept is not stored:
+                return False
+        for kept, version in self.watched:  # noqa: SIM110
+            if kept._version != version:
+                return False
+        return True
