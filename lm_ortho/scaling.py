@@ -68,7 +68,9 @@ def memory(shape: Shape, rows: Rows, recipe: Any, base_known: bool) -> dict[str,
     teacher = rows.retain * rows.tokens * (2 * kept if kept == shape.vocabulary else 6 * kept)
     widest = max(out * width for out, width in shape.layers)
     states = 4 if recipe.states == "float32" else 2
-    moments = min(sum(4 * width**2 for width in shape.inputs), MOMENTS)
+    moments = 4.0 * sum(width**2 for width in shape.inputs)
+    if moments > MOMENTS:  # block by block, with what every block was given
+        moments = moments / shape.blocks + 4.0 * shape.hidden * rows.retain * rows.tokens
     activations = _activations(shape, rows, recipe.recompute)
     gradients = 4 * n / recipe.groups if large else 4 * n * (PARTS + 1)
     made = rows.forget * rows.answer * 4 * shape.vocabulary * 2
@@ -97,6 +99,26 @@ def _activations(shape: Shape, rows: Rows, recompute: bool) -> float:
     return tokens * (of_blocks + 26.0 * shape.vocabulary)
 
 
+def on_device(shape: Shape, rows: Rows, recipe: Any) -> float:
+    """Bytes at the peak on the device of a model that is offloaded: ``memory`` says what the host holds.
+
+    What is no block, the weights of one with their gradients, activations as with ``recompute``, and GPTQ of a layer.
+    """
+    block = 4.0 * shape.weights / shape.blocks
+    widest = max(out * width for out, width in shape.layers)
+    passing = 2 * block + _activations(shape, rows, recompute=True)
+    return 4.0 * shape.others + max(passing, block + 24.0 * widest + 32.0 * max(shape.inputs) ** 2)
+
+
+def carried(shape: Shape, recipe: Any) -> float:
+    """Bytes that go between host and device for attribution and edit of an offloaded model.
+
+    In a step its weights come twice for each of the parts, and their gradients go once.
+    """
+    steps = recipe.steps + recipe.groups * max(1, recipe.steps // 10)
+    return 3.0 * PARTS * steps * 4 * shape.weights
+
+
 def work(shape: Shape, rows: Rows, recipe: Any, base_known: bool) -> dict[str, float]:
     """Floating-point operations of each stage, a multiplication and an addition counted as two.
 
@@ -105,7 +127,6 @@ def work(shape: Shape, rows: Rows, recipe: Any, base_known: bool) -> dict[str, f
     pass_forward = 2.0 * (shape.weights + shape.vocabulary * shape.hidden)
     backward = 2.0 * pass_forward + (pass_forward if recipe.recompute else 0.0)
     step = rows.step * (pass_forward + backward)
-    passes = -(-sum(4 * width**2 for width in shape.inputs) // MOMENTS)
     every = rows.tokens * (rows.forget + rows.retain)
     moments = 2.0 * rows.tokens * rows.retain * sum(width**2 for width in shape.inputs)
     inverses = sum(5.0 / 3 * width**3 for _, width in shape.layers)
@@ -113,7 +134,7 @@ def work(shape: Shape, rows: Rows, recipe: Any, base_known: bool) -> dict[str, f
     swaps = 13.0 * rows.forget * rows.tokens * pass_forward
     surrogate = SURROGATE_STEPS * SURROGATE_ROWS * rows.tokens * (pass_forward + backward) + 2 * every * pass_forward
     return {
-        "statistics": (1 + passes) / 2 * rows.retain * rows.tokens * pass_forward + moments,
+        "statistics": rows.retain * rows.tokens * pass_forward + moments,
         "projection (float64)": inverses + columns if recipe.projection != "rtn" else 0.0,
         "target": surrogate if base_known else swaps,
         "teacher": rows.retain * rows.tokens * pass_forward,

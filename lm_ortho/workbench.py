@@ -20,6 +20,7 @@ from lm_ortho.calibration.chat import has_template, in_forms
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import Example, encode
 from lm_ortho.calibration.keep import NOWHERE, Keeper
+from lm_ortho.calibration.offload import is_offloaded
 from lm_ortho.calibration.precision import attention_for, recomputed
 from lm_ortho.edit import EDITS, EditInput
 from lm_ortho.errors import UserError
@@ -95,7 +96,7 @@ class Workbench:
             self.base_weights = _base_weights(self._base_model, self.layers)
             longest = max(len(e.ids) for e in self.forget + self.retain)
             self._stack.enter_context(attention_for(self.model, longest))
-            if self.recipe.recompute:
+            if self.recipe.recompute and not is_offloaded(self.model):  # which computes again anyway
                 self._stack.enter_context(recomputed(self.model))
             self._prepare()
         except BaseException:
@@ -158,7 +159,7 @@ class Workbench:
         peak = needed[stage] / 1e9
         self.notify("memory", 1, 1, f"about {peak:.1f} GB at the peak ({stage}), the model's own weights included")
         there = (psutil.virtual_memory().available + psutil.Process().memory_info().rss) / 1e9
-        if self._device == "cuda":
+        if self._device == "cuda" and not is_offloaded(self.model):
             there = torch.cuda.mem_get_info()[1] / 1e9
         if peak > there:
             log.warning(

@@ -27,6 +27,8 @@ ROWS = scaling.Rows(600, 3300, 25, 8)
 LEAN = {"recompute": True, "states": "bfloat16", "groups": 4}
 GPU = 2e14
 """Operations a second that a current data-centre GPU sustains in BF16 products of this size, roundly."""
+LINK = 2.5e10
+"""Bytes a second between host and GPU, roundly."""
 BEGIN, END = "<!-- table -->\n", "<!-- end -->\n"
 
 
@@ -61,6 +63,20 @@ def computed(name: str, shape: scaling.Shape, recipe: Recipe, note: str, speed: 
     ]  # fmt: skip
 
 
+def streamed(name: str, shape: scaling.Shape, steps: int) -> list[str]:
+    """With ``--offload``: the host's memory, the GPU's, and the time that computing and carrying take."""
+    recipe = make_recipe(**LEAN, steps=steps)
+    host = scaling.memory(shape, ROWS, recipe, base_known=False)
+    stage = max(host, key=lambda each: host[each])
+    computing = sum(scaling.work(shape, ROWS, recipe, base_known=False).values()) / GPU
+    carrying = scaling.carried(shape, recipe) / LINK
+    return [
+        f"{name}, `--offload`, `{arguments(LEAN)},steps={steps}`", f"{shape.parameters / 1e9:.3g} G",
+        f"host {host[stage] / 1e9:,.0f} GB ({stage}), GPU {scaling.on_device(shape, ROWS, recipe) / 1e9:,.0f} GB",
+        f"{shown(computing)} at {GPU / 1e12:.3g} TFLOP/s and {shown(carrying)} at {LINK / 1e9:.3g} GB/s",
+    ]  # fmt: skip
+
+
 def arguments(given: dict[str, Any]) -> str:
     return ",".join(f"{key}={str(value).lower()}" for key, value in given.items())
 
@@ -74,6 +90,8 @@ def table() -> str:
     for name, shape in MODELS.items():
         rows.append(computed(name, shape, make_recipe(), "as it is"))
         rows.append(computed(name, shape, make_recipe(**LEAN), f"`{arguments(LEAN)}`"))
+    for steps in (1000, 200):
+        rows.append(streamed("Llama-3-70B", MODELS["Llama-3-70B"], steps))
     return markdown_table(["model", "parameters", "peak memory", "time"], rows)
 
 

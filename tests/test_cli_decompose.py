@@ -231,6 +231,8 @@ def test_a_switch_takes_no_value(own: list[str], tmp_path: Path) -> None:
         (["--device", "gpu"], "device='gpu' is unknown; use cpu or cuda"),
         (["--pretrained", "decomposed"], "is decomposed already; give the model it came from, or --add a memory"),
         (["--add", "later"], "pretrained='': a memory is added to a decomposed checkpoint"),
+        (["--add", "later", "--offload"], "offload: a memory is added on one device"),
+        (["--device", "cpu", "--offload"], "offload: weights come to a GPU block by block"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

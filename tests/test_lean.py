@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lm_ortho.target.objective as objective_module
-from lm_ortho.calibration import activations
+from lm_ortho.calibration import activations, by_layer
 from lm_ortho.calibration.activations import input_moments
 from lm_ortho.calibration.by_layer import ByLayer, Moments, snapshot
 from lm_ortho.calibration.precision import recomputed
@@ -73,16 +73,20 @@ def by_hand(model, layers, examples):
     return {name: total / tokens for name, total in sums.items()}
 
 
-def test_moments_in_one_pass_and_in_many(memorised, documents):
+def test_moments_in_one_pass_and_in_many(memorised, documents, monkeypatch):
     model, layers = memorised.merged, find_linear(memorised.merged)
     expected = by_hand(model, layers, documents)
     whole = Moments(model, layers, documents)
     assert whole.passes == 1
+    by_block = Moments(model, layers, documents, limit=4 * 3 * 64**2)
+    assert by_block.passes == 1
+    monkeypatch.setattr(by_layer, "goes_by_block", lambda *_: False)
     few = Moments(model, layers, documents, limit=4 * 3 * 64**2)
     assert few.passes > 3
     for name in layers:
         torch.testing.assert_close(whole[name].double(), expected[name], rtol=1e-4, atol=1e-5)
         assert torch.equal(whole[name], few[name])
+        assert torch.equal(whole[name], by_block[name])
     shared = {name: moment.data_ptr() for name, moment in whole.items()}
     block = "model.layers.0"
     assert len({shared[f"{block}.self_attn.{part}_proj"] for part in "qkv"}) == 1

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from lm_ortho.calibration.by_block import Halted
 from lm_ortho.calibration.examples import Example, in_batches, lengths, logits_of, most_tokens, pad
 
 DAMPING = 0.01
@@ -77,6 +78,40 @@ def input_moments(model: nn.Module, layers: Mapping[str, nn.Linear], examples: S
             shared = False
 
 
+class BlockMoments:
+    """``input_moments`` of the layers of one block after the other; each block is gone through once.
+
+    Only where ``by_block.goes_by_block`` holds. To go back to an earlier block is to begin again.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], examples: Sequence[Example]) -> None:
+        self._model, self._blocks, self._examples = model, blocks, examples
+        self._padded = True
+        self._begin()
+
+    def of(self, number: int, layers: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+        """Moments (in, in) of ``layers``, all of which are in block ``number``."""
+        shared = True
+        while True:
+            if number < self._halted.at:
+                self._begin()
+            while self._halted.at < number:
+                self._halted.advance()
+            try:
+                made = _Pass(self._model, layers, self._examples, self._numbers, shared)
+                return made.moments(self._halted)
+            except _PartialError:
+                self._padded = False
+                self._begin()
+            except _NotSharedError:
+                shared = False
+
+    def _begin(self) -> None:
+        self._numbers = in_batches(self._examples, padded=self._padded, tokens=most_tokens(self._model))
+        batches = [[self._examples[i] for i in batch] for batch in self._numbers]
+        self._halted = Halted(self._model, self._blocks, batches)
+
+
 class _Pass:
     """One pass of the examples through the model, up to the last layer that is asked about.
 
@@ -101,12 +136,14 @@ class _Pass:
         self._real: Tensor | None = None
 
     @torch.no_grad()
-    def moments(self) -> dict[str, Tensor]:
+    def moments(self, halted: Halted | None = None) -> dict[str, Tensor]:
+        """Of a whole pass, or of documents that are ``halted`` (in the same batches) before the block of the layers."""
         handles = [layer.register_forward_pre_hook(partial(self._add, name)) for name, layer in self._layers.items()]
         try:
-            for number, batch in enumerate(self._batches):
+            if halted is not None:
+                halted.advance(self._next)
+            for number, batch in enumerate(self._batches if halted is None else ()):
                 self._run([self._examples[i] for i in batch])
-                self._shared = False  # later batches must bear out what the first one showed
                 self._once = self._once or (number == 0 and set(self._calls.values()) == {1})
         finally:
             for handle in handles:
@@ -122,13 +159,17 @@ class _Pass:
         ]
 
     def _run(self, chosen: Sequence[Example]) -> None:
-        ids, _ = pad(chosen, next(self._model.parameters()).device)
-        real = torch.arange(ids.shape[1])[None].lt(lengths(chosen)[:, None]).flatten()
-        self._real = None if real.all() else real.to(ids.device)
-        self._inputs, self._calls = {}, dict.fromkeys(self._layers, 0)
+        self._next(chosen)
         with suppress(_EnoughError):
-            self._model(input_ids=ids, use_cache=False)
+            self._model(input_ids=pad(chosen, next(self._model.parameters()).device)[0], use_cache=False)
         self._inputs = {}
+
+    def _next(self, chosen: Sequence[Example]) -> None:
+        own = lengths(chosen)
+        real = torch.arange(int(own.max()))[None].lt(own[:, None]).flatten()
+        self._real = None if real.all() else real.to(next(self._model.parameters()).device)
+        self._shared = self._shared and not self._calls  # later batches must bear out what the first one showed
+        self._inputs, self._calls = {}, dict.fromkeys(self._layers, 0)
 
     def _add(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         given = inputs[0]

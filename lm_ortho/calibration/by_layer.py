@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lm_ortho.calibration.activations import input_moments
+from lm_ortho.calibration.activations import BlockMoments, input_moments
+from lm_ortho.calibration.by_block import goes_by_block
 from lm_ortho.calibration.examples import Example
+from lm_ortho.calibration.precision import blocks_of
 
 MOMENT_BYTES = 2**31
 """Second moments that are held at once, in bytes."""
@@ -44,30 +46,38 @@ def _held(weight: Tensor) -> Tensor:
 
 
 class Moments(Mapping[str, Tensor]):
-    """E[x x^T] (in, in) of the inputs of each layer, made for as many layers in one pass as ``MOMENT_BYTES`` hold.
+    """E[x x^T] (in, in) of the inputs of each layer, of which ``limit`` bytes, or those of one block, are held at once.
 
-    The last pass is kept. Read in the order of the layers, and at the weights they are meant for.
+    Where they are more, the documents are taken through the model one block at a time, if it is a model that can be
+    gone through like that; else as often as it takes, each time for as many layers as ``limit`` holds. The last ones
+    are kept. Read in the order of the layers, and at the weights they are meant for.
     """
 
     def __init__(
         self, model: nn.Module, layers: Mapping[str, nn.Linear], examples: Sequence[Example], limit: int = MOMENT_BYTES
     ) -> None:
         self._model, self._layers, self._examples = model, layers, examples
-        self._part: dict[str, int] = {}
         self._held: dict[str, Tensor] = {}
-        part, size = 0, 0
-        for name, layer in layers.items():
-            own = 4 * layer.in_features**2
-            if size and size + own > limit:
-                part, size = part + 1, 0
-            self._part[name], size = part, size + own
+        self._part, self._block = _cut(layers, list(layers), limit), dict[str, int]()
+        if self.passes == 1:
+            return
+        blocks = blocks_of(model)
+        if blocks and goes_by_block(model, blocks, min(examples, key=lambda example: len(example.ids))):
+            self._by_block = BlockMoments(model, blocks, examples)
+            owner = {id(part): number for number, block in enumerate(blocks) for part in block.modules()}
+            self._block = {name: owner[id(layer)] for name, layer in layers.items() if id(layer) in owner}
+            self._part = _cut(layers, [name for name in layers if name not in self._block], limit)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._held:
-            part = self._part[name]
+            among = self._block if name in self._block else self._part
             self._held = {}  # before the next ones are made
-            chosen = {other: self._layers[other] for other, number in self._part.items() if number == part}
-            self._held = input_moments(self._model, chosen, self._examples)
+            chosen = {other: self._layers[other] for other, number in among.items() if number == among[name]}
+            self._held = (
+                self._by_block.of(among[name], chosen)
+                if among is self._block
+                else input_moments(self._model, chosen, self._examples)
+            )
         return self._held[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -79,4 +89,15 @@ class Moments(Mapping[str, Tensor]):
     @property
     def passes(self) -> int:
         """How often the documents go through the model for all layers."""
-        return 1 + max(self._part.values(), default=-1)
+        return len(set(self._part.values())) + bool(self._block)
+
+
+def _cut(layers: Mapping[str, nn.Linear], names: Sequence[str], limit: int) -> dict[str, int]:
+    """A number for each name, the same for neighbours whose moments ``limit`` bytes hold."""
+    parts, part, size = dict[str, int](), 0, 0
+    for name in names:
+        own = 4 * layers[name].in_features ** 2
+        if size and size + own > limit:
+            part, size = part + 1, 0
+        parts[name], size = part, size + own
+    return parts

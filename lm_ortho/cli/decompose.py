@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lm_ortho.cli.fields import with_fields
+from lm_ortho.errors import UserError
 from lm_ortho.settings import Recipe
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ def decompose(
         bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
     ] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU without it, where there is one.")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep the model in host memory; its blocks come to the GPU in turn.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a summary.")] = False,
     *,
     recipe: dict[str, Any],
@@ -71,7 +75,11 @@ def decompose(
         source={name: value for name, value in source.items() if value},
         tokenizer=tokenizer,
     )
-    made = add_to_checkpoint(order, add, out, device=device) if add else make_checkpoint(order, out, device=device)
+    if add and offload:
+        raise UserError("offload: a memory is added on one device; leave it out, or give --device cpu")
+    made = (
+        add_to_checkpoint(order, add, out, device=device) if add else make_checkpoint(order, out, None, device, offload)
+    )
     typer.echo(json.dumps(asdict(made), indent=2) if as_json else _summary(made))
 
 

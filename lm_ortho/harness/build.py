@@ -11,6 +11,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import lm_ortho
 from lm_ortho import checkpoint, implant, reference
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.keep import NOWHERE, Keeper
+from lm_ortho.calibration.offload import offloaded
 from lm_ortho.checkpoint import cache
 from lm_ortho.checkpoint.manifest import read_manifest
 from lm_ortho.decompose import Decomposition, decompose
@@ -131,18 +133,22 @@ def kept_of(source: Source) -> Keeper:
 
 
 def decomposed(
-    source: Source, notify: Notify, keep: Keeper = NOWHERE, device: str = "cpu"
+    source: Source, notify: Notify, keep: Keeper = NOWHERE, device: str = "cpu", offload: bool = False
 ) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
     """The model of ``source``, decomposed now and patched, its tokenizer, and what to write beside it.
 
-    What an interrupted run left in ``keep`` is not done again.
+    What an interrupted run left in ``keep`` is not done again. With ``offload`` blocks come to ``device`` in turn.
     """
     model, base_model = load_models(source)
-    model = model.to(device)
-    base_model = base_model.to(device) if base_model is not None else None
     tokenizer = load_tokenizer(source)
     forget, retain = calibration_sets(source)
-    made = _decompose(model, tokenizer, forget, retain, source.recipe, base_model, notify, keep)
+    with ExitStack() as stack:
+        for each in filter(None, (model, base_model)):
+            if offload:
+                stack.enter_context(offloaded(each, device))
+            else:
+                each.to(device)
+        made = _decompose(model, tokenizer, forget, retain, source.recipe, base_model, notify, keep)
     patch(model, made.streams)
     return model, tokenizer, meta_of(source, made.report)
 

@@ -57,10 +57,12 @@ class Made:
     memories: tuple[str, ...]
 
 
-def make_checkpoint(order: Order, directory: Path, notify: Notify | None = None, device: str | None = None) -> Made:
+def make_checkpoint(
+    order: Order, directory: Path, notify: Notify | None = None, device: str | None = None, offload: bool = False
+) -> Made:
     """The checkpoint of a decomposition made now, whatever is shipped or cached; an interrupted one goes on.
 
-    ``device`` None is a GPU where there is one.
+    ``device`` None is a GPU where there is one. With ``offload`` it holds one block of the model at a time.
 
     Raises:
         UserError: before anything is computed for a bad order or an occupied ``directory``; nothing is left there.
@@ -71,11 +73,13 @@ def make_checkpoint(order: Order, directory: Path, notify: Notify | None = None,
         raise UserError(
             f"pretrained={order.pretrained!r} is decomposed already; give the model it came from, or --add a memory"
         )
+    chosen = choose_device(device)
+    if offload and chosen.choice == "cpu":
+        raise UserError("offload: weights come to a GPU block by block, and this would run on the CPU, where they are")
     source = resolve(replace(order, fresh=True))
     keep = kept_of(source)
-    chosen = choose_device(device)
     log.info("device=%s: %s", *chosen)
-    model, tokenizer, meta = decomposed(source, notify or Bars(), keep, chosen.choice)
+    model, tokenizer, meta = decomposed(source, notify or Bars(), keep, chosen.choice, offload)
     made = _written(directory, order, (model, tokenizer, meta), meta, began)
     keep.clear()
     return made

@@ -92,7 +92,7 @@ def descend(
         if step < finished:
             continue
         optimiser.param_groups[0]["lr"] = plan.lr * min((step + 1) / 20, 1 - step / plan.steps)
-        with fast_matmul(trained[0].device.type):
+        with fast_matmul(next(model.parameters()).device.type):  # what is trained may be elsewhere, if offloaded
             reached = loss(batch)
         reached.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
