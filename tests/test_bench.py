@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,3 +146,10 @@ def test_the_limits_of_the_machine_are_plausible():
     speed = cpu.product_speed()
     assert (speed is None) == (cpu.find().isa != "avx512_bf16")
     assert speed is None or 1e9 < speed < 1e13
+
+
+def test_ggml_that_is_not_built_is_said(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks/ggml.py"
+    done = subprocess.run([sys.executable, script, "--ggml", tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.search(r"no libggml\*\.so below its build folder|our kernel is not there", done.stderr.splitlines()[-1])
