@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from lm_ortho.board import store as store_module
-from lm_ortho.board.store import DONE, FAILED, RUNNING, WAITING, Piece, Store
+from lm_ortho.board.screen import Left
+from lm_ortho.board.store import DONE, FAILED, RUNNING, WAITING, Piece, Record, Store
 from lm_ortho.errors import UserError
 
 PIECES = [Piece(f"key{number}", "cell", "evaluate", {"task": f"t{number}", "alpha": 0.0}) for number in range(4)]
@@ -140,3 +141,25 @@ def test_bad_places_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "store.sqlite").write_text("this is no database, but it is long enough to be read as one" * 10)
     with pytest.raises(UserError, match="cannot be used as a store"):
         Store(tmp_path)
+
+
+def test_the_time_left_is_told_from_pieces_of_the_same_kind() -> None:
+    def record(kind: str, name: str, seconds: float | None) -> Record:
+        config = {"task": name} if kind == "evaluate" else {"method": name}
+        status = WAITING if seconds is None else DONE
+        return Record(Piece(f"{kind} {name} {seconds}", "cell", kind, config), status, seconds=seconds or 0.0)
+
+    done = [
+        record("make", "ortho", 1000), record("tune", "npo", 20), record("tune", "npo", 24), record("tune", "npo", 150),
+        record("tune", "rmu", 10), record("evaluate", "a", 5),
+    ]  # fmt: skip
+    assert Left([*done, record("make", "ortho", None)]).seconds() == 1000
+    assert Left([*done, record("make", "npo", None)]).seconds() == 24, "one slow try is no reason to expect more"
+    assert Left([*done, record("make", "wanda", None)]).seconds() == 24, "nor is one slow method"
+    assert Left([*done, record("evaluate", "b", None)]).seconds() == 5
+    left = Left([*done, record("evaluate", "b", None), record("make", "rmu", None)])
+    assert left.text() == "about 15 s left"
+    left.add("make rmu None", 40)
+    assert left.seconds() == 5
+    assert Left([record("make", "ortho", None)]).text() == "time left unknown yet"
+    assert Left([record("make", "ortho", 3)]).text() == "nothing left"

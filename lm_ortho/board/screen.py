@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -65,7 +66,10 @@ class Screen:
 
 
 class Left:
-    """Seconds left, from the mean of finished pieces of the same kind: same method or task where there are any."""
+    """Seconds left, from the median of finished pieces: of the same method or task where there are any.
+
+    A model that is made takes about as long as trying a setting of its method took; else as any other piece of its kind.
+    """
 
     def __init__(self, records: Sequence[Record]) -> None:
         self._kinds = {record.piece.key: _kinds(record) for record in records}
@@ -96,7 +100,7 @@ class Left:
             seen = next((self._seen[kind] for kind in self._kinds[key] if kind in self._seen), None)
             if seen is None:
                 return None
-            total += sum(seen) / len(seen)
+            total += statistics.median(seen)
         return total
 
     def text(self) -> str:
@@ -106,10 +110,12 @@ class Left:
         return "time left unknown yet" if left is None else f"about {span(left)} left"
 
 
-def _kinds(record: Record) -> tuple[str, str]:
-    config = record.piece.config
-    own = config.get("method") if record.piece.kind == "make" else config.get("task")
-    return f"{record.piece.kind} {own}", record.piece.kind
+def _kinds(record: Record) -> tuple[str, ...]:
+    """What a piece is, the most telling first: an estimate is taken from the first that has been seen."""
+    config, kind = record.piece.config, record.piece.kind
+    if kind in ("make", "tune"):
+        return f"{kind} {config.get('method')}", f"train {config.get('method')}", "train"
+    return f"{kind} {config.get('task')}", kind
 
 
 def what(record: Record) -> str:
