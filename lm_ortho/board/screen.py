@@ -68,7 +68,7 @@ class Screen:
 class Left:
     """Seconds left, from the median of finished pieces: of the same method or task where there are any.
 
-    A model that is made takes about as long as trying a setting of its method took; else as any other piece of its kind.
+    A model that is made takes about as long as trying a setting of its method took, or as other models took.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:

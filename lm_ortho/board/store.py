@@ -50,7 +50,7 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 
 @dataclass(frozen=True)
 class Piece:
-    """One thing to do. ``config`` says what, in full; ``kind`` is ``make`` or ``evaluate``."""
+    """One thing to do. ``config`` says what, in full; ``kind`` is ``make``, ``tune`` or ``evaluate``."""
 
     key: str
     cell: str
