@@ -82,6 +82,15 @@ inline __m512i interleave() {
     return _mm512_load_si512(at);
 }
 
+// The steps of one group of lanes that lie in a range of columns. `at` is the next step and moves on.
+struct Range {
+    const Sheets& sheets;
+    uint32_t& at;
+    uint32_t end;
+    int64_t limit;  // steps from this column on belong to the next range
+    bool more() const { return at < end && sheets.step_bases[at] < limit; }
+};
+
 // Loops over lanes are unrolled below, or the compiler would keep the sums in memory. Distances are read eight at a time:
 // a load for each of them would take as long as the loads of x.
 
@@ -124,7 +133,7 @@ template <int FIRST> void lanes_of_32(const Sheets& sheets, uint32_t group, cons
     for (uint32_t s = sheets.group_steps[group]; s < sheets.group_steps[group + 1]; ++s) {
         const uint8_t* step = sheets.steps + static_cast<size_t>(s) * STEP_BYTES;
         const auto* window = reinterpret_cast<const __m512i*>(x) + sheets.step_bases[s];
-        if (FIRST == 0) prefetch_step(step);
+        prefetch_step(step);
         uint64_t distances = 0;
 #pragma GCC unroll 8
         for (int lane = 0; lane < ABREAST; ++lane) {
