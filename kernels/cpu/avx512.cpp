@@ -11,7 +11,7 @@ namespace {
 // More rows take the blocks of a panel two by two, 12 rows at most, which decodes each word for twice as many products.
 constexpr int FEW = 6, MOST = 12;
 constexpr int64_t AHEAD = 4096;  // bytes: what memory delivers while as much is worked on
-constexpr int64_t PART = 512;    // columns that several passes go over before the next: 18 KB of codes and scales
+constexpr int64_t PART = 256;    // columns that several passes go over before the next: 9 KB of codes and scales
 
 // One pair of columns of a chunk, T rows of x.
 template <int T, int B, int J>

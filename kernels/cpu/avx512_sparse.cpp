@@ -6,7 +6,7 @@ namespace lm_ortho {
 namespace avx512 {
 namespace {
 
-constexpr int64_t AHEAD = 1536;  // bytes of steps that are fetched in advance: 16 steps
+constexpr int64_t AHEAD = 3072;  // bytes of steps that are fetched in advance: 32 steps
 
 inline void prefetch_step(const uint8_t* step) {
     _mm_prefetch(reinterpret_cast<const char*>(step) + AHEAD, _MM_HINT_T0);
@@ -81,15 +81,6 @@ inline __m512i interleave() {
     for (int i = 0; i < 32; ++i) at[i] = static_cast<uint16_t>(i / 2 + 16 * (i % 2));
     return _mm512_load_si512(at);
 }
-
-// The steps of one group of lanes that lie in a range of columns. `at` is the next step and moves on.
-struct Range {
-    const Sheets& sheets;
-    uint32_t& at;
-    uint32_t end;
-    int64_t limit;  // steps from this column on belong to the next range
-    bool more() const { return at < end && sheets.step_bases[at] < limit; }
-};
 
 // Loops over lanes are unrolled below, or the compiler would keep the sums in memory. Distances are read eight at a time:
 // a load for each of them would take as long as the loads of x.
