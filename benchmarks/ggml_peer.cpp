@@ -150,6 +150,7 @@ int main(int count, char** given) {
     const Ours ours(given[1]);
     const int64_t out = std::atoll(given[2]), in = std::atoll(given[3]);
     const int rounds = std::atoi(given[4]);
+    if (out < 64 || in < 64 || out % 64 || in % 64 || rounds < 1) fail("sizes must be multiples of 64");
     std::mt19937 random(0);
     std::vector<Layer> layers;
     for (int copy = 0; copy < COPIES; ++copy) layers.emplace_back(ours, out, in, random);

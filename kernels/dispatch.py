@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -55,14 +54,8 @@ class Ask(NamedTuple):
             bits=bits,
             group_size=group_size,
             grad=torch.is_grad_enabled() and x.requires_grad,
-            autocast=_has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type),
+            autocast=not x.is_meta and torch.is_autocast_enabled(x.device.type),  # meta has none to ask about
         )
-
-
-@cache
-def _has_autocast(device: str) -> bool:
-    """The meta device, say, has none, and must not be asked whether it is on."""
-    return bool(torch.amp.is_autocast_available(device))
 
 
 class StoredBase(NamedTuple):

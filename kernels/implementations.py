@@ -123,7 +123,7 @@ def _one(alpha: float) -> Tensor:
     kept = _numbers.get(alpha)
     if kept is None:
         with torch.inference_mode(False):
-            kept = torch.tensor([alpha], dtype=torch.float32)
+            kept = torch.tensor([alpha], dtype=torch.float32, device="cpu")
         if len(_numbers) < _MOST_NUMBERS:
             _numbers[alpha] = kept
     return kept

@@ -70,7 +70,7 @@ def memory(shape: Shape, rows: Rows, recipe: Any, base_known: bool) -> dict[str,
     states = 4 if recipe.states == "float32" else 2
     moments = 4.0 * sum(width**2 for width in shape.inputs)
     if moments > MOMENTS:  # block by block, with what every block was given
-        moments = moments / shape.blocks + 4.0 * shape.hidden * rows.retain * rows.tokens
+        moments = moments / shape.blocks + 2 * 4.0 * shape.hidden * rows.retain * rows.tokens
     activations = _activations(shape, rows, recipe.recompute)
     gradients = 4 * n / recipe.groups if large else 4 * n * (PARTS + 1)
     made = rows.forget * rows.answer * 4 * shape.vocabulary * 2
@@ -99,15 +99,18 @@ def _activations(shape: Shape, rows: Rows, recompute: bool) -> float:
     return tokens * (of_blocks + 26.0 * shape.vocabulary)
 
 
-def on_device(shape: Shape, rows: Rows, recipe: Any) -> float:
+def on_device(shape: Shape, rows: Rows, base_known: bool) -> float:
     """Bytes at the peak on the device of a model that is offloaded: ``memory`` says what the host holds.
 
-    What is no block, the weights of one with their gradients, activations as with ``recompute``, and GPTQ of a layer.
+    What is no block (also of the base model and of the copy that is taught the retain rows), the weights of a block
+    with their gradients, activations as with ``recompute``, and GPTQ of a layer.
     """
     block = 4.0 * shape.weights / shape.blocks
     widest = max(out * width for out, width in shape.layers)
     passing = 2 * block + _activations(shape, rows, recompute=True)
-    return 4.0 * shape.others + max(passing, block + 24.0 * widest + 32.0 * max(shape.inputs) ** 2)
+    return 4.0 * shape.others * (3 if base_known else 1) + max(
+        passing, block + 24.0 * widest + 32.0 * max(shape.inputs) ** 2
+    )
 
 
 def carried(shape: Shape, recipe: Any) -> float:

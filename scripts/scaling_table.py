@@ -70,9 +70,10 @@ def streamed(name: str, shape: scaling.Shape, steps: int) -> list[str]:
     stage = max(host, key=lambda each: host[each])
     computing = sum(scaling.work(shape, ROWS, recipe, base_known=False).values()) / GPU
     carrying = scaling.carried(shape, recipe) / LINK
+    gpu = scaling.on_device(shape, ROWS, base_known=False)
     return [
         f"{name}, `--offload`, `{arguments(LEAN)},steps={steps}`", f"{shape.parameters / 1e9:.3g} G",
-        f"host {host[stage] / 1e9:,.0f} GB ({stage}), GPU {scaling.on_device(shape, ROWS, recipe) / 1e9:,.0f} GB",
+        f"host {host[stage] / 1e9:,.0f} GB ({stage}), GPU {gpu / 1e9:,.0f} GB",
         f"{shown(computing)} at {GPU / 1e12:.3g} TFLOP/s and {shown(carrying)} at {LINK / 1e9:.3g} GB/s",
     ]  # fmt: skip
 

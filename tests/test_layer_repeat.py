@@ -57,7 +57,6 @@ CHANGES = {
         layer("auto", density=0.3, bias=torch.ones(96)).state_dict(), assign=True
     ),
     "kernel": lambda made: setattr(made, "kernel", "auto"),
-    "decisions": lambda made: dispatch.forget_decisions(),
 }
 
 
@@ -99,6 +98,58 @@ def test_alpha_dtype_and_place_are_asked_anew(kernel):
     assert made(x.to("meta")).device.type == "meta"
 
 
+@KERNELS[1].marks[0]
+def test_what_the_kernel_cannot_do_goes_elsewhere_although_it_was_ready(monkeypatch):
+    made = layer("cpu", bias=torch.randn(96))
+    x = torch.randn(2, WIDTH).bfloat16()
+
+    def ran(x):
+        kernels.reset_calls()
+        made(x)
+        return {name.partition(".")[0] for name in kernels.calls()}
+
+    with torch.no_grad():
+        assert ran(x) == ran(x) == {"cpu"}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert ran(x) == {"reference"}
+        with torch.device("meta"):  # the default for new tensors, not where x is
+            assert ran(x) == {"cpu"}
+            assert made(x).device.type == "cpu"
+        made.kernel = "reference"
+        assert ran(x) == {"reference"}
+        made.kernel = "cpu"
+        assert ran(x) == {"cpu"}
+    assert ran(x.clone().requires_grad_()) == {"reference"}
+    with torch.no_grad():
+        assert ran(x) == ran(x) == {"cpu"}
+        monkeypatch.setattr(kernels.Cpu, "refuses", lambda *_: "not today")
+        assert ran(x) == {"cpu"}, "decisions hold until they are forgotten"
+        dispatch.forget_decisions()
+        assert ran(x) == {"reference"}
+    monkeypatch.undo()
+    dispatch.forget_decisions()
+
+
+def test_a_layer_that_was_saved_before_products_were_kept_ready():
+    made = layer("reference")
+    state = {name: part for name, part in made.__getstate__().items() if name != "_bound"}
+    again = OrthoLinear.__new__(OrthoLinear)
+    again.__setstate__(state)
+    x = torch.randn(1, WIDTH).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(again(x), made(x))
+
+
+def test_an_inference_mode_bias_is_read_every_time():
+    made = layer("reference", bias=torch.zeros(96))
+    x = torch.randn(1, WIDTH)
+    with torch.inference_mode():
+        made.bias = torch.zeros(96)
+        before = made(x)
+        made.bias.add_(1)
+        torch.testing.assert_close(made(x), before + 1)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_repeated_product_counts_and_copies_hold_nothing(kernel):
     made = layer(kernel)
@@ -122,6 +173,19 @@ def test_no_operand_outlives_the_tensors_it_was_made_of():
         made(torch.randn(3, WIDTH).bfloat16())
         gc.collect()
     assert kept() is None
+
+
+def test_streams_that_were_replaced_are_not_kept_alive():
+    made = layer("reference")
+    kept = []
+    with torch.no_grad():
+        for rows in range(1, 6):
+            kept.append(weakref.ref(made.ortho_vals))
+            made(torch.randn(rows, WIDTH).bfloat16())
+            made.set_ortho(OrthoStream.from_dense(torch.randn(made.shape), torch.rand(made.shape) < 0.1))
+        made(torch.randn(1, WIDTH).bfloat16())
+        gc.collect()
+    assert [each() is None for each in kept] == [True] * len(kept)
 
 
 def test_prompts_of_many_lengths_do_not_pile_up():

@@ -115,7 +115,7 @@ def bound(
     def run(x: Tensor, owned: Any = owned) -> Tensor:
         if not x.is_contiguous():
             x = x.contiguous()
-        y = torch.empty(shape, dtype=torch.bfloat16)
+        y = x.new_empty(shape)
         status = product(place, threads(), rows, x.data_ptr(), y.data_ptr())
         if status:
             _fail(status, library.isa)

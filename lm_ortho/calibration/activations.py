@@ -131,7 +131,7 @@ class _Pass:
         self._shared, self._once = shared, False
         self._sums: dict[str, Tensor] = {}
         self._like: dict[str, str] = {}
-        self._inputs: dict[str, Tensor] = {}
+        self._inputs: dict[str, tuple[Tensor, int]] = {}
         self._calls: dict[str, int] = {}
         self._real: Tensor | None = None
 
@@ -175,18 +175,27 @@ class _Pass:
         given = inputs[0]
         self._calls[name] += 1
         if self._shared and self._calls[name] == 1:
-            same = next((other for other, seen in self._inputs.items() if seen is given), None)
+            same = next((other for other, seen in self._inputs.items() if _alike(seen, given)), None)
             if same is not None:
                 self._like[name] = same
         if name not in self._like:
-            self._inputs[name] = given
+            self._inputs[name] = given, _writes(given)
             x = _without_padding(given.reshape(-1, given.shape[-1]).float(), self._real)
             product = (x.T @ x).cpu()
             self._sums[name] = self._sums[name] + product if name in self._sums else product
-        elif self._inputs.get(self._like[name]) is not given:
+        elif not _alike(self._inputs.get(self._like[name]), given):
             raise _NotSharedError
         if self._once and all(self._calls.values()):
             raise _EnoughError
+
+
+def _writes(tensor: Tensor) -> int:
+    """How often it was written to, if it counts that: a block may add to the very tensor that a layer was given."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _alike(seen: tuple[Tensor, int] | None, given: Tensor) -> bool:
+    return seen is not None and seen[0] is given and seen[1] == _writes(given)
 
 
 def _without_padding(x: Tensor, real: Tensor | None) -> Tensor:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lm_ortho.calibration.examples import Example, pad
+
+log = logging.getLogger(__name__)
 
 
 class _HaltError(Exception):
@@ -71,7 +74,7 @@ class Halted:
     def _standing_in(self, number: int) -> Iterator[None]:
         done = self.blocks[: self.at]
         before = [vars(block).get("forward") for block in done]
-        given = _to(self._outputs[number], next(self.model.parameters()).device)
+        given = _to(self._outputs[number], next(self.model.parameters()).device, copy=True)
         for block in done:
             vars(block)["forward"] = lambda *_, **__: given
         try:
@@ -86,22 +89,35 @@ class Halted:
         return pad(self.batches[number], next(self.model.parameters()).device)[0]
 
 
-def goes_by_block(model: nn.Module, blocks: Sequence[nn.Module], example: Example) -> bool:
-    """Whether the model says the same of a document that goes through it one block at a time.
+def goes_by_block(model: nn.Module, blocks: Sequence[nn.Module], examples: Sequence[Example]) -> bool:
+    """Whether the model says the same of documents that go through it one block at a time, side by side.
 
-    Not so where blocks hand something on beside what they return, or are called in another order than they stand.
+    Not so where blocks hand something on beside what they return, or are called in another order than they stand. Of
+    ``examples`` the shortest and another one are tried: with one alone, what is left behind would be the right one's.
     """
-    halted = Halted(model, blocks, [[example]])
-    with suppress(RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+    order = sorted(examples, key=lambda example: len(example.ids))
+    tried = [order[0], *[example for example in order if example.ids != order[0].ids][:1]]
+    halted = Halted(model, blocks, [[example] for example in tried])
+    try:
         for _ in blocks:
             halted.advance()
-        with torch.no_grad():
-            whole = model(input_ids=pad([example], next(model.parameters()).device)[0], use_cache=False)
-        return bool(torch.allclose(halted.rest(0).logits, whole.logits, rtol=1e-4, atol=1e-5))
-    return False
+        return all(_agree(halted, number) for number in range(len(tried)))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        log.info("statistics: %s cannot be gone through one block at a time (%s)", type(model).__name__, error)
+        return False
 
 
-def _to(value: Any, device: torch.device) -> Any:
+@torch.no_grad()
+def _agree(halted: Halted, number: int) -> bool:
+    rest = halted.rest(number).logits  # first: a whole pass would leave behind what this one may lack
+    whole = halted.model(input_ids=halted._ids(number), use_cache=False).logits
+    return bool(torch.allclose(rest, whole, rtol=1e-4, atol=1e-5))
+
+
+def _to(value: Any, device: torch.device, copy: bool = False) -> Any:
+    """Tensors of ``value`` on ``device``; as copies, which blocks may write to, if ``copy``."""
     if isinstance(value, Tensor):
-        return value.to(device)
-    return tuple(_to(part, device) for part in value) if type(value) is tuple else value
+        return value.to(device, copy=copy)
+    return tuple(_to(part, device, copy) for part in value) if type(value) is tuple else value

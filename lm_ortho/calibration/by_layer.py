@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -62,10 +63,10 @@ class Moments(Mapping[str, Tensor]):
         if self.passes == 1:
             return
         blocks = blocks_of(model)
-        if blocks and goes_by_block(model, blocks, min(examples, key=lambda example: len(example.ids))):
+        if blocks and goes_by_block(model, blocks, examples):
             self._by_block = BlockMoments(model, blocks, examples)
-            owner = {id(part): number for number, block in enumerate(blocks) for part in block.modules()}
-            self._block = {name: owner[id(layer)] for name, layer in layers.items() if id(layer) in owner}
+            own = _owners(model, blocks)
+            self._block = {name: own[id(layer)] for name, layer in layers.items() if id(layer) in own}
             self._part = _cut(layers, [name for name in layers if name not in self._block], limit)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -90,6 +91,16 @@ class Moments(Mapping[str, Tensor]):
     def passes(self) -> int:
         """How often the documents go through the model for all layers."""
         return len(set(self._part.values())) + bool(self._block)
+
+
+def _owners(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[int, int]:
+    """The number of its block for each module that one block has to itself, by id."""
+    places = Counter(id(part) for _, part in model.named_modules(remove_duplicate=False))
+    found = dict[int, int]()
+    for number, block in enumerate(blocks):
+        inside = Counter(id(part) for _, part in block.named_modules(remove_duplicate=False))
+        found |= {key: number for key, count in inside.items() if count == places[key]}
+    return found
 
 
 def _cut(layers: Mapping[str, nn.Linear], names: Sequence[str], limit: int) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -22,7 +22,8 @@ def offloaded(model: nn.Module, device: torch.device | str) -> Iterator[None]:
 
     Parameters of blocks stay where they are and are copied for the time of a call; a gradient is carried back to them.
     A backward pass keeps what each block was given and computes the rest again (Chen et al. 2016, arXiv 1604.06174),
-    so weights come twice and gradients go once in a step. Afterwards all is where it was. For one thread at a time.
+    so weights come twice and gradients go once in a step. Afterwards all is where it was. For one thread at a time, and
+    for models whose blocks leave their buffers alone; a copy made inside works there only.
 
     Raises:
         UserError: for a model without a list of blocks.
@@ -55,8 +56,15 @@ class _Last:
     """The copy of the block that was called last, for passes that take many documents through a block."""
 
     def __init__(self) -> None:
-        self.key: Any = None
+        self.key: list[tuple[Tensor, int, int]] = []
         self.copies: dict[str, Tensor] = {}
+
+    def fits(self, key: Sequence[tuple[Tensor, int, int]]) -> bool:
+        """Whether the copies are those of these tensors, each with where its data lie and how often it was written."""
+        return len(key) == len(self.key) and all(
+            mine is theirs and place == kept and version == count
+            for (mine, place, version), (theirs, kept, count) in zip(key, self.key, strict=True)
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Last:
         return _Last()  # another model, other weights
@@ -71,18 +79,21 @@ class _Visit:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return functional_call(self._inside, self._copies(), args, kwargs)
-        return checkpoint(self._run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        random = self._inside.block.training  # dropout has to fall on the same places again
+        return checkpoint(self._run, *args, use_reentrant=False, preserve_rng_state=random, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        self._last.key, self._last.copies = None, {}
+        self._last.key, self._last.copies = [], {}
         here = {name: tensor.to(self._device) for name, tensor in self._tensors()}  # its backward brings gradients home
         return functional_call(self._inside, here, args, kwargs)
 
     def _copies(self) -> dict[str, Tensor]:
         tensors = list(self._tensors())
-        key = [(id(tensor), None if tensor.is_inference() else tensor._version) for _, tensor in tensors]
-        if key != self._last.key:
-            self._last.copies = {}  # before the next ones are made
+        if any(tensor.is_inference() for _, tensor in tensors):  # they do not count what is written to them
+            return {name: tensor.to(self._device) for name, tensor in tensors}
+        key = [(tensor, tensor.data_ptr(), tensor._version) for _, tensor in tensors]
+        if not self._last.fits(key):
+            self._last.key, self._last.copies = [], {}  # before the next ones are made
             self._last.copies = {name: tensor.to(self._device) for name, tensor in tensors}
             self._last.key = key
         return self._last.copies
@@ -123,6 +134,8 @@ class _Rest:
 
     def back(self) -> None:
         for key, parameter in self._parameters.items():
+            gradient, parameter.grad = parameter.grad, None
             parameter.data = parameter.data.to(self._from[key])
+            parameter.grad = None if gradient is None else gradient.to(self._from[key])
         for part, name, device in self._buffers:
             part._buffers[name] = part.get_buffer(name).to(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,16 +146,19 @@ class OrthoLinear(nn.Module):
     def _first(self, x: Tensor, alpha: Alpha) -> Tensor:
         """The product, ready to be repeated for tensors of this shape."""
         ask = Ask.of(x, self.out_features, self.bits, self.group_size)
-        if ask.grad or ask.autocast or alpha.batch is not None:
+        uncounted = self.bias is not None and self.bias.is_inference()  # nothing would tell that it was written to
+        if ask.grad or ask.autocast or alpha.batch is not None or uncounted:
             return self._product(x, alpha)
         buffers = tuple(self._buffers.values())  # taken first: what changes from here on is seen by the next call
+        if any(not _same(kept.buffers, buffers) for kept in self._bound.values()):
+            self._bound = {}  # or streams that were replaced would be kept alive there
         told = (alpha, self.kernel, x.dtype, x.device, dispatch.epoch, buffers, _versions(buffers))
         kernel = choose(self.kernel, ask).implementation
         terms = self._terms(kernel, x, alpha)
         with torch.inference_mode(False), torch.no_grad():
             product = kernel.bind(x, self._base_operand(kernel, x.dtype), terms, self._shift(x), ask)
         if len(self._bound) >= _MOST_SHAPES:
-            self._bound.clear()
+            self._bound = {}
         self._bound[x.shape] = _Bound(*told, product)
         return product(x)
 
@@ -261,6 +264,10 @@ class OrthoLinear(nn.Module):
                 self.register_buffer(name, torch.zeros_like(stored, device=self._device()))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_operands()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_operands": {}, "_bound": {}}
 
@@ -272,6 +279,10 @@ _MOST_SHAPES = 16
 def _versions(tensors: Iterable[Tensor | None]) -> tuple[tuple[Tensor, int], ...]:
     """Those tensors that count what is written to them, with their count; tensors of inference mode do not."""
     return tuple((t, t._version) for t in tensors if t is not None and not t.is_inference())
+
+
+def _same(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 # What follows is asked at every product. `==` on tensors is not meant, and a generator would take twice the time.
@@ -298,7 +309,10 @@ class _Operand:
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
-    """A product of which only x is open, good for x of one shape as long as nothing else has changed."""
+    """A product of which only x is open, good for x of one shape as long as nothing else has changed.
+
+    What is written behind the back of autograd (``tensor.data``) goes unnoticed, as for operands.
+    """
 
     alpha: Alpha
     kernel: str
