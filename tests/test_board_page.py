@@ -48,9 +48,9 @@ def _records() -> Iterator[Record]:
         for seed in SEEDS:
             cell = f"{method}{seed}" + "0" * 20
             told = {"label": method, "seed": seed, "method": method}
-            layers = {"layers": {"mlp": [2, 100], "attention": [1, 100]}} if alpha is not None else {}
+            shares = {"mlp": [2, 100], "attention": [1, 100]} if alpha is not None else 28  # as kfac says how many
             if alpha != 1.0:
-                yield Record(Piece(cell, cell, "make", told), DONE, {"settings": {}, **layers}, seconds=2.0)
+                yield Record(Piece(cell, cell, "make", told), DONE, {"settings": {}, "layers": shares}, seconds=2.0)
             for task, level in (("f", forget), ("r", retain)):
                 config = {
                     **told, "mode": mode, "model": "embedded", "alpha": alpha, "task": task, "row": f"{method} {alpha}",

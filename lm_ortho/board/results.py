@@ -144,13 +144,16 @@ def _row_of(record: Record, made: Record | None, rows: dict[str, Row]) -> Row:
 
 
 def _layers(made: Iterable[Record]) -> dict[str, dict[str, float]]:
-    """By label of a cell, the share of each layer's weights in the ortho stream."""
+    """By label of a cell with a dial, the share of each layer's weights in the ortho stream.
+
+    What a method reports of itself may have the same name, and then it is something else.
+    """
     return {
         f"{record.piece.config['label']} seed={record.piece.config['seed']}": {
             name: kept / weights for name, (kept, weights) in record.result["layers"].items()
         }
         for record in made
-        if record.result.get("layers")
+        if isinstance(record.result.get("layers"), Mapping)
     }
 
 
