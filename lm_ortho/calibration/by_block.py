@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.calibration.examples import Example, pad
+from lm_ortho.calibration.precision import computing_by
 
 log = logging.getLogger(__name__)
 
@@ -72,18 +73,9 @@ class Halted:
 
     @contextmanager
     def _standing_in(self, number: int) -> Iterator[None]:
-        done = self.blocks[: self.at]
-        before = [vars(block).get("forward") for block in done]
         given = _to(self._outputs[number], next(self.model.parameters()).device, copy=True)
-        for block in done:
-            vars(block)["forward"] = lambda *_, **__: given
-        try:
+        with computing_by({block: lambda *_, **__: given for block in self.blocks[: self.at]}):
             yield
-        finally:
-            for block, forward in zip(done, before, strict=True):
-                del vars(block)["forward"]
-                if forward is not None:  # what accelerate puts there, say
-                    vars(block)["forward"] = forward
 
     def _ids(self, number: int) -> Tensor:
         return pad(self.batches[number], next(self.model.parameters()).device)[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from lm_ortho.calibration.precision import blocks_of
+from lm_ortho.calibration.precision import blocks_of, computing_by
 from lm_ortho.errors import UserError
 
 
@@ -31,20 +31,13 @@ def offloaded(model: nn.Module, device: torch.device | str) -> Iterator[None]:
     blocks, device = blocks_of(model), torch.device(device)
     if not blocks:
         raise UserError(f"offload: {type(model).__name__} has no list of blocks that could come to the device in turn")
-    rest = _Rest(model, blocks)
-    before = [vars(block).get("forward") for block in blocks]
-    last = _Last()
-    for block in blocks:
-        vars(block)["forward"] = _Visit(block, block.forward, device, last)
-    try:
-        rest.move(device)
-        yield
-    finally:
-        rest.back()
-        for block, forward in zip(blocks, before, strict=True):
-            del vars(block)["forward"]
-            if forward is not None:  # what accelerate puts there, say
-                vars(block)["forward"] = forward
+    rest, last = _Rest(model, blocks), _Last()
+    with computing_by({block: _Visit(block, block.forward, device, last) for block in blocks}):
+        try:
+            rest.move(device)
+            yield
+        finally:
+            rest.back()
 
 
 def is_offloaded(model: nn.Module) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,15 +62,21 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     arXiv 1604.06174: the memory of activations is that of one block and of the inputs of all, for a forward pass more.
     Dropout is taken to be off.
     """
-    blocks = blocks_of(model)
-    before = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
-        again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        vars(block)["forward"] = again
+    how = {"use_reentrant": False, "preserve_rng_state": False}
+    with computing_by({block: partial(checkpoint, block.forward, **how) for block in blocks_of(model)}):
+        yield
+
+
+@contextmanager
+def computing_by(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, these modules compute by other functions; afterwards as before, be it by one of accelerate's."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        vars(module)["forward"] = forward
     try:
         yield
     finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del vars(block)["forward"]
-            if forward is not None:  # what accelerate puts there, say
-                vars(block)["forward"] = forward
+        for module, old in before.items():
+            del vars(module)["forward"]
+            if old is not None:
+                vars(module)["forward"] = old
