@@ -132,14 +132,13 @@ class OrthoLinear(nn.Module):
         """``(..., out_features)`` in the dtype of ``x`` (..., in_features)."""
         alpha = effective(self.dial)
         if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
-            return self._product(x, alpha)
+            return self._product(x, alpha, Ask.of(x, self.out_features, self.bits, self.group_size))
         bound = self._bound.get(x.shape)
         if bound is not None and bound.fits(self, x, alpha):
             return bound.product(x)
         return self._first(x, alpha)
 
-    def _product(self, x: Tensor, alpha: Alpha) -> Tensor:
-        ask = Ask.of(x, self.out_features, self.bits, self.group_size)
+    def _product(self, x: Tensor, alpha: Alpha, ask: Ask) -> Tensor:
         kernel = choose(self.kernel, ask).implementation
         return kernel.linear(x, self._base_operand(kernel, x.dtype), self._terms(kernel, x, alpha), self._shift(x), ask)
 
@@ -148,7 +147,7 @@ class OrthoLinear(nn.Module):
         ask = Ask.of(x, self.out_features, self.bits, self.group_size)
         uncounted = self.bias is not None and self.bias.is_inference()  # nothing would tell that it was written to
         if ask.grad or ask.autocast or alpha.batch is not None or uncounted:
-            return self._product(x, alpha)
+            return self._product(x, alpha, ask)
         buffers = tuple(self._buffers.values())  # taken first: what changes from here on is seen by the next call
         if any(not _same(kept.buffers, buffers) for kept in self._bound.values()):
             self._bound = {}  # or streams that were replaced would be kept alive there
