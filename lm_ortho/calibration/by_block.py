@@ -24,6 +24,25 @@ class _HaltError(Exception):
         self.output = output
 
 
+def output_of(model: nn.Module, block: nn.Module, ids: Tensor) -> Any:
+    """What ``block`` gives for ``ids`` (rows, tokens); the rest of the model is not computed.
+
+    Raises ``RuntimeError`` for a block that the model does not call.
+    """
+
+    def halt(module: nn.Module, inputs: Any, output: Any) -> None:
+        raise _HaltError(output)
+
+    handle = block.register_forward_hook(halt)
+    try:
+        model(input_ids=ids, use_cache=False)
+    except _HaltError as halted:
+        return halted.output
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(model).__name__} never calls its block {type(block).__name__}")
+
+
 class Halted:
     """Batches of documents on their way through the blocks of a model, all halted before the same block.
 
@@ -58,18 +77,8 @@ class Halted:
             return self.model(input_ids=self._ids(number), use_cache=False)
 
     def _run(self, number: int) -> Any:
-        def halt(module: nn.Module, inputs: Any, output: Any) -> None:
-            raise _HaltError(output)
-
-        handle = self.blocks[self.at].register_forward_hook(halt)
-        try:
-            with self._standing_in(number):
-                self.model(input_ids=self._ids(number), use_cache=False)
-        except _HaltError as halted:
-            return halted.output
-        finally:
-            handle.remove()
-        raise RuntimeError(f"the model never calls its block {self.at}")
+        with self._standing_in(number):
+            return output_of(self.model, self.blocks[self.at], self._ids(number))
 
     @contextmanager
     def _standing_in(self, number: int) -> Iterator[None]:

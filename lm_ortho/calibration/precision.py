@@ -62,8 +62,11 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     arXiv 1604.06174: the memory of activations is that of one block and of the inputs of all, for a forward pass more.
     Dropout is taken to be off.
     """
-    how = {"use_reentrant": False, "preserve_rng_state": False}
-    with computing_by({block: partial(checkpoint, block.forward, **how) for block in blocks_of(model)}):
+    again = {
+        block: partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        for block in blocks_of(model)
+    }
+    with computing_by(again):
         yield
 
 

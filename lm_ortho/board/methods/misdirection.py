@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from lm_ortho.board.methods.base import Material, Result, Run, arxiv, method
 from lm_ortho.board.methods.losses import direction, misdirection
 from lm_ortho.board.methods.training import Pair, Trained, encoded, grid_of, trained_copy
+from lm_ortho.calibration.by_block import output_of
 from lm_ortho.calibration.examples import GIVEN, Example, in_batches, pad
 from lm_ortho.calibration.precision import blocks_of
 from lm_ortho.errors import UserError
@@ -35,25 +34,11 @@ class Rmu(Trained):
     retain: float = Field(10.0, ge=0, description="Factor of the distance on the retain rows (1200 in the paper).")
 
 
-class _EnoughError(Exception):
-    """The block that is looked at has spoken."""
-
-
 def states_of(model: nn.Module, block: nn.Module, ids: Tensor) -> Tensor:
     """What ``block`` gives (rows, tokens, width), in float32; the rest of the model is not computed."""
-    found = list[Tensor]()
-
-    def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-        raise _EnoughError
-
-    handle = block.register_forward_hook(look)
-    try:
-        with suppress(_EnoughError):
-            model(input_ids=ids, use_cache=False)
-    finally:
-        handle.remove()
-    return found[0].float()
+    output = output_of(model, block, ids)
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states.float()
 
 
 def speaking(roles: Tensor) -> Tensor:
