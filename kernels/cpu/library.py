@@ -97,10 +97,6 @@ def _declare(functions: ctypes.CDLL) -> None:
     """Types of the functions of ``api.cpp`` and ``pack.cpp``."""
     functions.lm_ortho_abi.argtypes = []
     functions.lm_ortho_isa.argtypes = []
-    functions.lm_ortho_linear.argtypes = [
-        _INT, _INT, _LONG, _LONG, _LONG, _LONG, _INT, _POINTER, _POINTER, _POINTER, _INT,
-        _POINTER, _POINTER, _POINTER, _INT, _POINTER,
-    ]  # fmt: skip
     functions.lm_ortho_layer.argtypes = [_POINTER, _INT, _LONG, _POINTER, _POINTER]
     functions.lm_ortho_read_speed.argtypes = [_POINTER, _LONG]
     functions.lm_ortho_read_speed.restype = ctypes.c_double

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..counter import record
-from .library import ISAS, Absent, Layer, Library, find
+from .library import ISAS, Absent, Layer, find
 from .operands import panel_bytes
 
 SMALL_ROWS = 32
@@ -65,22 +65,7 @@ def cpu_linear(
     number or one per row; ``bias`` (out_features,) of any dtype. ``isa`` forces an instruction set (``ISAS``).
     Raises ``ValueError`` for operands that do not fit and ``RuntimeError`` where the kernel cannot run.
     """
-    library = _present()
-    rows, in_features = x.shape
-    _check(x, base, sheets, alphas, bias, out_features, bits, group_size)
-    x = x.contiguous()
-    y = x.new_empty((rows, out_features), dtype=torch.float32 if wide else torch.bfloat16)
-    shift = None if bias is None else bias.to(torch.float32).contiguous()
-    blobs, numbers, strides = _pointers(sheets, alphas) if sheets else (None, None, None)
-    status = library.functions.lm_ortho_linear(
-        ISAS.index(isa or library.isa), torch.get_num_threads(), rows, in_features, out_features, group_size,
-        2 if bits == 8 else 1, x.data_ptr(), base.data_ptr(), None if shift is None else shift.data_ptr(), len(sheets),
-        blobs, numbers, strides, int(wide), y.data_ptr(),
-    )  # fmt: skip
-    if status:
-        _fail(status, isa or library.isa)
-    record(f"cpu.{path_of(rows)}")
-    return y
+    return bound(x, base, sheets, alphas, bias, out_features, bits, group_size, isa, wide)(x)
 
 
 def bound(
@@ -92,48 +77,42 @@ def bound(
     out_features: int,
     bits: int,
     group_size: int,
+    isa: str = "",
+    wide: bool = False,
 ) -> Callable[[Tensor], Tensor]:
     """``cpu_linear`` for every further tensor like ``x`` (..., in_features), everything but it made ready and checked.
 
     Beside a product of 300 microseconds the interpreter counts: its data are not in the caches any more when a layer
-    has read its weights through them. One alpha for each of ``sheets``.
+    has read its weights through them.
     """
-    library, in_features = _present(), x.shape[-1]
+    library, in_features = find(), x.shape[-1]
+    if isinstance(library, Absent):
+        raise RuntimeError(f"the CPU kernel is not there: {library.why}")
+    isa = isa or library.isa
     _check(x.reshape(-1, in_features), base, sheets, alphas, bias, out_features, bits, group_size)
     shift = None if bias is None else bias.to(torch.float32).contiguous()
     blobs, numbers, strides = _pointers(sheets, alphas)
     layer = Layer(
-        ISAS.index(library.isa), 2 if bits == 8 else 1, len(sheets), 0, in_features, out_features, group_size,
+        ISAS.index(isa), 2 if bits == 8 else 1, len(sheets), int(wide), in_features, out_features, group_size,
         base.data_ptr(), None if shift is None else shift.data_ptr(),
         *(ctypes.cast(array, ctypes.c_void_p) for array in (blobs, numbers, strides)),
     )  # fmt: skip
     owned = (layer, base, sheets, alphas, shift, blobs, numbers, strides)
     place, product, threads = ctypes.addressof(layer), library.functions.lm_ortho_layer, torch.get_num_threads
     shape, rows = (*x.shape[:-1], out_features), x.numel() // max(1, in_features)
-    path = f"cpu.{path_of(rows)}"
+    path, dtype = f"cpu.{path_of(rows)}", torch.float32 if wide else torch.bfloat16
 
     def run(x: Tensor, owned: Any = owned) -> Tensor:
         if not x.is_contiguous():
             x = x.contiguous()
-        y = x.new_empty(shape)
+        y = x.new_empty(shape, dtype=dtype)
         status = product(place, threads(), rows, x.data_ptr(), y.data_ptr())
         if status:
-            _fail(status, library.isa)
+            raise RuntimeError(f"CPU kernel: {f'no {isa} here' if status == 1 else 'out of memory'}")
         record(path)
         return y
 
     return run
-
-
-def _present() -> Library:
-    library = find()
-    if isinstance(library, Absent):
-        raise RuntimeError(f"the CPU kernel is not there: {library.why}")
-    return library
-
-
-def _fail(status: int, isa: str) -> None:
-    raise RuntimeError(f"CPU kernel: {f'no {isa} here' if status == 1 else 'out of memory'}")
 
 
 def _pointers(sheets: Sequence[Tensor], alphas: Sequence[Tensor]) -> tuple[Any, Any, Any]:
