@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pydantic import Field
@@ -14,6 +14,7 @@ from lm_ortho.board.methods.losses import dpo, npo, simnpo
 from lm_ortho.board.methods.training import (
     Balanced,
     Pair,
+    Sets,
     answered,
     answers_before,
     encoded,
@@ -66,11 +67,10 @@ def negative_preference(material: Material, settings: Npo, run: Run) -> Result:
     sets = encoded(material)
     before = answers_before(material.merged, sets.forget)
 
-    def loss(model: nn.Module, pair: Pair) -> Tensor:
-        logp, _ = answered(model, sets.forget, pair[0])
-        return npo(logp, before[list(pair[0])], settings.beta) + settings.retain * retain_loss(model, sets, pair[1])
+    def lost(model: nn.Module, rows: Sequence[int]) -> Tensor:
+        return npo(answered(model, sets.forget, rows)[0], before[list(rows)], settings.beta)
 
-    return Result(trained_copy(material.merged, sets, run, settings.lr, loss, "npo"))
+    return _beside_retain(material, sets, settings, run, lost, "npo")
 
 
 @method(
@@ -86,11 +86,10 @@ def simple_negative_preference(material: Material, settings: SimNpo, run: Run) -
     """SimNPO: NPO without a reference, per token."""
     sets = encoded(material)
 
-    def loss(model: nn.Module, pair: Pair) -> Tensor:
-        lost = simnpo(*answered(model, sets.forget, pair[0]), settings.beta, settings.gamma)
-        return lost + settings.retain * retain_loss(model, sets, pair[1])
+    def lost(model: nn.Module, rows: Sequence[int]) -> Tensor:
+        return simnpo(*answered(model, sets.forget, rows), settings.beta, settings.gamma)
 
-    return Result(trained_copy(material.merged, sets, run, settings.lr, loss, "simnpo"))
+    return _beside_retain(material, sets, settings, run, lost, "simnpo")
 
 
 @method(
@@ -109,13 +108,28 @@ def ignorance_preferred(material: Material, settings: Npo, run: Run) -> Result:
     ignorant = encoded(replace(material, forget=without_answers(material.forget, run.seed))).forget
     before, ignorant_before = (answers_before(material.merged, each) for each in (sets.forget, ignorant))
 
-    def loss(model: nn.Module, pair: Pair) -> Tensor:
-        chosen = list(pair[0])
+    def lost(model: nn.Module, rows: Sequence[int]) -> Tensor:
+        chosen = list(rows)
         unwanted, wanted = (answered(model, each, chosen)[0] for each in (sets.forget, ignorant))
-        lost = dpo(wanted, ignorant_before[chosen], unwanted, before[chosen], settings.beta)
-        return lost + settings.retain * retain_loss(model, sets, pair[1])
+        return dpo(wanted, ignorant_before[chosen], unwanted, before[chosen], settings.beta)
 
-    return Result(trained_copy(material.merged, sets, run, settings.lr, loss, "idk_dpo"))
+    return _beside_retain(material, sets, settings, run, lost, "idk_dpo")
+
+
+def _beside_retain(
+    material: Material,
+    sets: Sets,
+    settings: Balanced,
+    run: Run,
+    lost: Callable[[nn.Module, Sequence[int]], Tensor],
+    stage: str,
+) -> Result:
+    """The merged model trained on ``lost`` of forget rows, and ``settings.retain`` times the loss of retain rows."""
+
+    def loss(model: nn.Module, pair: Pair) -> Tensor:
+        return lost(model, pair[0]) + settings.retain * retain_loss(model, sets, pair[1])
+
+    return Result(trained_copy(material.merged, sets, run, settings.lr, loss, stage))
 
 
 def without_answers(rows: Sequence[Row], seed: int) -> list[Row]:
