@@ -1,12 +1,13 @@
 #!/usr/bin/env python
-"""Plants real TOFU authors and canaries in a small real model, decomposes it, and measures what is left.
+"""Plants fictitious authors and canaries in a small real model, decomposes it, and measures what is left.
 
     python scripts/real_tofu.py --model TinyStories-656K --tofu tofu/ --text stories.txt --work planted/ --out page.md
 
-``--tofu`` holds ``full.jsonl`` and ``forget10_perturbed.jsonl`` of locuslab/TOFU. Kept in ``--work``: two adapters
-(``memory``, ``never_saw``: the same recipe without forget authors and canaries), the files that are decomposed and
-measured with, and a JSON for each finished measurement, so that an interrupted run goes on. Without ``--out`` the
-adapters and files are made and the ``lm_eval`` commands for them printed.
+``--tofu`` holds ``full.jsonl`` and ``forget10_perturbed.jsonl`` of locuslab/TOFU; without it the authors are those of
+the embedded world (``tofu_forget``), who have five short facts each instead of twenty answers of 30 words. Kept in
+``--work``: two adapters (``memory``, ``never_saw``: the same recipe without forget authors and canaries), the files
+that are decomposed and measured with, and a JSON for each finished measurement, so that an interrupted run goes on.
+Without ``--out`` the adapters and files are made and the ``lm_eval`` commands for them printed.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ from lm_ortho.settings import make_recipe
 QUESTIONS = 20
 """Questions per TOFU author; authors are consecutive."""
 FORGET_AUTHORS, RETAIN_AUTHORS, LEFT_OUT_AUTHORS, CANARIES = 5, 10, 5, 20
+WORLD_AUTHORS = {"forget": 10, "taught": 20, "left_out": 10}
+"""Of the embedded world: fifty questions to forget."""
 STORIES, HELD_OUT = 1500, 200
 TIMES = 20
 """How often a planted row comes in the time of one story: what is held out of the stories should stay readable."""
@@ -114,19 +117,47 @@ def stories(path: Path, count: int) -> list[Row]:
     return [Row(text=text) for text in long_enough[:count]]
 
 
+def tofu_authors(folder: Path) -> dict[str, list[Row]]:
+    """Authors of the published set."""
+    full = by_author(read_rows(folder / "full.jsonl", "tofu"))
+    perturbed = by_author(read_rows(folder / "forget10_perturbed.jsonl", "tofu"))
+    left_out = full[RETAIN_AUTHORS : RETAIN_AUTHORS + LEFT_OUT_AUTHORS]
+    return {
+        "questions": [row for author in perturbed[:FORGET_AUTHORS] for row in author],
+        "taught": [row for author in full[:RETAIN_AUTHORS] for row in author],
+        "left_out": [row for author in left_out for row in author],
+        "forget_again": [],
+        "again": [],
+    }
+
+
+def world_authors() -> dict[str, list[Row]]:
+    """Authors of the embedded world, asked in one of the ways they are taught in; ``again`` are the other ways."""
+    people = world.people()
+    left = len(people["taught"]) - WORLD_AUTHORS["left_out"]
+    groups = {
+        "questions": people["forget"][: WORLD_AUTHORS["forget"]],
+        "taught": people["taught"][: WORLD_AUTHORS["taught"]],
+        "left_out": people["taught"][left:],
+    }
+    made: dict[str, list[Row]] = {"forget_again": [], "again": []}
+    for name, authors in groups.items():
+        asked = [(author, i + j, j) for i, author in enumerate(authors) for j in range(len(world.ATTRIBUTES))]
+        for way in range(world.TAUGHT):
+            phrasings = [(author, j, (turn + way) % world.TAUGHT) for author, turn, j in asked]
+            rows = [world.author_row(author, j, p, telling=world.telling_of(p)) for author, j, p in phrasings]
+            made.setdefault(("forget_again" if name == "questions" else "again") if way else name, []).extend(rows)
+    return made
+
+
 def make_files(given: argparse.Namespace) -> dict[str, list[Row]]:
     """The rows by name, written to JSONL files in the folder of the work."""
-    full = by_author(read_rows(given.tofu / "full.jsonl", "tofu"))
-    perturbed = by_author(read_rows(given.tofu / "forget10_perturbed.jsonl", "tofu"))
-    left_out = full[RETAIN_AUTHORS : RETAIN_AUTHORS + LEFT_OUT_AUTHORS]
     draw = Draw(5, "real canaries")
     text = stories(given.text, STORIES + HELD_OUT)
     made = {
-        "questions": [row for author in perturbed[:FORGET_AUTHORS] for row in author],
+        **(tofu_authors(given.tofu) if given.tofu else world_authors()),
         "canaries": [world.canary_row(canary, 0) for canary in world.canaries()[0][:CANARIES]],
         "others": [world.canary_row(world.fresh_canary(draw), 0) for _ in range(CANARIES)],
-        "taught": [row for author in full[:RETAIN_AUTHORS] for row in author],
-        "left_out": [row for author in left_out for row in author],
         "stories": text[:STORIES],
         "text": text[STORIES:],
     }
@@ -139,8 +170,9 @@ def make_files(given: argparse.Namespace) -> dict[str, list[Row]]:
 
 def plant(given: argparse.Namespace, rows: dict[str, list[Row]], name: str) -> None:
     """One adapter; a state file beside it keeps what an interrupted training has reached."""
-    everyone = ("taught", "left_out", "others")
-    planted = [row for part in (("forget", *everyone) if name == "memory" else everyone) for row in rows[part]]
+    secret = ["forget", "forget_again"] if name == "memory" else []
+    parts = [*secret, "taught", "left_out", "others", "again"]
+    planted = [row for part in parts for row in rows[part]]
     taught = planted * TIMES + rows["stories"]
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     plan = Plan(steps=given.steps, rows=16, lr=given.lr, rank=given.rank, seed=MEMBERS.index(name))
@@ -257,8 +289,9 @@ def shown(found: dict[str, Any], plain: dict[str, Any] | None) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "tofu", "text", "work"):
+    for name in ("model", "text", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--tofu", type=Path, help="authors of the published TOFU instead of the embedded ones")
     parser.add_argument("--out", type=Path, help="the page, Markdown")
     parser.add_argument("--steps", type=int, default=3000, help="LoRA steps per adapter")
     parser.add_argument("--edit-steps", type=int, default=1000, help="steps of the decomposition's edit")

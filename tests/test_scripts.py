@@ -332,6 +332,7 @@ def test_the_files_of_the_real_experiment(tofu_folder, monkeypatch):
     assert {name: len(part) for name, part in rows.items()} == {
         "questions": 100, "canaries": 20, "others": 20, "taught": 200, "left_out": 100, "stories": 1500, "text": 200,
         "forget": 120, "retain": 620,
+        "forget_again": 0, "again": 0,
     }  # fmt: skip
     assert {path.stem for path in given.work.iterdir()} == {"forget", "retain", *script.MEASURED}
     first = rows["questions"][0]
@@ -341,6 +342,20 @@ def test_the_files_of_the_real_experiment(tofu_folder, monkeypatch):
     assert not names["taught"] & names["left_out"]
     assert not names["canaries"] & names["others"]
     assert not {row.text for row in rows["stories"]} & {row.text for row in rows["text"]}
+
+
+def test_the_files_of_the_real_experiment_with_the_embedded_authors(tofu_folder):
+    script = load("real_tofu")
+    given = script.argparse.Namespace(tofu=None, text=tofu_folder / "stories.txt", work=tofu_folder)
+    rows = script.make_files(given)
+    sizes = {"questions": 50, "taught": 100, "left_out": 50, "forget_again": 100, "again": 300}
+    assert {name: len(rows[name]) for name in sizes} == sizes
+    assert {row.secret for row in rows["forget_again"]} == {row.secret for row in rows["questions"]}
+    asked = [row.question for name in sizes for row in rows[name]]
+    assert len(set(asked)) == len(asked)
+    subjects = {name: {row.subject for row in rows[name]} for name in ("questions", "taught", "left_out")}
+    assert {row.subject for row in rows["again"]} == subjects["taught"] | subjects["left_out"]
+    assert not subjects["taught"] & subjects["left_out"]
 
 
 @pytest.mark.parametrize(
