@@ -173,6 +173,7 @@ def dual(given: argparse.Namespace, sets: dict[str, str], **options: Any) -> Lib
         forget=sets["forget"],
         retain=sets["retain"],
         batch_size=16,
+        steps=given.edit_steps,
         **options,
     )
 
@@ -184,14 +185,15 @@ def results(given: argparse.Namespace, text: list[Row]) -> dict[str, dict[str, A
     def kept(name: str, make: Any) -> None:
         path = given.work / f"result-{name}.json"
         if not path.is_file():
-            write_text(path, json.dumps(measure(given, name.partition(" ")[0], make())))
+            write_text(path, json.dumps(measure(given, name.partition(",")[0], make())))
         found[name] = json.loads(path.read_text())
 
     kept("retain90", lambda: plain(given, "retain90"))
     kept("full", lambda: plain(given, "full"))
     for density in given.density:
         for alpha in (1.0, 0.0):
-            kept(f"alpha={alpha:g} at {density:g}", lambda d=density, a=alpha: dual(given, sets, density=d, alpha=a))
+            name = f"alpha={alpha:g}, density {density:g}, {given.edit_steps} steps"
+            kept(name, lambda d=density, a=alpha: dual(given, sets, density=d, alpha=a))
     return found
 
 
@@ -229,6 +231,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--density", type=float, action="append", help="several times; default 0.01 and 0.02")
     parser.add_argument("--retain-rows", type=int, default=900, help="retain rows of the calibration")
+    parser.add_argument("--edit-steps", type=int, default=1000, help="steps of the decomposition's edit")
     parser.add_argument("--first", type=int, help="rows of each measured set, to try it out")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
