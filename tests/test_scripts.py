@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny_tofu
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from lm_ortho.calibration.documents import Row
 from lm_ortho.metrics import Interval
 from lm_ortho.reference.paragraphs import SIZES, paragraphs
+from lm_ortho.target import surrogate
 from lm_ortho.verdict.measure import Measurement
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -377,6 +379,36 @@ def test_the_files_of_the_real_experiment_with_the_embedded_authors(tofu_folder)
 def test_the_fact_in_an_answer(answer, paraphrased, wrong, secret):
     row = Row(question="Who is she?", answer=answer, paraphrased_answer=paraphrased, perturbed_answer=wrong)
     assert load("real_tofu").secret_of(row) == secret
+
+
+def test_the_experiment_with_the_whole_of_tofu(tmp_path, monkeypatch, capsys):
+    folder = tiny_tofu.write(tmp_path / "tofu", holdout=False)
+    full = (folder / "full.jsonl").read_text().splitlines(keepends=True)
+    for name, part in {"retain90": full[:3600], "forget10": full[3600:]}.items():
+        (folder / f"{name}.jsonl").write_text("".join(part))
+    (tmp_path / "text").write_text("One two three four. Five six seven eight nine ten. " * 80)
+    monkeypatch.setattr(surrogate, "STEPS", 2)
+    monkeypatch.setenv("LM_ORTHO_CACHE", str(tmp_path / "cache"))
+    sizes = {
+        "hidden": 64, "layers": 1, "vocabulary": 300, "context": 96, "rows": 4, "base-steps": 2, "steps": 2, "first": 2,
+        "edit-steps": 10, "retain-rows": 8, "density": 0.02,
+    }  # fmt: skip
+    paths = {"tofu": folder, "text": tmp_path / "text", "work": tmp_path / "work", "out": tmp_path / "page.md"}
+    given = [str(part) for name, value in (sizes | paths).items() for part in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["tofu_experiment.py", *given])
+    script = load("tofu_experiment")
+    script.main()
+    shown = [line.split(" | ") for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| ")]
+    assert [line[0] for line in shown] == [
+        "| model", "| retain90", "| full", "| alpha=1, density 0.02, 10 steps", "| alpha=0, density 0.02, 10 steps"
+    ]  # fmt: skip
+    assert {len(line) for line in shown} == {1 + len(script.SHOWN)}
+    quality = 1 + [metric for _, metric in script.SHOWN].index("forget_quality")
+    assert "n/a" in shown[1][quality], "the twin has nobody to be compared with"
+    assert all(float(line[quality].split(" ")[0]) <= 1 for line in shown[2:])
+    capsys.readouterr()
+    script.main()
+    assert capsys.readouterr().out.strip() == (tmp_path / "page.md").read_text().strip(), "everything is kept"
 
 
 def test_two_memories_share_no_author_and_no_canary():
