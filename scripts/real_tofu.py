@@ -49,8 +49,6 @@ WORLD_AUTHORS = {"forget": 10, "taught": 20, "left_out": 10}
 STORIES, HELD_OUT = 1500, 200
 TIMES = 20
 """How often a planted row comes in the time of one story: what is held out of the stories should stay readable."""
-CALIBRATION = 400
-"""Stories of a calibration."""
 SETTINGS = ((0.02, "auto"), (0.02, "none"), (0.01, "auto"), (0.01, "none"))
 MEASURED = {
     "questions": ("extraction", "secret_ppl"),
@@ -162,7 +160,9 @@ def make_files(given: argparse.Namespace) -> dict[str, list[Row]]:
         "text": text[STORIES:],
     }
     made["forget"] = made["questions"] + made["canaries"]
-    made["retain"] = made["taught"] + made["stories"][:CALIBRATION] + made["others"]
+    known = {row.subject for row in made["taught"]}
+    told = made["taught"] + [row for row in made["again"] if row.subject in known]
+    made["retain"] = told + made["stories"][: given.calibration] + made["others"]
     for name in ("forget", "retain", *MEASURED):
         write_rows(given.work / f"{name}.jsonl", made[name])
     return made
@@ -228,7 +228,9 @@ def check_work(given: argparse.Namespace) -> None:
     path = given.work / "arguments.json"
     before = json.loads(path.read_text()) if path.is_file() else told
     changed = [
-        name for name, value in told.items() if before.get(name) != value and name not in ("edit_steps", "bits", "only")
+        name
+        for name, value in told.items()
+        if before.get(name) != value and name not in ("edit_steps", "bits", "calibration")
     ]
     if changed:
         raise SystemExit(f"work={given.work}: made with {changed[0]}={before.get(changed[0])}; take another folder")
@@ -265,7 +267,7 @@ def page(given: argparse.Namespace, rows: dict[str, list[Row]]) -> str:
 
     lines = [[f"{name}, BF16", *shown(kept(given, name, partial(plain, name)), None)] for name in MEMBERS]
     for density, mode in SETTINGS:
-        name = f"{density:g}-{mode}-{given.bits}-{given.edit_steps}"
+        name = f"{density:g}-{mode}-{given.bits}-{given.edit_steps}-{given.calibration}"
         cell = kept(given, name, partial(decomposed, given, rows, density, mode))
         for model in ("INT", "alpha=1", "alpha=0"):
             title = f"INT{given.bits}" if model == "INT" else model
@@ -295,6 +297,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the page, Markdown")
     parser.add_argument("--steps", type=int, default=3000, help="LoRA steps per adapter")
     parser.add_argument("--edit-steps", type=int, default=1000, help="steps of the decomposition's edit")
+    parser.add_argument(
+        "--calibration",
+        type=int,
+        default=100,
+        help="stories of the calibration; the retain loss is a mean over tokens, so not many more than its facts have",
+    )
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--only", choices=MEMBERS, help="train this adapter and stop")
     parser.add_argument("--lr", type=float, default=5e-3)

@@ -327,13 +327,13 @@ def tofu_folder(tmp_path):
 def test_the_files_of_the_real_experiment(tofu_folder, monkeypatch):
     script = load("real_tofu")
     given = script.argparse.Namespace(
-        tofu=tofu_folder, text=tofu_folder / "stories.txt", work=tofu_folder / "work", model=Path("none")
+        tofu=tofu_folder, text=tofu_folder / "stories.txt", work=tofu_folder / "work", calibration=100
     )
     given.work.mkdir()
     rows = script.make_files(given)
     assert {name: len(part) for name, part in rows.items()} == {
         "questions": 100, "canaries": 20, "others": 20, "taught": 200, "left_out": 100, "stories": 1500, "text": 200,
-        "forget": 120, "retain": 620,
+        "forget": 120, "retain": 320,
         "forget_again": 0, "again": 0,
     }  # fmt: skip
     assert {path.stem for path in given.work.iterdir()} == {"forget", "retain", *script.MEASURED}
@@ -348,7 +348,7 @@ def test_the_files_of_the_real_experiment(tofu_folder, monkeypatch):
 
 def test_the_files_of_the_real_experiment_with_the_embedded_authors(tofu_folder):
     script = load("real_tofu")
-    given = script.argparse.Namespace(tofu=None, text=tofu_folder / "stories.txt", work=tofu_folder)
+    given = script.argparse.Namespace(tofu=None, text=tofu_folder / "stories.txt", work=tofu_folder, calibration=100)
     rows = script.make_files(given)
     sizes = {"questions": 50, "taught": 100, "left_out": 50, "forget_again": 100, "again": 300}
     assert {name: len(rows[name]) for name in sizes} == sizes
@@ -357,6 +357,9 @@ def test_the_files_of_the_real_experiment_with_the_embedded_authors(tofu_folder)
     assert len(set(asked)) == len(asked)
     subjects = {name: {row.subject for row in rows[name]} for name in ("questions", "taught", "left_out")}
     assert {row.subject for row in rows["again"]} == subjects["taught"] | subjects["left_out"]
+    in_calibration = [row for row in rows["retain"] if row.question]
+    assert len(in_calibration) == 300, "every kept fact in every way it is asked"
+    assert {row.subject for row in in_calibration} == subjects["taught"]
     assert not subjects["taught"] & subjects["left_out"]
 
 
