@@ -96,18 +96,17 @@ PAGE = """# Two memories, two dials
 Made by `python scripts/two_memories.py` on {date} ({versions}): the embedded model, base known, density 1 % for each
 memory. `one` and `two` hold {sizes} rows to forget, half of the authors and half of the canaries each; asked are the
 questions in a phrasing that was taught and the canaries. Brackets are 95 % intervals over authors and canaries.
-
-## Decomposed together
-
-{together}
-
-## `two` added later to the checkpoint of `one`
+"""
+WAYS = {
+    "together": (together, "## Decomposed together"),
+    "later": (
+        one_by_one,
+        """## `two` added later to the checkpoint of `one`
 
 `memory` is `one` here: the only memory of a model has that name. The base codes off the support of `two` and the ortho
-stream of `one` are the same bits as before.
-
-{later}
-"""
+stream of `one` are the same bits as before.""",
+    ),
+}
 
 
 def main() -> None:
@@ -115,6 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--out", type=Path, required=True, help="the page, Markdown")
+    parser.add_argument("--only", choices=list(WAYS), help="one of the two ways")
     given = parser.parse_args()
     torch.manual_seed(0)
     given.work.mkdir(parents=True, exist_ok=True)
@@ -123,12 +123,12 @@ def main() -> None:
         write_rows(asked[name], rows)
     titles = ["dials", *(f"{name}: {what}" for name in NAMES for what in ("extraction", "secret PPL"))]
     titles.append("left-out retain PPL")
-    tables = {
-        way: markdown_table(titles, cells(made(given.work / way, how), asked))
-        for way, how in (("together", together), ("later", one_by_one))
-    }
     sizes = " and ".join(str(len(rows)) for rows in dealt(corpus.forget_rows()).values())
-    page = PAGE.format(date=datetime.date.today().isoformat(), versions=versions(), sizes=sizes, **tables)
+    parts = [PAGE.format(date=datetime.date.today().isoformat(), versions=versions(), sizes=sizes)]
+    for way in [given.only] if given.only else WAYS:
+        how, title = WAYS[way]
+        parts += [title + "\n", markdown_table(titles, cells(made(given.work / way, how), asked)) + "\n"]
+    page = "\n".join(parts)
     write_text(given.out, page)
     print(page)
 

@@ -25,6 +25,7 @@ from lm_ortho.harness.datasets import documents
 from lm_ortho.harness.model import LibOrthoLM, _split_alike
 from lm_ortho.harness.tokens import Tokens
 from lm_ortho.layer import set_alpha
+from lm_ortho.verdict.measure import measure
 
 pytestmark = pytest.mark.usefixtures("small_and_alone")
 
@@ -436,3 +437,13 @@ def test_aggregations_agree_with_metrics() -> None:
     assert scoring.any_rate(items) == pytest.approx(2 / 3)
     losses = [(3.0, 2, "a"), (1.0, 1, "b")]
     assert scoring.perplexity(losses) == pytest.approx(math.exp(4 / 3))
+
+
+def test_a_set_of_several_forms_is_measured_for_the_verdict(lm, home):
+    """Rows without a paraphrase have no truth ratio: the metric keeps its value, and no sample is made up."""
+    found = measure(lm, lm.tokenizer, ("forget_set",), forget=str(home / "forget.jsonl"))
+    assert {"truth_ratio", "ppl"} <= set(found.values["forget_set"])
+    samples = found.samples["forget_set"]
+    assert "ppl" in samples
+    assert "truth_ratio" not in samples
+    assert {len(numbers) for numbers in samples.values()} == {len(found.groups["forget_set"])} == {len(ROWS)}

@@ -28,7 +28,8 @@ class Measurement:
     """``values[task][metric]`` with its 95 % interval, and what the documents gave, in order.
 
     ``samples[task][metric]`` is one number per document: 0 or 1 for a rate, the mean loss in nats per token for a
-    perplexity, log R for the truth ratio. ``groups[task]`` is the author or canary each document belongs to.
+    perplexity, log R for the truth ratio; there are none of a metric that some documents do not have (canaries have no
+    truth ratio). ``groups[task]`` is the author or canary each document belongs to.
     """
 
     values: dict[str, dict[str, Interval]] = field(default_factory=dict)
@@ -75,9 +76,9 @@ def measure(lm: Any, tokenizer: Any, tasks: tuple[str, ...], limit: int | None =
             if f"{name}_low" in names
         }
         samples = sorted(out["samples"][task], key=lambda sample: sample["doc_id"])
-        result.samples[task] = {name: [_number(sample[name]) for sample in samples] for name in result.values[task]}
-        first = next(iter(result.values[task]))
-        result.groups[task] = [str(sample[first][-1]) for sample in samples]
+        common = [name for name in result.values[task] if all(name in sample for sample in samples)]
+        result.samples[task] = {name: [_number(sample[name]) for sample in samples] for name in common}
+        result.groups[task] = [str(sample[common[0]][-1]) for sample in samples]
     result.seconds = round(time.perf_counter() - began, 1)
     return result
 
