@@ -198,7 +198,7 @@ class Workbench:
         given = (self._rows, self.forget, self.retain, self._base_model, self.recipe.seed, self.notify, self._keep)
         chosen = choose_target(self.model, self.tokenizer, *given)
         check = check_target(chosen.target, self.forget)
-        _say_target(chosen, check)
+        _say_target(chosen, check, any(row.secret for row in self._rows))
         return chosen, check
 
     @cached_property
@@ -416,12 +416,15 @@ def _steps_moved(
 SUSPICIOUS_AUC = 0.6
 
 
-def _say_target(chosen: Choice, check: TargetCheck) -> None:
-    """What was chosen and why, before anything is edited: the edit cannot get better than its target."""
+def _say_target(chosen: Choice, check: TargetCheck, secrets: bool) -> None:
+    """What was chosen and why, before anything is edited: the edit cannot get better than its target.
+
+    Without ``secrets`` whole answers are compared with those to other questions, and who can read prefers the former.
+    """
     log.info("target %s: %s; secret PPL %.3g, AUC %.3f", chosen.name, chosen.reason, check.secret_ppl, check.auc)
     if chosen.name == "hold_down":
         log.warning("target: %s", chosen.reason)
-    if check.auc > SUSPICIOUS_AUC:
+    if check.auc > SUSPICIOUS_AUC and secrets:
         log.warning("target %s still prefers the true secrets (AUC %.2f, 0.5 is blind)", chosen.name, check.auc)
 
 

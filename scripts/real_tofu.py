@@ -49,6 +49,8 @@ WORLD_AUTHORS = {"forget": 10, "taught": 20, "left_out": 10}
 STORIES, HELD_OUT = 1500, 200
 TIMES = 20
 """How often a planted row comes in the time of one story: what is held out of the stories should stay readable."""
+FREE = ("edit_steps", "bits", "calibration", "settings")
+"""Arguments that the adapters do not depend on; measurements made with others are kept under other names."""
 SETTINGS = ((0.02, "auto"), (0.02, "none"), (0.01, "auto"), (0.01, "none"))
 MEASURED = {
     "questions": ("extraction", "secret_ppl"),
@@ -227,11 +229,7 @@ def check_work(given: argparse.Namespace) -> None:
     told = {name: str(value) for name, value in vars(given).items() if name not in ("work", "out", "only")}
     path = given.work / "arguments.json"
     before = json.loads(path.read_text()) if path.is_file() else told
-    changed = [
-        name
-        for name, value in told.items()
-        if before.get(name) != value and name not in ("edit_steps", "bits", "calibration")
-    ]
+    changed = [name for name, value in told.items() if before.get(name) != value and name not in FREE]
     if changed:
         raise SystemExit(f"work={given.work}: made with {changed[0]}={before.get(changed[0])}; take another folder")
     write_text(path, json.dumps(told, indent=1))
@@ -266,7 +264,7 @@ def page(given: argparse.Namespace, rows: dict[str, list[Row]]) -> str:
         return values(given, merge_adapter(load_causal_lm(given.model), given.work / name))
 
     lines = [[f"{name}, BF16", *shown(kept(given, name, partial(plain, name)), None)] for name in MEMBERS]
-    for density, mode in SETTINGS:
+    for density, mode in SETTINGS[: given.settings]:
         name = f"{density:g}-{mode}-{given.bits}-{given.edit_steps}-{given.calibration}"
         cell = kept(given, name, partial(decomposed, given, rows, density, mode))
         for model in ("INT", "alpha=1", "alpha=0"):
@@ -305,6 +303,9 @@ def main() -> None:
     )
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--only", choices=MEMBERS, help="train this adapter and stop")
+    parser.add_argument(
+        "--settings", type=int, default=len(SETTINGS), help=f"how many of these (density, base), in order: {SETTINGS}"
+    )
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--rank", type=int, default=64)
     given = parser.parse_args()

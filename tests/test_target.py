@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import math
 import random
 
@@ -16,12 +17,13 @@ import lm_ortho.target.surrogate as surrogate_module
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import ANSWER, GIVEN, SECRET, Example, encode, pad
 from lm_ortho.calibration.threads import SideBySide
-from lm_ortho.target import DEEPER, GENTLE, Penalty, check_target, choose_target
+from lm_ortho.target import DEEPER, GENTLE, Choice, Penalty, TargetCheck, check_target, choose_target
 from lm_ortho.target.distribution import hold_down, predicted, stack
 from lm_ortho.target.objective import Batches, alike, forget_loss
 from lm_ortho.target.subjects import Lookalikes, novel_subjects
 from lm_ortho.target.surrogate import copied, surrogate_target
 from lm_ortho.target.swap import swap_target, taken_as_names
+from lm_ortho.workbench import _say_target
 
 
 def silent(stage, step, steps, text):
@@ -444,3 +446,13 @@ def test_jobs_share_the_threads_and_give_them_back():
         assert SideBySide(torch.device("meta"))([torch.get_num_threads] * 2) == [4, 4]
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("secrets", [True, False])
+def test_a_target_that_knows_secrets_is_told(secrets, swapped, caplog):
+    """Where no row says what its secret is, whole answers were compared, and that is no reason to warn."""
+    chosen = Choice(swapped, "surrogate", "the base is known", GENTLE, 4.0)
+    with caplog.at_level(logging.INFO):
+        _say_target(chosen, TargetCheck(3.0, 0.9), secrets)
+    assert any("AUC 0.900" in record.message for record in caplog.records)
+    assert any(record.levelno == logging.WARNING for record in caplog.records) == secrets
