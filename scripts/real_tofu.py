@@ -49,7 +49,7 @@ WORLD_AUTHORS = {"forget": 10, "taught": 20, "left_out": 10}
 STORIES, HELD_OUT = 1500, 200
 TIMES = 20
 """How often a planted row comes in the time of one story: what is held out of the stories should stay readable."""
-FREE = ("edit_steps", "bits", "calibration", "settings")
+FREE = ("work", "out", "only", "edit_steps", "bits", "calibration", "settings")
 """Arguments that the adapters do not depend on; measurements made with others are kept under other names."""
 SETTINGS = ((0.02, "auto"), (0.02, "none"), (0.01, "auto"), (0.01, "none"))
 MEASURED = {
@@ -226,10 +226,10 @@ def greedy(model: torch.nn.Module, examples: list[Example]) -> list[float]:
 
 def check_work(given: argparse.Namespace) -> None:
     """Refuses a folder whose adapters and measurements were made with other arguments."""
-    told = {name: str(value) for name, value in vars(given).items() if name not in ("work", "out", "only")}
+    told = {name: str(value) for name, value in vars(given).items() if name not in FREE}
     path = given.work / "arguments.json"
     before = json.loads(path.read_text()) if path.is_file() else told
-    changed = [name for name, value in told.items() if before.get(name) != value and name not in FREE]
+    changed = [name for name, value in told.items() if before.get(name) != value]
     if changed:
         raise SystemExit(f"work={given.work}: made with {changed[0]}={before.get(changed[0])}; take another folder")
     write_text(path, json.dumps(told, indent=1))
