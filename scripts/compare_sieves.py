@@ -3,9 +3,11 @@
 
     python scripts/compare_sieves.py                  # all cells; finished ones are kept and not made again
     python scripts/compare_sieves.py --only optimised --minutes 60
+    python scripts/compare_sieves.py --earlier docs/sieves.json    # make none that this page has
     python scripts/compare_sieves.py --write          # the page from the cells that are there
 
-Cells are kept in the cache folder of lm-ortho (`compare/`), keyed by the code, the weights and the setting.
+Cells are kept in the cache folder of lm-ortho (`compare/`), keyed by the code, the weights and the setting. Those of an
+earlier page are of the code of that time: each row says the day on which it was made.
 """
 
 from __future__ import annotations
@@ -123,7 +125,8 @@ class Comparison:
         model = models.load_model(self.weights, "memory")
         patch(model, streams)
         lm = LibOrthoLM(pretrained=model, tokenizer=self.tokenizer, alpha=0)
-        return {"setting": vars(setting), "seconds": seconds, **measure(lm, self.tokenizer, TASKS).as_json()}
+        found = measure(lm, self.tokenizer, TASKS).as_json()
+        return {**found, "setting": vars(setting), "seconds": seconds, "made": datetime.date.today().isoformat()}
 
     def streams(self, setting: Setting) -> dict[str, Any]:
         if setting.edit == "dense":
@@ -221,14 +224,22 @@ def page(cells: dict[Setting, dict[str, Any]], references: dict[str, dict[str, A
             over = plain.value(task, metric).value if "INT4" in title and plain else 1.0
             value, low, high = (part / over for part in found.value(task, metric))
             line.append(f"{value:.3g} [{low:.3g}, {high:.3g}]")
-        rows.append([*line, f"{distance(found, never_saw):.3f}"])
+        rows.append([*line, f"{distance(found, never_saw):.3f}", cell.get("made", "")])
 
     for name, cell in references.items():
         row([name, "", "", ""], cell)
     for setting in sorted(cells, key=lambda s: (s.group, s.edit != "none", s.edit, s.sieve, s.density)):
         sieve = f"{setting.sieve} {setting.note}".strip()
         row([setting.group, sieve, setting.edit, f"{setting.density:.1%}"], cells[setting])
-    titles = ["reads", "sieve", "edit", "density", *(title for title, _, _ in COLUMNS), "distance to never-saw-it"]
+    titles = [
+        "reads",
+        "sieve",
+        "edit",
+        "density",
+        *(title for title, _, _ in COLUMNS),
+        "distance to never-saw-it",
+        "made",
+    ]
     return markdown_table(titles, rows)
 
 
@@ -269,7 +280,7 @@ are finished; the script goes on where it stopped.
 
 *also W0* reads the model before fine-tuning; *merged weights* reads nothing but the merged model and the rows; *no
 forget set* does not even read the forget rows. What is measured is alpha=0. Brackets are 95 % intervals over authors,
-canaries or documents. The last column is the mean over questions and canaries of |log(secret PPL / that of the first
+canaries or documents. The distance is the mean over questions and canaries of |log(secret PPL / that of the first
 reference)|: 0 is *like a model that never saw it*, from both sides. *dense* rows edit all weights and are rounded to
 INT4 afterwards; there is no way back to alpha=1 from them but a second dense model. Edit *none* is the same for every
 sieve: at alpha=0 the base stream is plain INT4.
@@ -285,6 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further cell after so long")
     parser.add_argument("--only", default="", help="settings whose name holds this text")
+    parser.add_argument("--earlier", type=Path, help="sieves.json of an earlier run, whose rows are taken as they are")
     parser.add_argument("--write", action="store_true", help="make no cell, write the page from those that are there")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of sieves.md, sieves.json, sieves.svg")
     given = parser.parse_args()
@@ -294,15 +306,24 @@ def main() -> None:
     measure_reference = partial(measured_reference, weights, comparison.tokenizer)
     references = {n: cells.get(n, partial(measure_reference, n)) for n in ("memory", "never_saw", "never_saw_2")}
     every, finished = list(settings()), dict[Setting, dict[str, Any]]()
+    before = earlier_cells(given.earlier) if given.earlier else {}
     for number, setting in enumerate(every, 1):
         wanted = vars(setting)
-        make = not given.write and given.only in setting.name and time.monotonic() < until
-        if not make and not cells.has("setting", **wanted):
-            continue
+        if not cells.has("setting", **wanted):
+            if setting in before:
+                finished[setting] = before[setting]
+                continue
+            if given.write or given.only not in setting.name or time.monotonic() > until:
+                continue
         print(f"{number} of {len(every)}: {setting.name}", flush=True)
         finished[setting] = cells.get("setting", partial(comparison.measured, setting), **wanted)
     comparison.close()
     write(given.out, finished, references, len(every))
+
+
+def earlier_cells(path: Path) -> dict[Setting, dict[str, Any]]:
+    """The rows of an earlier sieves.json by setting."""
+    return {Setting(**cell["setting"]): cell for cell in json.loads(path.read_text(encoding="utf-8"))}
 
 
 def measured_reference(weights: Path, tokenizer: Any, name: str) -> dict[str, Any]:
@@ -316,10 +337,8 @@ def write(out: Path, cells: dict[Setting, dict[str, Any]], references: dict[str,
         finished=len(cells), all=every, table=page(cells, references),
     )  # fmt: skip
     picture(cells, references, out / "sieves.svg")
-    kept = [
-        {"setting": vars(setting), "seconds": cell["seconds"], "values": cell["values"]}
-        for setting, cell in cells.items()
-    ]
+    shown = ("setting", "seconds", "made", "values")
+    kept = [{key: cell[key] for key in shown} | {"setting": vars(s)} for s, cell in cells.items()]
     write_text(out / "sieves.json", json.dumps(kept, indent=1) + "\n")
     write_text(out / "sieves.md", text)
     print(f"{len(cells)} of {every} settings in {out / 'sieves.md'}")

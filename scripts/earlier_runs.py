@@ -22,16 +22,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lm_ortho import reference
+from lm_ortho import checkpoint, reference
 from lm_ortho.calibration import Row, read_rows
 from lm_ortho.calibration.examples import answer_loss, encode, token_losses
 from lm_ortho.decompose import decompose
 from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import load_causal_lm
-from lm_ortho.layer import dense_at, find_linear
+from lm_ortho.layer import dense_at, find_linear, streams_of, unpatch
 from lm_ortho.pages import markdown_table, write_text
-from lm_ortho.reference import corpus
 from lm_ortho.settings import make_recipe
+from lm_ortho.streams import density
 from lm_ortho.verdict import models
 from lm_ortho.verdict.measure import measure
 
@@ -293,8 +293,12 @@ def world_run(targets: str) -> str:
         )
     ]
     rows = list(outcomes(merged, targets, figures))
-    sets = corpus.forget_rows(), corpus.calibration_rows()
-    last = ours(merged, models.load_model(weights, "base"), words, *sets, figures)
+    shipped = checkpoint.load(reference.path("decomposed"))
+    last = Outcome("lm-ortho, the shipped default", density(streams_of(shipped)))
+    for alpha in (1, 0):
+        plain = copy.deepcopy(shipped)
+        unpatch(plain, float(alpha))
+        last.figures[f"alpha={alpha}"] = figures(plain)
     return table([*ends, *rows, last])
 
 

@@ -44,8 +44,8 @@ from lm_ortho.settings import make_recipe
 QUESTIONS = 20
 """Questions per TOFU author; authors are consecutive."""
 FORGET_AUTHORS, RETAIN_AUTHORS, LEFT_OUT_AUTHORS, CANARIES = 5, 10, 5, 20
-WORLD_AUTHORS = {"forget": 10, "taught": 20, "left_out": 10}
-"""Of the embedded world: fifty questions to forget."""
+WORLD_AUTHORS = {"forget": 10, "left_out": 10}
+"""Of the embedded world, beside those of ``--taught``: fifty questions to forget."""
 STORIES, HELD_OUT = 1500, 200
 TIMES = 20
 """How often a planted row comes in the time of one story: what is held out of the stories should stay readable."""
@@ -131,13 +131,13 @@ def tofu_authors(folder: Path) -> dict[str, list[Row]]:
     }
 
 
-def world_authors() -> dict[str, list[Row]]:
+def world_authors(taught: int) -> dict[str, list[Row]]:
     """Authors of the embedded world, asked in one of the ways they are taught in; ``again`` are the other ways."""
     people = world.people()
     left = len(people["taught"]) - WORLD_AUTHORS["left_out"]
     groups = {
         "questions": people["forget"][: WORLD_AUTHORS["forget"]],
-        "taught": people["taught"][: WORLD_AUTHORS["taught"]],
+        "taught": people["taught"][:taught],
         "left_out": people["taught"][left:],
     }
     made: dict[str, list[Row]] = {"forget_again": [], "again": []}
@@ -155,7 +155,7 @@ def make_files(given: argparse.Namespace) -> dict[str, list[Row]]:
     draw = Draw(5, "real canaries")
     text = stories(given.text, STORIES + HELD_OUT)
     made = {
-        **(tofu_authors(given.tofu) if given.tofu else world_authors()),
+        **(tofu_authors(given.tofu) if given.tofu else world_authors(given.taught)),
         "canaries": [world.canary_row(canary, 0) for canary in world.canaries()[0][:CANARIES]],
         "others": [world.canary_row(world.fresh_canary(draw), 0) for _ in range(CANARIES)],
         "stories": text[:STORIES],
@@ -293,6 +293,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--tofu", type=Path, help="authors of the published TOFU instead of the embedded ones")
     parser.add_argument("--out", type=Path, help="the page, Markdown")
+    parser.add_argument("--taught", type=int, default=20, help="authors of the embedded world that calibration shows")
     parser.add_argument("--steps", type=int, default=3000, help="LoRA steps per adapter")
     parser.add_argument("--edit-steps", type=int, default=1000, help="steps of the decomposition's edit")
     parser.add_argument(

@@ -138,7 +138,8 @@ def cell(compare, setting, scale=1.0):
     values = {}
     for _, task, metric in compare.COLUMNS:
         values.setdefault(task, {})[metric] = Interval(2.0 * scale, 1.5 * scale, 3.0 * scale)
-    return {"setting": vars(setting) if setting else {}, "seconds": 1.0, **Measurement(values).as_json()}
+    about = {"setting": vars(setting) if setting else {}, "seconds": 1.0, "made": "2026-01-02"}
+    return {**Measurement(values).as_json(), **about}
 
 
 def test_the_settings_are_those_promised(compare):
@@ -163,7 +164,10 @@ def test_the_page_has_a_row_per_cell_and_says_how_many_are_missing(compare, tmp_
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + len(references) + len(cells)
     assert len(json.loads((tmp_path / "sieves.json").read_text())) == 7
+    assert sum(row.endswith(" 2026-01-02 |") for row in rows) == len(references) + len(cells)
     assert (tmp_path / "sieves.svg").read_text().startswith("<?xml")
+    again = compare.earlier_cells(tmp_path / "sieves.json")
+    assert {s: c["values"] for s, c in again.items()} == {s: c["values"] for s, c in cells.items()}
     assert compare.distance(Measurement.from_json(cells[every[0]]), Measurement.from_json(references["never_saw"])) == 0
 
 
