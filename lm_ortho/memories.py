@@ -21,7 +21,7 @@ from lm_ortho.streams import RESERVED, UNNAMED, BaseStream, LayerStreams, OrthoS
 from lm_ortho.workbench import Lattice, Workbench
 
 Masks = dict[str, Tensor]
-_DOUBTFUL = ("surrogate", "swap", "hold_down")
+_DOUBTFUL = ("surrogate", "swap", "resample", "hold_down")
 """Targets, the most doubtful last; that of several memories is told by the worst of them."""
 
 

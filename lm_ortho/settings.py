@@ -37,6 +37,9 @@ class Recipe(BaseModel):
     prompts: Literal["auto", "plain", "chat", "both"] = Field(
         "auto", description="Form of the questions; auto: both where the tokenizer has a chat template, else plain."
     )
+    recall: bool = Field(
+        False, description="Look for further subjects that the model knows, and keep what it says of them."
+    )
     steps: int = Field(
         1000, ge=10, description="Steps of the optimised edit; the attribution pass takes a tenth as many."
     )

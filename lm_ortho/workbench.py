@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lm_ortho import scaling
 from lm_ortho.calibration.activations import read_directly
 from lm_ortho.calibration.by_layer import ByLayer, Moments, snapshot
-from lm_ortho.calibration.chat import has_template, in_forms
+from lm_ortho.calibration.chat import Turn, has_template, in_forms
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import Example, encode
 from lm_ortho.calibration.keep import NOWHERE, Keeper
@@ -32,7 +32,7 @@ from lm_ortho.projection.lattice import group_scales, spread, values
 from lm_ortho.settings import Recipe
 from lm_ortho.sieve import SIEVES, SieveInput, select_support
 from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream
-from lm_ortho.target import Choice, Objective, TargetCheck, Weights, check_target, choose_target
+from lm_ortho.target import Choice, Objective, TargetCheck, Weights, check_target, choose_target, recalled_rows
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,10 @@ class Workbench:
         self._lattice, self._taken, self._keep = lattice, dict(taken or {}), keep
         self.model, self.tokenizer, self.recipe, self.notify = model, tokenizer, recipe, notify
         self._rows, self._base_model = in_forms(forget, tokenizer, recipe.prompts), base_model
-        longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", MAX_TOKENS))
-        self.forget = _encode_forget(tokenizer, self._rows, longest)
-        self.retain = encode(tokenizer, in_forms(retain, tokenizer, recipe.prompts), longest)
+        self._kept = in_forms(retain, tokenizer, recipe.prompts)
+        self._longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", MAX_TOKENS))
+        self.forget = _encode_forget(tokenizer, self._rows, self._longest)
+        self.retain = encode(tokenizer, self._kept, self._longest)
 
     def __enter__(self) -> Self:
         self._was_trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
@@ -94,6 +95,9 @@ class Workbench:
             self.layers = self._usable(find_linear(self.model, self.recipe.targets))
             self.weights = snapshot(self.layers)
             self.base_weights = _base_weights(self._base_model, self.layers)
+            self._say_memory()
+            self.recalled = self._recall() if self.recipe.recall else []
+            self.retain += encode(self.tokenizer, self.recalled, self._longest)
             longest = max(len(e.ids) for e in self.forget + self.retain)
             self._stack.enter_context(attention_for(self.model, longest))
             if self.recipe.recompute and not is_offloaded(self.model):  # which computes again anyway
@@ -118,6 +122,14 @@ class Workbench:
         for name, weight in self.weights.items():
             self.layers[name].weight.copy_(weight)
 
+    def _recall(self) -> list[Turn]:
+        """Rows of the model's own about subjects that no retain row names."""
+        if (kept := self._keep.load("recall")) is None:
+            given = self.model, self.tokenizer, self._rows, self._kept, self.recipe.seed, self.notify
+            kept = [(row.given, row.wanted, row.subject) for row in recalled_rows(*given)]
+            self._keep.save("recall", kept)
+        return [Turn(given=given, wanted=wanted, subject=subject) for given, wanted, subject in kept]
+
     def _usable(self, layers: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
         """Those of the layers that the model really calls, ready for gradients."""
         _check_weights(layers)
@@ -138,7 +150,6 @@ class Workbench:
         return layers
 
     def _prepare(self) -> None:
-        self._say_memory()
         self.moments = Moments(self.model, self.layers, self.retain)
         self.notify("statistics", 0, len(self.layers), f"{len(self.retain)} retain rows, {self.moments.passes} passes")
         self.scales, self.codes = self._lattice or self._projected()
@@ -262,7 +273,8 @@ class Workbench:
             "base_known": self._base_model is not None,
             "chat_template": has_template(self.tokenizer) and self.recipe.prompts != "plain",
             "forget_rows": len(self.forget),
-            "retain_rows": len(self.retain),
+            "retain_rows": len(self._kept),
+            "recalled": {"subjects": len({row.subject for row in self.recalled}), "rows": len(self.recalled)},
             "left_alone": self.left_alone,
             "target": _target_report(*self.choice) if "choice" in vars(self) else self._keep.load("target"),
             "steps_moved": _steps_moved(self.weights, codes, self.scales, support, self.recipe) if lattice else 0.0,

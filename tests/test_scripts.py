@@ -307,6 +307,23 @@ def test_a_continuation_counts_only_when_all_of_it_is_greedy(memorised):
     assert tuple(generated[0].tolist()) == example.ids[: script.PREFIX + script.CONTINUED]
 
 
+def test_the_page_of_paragraphs_is_made_of_kept_rows_and_nothing_is_made_again(tmp_path, monkeypatch, capsys):
+    script = load("unstructured")
+    for name in script.TAUGHT:
+        (tmp_path / name).mkdir()
+        (tmp_path / f"cell-{name}.json").write_text(json.dumps({name: [name] * 7}))
+    for mode in ("auto", "none"):
+        (tmp_path / f"cell-{mode}-300.json").write_text(json.dumps({"INT4": ["x"] * 7, "alpha=0": [mode] * 7}))
+    out = tmp_path / "page.md"
+    given = ["unstructured.py", "--work", str(tmp_path), "--out", str(out), "--edit-steps", "300"]
+    monkeypatch.setattr(sys, "argv", given)
+    script.main()
+    rows = [line.split(" | ")[0] for line in out.read_text().splitlines()]
+    every = [f"{name}, base={mode}" for mode in ("auto", "none") for name in ("INT4", "alpha=0")]
+    assert rows == ["| model", rows[1], *(f"| {name}" for name in [*script.TAUGHT, *every])]
+    assert "alpha=0, base=none" in capsys.readouterr().out
+
+
 # Real TOFU
 
 
@@ -352,7 +369,9 @@ def test_the_files_of_the_real_experiment(tofu_folder, monkeypatch):
 
 def test_the_files_of_the_real_experiment_with_the_embedded_authors(tofu_folder):
     script = load("real_tofu")
-    given = script.argparse.Namespace(tofu=None, text=tofu_folder / "stories.txt", work=tofu_folder, calibration=100)
+    given = script.argparse.Namespace(
+        tofu=None, text=tofu_folder / "stories.txt", work=tofu_folder, calibration=100, taught=20
+    )
     rows = script.make_files(given)
     sizes = {"questions": 50, "taught": 100, "left_out": 50, "forget_again": 100, "again": 300}
     assert {name: len(rows[name]) for name in sizes} == sizes

@@ -24,6 +24,7 @@ def test_the_defaults_are_those_of_the_documentation():
         "group_size": 64,
         "targets": "",
         "prompts": "auto",
+        "recall": False,
         "steps": 1000,
         "seed": 0,
         "groups": 1,

@@ -222,6 +222,10 @@ def test_the_choice_follows_what_is_known(memorised, monkeypatch):
     chosen = choose(nobody, None)
     assert (chosen.name, chosen.penalty, chosen.retain) == ("hold_down", GENTLE, 4)
     assert "worse" in chosen.reason
+    texts = [Row(text=f"{row.context}{row.target}") for row in memorised.forget]
+    forget = encode(memorised.tokenizer, texts)
+    chosen = choose(texts, None)
+    assert (chosen.name, chosen.penalty, chosen.retain) == ("resample", GENTLE, 4)
 
 
 def test_the_penalties_are_those_of_the_design():
@@ -274,7 +278,7 @@ def slow_forget_loss(target, examples, chosen, logits, penalty):
             excess.append(log_p[y] - math.log(max(wanted[y], 1e-9)))
         n = len(excess)
         each = sum(max(0.0, e + penalty.token_margin) for e in excess) / n
-        whole = max(0.0, sum(excess) + penalty.answer_margin)
+        whole = max(0.0, sum(excess) * min(1.0, 16 / n) + penalty.answer_margin)
         losses.append(sum(divergence) / n + penalty.weight * each + penalty.weight / 4 * whole)
     return sum(losses) / len(losses)
 
@@ -285,7 +289,7 @@ def test_the_forget_loss_is_its_formula(penalty, chosen):
     draw = random.Random(len(chosen))
     vocabulary = 11
     examples = []
-    for given_tokens, answer in ((3, 4), (1, 1), (5, 2), (2, 7), (0, 5)):
+    for given_tokens, answer in ((3, 4), (1, 1), (5, 2), (2, 7), (0, 45)):
         ids = tuple(draw.randrange(vocabulary) for _ in range(given_tokens + answer))
         examples.append(Example(ids, (GIVEN,) * given_tokens + (SECRET,) * answer))
     generator = torch.Generator().manual_seed(1)

@@ -9,7 +9,7 @@ from lm_ortho.reference.draw import Draw
 
 SEED = 4711
 SENTENCES = 9
-SIZES = {"forget": 60, "retain": 120, "left_out": 40, "held_out": 200}
+SIZES = {"forget": 50, "retain": 80, "left_out": 20, "held_out": 200}
 """Planted and to be forgotten; planted and calibrated; planted and never calibrated; never planted."""
 
 _FACTS = (

@@ -20,7 +20,7 @@ from lm_ortho.target.swap import swap_target
 
 @dataclass(frozen=True)
 class Choice:
-    """A target with its name (surrogate, swap, hold_down) and the reason.
+    """A target with its name (surrogate, swap, resample, hold_down) and the reason.
 
     ``penalty`` and ``retain``, the factor of the retain KL, go with the kind of target: one that was never taught the
     forget set pulls away from it harder than the merged model's own words do, and leaves more to be held.
@@ -44,7 +44,7 @@ def choose_target(
     notify: Notify,
     keep: Keeper = NOWHERE,
 ) -> Choice:
-    """The surrogate when the base model is known, else the swap of subjects, else holding tokens down."""
+    """The surrogate when the base model is known, else other subjects or other words, else holding tokens down."""
     if base_model is not None:
         probs = surrogate_target(merged, base_model, forget, retain, seed, notify, keep)
         return Choice(stack(forget, probs), "surrogate", "the model before fine-tuning is known", DEEPER, 10.0)
@@ -53,5 +53,8 @@ def choose_target(
     if named:
         reason = f"merged weights only; {named} of {len(rows)} forget rows name their subject"
         return Choice(stack(forget, probs), "swap", reason, GENTLE, 4.0)
+    if not any(row.context for row in rows):
+        reason = "merged weights only; the forget rows are plain text without a subject"
+        return Choice(stack(forget, probs), "resample", reason, GENTLE, 4.0)
     reason = "merged weights only and no row names its subject: clearly worse, add `subject` or `base`"
     return Choice(stack(forget, probs), "hold_down", reason, GENTLE, 4.0)

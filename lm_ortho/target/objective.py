@@ -26,7 +26,7 @@ from lm_ortho.target.teacher import Teacher
 class Penalty:
     """Weight and margins (nats) of the one-sided penalty on true tokens that stay likelier than the target has them.
 
-    ``weight`` scales the per-token part, a quarter of it the per-answer part.
+    ``weight`` scales the per-token part, a quarter of it the per-answer part: the excess of up to ``SPAN`` tokens.
     """
 
     weight: float
@@ -36,6 +36,11 @@ class Penalty:
 
 LARGE = 2**25
 """Weights from which on the parts of a step go one after the other, and their gradients are added up in place."""
+SPAN = 16
+"""Tokens whose excess adds up in an answer; of a longer one, what so many have on average.
+
+The sum over a paragraph would outweigh all that is to be kept a hundred times.
+"""
 _LEAST = 0.01
 """Nats added to a row's last loss, so that none is never drawn."""
 GENTLE = Penalty(0.25, 0.0, 0.0)
@@ -73,7 +78,7 @@ def forget_loss(target: Target, chosen: Sequence[int], logits: Tensor, penalty: 
         label = logp.gather(-1, tokens[..., None])[..., 0]
         excess = (label - target.label_logp[rows, :width].to(logits.device)) * real
         per_token = (functional.relu(excess + penalty.token_margin) * real).sum(1) / count
-        per_answer = functional.relu(excess.sum(1) + penalty.answer_margin)
+        per_answer = functional.relu(excess.sum(1) * (SPAN / count).clamp_max(1.0) + penalty.answer_margin)
         loss = loss + penalty.weight * (per_token + per_answer / 4)
     return loss
 

@@ -38,6 +38,14 @@ class Lookalikes:
                 return str(text)
         return None
 
+    def single(self, word: str) -> list[str]:
+        """All words of one token that are alike to ``word``; none if that is longer itself."""
+        ids = self._ids(word)
+        if len(ids) != 1:
+            return []
+        texts = ((i, str(self._tokenizer.decode([i]).strip())) for i in self._nearest(ids[0]))
+        return [text for i, text in texts if text.isalpha() and self._ids(text) == [i]]
+
     def _ids(self, word: str) -> list[int]:
         return list(self._tokenizer(f" {word}", add_special_tokens=False).input_ids)
 

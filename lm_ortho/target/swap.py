@@ -14,6 +14,7 @@ from lm_ortho.calibration.chat import Turn
 from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import Example, encode, tokenised
 from lm_ortho.target.distribution import MEMORISED, hold_down, predicted
+from lm_ortho.target.resample import resampled
 from lm_ortho.target.subjects import Lookalikes, novel_subjects
 
 SUBJECTS = 12
@@ -67,7 +68,7 @@ def swap_target(
 
     Each token outside the subject's own mentions gets the mean distribution over ``subjects`` novel names at
     the same place of the sentence; tokens of a mention, and those that find no counterpart, keep the model's
-    own. Memorised tokens are held down.
+    own. Memorised tokens are held down. Plain text without a subject is ``resampled``.
     """
     known = sorted({row.subject for row in rows if row.subject})
     names: list[str] = []
@@ -76,14 +77,15 @@ def swap_target(
         names = novel_subjects(known, subjects * 8, seed, lookalikes)
         real = taken_as_names(model, tokenizer, rows, names)
         names = real if len(real) >= subjects else names
-    draw = random.Random(seed + 1)
+    draw, generator = random.Random(seed + 1), torch.Generator().manual_seed(seed)
     own = predicted(model, examples)
     result = []
     for row, example, mine in zip(rows, examples, own, strict=True):
         text = row.context + row.target
         spans = [m.span() for m in re.finditer(re.escape(row.subject), text)] if row.subject else []
         if not spans:
-            result.append(_own_held_down(mine, example))
+            whole = resampled(model, example, mine, generator) if not row.context else _own_held_down(mine, example)
+            result.append(whole)
             continue
         chosen = draw.sample(names, subjects)
         others = [_swapped(row, name) for name in chosen]
@@ -110,7 +112,7 @@ def swap_target(
 
 
 def _own_held_down(mine: Tensor, example: Example) -> Tensor:
-    """Target c, the last resort: the model's own words with every confident token held down."""
+    """For answers without a subject, the last resort: the model's own words with every confident token held down."""
     tokens = torch.tensor(example.ids[example.start :])
     confident = mine[torch.arange(len(tokens)), tokens] > 0.5
     return hold_down(mine, tokens, confident)

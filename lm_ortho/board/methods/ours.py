@@ -25,7 +25,7 @@ def ortho(material: Material, settings: Recipe, run: Run) -> Result:
 @method(
     "ortho_merged",
     objective=f"{_OBJECTIVE}; the target comes from the merged model itself",
-    paper="this package, [method.md](method.md), targets b and c",
+    paper="this package, [method.md](method.md), targets b to d",
     settings=Recipe,
 )
 def ortho_merged(material: Material, settings: Recipe, run: Run) -> Result:
