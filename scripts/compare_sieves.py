@@ -276,7 +276,7 @@ HEAD = """# Sieves and edits beside each other
 
 Made by `python scripts/compare_sieves.py` on {date} ({versions}): the embedded model and world, INT4 in
 groups of 64, one seed, {steps} steps of the optimised edit, all documents of the tasks. {finished} of {all} settings
-are finished; the script goes on where it stopped.
+are finished; the script goes on where it stopped. *made* is the day of a row, whose code was that of the day.
 
 *also W0* reads the model before fine-tuning; *merged weights* reads nothing but the merged model and the rows; *no
 forget set* does not even read the forget rows. What is measured is alpha=0. Brackets are 95 % intervals over authors,
@@ -323,7 +323,8 @@ def main() -> None:
 
 def earlier_cells(path: Path) -> dict[Setting, dict[str, Any]]:
     """The rows of an earlier sieves.json by setting."""
-    return {Setting(**cell["setting"]): cell for cell in json.loads(path.read_text(encoding="utf-8"))}
+    cells = json.loads(path.read_text(encoding="utf-8"))
+    return {Setting(**cell["setting"]): {"samples": {}, "groups": {}, **cell} for cell in cells}
 
 
 def measured_reference(weights: Path, tokenizer: Any, name: str) -> dict[str, Any]:

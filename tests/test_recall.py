@@ -18,6 +18,7 @@ from lm_ortho.calibration.examples import encode
 from lm_ortho.settings import make_recipe
 from lm_ortho.target import recall
 from lm_ortho.target.recall import recalled_rows
+from lm_ortho.target.swap import swapped
 from lm_ortho.workbench import Workbench
 
 HEADS = ("Ada", "Bo", "Cleo")
@@ -105,6 +106,12 @@ def test_nobody_of_the_forget_set_and_no_stranger_is_kept(tokenizer, seed):
     assert len(subjects) >= 3
 
 
+def test_a_forget_set_without_subjects_bars_nobody(tokenizer):
+    forget = [Row(prompt="Which is best", answer="tea"), Row(text="Ada plays chess")]
+    subjects = {row.subject for row in recalled_rows(Book(FACTS), tokenizer, forget, rows(KEPT), 0, quiet)}
+    assert set(HIDDEN) <= subjects <= set(HIDDEN + FORGET)
+
+
 def test_somebody_of_the_forget_set_under_another_name_is_left_out(tokenizer):
     alias = NAMES[20]
     facts = {**FACTS, alias: FACTS[FORGET[0]]}
@@ -129,7 +136,7 @@ def test_doubt_is_the_least_sure_token_on_the_way_to_the_first_other_one(memoris
     for name in names:
         parts = []
         for row in asked:
-            (example,) = encode(words, [recall.swapped(row, name)])
+            (example,) = encode(words, [swapped(row, name)])
             probs = model(input_ids=torch.tensor([example.ids])).logits[0].softmax(-1)
             least = 1.0
             for t in range(example.start, len(example.ids)):

@@ -168,6 +168,8 @@ def test_the_page_has_a_row_per_cell_and_says_how_many_are_missing(compare, tmp_
     assert (tmp_path / "sieves.svg").read_text().startswith("<?xml")
     again = compare.earlier_cells(tmp_path / "sieves.json")
     assert {s: c["values"] for s, c in again.items()} == {s: c["values"] for s, c in cells.items()}
+    compare.write(tmp_path, again, references, len(every))
+    assert (tmp_path / "sieves.md").read_text() == text
     assert compare.distance(Measurement.from_json(cells[every[0]]), Measurement.from_json(references["never_saw"])) == 0
 
 

@@ -16,6 +16,7 @@ from lm_ortho.calibration.documents import Row
 from lm_ortho.calibration.examples import encode, in_batches, logits_of, most_tokens, pad
 from lm_ortho.implant.train import Notify
 from lm_ortho.target.subjects import Lookalikes
+from lm_ortho.target.swap import swapped
 
 log = logging.getLogger(__name__)
 
@@ -100,12 +101,6 @@ def _patterns(rows: Sequence[Row]) -> list[Row]:
     return list({row.context.replace(row.subject, "\0"): row for row in named}.values())
 
 
-def swapped(row: Row, name: str) -> Turn:
-    """The row with ``name`` in the place of its subject."""
-    given, wanted = row.context.replace(row.subject, name), row.target.replace(row.subject, name)
-    return Turn(given=given, wanted=wanted, subject=name)
-
-
 class _Asker:
     """Asks a model about names in the words of the rows ``asked``."""
 
@@ -131,7 +126,7 @@ class _Asker:
                 right = likeliest[row, start - 1 : len(own) - 1] == own[start:]
                 until = int(right.long().cumprod(0).sum()) + 1
                 result[i] = 1 - values[row, start - 1 : len(own) - 1][:until].min()
-        return result.view(len(names), -1).mean(1)
+        return result.view(len(names), len(questions)).mean(1)
 
     def questions(self, count: int) -> list[Row]:
         return self._draw.sample(self._asked, min(count, len(self._asked)))

@@ -24,8 +24,10 @@ def _shifted(spans: list[tuple[int, int]], at: int, growth: int) -> int:
     return at + growth * sum(end <= at for _, end in spans)
 
 
-def _swapped(row: Row, name: str) -> Row:
-    return Turn(given=row.context.replace(row.subject, name), wanted=row.target.replace(row.subject, name))
+def swapped(row: Row, name: str) -> Turn:
+    """The row with ``name`` in the place of its subject."""
+    given, wanted = row.context.replace(row.subject, name), row.target.replace(row.subject, name)
+    return Turn(given=given, wanted=wanted, subject=name)
 
 
 def _offsets(tokenizer: Any, row: Row) -> dict[tuple[int, int], int]:
@@ -43,7 +45,7 @@ def taken_as_names(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], 
     telling = [row for row in rows if row.subject and row.subject in row.context and row.subject in row.target]
     if not telling or not names:
         return list(names)
-    tried = [_swapped(telling[i % len(telling)], name) for i, name in enumerate(names)]
+    tried = [swapped(telling[i % len(telling)], name) for i, name in enumerate(names)]
     examples = encode(tokenizer, tried)
     result = []
     for name, row, example, probs in zip(names, tried, examples, predicted(model, examples), strict=True):
@@ -88,7 +90,7 @@ def swap_target(
             result.append(whole)
             continue
         chosen = draw.sample(names, subjects)
-        others = [_swapped(row, name) for name in chosen]
+        others = [swapped(row, name) for name in chosen]
         other_examples = encode(tokenizer, others)
         distributions = predicted(model, other_examples)
         places = [_offsets(tokenizer, other) for other in others]
