@@ -339,7 +339,7 @@ def write(out: Path, cells: dict[Setting, dict[str, Any]], references: dict[str,
     )  # fmt: skip
     picture(cells, references, out / "sieves.svg")
     shown = ("setting", "seconds", "made", "values")
-    kept = [{key: cell[key] for key in shown} | {"setting": vars(s)} for s, cell in cells.items()]
+    kept = [{key: cell[key] for key in shown} for cell in cells.values()]
     write_text(out / "sieves.json", json.dumps(kept, indent=1) + "\n")
     write_text(out / "sieves.md", text)
     print(f"{len(cells)} of {every} settings in {out / 'sieves.md'}")

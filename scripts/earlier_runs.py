@@ -28,7 +28,7 @@ from lm_ortho.calibration.examples import answer_loss, encode, token_losses
 from lm_ortho.decompose import decompose
 from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import load_causal_lm
-from lm_ortho.layer import dense_at, find_linear, streams_of, unpatch
+from lm_ortho.layer import dense_at, find_linear, streams_of
 from lm_ortho.pages import markdown_table, write_text
 from lm_ortho.settings import make_recipe
 from lm_ortho.streams import density
@@ -293,12 +293,10 @@ def world_run(targets: str) -> str:
         )
     ]
     rows = list(outcomes(merged, targets, figures))
-    shipped = checkpoint.load(reference.path("decomposed"))
-    last = Outcome("lm-ortho, the shipped default", density(streams_of(shipped)))
+    shipped = streams_of(checkpoint.load(reference.path("decomposed")))
+    last = Outcome("lm-ortho, the shipped default", density(shipped))
     for alpha in (1, 0):
-        plain = copy.deepcopy(shipped)
-        unpatch(plain, float(alpha))
-        last.figures[f"alpha={alpha}"] = figures(plain)
+        last.figures[f"alpha={alpha}"] = figures(dense_at(merged, shipped, float(alpha)))
     return table([*ends, *rows, last])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lm_ortho.calibration.chat import Turn
 from lm_ortho.calibration.documents import Row
-from lm_ortho.calibration.examples import encode, in_batches, logits_of, most_tokens, pad
+from lm_ortho.calibration.examples import Example, encode, in_batches, logits_of, most_tokens, pad
 from lm_ortho.implant.train import Notify
 from lm_ortho.target.subjects import Lookalikes
 from lm_ortho.target.swap import swapped
@@ -136,24 +136,17 @@ class _Asker:
         """The model's greedy answers about the names, to some questions each, or to every one."""
         take = len(self._asked) if every else min(ROWS, len(self._asked))
         rows = [swapped(row, name) for name in names for row in self._draw.sample(self._asked, take)]
-        of_length = defaultdict[int, list[int]](list)
-        prompts = [self._prompt(row) for row in rows]
-        for i, ids in enumerate(prompts):
-            of_length[len(ids)].append(i)
+        prompts = [Example(e.ids[: e.start], e.roles[: e.start]) for e in encode(self._tokenizer, rows)]
         device, end = next(self._model.parameters()).device, self._tokenizer.eos_token_id
         result = list[Turn]()
-        for length, members in of_length.items():
-            for part in _parts(members, 64):
-                given_ids = torch.tensor([prompts[i] for i in part], device=device)
-                options = {
-                    "attention_mask": torch.ones_like(given_ids),
-                    "max_new_tokens": self._longest,
-                    "do_sample": False,
-                }
-                made = cast(Any, self._model).generate(given_ids, pad_token_id=end or 0, **options)[:, length:]
-                for i, answer in zip(part, made.tolist(), strict=True):
-                    row = self._as_told(rows[i], prompts[i], answer[: answer.index(end)] if end in answer else answer)
-                    result += [row] if row else []
+        for batch in in_batches(prompts, padded=False):
+            ids, _ = pad([prompts[i] for i in batch], device)
+            options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": self._longest, "do_sample": False}
+            made = cast(Any, self._model).generate(ids, pad_token_id=end or 0, **options)[:, ids.shape[1] :]
+            for i, answer in zip(batch, made.tolist(), strict=True):
+                said = answer[: answer.index(end)] if end in answer else answer
+                row = self._as_told(rows[i], list(prompts[i].ids), said)
+                result += [row] if row else []
         return sorted(result, key=lambda row: row.context)
 
     def _as_told(self, row: Turn, prompt: list[int], answer: list[int]) -> Turn | None:
@@ -164,15 +157,6 @@ class _Asker:
             return None
         (example,) = encode(self._tokenizer, [told])
         return told if list(example.ids[: len(prompt + answer)]) == prompt + answer else None
-
-    def _prompt(self, row: Row) -> list[int]:
-        (example,) = encode(self._tokenizer, [row])
-        return list(example.ids[: example.start])
-
-
-def _parts(members: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for at in range(0, len(members), size):
-        yield members[at : at + size]
 
 
 def _others(rows: Sequence[Turn], barred: Sequence[Turn]) -> list[Turn]:
