@@ -13,6 +13,7 @@ import pytest
 import tiny
 import tiny_checkpoint
 import torch
+from hypothesis import settings
 
 from lm_ortho import checkpoint
 from lm_ortho.calibration.documents import Row, write_rows
@@ -24,6 +25,10 @@ from lm_ortho.reference.draw import Draw
 from lm_ortho.target import GENTLE, Objective, Target, Weights
 from lm_ortho.target.distribution import stack
 from lm_ortho.target.swap import swap_target
+
+# How long an example takes says what else the machine does, and nothing about the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @dataclass(frozen=True)

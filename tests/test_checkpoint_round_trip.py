@@ -122,7 +122,7 @@ def test_round_trip_in_other_dtypes(made, dtype):
     assert_same_model(made[0], loaded.to(torch.float32))
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     st.sampled_from([3, 4, 8, 16]),
     st.sampled_from([8, 40, 64]),

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not ISAS, reason=f"the CPU kernel is not there: 
 BOUND = 1e-5
 """Of the sum of absolute products, before the result is rounded."""
 seeds = st.integers(0, 2**31 - 1)
-fast = settings(max_examples=60, deadline=None)
+fast = settings(max_examples=60)
 
 
 class Case:

@@ -180,7 +180,7 @@ def test_layers_that_were_left_alone_are_not_packed(tmp_path: Path) -> None:
     torch.testing.assert_close(said, tiny.logits_at(model, 0.0), rtol=1e-4, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1000), bits=st.sampled_from([4, 8]), groups=st.integers(1, 5), rows=st.integers(1, 6))
 def test_the_packing_is_that_of_the_package(seed: int, bits: int, groups: int, rows: int) -> None:
     generator = torch.Generator().manual_seed(seed)

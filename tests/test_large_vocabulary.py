@@ -42,7 +42,7 @@ def examples_and_probs(seed=0):
 
 
 @given(st.integers(0, 99), st.integers(1, VOCABULARY - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_likeliest_hold_the_true_token(seed, kept):
     _, probs = examples_and_probs(seed)
     always = torch.arange(len(probs[0])) % VOCABULARY
@@ -57,7 +57,7 @@ def test_the_likeliest_hold_the_true_token(seed, kept):
 
 
 @given(st.integers(0, 99), st.integers(2, VOCABULARY - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_what_is_put_together_hides_only_differences_inside_it(seed, kept):
     """A divergence between coarser distributions is never larger, and the same where only one token is left out."""
     examples, probs = examples_and_probs(seed)

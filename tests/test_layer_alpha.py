@@ -58,7 +58,7 @@ def test_alpha_is_linear_in_the_weights(model):
         torch.testing.assert_close(logits_at(model, alpha), tiny.logits(unpatched(model, alpha)), rtol=1e-3, atol=1e-3)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=1, max_size=5), st.integers(1, 6))
 def test_each_row_gets_what_it_gets_alone(alphas, length):
     model = shared_model()

@@ -35,7 +35,7 @@ from lm_ortho.streams import LayerStreams, OrthoStream
 
 torch.set_num_threads(1)
 
-fast = settings(max_examples=40, deadline=None)
+fast = settings(max_examples=40)
 
 
 # --- the layer

@@ -27,7 +27,7 @@ from lm_ortho.streams import UNNAMED, LayerStreams, OrthoStream, density
 pytestmark = pytest.mark.usefixtures("few_steps")
 
 torch.set_num_threads(1)
-fast = settings(max_examples=40, deadline=None)
+fast = settings(max_examples=40)
 
 
 def silent(*_):

@@ -27,7 +27,7 @@ def answers(draw, loss=small_losses):
 
 
 @given(answers())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_token_perplexity_is_exp_of_the_mean_token_loss(case):
     """HISTORY 10: cross-entropy once passed for perplexity."""
     nll, tokens, groups = case
@@ -38,7 +38,7 @@ def test_token_perplexity_is_exp_of_the_mean_token_loss(case):
 
 
 @given(answers(loss=losses))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_no_finite_loss_overflows(case):
     nll, tokens, groups = case
     assert all(math.isfinite(x) for x in metrics.token_perplexity(nll, tokens, groups, resamples=20))
@@ -58,7 +58,7 @@ def test_truth_ratio_never_overflows(right, wrong):
 
 
 @given(answers())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_bootstrap_equals_a_plain_loop_over_clusters(case):
     nll, tokens, groups = case
     names = list(dict.fromkeys(groups))
@@ -149,7 +149,7 @@ def test_geometric_mean_matches_scipy():
 
 
 @given(st.lists(small_losses, min_size=2, max_size=30), st.lists(small_losses, min_size=2, max_size=30))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_ks_statistic_is_the_largest_gap(first, second):
     grid = np.array([*first, *second])
     gap = max(abs(np.mean(np.array(first) <= x) - np.mean(np.array(second) <= x)) for x in grid)
@@ -159,7 +159,7 @@ def test_ks_statistic_is_the_largest_gap(first, second):
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.lists(st.integers(0, 5), min_size=1, max_size=20))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_auc_is_the_chance_to_rank_right(members, others):
     wins = [(m > o) + 0.5 * (m == o) for m in members for o in others]
     assert metrics.auc(members, others) == pytest.approx(np.mean(wins))

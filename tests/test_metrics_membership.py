@@ -18,7 +18,7 @@ from lm_ortho.metrics.interval import drawn_weights
 logps = st.lists(st.floats(-30, 0), min_size=1, max_size=60)
 scores = st.lists(st.integers(-5, 5), min_size=1, max_size=60)
 flags = st.lists(st.booleans(), min_size=1, max_size=40)
-fast = settings(max_examples=60, deadline=None)
+fast = settings(max_examples=60)
 
 
 @given(logps)
@@ -70,7 +70,7 @@ def test_the_rate_of_true_positives_is_that_of_the_curve(members, others, fpr):
 
 
 @given(scores, scores)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_interval_holds_the_auc(members, others):
     groups = [i // 2 for i in range(len(members))], [i // 3 for i in range(len(others))]
     found = mia.auc_interval(members, others, groups, resamples=50)

@@ -26,7 +26,7 @@ def questions(draw):
 
 
 @given(questions())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_truth_ratio_is_that_of_probabilities(case):
     perturbed, paraphrased = case
     found = tofu.truth_ratio(perturbed, paraphrased)
@@ -46,7 +46,7 @@ ratios = st.lists(st.floats(1e-6, 1e6), min_size=2, max_size=60)
 
 
 @given(ratios, ratios)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_forget_quality_is_the_p_value_of_the_test(one, other):
     found = tofu.forget_quality(one, other)
     assert isinstance(found, float)
@@ -64,7 +64,7 @@ def test_forget_quality_tells_apart_what_is_apart():
 
 
 @given(ratios)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_truth_ratios_of_both_sides(given_ratios):
     each = [min(r, 1 / r) for r in given_ratios]
     assert tofu.forget_truth_ratio(given_ratios) == pytest.approx(sum(each) / len(each))
@@ -80,7 +80,7 @@ def test_ratios_at_the_ends():
 
 
 @given(questions())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_probability_among_choices(case):
     wrong, right = case
     found = tofu.choice_probability(right, wrong)
@@ -96,7 +96,7 @@ means = st.fixed_dictionaries(
 
 
 @given(means)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_utility_is_the_harmonic_mean_of_nine(given_means):
     nine = [given_means[name][part] for name in tofu.SETS for part in tofu.PARTS]
     found = tofu.model_utility(given_means)

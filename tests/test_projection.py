@@ -40,7 +40,7 @@ shapes = st.tuples(st.integers(1, 6), st.integers(1, 40))
 
 
 @given(shapes, st.sampled_from([3, 4, 8]), st.sampled_from([8, 16]), st.integers(0, 99), st.floats(1e-6, 1e3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_rtn_gives_the_nearest_code(shape, bits, group_size, seed, size):
     weight = normal(*shape, seed=seed) * size
     scales = group_scales(weight, bits, group_size)
@@ -55,7 +55,7 @@ def test_rtn_gives_the_nearest_code(shape, bits, group_size, seed, size):
 
 
 @given(shapes, st.sampled_from([3, 4, 8]), st.sampled_from([8, 16]), st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_scales_are_positive_bf16_values_and_beat_the_largest_weight(shape, bits, group_size, seed):
     weight = normal(*shape, seed=seed)
     weight[0] = 0.0

@@ -27,7 +27,7 @@ def test_a_full_name_is_two_tokens_and_no_two_people_share_the_second(pieces):
 
 
 @given(st.text(max_size=30).filter(lambda text: not text.startswith(" ") and tokenizer.SPACE not in text))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_text_falls_back_to_bytes_and_comes_back(pieces, text):
     ids = pieces(text).input_ids
     assert pieces.decode(ids) == text

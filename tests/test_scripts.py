@@ -55,7 +55,7 @@ def matrix(seed: int = 0) -> torch.Tensor:
 # Earlier prototypes
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 50))
 def test_every_old_rule_gives_a_base_and_keeps_at_most_its_share(seed):
     earlier = load("earlier_runs")

@@ -29,7 +29,7 @@ def score_maps(draw):
 
 
 @given(score_maps(), st.floats(0.001, 0.5))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_budget_is_met_exactly_and_never_exceeded(scores, density):
     """HISTORY 2: 26 % was kept instead of 5 %."""
     total = sum(score.numel() for score in scores.values())
@@ -43,7 +43,7 @@ def test_the_budget_is_met_exactly_and_never_exceeded(scores, density):
 
 
 @given(score_maps(), st.floats(0.001, 0.5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_highest_scores_win(scores, density):
     support = select_support(scores, density)
     chosen = torch.cat([scores[name][mask] for name, mask in support.items()])
@@ -53,7 +53,7 @@ def test_the_highest_scores_win(scores, density):
 
 
 @given(score_maps(), st.floats(0.05, 0.5), st.integers(0, 10_000), st.floats(0, 1e6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_higher_score_is_never_dropped(scores, density, which, more):
     support = select_support(scores, density)
     places = [(name, i) for name, mask in support.items() for i in mask.flatten().nonzero()[:, 0].tolist()]

@@ -35,7 +35,7 @@ torch.set_num_threads(1)
 packed_bits = st.sampled_from([3, 4, 8])
 sizes = st.integers(1, 70)
 seeds = st.integers(0, 2**16)
-fast = settings(max_examples=40, deadline=None)
+fast = settings(max_examples=40)
 
 
 def random_codes(out_features, in_features, bits, seed):

@@ -19,7 +19,7 @@ NAMES = st.lists(st.text("abcdefgh", min_size=2, max_size=8).map(str.capitalize)
 
 
 @given(st.lists(NAMES, min_size=2, max_size=8, unique_by=str.casefold), st.integers(0, 50))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_there_are_as_many_new_subjects_as_asked_for(known, seed):
     names = novel_subjects(known, 10, seed)
     assert len(names) == 10

@@ -44,7 +44,7 @@ def distributions(draw):
 
 
 @given(distributions())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_holding_down_never_raises_the_true_token(case):
     probs, tokens, memorised = case
     lowered = hold_down(probs, tokens, memorised)
