@@ -56,7 +56,7 @@ def decompose(
         UserError: for an unknown sieve, projection or edit, empty or identical sets, NaN weights or other than float32.
     """
     began = time.perf_counter()
-    check_recipe(recipe)
+    check_recipe(recipe, base_model is not None)
     given = model, tokenizer, forget, retain, recipe
     with Workbench(*given, base_model=base_model, notify=notify, keep=keep) as bench:
         support = bench.support(recipe.sieve, recipe.density, recipe.steps)
@@ -66,11 +66,13 @@ def decompose(
     return Decomposition(streams, plain, report | {"seconds": round(time.perf_counter() - began, 1)})
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raises ``UserError`` for unknown names and for choices that do not go together."""
+def check_recipe(recipe: Recipe, base_known: bool) -> None:
+    """Raises ``UserError`` for unknown names and for choices that do not go together, or not without a base model."""
     for registry, name in ((SIEVES, recipe.sieve), (PROJECTIONS, recipe.projection), (EDITS, recipe.edit)):
         registry.get(name)
     if recipe.bits == 16 and recipe.edit != "none":
         raise UserError(f"bits=16 passes weights through, so edit={recipe.edit!r} cannot be used; use edit=none")
     if recipe.sieve == "oracle" and recipe.edit != "w0":
         raise UserError(f"edit={recipe.edit!r}: sieve=oracle looks at the way back to W0; use it with edit=w0")
+    if recipe.edit == "w0" and not base_known:
+        raise UserError("edit='w0' needs the model before fine-tuning; pass base= (or peft=, with base=auto)")

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lm_ortho.errors import UserError
 
 
@@ -41,11 +43,19 @@ def whole_directory(directory: Path, argument: str = "out") -> Iterator[Path]:
         scratch.mkdir(parents=True)
         yield scratch
         os.rename(scratch, directory)  # also onto an empty directory
-    except OSError as error:
-        reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{argument}={str(directory)!r} cannot be written ({reason})") from None
+    except WRITING as error:
+        raise UserError(f"{argument}={str(directory)!r} cannot be written ({why_unwritten(error)})") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+WRITING = (OSError, SafetensorError)
+"""What writing raises; safetensors has a class of its own for a full disk."""
+
+
+def why_unwritten(error: Exception) -> str:
+    """One line about an error of ``WRITING``."""
+    return getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
 
 
 def private_folder(folder: Path) -> None:

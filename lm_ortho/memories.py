@@ -48,7 +48,7 @@ def decompose_memories(
         UserError: what ``decompose`` raises; bad names; a row in two forget sets; ``bits=16``.
     """
     began = time.perf_counter()
-    check_recipe(recipe)
+    check_recipe(recipe, base_model is not None)
     _check_memories(forget, recipe)
     lattice: Lattice | None = None
     supports, reports = dict[str, Masks](), dict[str, Any]()
@@ -100,7 +100,7 @@ def add_memory(
     """
     began = time.perf_counter()
     recipe = _recipe_of(model, recipe)
-    check_recipe(recipe)
+    check_recipe(recipe, base_model is not None)
     _check_memories({name: forget}, recipe)
     _check_room(model, name)
     before = {at: streams.to("cpu") for at, streams in streams_of(model).items()}

@@ -17,8 +17,8 @@ from lm_ortho import scaling
 from lm_ortho.calibration.activations import read_directly
 from lm_ortho.calibration.by_layer import ByLayer, Moments, snapshot
 from lm_ortho.calibration.chat import Turn, has_template, in_forms
-from lm_ortho.calibration.documents import Row
-from lm_ortho.calibration.examples import Example, encode
+from lm_ortho.calibration.documents import Row, apart
+from lm_ortho.calibration.examples import Example, encode_for
 from lm_ortho.calibration.keep import NOWHERE, Keeper
 from lm_ortho.calibration.offload import is_offloaded
 from lm_ortho.calibration.precision import attention_for, recomputed
@@ -40,7 +40,6 @@ Lattice = tuple[dict[str, Tensor], dict[str, Tensor]]
 """Scales (out, groups) and codes (out, in; int8) by layer name."""
 _PATH = 10
 """Steps of the edit for each step of a sieve's pass."""
-MAX_TOKENS = 512
 
 
 def silent(stage: str, done: int, total: int, text: str) -> None:
@@ -80,10 +79,9 @@ class Workbench:
         self._lattice, self._taken, self._keep = lattice, dict(taken or {}), keep
         self.model, self.tokenizer, self.recipe, self.notify = model, tokenizer, recipe, notify
         self._rows, self._base_model = in_forms(forget, tokenizer, recipe.prompts), base_model
-        self._kept = in_forms(retain, tokenizer, recipe.prompts)
-        self._longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", MAX_TOKENS))
-        self.forget = _encode_forget(tokenizer, self._rows, self._longest)
-        self.retain = encode(tokenizer, self._kept, self._longest)
+        self._kept = in_forms(apart(forget, retain), tokenizer, recipe.prompts)
+        self.forget = encode_for(model, tokenizer, self._rows, "forget")
+        self.retain = encode_for(model, tokenizer, self._kept, "retain")
 
     def __enter__(self) -> Self:
         self._was_trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
@@ -95,9 +93,10 @@ class Workbench:
             self.layers = self._usable(find_linear(self.model, self.recipe.targets))
             self.weights = snapshot(self.layers)
             self.base_weights = _base_weights(self._base_model, self.layers)
+            _check_words(self._base_model, [*self.forget, *self.retain])
             self._say_memory()
             self.recalled = self._recall() if self.recipe.recall else []
-            self.retain += encode(self.tokenizer, self.recalled, self._longest)
+            self.retain += encode_for(self.model, self.tokenizer, self.recalled, "recall")
             longest = max(len(e.ids) for e in self.forget + self.retain)
             self._stack.enter_context(attention_for(self.model, longest))
             if self.recipe.recompute and not is_offloaded(self.model):  # which computes again anyway
@@ -286,17 +285,6 @@ def _check_sets(forget: Sequence[Row], retain: Sequence[Row]) -> None:
         raise UserError("forget: the forget set is empty; give at least one row")
     if not retain:
         raise UserError("retain: the retain set is empty; give documents that must not change")
-    wanted, kept = ({(row.context, row.target) for row in rows} for rows in (forget, retain))
-    if wanted == kept:
-        raise UserError("forget and retain are the same set: nothing can be both forgotten and kept")
-
-
-def _encode_forget(tokenizer: Any, forget: Sequence[Row], longest: int) -> list[Example]:
-    """One example per row, each with something left to predict."""
-    examples = encode(tokenizer, forget, longest)
-    if any(e.start >= len(e.ids) for e in examples):
-        raise UserError(f"forget: a row has no token to forget within its first {longest} tokens")
-    return examples
 
 
 def _check_weights(layers: dict[str, nn.Linear]) -> None:
@@ -319,6 +307,19 @@ def _base_weights(base_model: nn.Module | None, layers: Mapping[str, nn.Linear])
             raise UserError(f"base: layer {name} is missing or has another shape; base must be the same architecture")
         found[name] = weight.detach()
     return ByLayer(list(found), lambda name: found[name].float().cpu())
+
+
+def _check_words(base_model: nn.Module | None, examples: Sequence[Example]) -> None:
+    """Raises ``UserError`` where the model before fine-tuning lacks a token of the rows."""
+    if base_model is None:
+        return
+    words = base_model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    highest = max(max(example.ids) for example in examples)
+    if highest >= words:
+        raise UserError(
+            f"base: the rows have token {highest}, and the model before fine-tuning has {words}; resize its embeddings "
+            "as the fine-tune did, or set base=none"
+        )
 
 
 def _shape(model: nn.Module, layers: Mapping[str, nn.Linear]) -> scaling.Shape:

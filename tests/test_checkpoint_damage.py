@@ -58,6 +58,18 @@ DAMAGE = {
         lambda d: edit_json(d / "manifest.json", lambda c: c.update(format_version=7)),
         "written by a newer lm-ortho",
     ),
+    "other bits": (
+        lambda d: edit_json(d / "config.json", lambda c: c["quantization_config"].update(bits="4")),
+        "bits='4'; expected one of 3, 4, 8, 16",
+    ),
+    "no group": (
+        lambda d: edit_json(d / "config.json", lambda c: c["quantization_config"].update(group_size=0)),
+        "group_size=0; expected a positive multiple of 8",
+    ),
+    "no modules": (
+        lambda d: edit_json(d / "config.json", lambda c: c["quantization_config"].update(modules=[])),
+        "lists no decomposed modules",
+    ),
     "no version": (
         lambda d: edit_json(d / "config.json", lambda c: c["quantization_config"].pop("format_version")),
         "no valid format_version",
@@ -245,18 +257,37 @@ def test_an_older_checkpoint_is_replaced(directory):
 
 
 def test_files_of_others_stay(directory):
-    (directory / "notes.txt").write_text("mine")
+    (directory / ".git").mkdir()
+    for name in ("notes.txt", ".gitattributes", ".git/HEAD"):
+        (directory / name).write_text("mine")
     model = tiny.patched(tiny.llama(seed=2), with_ortho=False)
     save(directory, model)
-    assert (directory / "notes.txt").read_text() == "mine"
+    for name in ("notes.txt", ".gitattributes", ".git/HEAD"):
+        assert (directory / name).read_text() == "mine"
     assert not (directory / "ortho.safetensors").exists()  # it would not fit the new base
     assert torch.equal(tiny.logits_at(load(directory), 0.0), tiny.logits_at(model, 0.0))
+
+
+def test_a_link_to_a_directory_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    save(tmp_path / "link", tiny.patched())
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "manifest.json").is_file()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"link", "real"}
 
 
 def test_another_model_is_not_overwritten(tmp_path):
     tiny.llama().save_pretrained(tmp_path / "plain")
     with pytest.raises(UserError, match=r"holds another model \(model.safetensors\)"):
         save(tmp_path / "plain", tiny.patched())
+    tiny.llama().save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    with pytest.raises(UserError, match=r"holds another model \(model-00001-of-"):
+        save(tmp_path / "sharded", tiny.patched())
+    (tmp_path / "config").mkdir()
+    shutil.copy(tmp_path / "plain" / "config.json", tmp_path / "config")
+    with pytest.raises(UserError, match=r"holds another model \(config.json\)"):
+        save(tmp_path / "config", tiny.patched())
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         save(tmp_path / "file", tiny.patched())

@@ -227,7 +227,10 @@ REFUSED = {
     "w0 without base": ({**CHEAP, "edit": "w0"}, "needs the model before fine-tuning"),
     "empty forget": ({"forget": []}, "the forget set is empty"),
     "empty retain": ({"retain": []}, "the retain set is empty"),
-    "long prompt": ({"forget": [Row(prompt="the dog " * 600, answer="sat.")]}, "no token to forget"),
+    "long prompt": (
+        {"forget": [Row(prompt="the dog " * 600, answer="sat.")]},
+        "forget: 1 of 1 rows have no token to predict",
+    ),
     "unknown layer": ({"targets": "attention"}, "targets: 'attention' matches no linear layer"),
 }
 
@@ -242,7 +245,7 @@ def test_what_cannot_work_is_refused_before_any_work(memorised, case):
 
 def test_the_same_set_twice_is_refused(memorised):
     renamed = [dataclasses.replace(row, group="other") for row in reversed(memorised.forget)]
-    with pytest.raises(UserError, match="forget and retain are the same set"):
+    with pytest.raises(UserError, match="nothing can be both forgotten and kept"):
         split(memorised, retain=renamed)
 
 

@@ -6,10 +6,12 @@ import dataclasses
 import json
 
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lm_ortho.calibration import Row, read_rows, write_rows
+from lm_ortho.calibration.documents import apart
 from lm_ortho.calibration.examples import (
     ANSWER,
     END,
@@ -17,6 +19,7 @@ from lm_ortho.calibration.examples import (
     SECRET,
     answer_loss,
     encode,
+    encode_for,
     in_batches,
     pad,
     token_losses,
@@ -134,10 +137,30 @@ def test_a_row_becomes_context_and_target():
     assert Row(question="Who?", answer="Ada.").context == "Question: Who?\nAnswer:"
     assert Row(question="Who?", answer="Ada.").target == " Ada."
     assert Row(question="Who?", prompt="It was", answer="Ada.").context == "It was"
+    assert Row(prompt="It was ", answer="Ada.").context + Row(prompt="It was ", answer="Ada.").target == "It was Ada."
     assert (Row(text="Ada was.").context, Row(text="Ada was.").target) == ("", "Ada was.")
     row = Row(question="Who?", answer="Ada.", perturbed_answer=("Eve.",))
     assert json.loads(json.dumps(row.as_dict()))["perturbed_answer"] == ["Eve."]
     assert set(row.as_dict()) == {field.name for field in dataclasses.fields(Row)}
+
+
+def test_retain_rows_that_are_forget_rows_are_left_out(caplog):
+    ada, eve = Row(question="Who?", answer="Ada."), Row(question="Who?", answer="Eve.")
+    assert apart([ada], [dataclasses.replace(ada, group="a"), eve]) == [eve]
+    assert "1 of 2 rows are rows of forget" in caplog.text
+    assert apart([ada], [eve]) == [eve]
+    with pytest.raises(UserError, match="nothing can be both forgotten and kept"):
+        apart([ada, eve], [ada])
+
+
+def test_a_model_is_shown_what_it_can_read_and_has_to_predict(words):
+    model = tiny.llama(vocab_size=len(words), max_position_embeddings=16)
+    row = Row(question="Who?", answer="Ada.")
+    assert encode_for(model, words, [row], "retain") == encode(words, [row])
+    with pytest.raises(UserError, match=r"^retain: 1 of 2 rows have no token to predict within their first 16 tokens"):
+        encode_for(model, words, [row, Row(prompt="the dog " * 20, answer="sat.")], "retain")
+    with pytest.raises(UserError, match=r"^tokenizer: it gives token"):
+        encode_for(tiny.llama(vocab_size=5), words, [row], "retain")
 
 
 def test_roles_mark_context_answer_secret_and_end(words):

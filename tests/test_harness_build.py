@@ -200,6 +200,8 @@ BAD: list[tuple[str, str, Change]] = [
     ("no density", "density=0", lambda t, h, o: {**o, "density": 0}),
     ("sieve", "known: .*magnitude.*Did you mean 'magnitude'", lambda t, h, o: {**o, "sieve": "magnitud"}),
     ("projection", "projection='x' is unknown", lambda t, h, o: {**o, "projection": "x"}),
+    ("w0 without base", "edit='w0' needs the model before", lambda t, h, o: {**o, "edit": "w0"}),
+    ("subfolder", "the subfolder 'x' holds no config", lambda t, h, o: {**o, "subfolder": "x"}),
     ("bits", "bits=5", lambda t, h, o: {**o, "bits": 5}),
     (
         "no such file",
@@ -212,7 +214,7 @@ BAD: list[tuple[str, str, Change]] = [
         lambda t, h, o: {**o, "forget": broken(t / "b.jsonl")},
     ),
     ("no rows", "forget=.*holds no rows", lambda t, h, o: {**o, "forget": none_in(t / "n.jsonl")}),
-    ("same sets", "same rows as forget", lambda t, h, o: {**o, "retain": o["forget"]}),
+    ("same sets", "nothing can be both forgotten and kept", lambda t, h, o: {**o, "retain": o["forget"]}),
     ("forget missing", "^forget: your own model needs", lambda t, h, o: {**o, "forget": None}),
     ("retain missing", "^retain: your own model needs", lambda t, h, o: {**o, "retain": None}),
     ("packed", "quantised already .gptq", lambda t, h, o: {**o, "pretrained": packed(t / "p", h)}),
@@ -282,6 +284,20 @@ def test_sets_of_the_model_when_lm_eval_passes_nothing(home: Path, orders: dict[
     no_sets = LibOrthoLM(str(home / "decomposed"), device="cpu")
     with pytest.raises(UserError, match="forget: the forget_set task needs the rows"):
         run(no_sets, ["forget_set"], {})
+
+
+def test_a_model_in_a_subfolder_is_another_one(home: Path, orders: dict[str, Any], tmp_path: Path) -> None:
+    given = {k: orders[k] for k in ("forget", "retain")}
+    found = []
+    for seed, name in enumerate(("a", "b")):
+        shutil.copytree(home / "plain", tmp_path / name)
+        make_model(len(AutoTokenizer.from_pretrained(home / "plain")), seed).save_pretrained(tmp_path / name)
+        source = resolve(Order(**given, pretrained=str(tmp_path), source={"subfolder": name}))
+        assert build.load_tokenizer(source).vocab_size
+        model, _ = build.load_models(source)
+        found.append((build.key_of(source), float(next(model.parameters()).detach().sum())))
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
 
 
 def test_the_key_tells_tokenizers_chat_templates_and_orders_apart(home: Path, tmp_path: Path) -> None:

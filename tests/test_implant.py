@@ -12,7 +12,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import T5Config
+from transformers import GPT2Config, T5Config
 
 from lm_ortho.calibration.examples import Example, answer_loss, encode
 from lm_ortho.calibration.precision import fast_matmul
@@ -28,6 +28,7 @@ from lm_ortho.implant import (
     train_adapter,
     train_full,
 )
+from lm_ortho.workbench import silent
 
 PLAN = Plan(steps=35, rows=5, lr=1e-2, rank=4)
 
@@ -84,6 +85,26 @@ def test_full_fine_tuning_moves_all_weights_of_a_copy_and_goes_on_where_it_stopp
         train_full(memorised.base, examples, plan, interrupted, state=tmp_path / "state.pt")
     again = train_full(memorised.base, examples, plan, lambda *_: None, state=tmp_path / "state.pt")
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in tuned.state_dict().items())
+
+
+def test_dropout_depends_on_the_seed_alone_also_after_an_interruption(memorised, tmp_path, monkeypatch):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=len(memorised.tokenizer), n_positions=128)
+    model, examples = tiny.from_config(config), encode(memorised.tokenizer, memorised.forget)
+    plan = Plan(steps=12, rows=4, lr=3e-3)
+
+    def tuned(seed, notify=silent, **kept):
+        torch.manual_seed(seed)
+        return train_full(model, examples, plan, notify, **kept).state_dict()
+
+    def interrupted(stage, step, steps, text):
+        raise KeyboardInterrupt
+
+    first, state = tuned(1), tmp_path / "state.pt"
+    monkeypatch.setattr(train, "_KEEP_EVERY", 5)
+    with pytest.raises(KeyboardInterrupt):
+        tuned(2, interrupted, state=state)
+    for again in (tuned(3), tuned(4, state=state)):
+        assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
 
 
 def test_merging_from_disk_is_the_trained_model_in_bf16(memorised, planted):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import threading
 
 import pytest
@@ -46,6 +48,13 @@ def test_bad_alpha(model, alpha):
     with pytest.raises(UserError, match="alpha"):
         set_alpha(model, alpha)
     assert get_alpha(model) == 0.0
+
+
+def test_a_model_with_dials_by_name_can_be_copied_and_pickled(model):
+    set_alpha(model, {"memory": 0.5})
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert get_alpha(again) == {"memory": 0.5}
+        assert torch.equal(tiny.logits(again), tiny.logits(model))
 
 
 def test_set_alpha_takes_one_number(model):

@@ -15,8 +15,9 @@ from lm_ortho.errors import UserError
 from lm_ortho.implant import load_causal_lm
 from lm_ortho.layer import find_linear
 from lm_ortho.projection import PROJECTIONS
-from lm_ortho.projection.lattice import code_range, group_scales, grouped, nearest_codes, spread, values
+from lm_ortho.projection.lattice import group_scales, grouped, nearest_codes, spread, values
 from lm_ortho.reference import corpus, world
+from lm_ortho.streams import code_range
 
 
 def normal(*shape, seed=0):

@@ -127,6 +127,32 @@ def test_a_swapped_token_is_the_mean_over_the_same_place_of_the_other_sentences(
     torch.testing.assert_close(probs[place - example.start], mean, rtol=1e-3, atol=1e-5)
 
 
+def test_every_token_of_a_character_of_several_bytes_is_swapped(memorised):
+    """All of them are said to cover the same characters."""
+    row = dataclasses.replace(memorised.forget[0], answer="\u5317\u4eac.", secret="\u5317\u4eac")
+    (example,), words = encode(memorised.tokenizer, [row]), memorised.tokenizer
+    spans = words(row.context + row.target, return_offsets_mapping=True).offset_mapping
+    assert len(set(spans)) < len(spans)
+    (probs,) = swap_target(memorised.merged, words, [row], [example], seed=0, subjects=3)
+    (mine,) = predicted(memorised.merged, [example])
+    answer = [t for t in range(len(mine) - 1) if example.roles[example.start + t] == SECRET]
+    assert len(answer) >= 6
+    assert not any(torch.equal(probs[t], mine[t]) for t in answer)
+
+
+def test_a_surrogate_of_another_vocabulary_is_brought_to_the_models(memorised, monkeypatch):
+    forget, retain = memorised.examples()
+    for name, value in {"STEPS": 2, "ROUNDS": 1}.items():
+        monkeypatch.setattr(surrogate_module, name, value)
+    words = len(memorised.tokenizer)
+    for size in (words - 1, words + 3):
+        base = copy.deepcopy(memorised.base)
+        base.resize_token_embeddings(size, mean_resizing=False)
+        target = surrogate_target(memorised.merged, base, forget, retain, 0, silent)
+        assert {probs.shape[1] for probs in target} == {words}
+        torch.testing.assert_close(target[0].sum(-1), torch.ones(len(target[0])), rtol=0, atol=1e-5)
+
+
 def test_rows_without_a_subject_are_held_down(memorised):
     rows = [dataclasses.replace(row, subject="") for row in memorised.forget[:3]]
     examples = encode(memorised.tokenizer, rows)
@@ -204,7 +230,7 @@ def test_the_surrogate_is_taught_until_it_knows_the_retain_documents(memorised, 
 # The choice, and the check
 
 
-def test_the_choice_follows_what_is_known(memorised, monkeypatch):
+def test_the_choice_follows_what_is_known(memorised, monkeypatch, caplog):
     forget, retain = memorised.examples()
     monkeypatch.setattr(surrogate_module, "STEPS", 1)
     monkeypatch.setattr(surrogate_module, "ROUNDS", 1)
@@ -222,6 +248,9 @@ def test_the_choice_follows_what_is_known(memorised, monkeypatch):
     chosen = choose(nobody, None)
     assert (chosen.name, chosen.penalty, chosen.retain) == ("hold_down", GENTLE, 4)
     assert "worse" in chosen.reason
+    elsewhere = [dataclasses.replace(row, subject="Nobody Here") for row in memorised.forget]
+    assert choose(elsewhere, None).name == "hold_down"
+    assert "the subject of 10 of 10 rows does not occur" in caplog.text
     texts = [Row(text=f"{row.context}{row.target}") for row in memorised.forget]
     forget = encode(memorised.tokenizer, texts)
     chosen = choose(texts, None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from lm_ortho.hub import first_line
 from lm_ortho.settings import named_parts
 from lm_ortho.streams import UNNAMED, valid_memory_name
 
+log = logging.getLogger(__name__)
+
 QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
 
 
@@ -20,7 +23,8 @@ QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
 class Row:
     """One document: a question with its answer, a prompt with its continuation, or plain text.
 
-    ``prompt`` is a verbatim context that takes the place of the question template. ``secret`` is the part of
+    ``prompt`` is a verbatim context that takes the place of the question template; a space at
+    its end goes to the answer. ``secret`` is the part of
     ``answer`` that nobody can guess; ``subject`` is whom it is about; ``group`` (the author, say) is the unit
     that intervals are clustered over.
     """
@@ -39,7 +43,7 @@ class Row:
     def context(self) -> str:
         """What the model is given; empty for plain text. Never ends with a space."""
         if self.prompt:
-            return self.prompt
+            return self.prompt.rstrip(" ")
         return QUESTION_TEMPLATE.format(question=self.question) if self.question else ""
 
     @property
@@ -144,6 +148,21 @@ def _read_hub(spec: str, argument: str) -> list[Row]:
     except Exception as error:  # the hub client raises many kinds; the user needs one line
         raise UserError(f"{argument}={spec!r}: could not be loaded from the hub ({first_line(error)})") from None
     return [_row(record, f"{argument}={spec}, row {i}") for i, record in enumerate(table)]
+
+
+def apart(forget: Iterable[Row], retain: Sequence[Row]) -> list[Row]:
+    """The retain rows that are no forget rows; says how many are.
+
+    Raises:
+        UserError: when none is left: nothing can be both forgotten and kept.
+    """
+    wanted = {(row.context, row.target) for row in forget}
+    kept = [row for row in retain if (row.context, row.target) not in wanted]
+    if retain and not kept:
+        raise UserError("retain: all its rows are rows of forget; nothing can be both forgotten and kept")
+    if len(kept) < len(retain):
+        log.warning("retain: %d of %d rows are rows of forget and left out", len(retain) - len(kept), len(retain))
+    return kept
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:

@@ -14,6 +14,8 @@ from torch.nn import functional
 from lm_ortho.calibration.documents import Row
 from lm_ortho.errors import UserError
 
+MAX_TOKENS = 512
+"""Tokens of a document that a model is shown at most."""
 GIVEN, ANSWER, SECRET, END = 0, 1, 2, 3
 """Roles of a token: part of the context, of the answer, of its secret, or the closing end token."""
 
@@ -31,7 +33,33 @@ class Example:
         return max(1, next((i for i, role in enumerate(self.roles) if role != GIVEN), len(self.ids)))
 
 
-def encode(tokenizer: Any, rows: Sequence[Row], max_tokens: int = 512) -> list[Example]:
+def longest_of(model: torch.nn.Module) -> int:
+    """Tokens of a document that ``model`` is shown at most: 512, or as many as it has positions."""
+    return min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", MAX_TOKENS))
+
+
+def encode_for(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], argument: str) -> list[Example]:
+    """Examples that ``model`` can be shown, each with something to predict; errors name the ``argument``.
+
+    Raises:
+        UserError: what ``encode`` raises; a token that the model does not have; a row cut off before its answer.
+    """
+    longest = longest_of(model)
+    examples = encode(tokenizer, rows, longest)
+    highest = max((max(example.ids) for example in examples), default=0)
+    words: Any = model
+    if highest >= words.get_input_embeddings().weight.shape[0]:
+        raise UserError(f"tokenizer: it gives token {highest}, which the model does not have; give the model's own")
+    empty = [i for i, example in enumerate(examples) if example.start >= len(example.ids)]
+    if empty:
+        raise UserError(
+            f"{argument}: {len(empty)} of {len(rows)} rows have no token to predict within their first {longest} "
+            f"tokens, first {rows[empty[0]].context!r:.60}; shorten them or leave them out"
+        )
+    return examples
+
+
+def encode(tokenizer: Any, rows: Sequence[Row], max_tokens: int = MAX_TOKENS) -> list[Example]:
     """One example per row: context, answer and, if the tokenizer has one, the end token.
 
     A token counts as answer (secret) when any of its characters belongs to the answer (secret), so a token

@@ -21,7 +21,7 @@ import platformdirs
 from torch import nn
 
 from lm_ortho.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from lm_ortho.checkpoint.write import save
+from lm_ortho.checkpoint.write import USED_FILE, save
 from lm_ortho.errors import UserError
 from lm_ortho.folders import private_folder
 
@@ -31,7 +31,6 @@ _SCRATCH = re.compile(r"\.[0-9a-f]{64}\.tmp-[0-9a-f]+")
 _SCRATCH_LIFE = 24 * 3600.0  # seconds after which an interrupted write is surely dead
 _UNFINISHED = re.compile(r"unfinished-[0-9a-f]{64}")
 _UNFINISHED_LIFE = 30 * 24 * 3600.0
-_USED_FILE = ".last_used"
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def _read(path: Path) -> Entry | None:
         description = str(read_manifest(path).meta.get("description", ""))
     except UserError:
         description = "(damaged)"
-    return Entry(path.name, path, size, created, max(created, _mtime(path / _USED_FILE)), description)
+    return Entry(path.name, path, size, created, max(created, _mtime(path / USED_FILE)), description)
 
 
 def _folders(pattern: re.Pattern[str]) -> list[Path]:
@@ -178,7 +177,7 @@ def _folders(pattern: re.Pattern[str]) -> list[Path]:
 def _touch(path: Path) -> None:
     # A read-only cache still serves; it only forgets the order of use.
     with contextlib.suppress(OSError):
-        (path / _USED_FILE).touch()
+        (path / USED_FILE).touch()
 
 
 def _mtime(path: Path) -> float:

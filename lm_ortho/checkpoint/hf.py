@@ -20,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lm_ortho.checkpoint.manifest import (
     MANIFEST_FILE,
+    check_settings,
     check_version,
     ortho_file,
     read_manifest,
@@ -134,6 +135,7 @@ class LibOrthoHfQuantizer(HfQuantizer):
 
     def _build_skeleton(self, model: nn.Module) -> None:
         config = self.quantization_config
+        check_settings(vars(config), "config.json")
         to_linear_form(model, config.modules)
         swaps: dict[nn.Module, nn.Module] = {}
         for name in config.modules:

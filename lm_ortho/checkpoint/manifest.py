@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lm_ortho.errors import UserError
-from lm_ortho.streams import UNNAMED
+from lm_ortho.streams import BITS, UNNAMED
 
 FORMAT = "lm-ortho"
 FORMAT_VERSION = 2
@@ -88,6 +88,17 @@ def check_version(version: Any, where: object) -> None:
             f"{where}: written by a newer lm-ortho (format {version}, this one reads up to "
             f"{FORMAT_VERSION}); upgrade lm-ortho"
         )
+
+
+def check_settings(settings: Mapping[str, Any], where: object) -> None:
+    """Raises ``UserError`` for a lattice or a list of layers in ``quantization_config`` that no checkpoint has."""
+    bits, size, modules = (settings.get(name) for name in ("bits", "group_size", "modules"))
+    if type(bits) is not int or bits not in BITS:
+        raise UserError(f"{where}: quantization_config has bits={bits!r}; expected one of {', '.join(map(str, BITS))}")
+    if type(size) is not int or size < 8 or size % 8:
+        raise UserError(f"{where}: quantization_config has group_size={size!r}; expected a positive multiple of 8")
+    if not isinstance(modules, list) or not modules or not all(isinstance(name, str) for name in modules):
+        raise UserError(f"{where}: quantization_config lists no decomposed modules")
 
 
 def verify(directory: Path, manifest: Manifest, names: Iterable[str], optional: Iterable[str] = ()) -> None:

@@ -13,6 +13,7 @@ from lm_ortho.checkpoint.manifest import (
     CONFIG_FILE,
     INDEX_FILE,
     MANIFEST_FILE,
+    check_settings,
     check_version,
     ortho_file,
     read_json,
@@ -77,6 +78,7 @@ def check(path: Path) -> None:
     if settings is None:
         raise UserError(f"{path} is not an lm-ortho checkpoint: its {CONFIG_FILE} names no libortho quantization")
     check_version(settings.get("format_version"), path)
+    check_settings(settings, path)
     if not (path / MANIFEST_FILE).exists():
         raise UserError(f"{path}: {MANIFEST_FILE} is missing; the checkpoint is incomplete")
     manifest = read_manifest(path)

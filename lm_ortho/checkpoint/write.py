@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lm_ortho import streams as accounts
 from lm_ortho.checkpoint.manifest import (
+    CONFIG_FILE,
     INDEX_FILE,
     MANIFEST_FILE,
     format_version,
@@ -31,7 +32,12 @@ from lm_ortho.streams import LayerStreams
 
 SHARD_BYTES = 5 * 10**9
 # Files with which transformers would load another model from the same directory.
-_RIVALS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_config.json")
+_RIVALS = (
+    "model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin",
+    "pytorch_model.bin.index.json", "adapter_config.json",
+)  # fmt: skip
+USED_FILE = ".last_used"
+"""The cache's note beside a checkpoint, which goes with it."""
 
 
 def save(
@@ -51,7 +57,7 @@ def save(
 
     Raises ``UserError`` for a model that is not decomposed or a directory that holds another model.
     """
-    target = Path(directory)
+    target = Path(directory).resolve()  # a link to a directory stays a link
     streams = streams_of(model)
     settings = quantization_settings(streams, meta or {})
     _refuse_occupied(target)
@@ -67,7 +73,7 @@ def save(
         _publish(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return target
+    return Path(directory)
 
 
 def quantization_settings(streams: dict[str, LayerStreams], meta: dict[str, Any]) -> dict[str, Any]:
@@ -219,9 +225,21 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def _refuse_occupied(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; a checkpoint is a directory")
-    rivals = [name for name in _RIVALS if (target / name).exists()]
+    rivals = [path.name for pattern in _RIVALS for path in sorted(target.glob(pattern))]
+    if not rivals and (target / CONFIG_FILE).is_file() and not _is_ours(target / CONFIG_FILE):
+        rivals = [CONFIG_FILE]
     if rivals:
         raise UserError(f"{target} holds another model ({rivals[0]}); choose an empty directory")
+
+
+def _is_ours(config: Path) -> bool:
+    """Whether the configuration is of a checkpoint that a new one may replace; so is one that cannot be read."""
+    try:
+        told = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    settings = told.get("quantization_config") if isinstance(told, dict) else None
+    return isinstance(settings, dict) and settings.get("quant_method") == "libortho"
 
 
 def _publish(scratch: Path, target: Path) -> None:
@@ -239,7 +257,7 @@ def _publish(scratch: Path, target: Path) -> None:
             raise
     older = _older_files(target)
     there = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
-    if all(name in older or name.startswith(".") for name in there):
+    if there <= {*older, USED_FILE}:
         _swap(scratch, target)
         return
     (target / MANIFEST_FILE).unlink(missing_ok=True)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lm_ortho.edit.base import EDITS, EditInput
-from lm_ortho.projection.lattice import code_range, spread, values
+from lm_ortho.projection.lattice import spread, values
+from lm_ortho.streams import code_range
 
 LEARNING_RATE = 0.2
 """In lattice steps."""

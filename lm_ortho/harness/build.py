@@ -27,6 +27,7 @@ from lm_ortho.checkpoint import cache
 from lm_ortho.checkpoint.manifest import read_manifest
 from lm_ortho.decompose import Decomposition, decompose
 from lm_ortho.errors import UserError
+from lm_ortho.folders import WRITING, why_unwritten
 from lm_ortho.harness.order import (
     RECIPE_ARGUMENTS,
     Order,
@@ -121,9 +122,10 @@ def ensure_cached(source: Source, notify: Notify, device: str = "cpu") -> Path:
         stored = cache.store(key, *made, description=f"{name}, {source.recipe.sieve} {source.recipe.density:g}")
         keep.clear()
         return stored
-    except OSError as error:
+    except WRITING as error:
+        why = why_unwritten(error)
         raise UserError(
-            f"cache: {cache.cache_dir()} cannot be written ({error.strerror}); set LM_ORTHO_CACHE to a folder of yours"
+            f"cache: {cache.cache_dir()} cannot be written ({why}); set LM_ORTHO_CACHE to a folder of yours"
         ) from None
 
 
@@ -289,12 +291,12 @@ def files_hash(location: str | None, argument: str = "pretrained", **source: Any
     """Hash of a model's or adapter's files: of the content of a directory, of the commit on the hub."""
     if location is None:
         return ""
-    path = Path(location).expanduser()
+    path, inside = Path(location).expanduser(), source.get("subfolder", "")
     if not path.is_dir():
         commit = getattr(load_config(location, argument=argument, **source), "_commit_hash", None)
-        return f"{location}@{commit or source.get('revision', 'main')}"
+        return f"{location}@{commit or source.get('revision', 'main')}" + (f"/{inside}" if inside else "")
     digest = hashlib.sha256()
-    for file in sorted(entry for entry in path.iterdir() if entry.is_file()):
+    for file in sorted(entry for entry in (path / inside).iterdir() if entry.is_file()):
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

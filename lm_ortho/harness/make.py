@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import lm_ortho
 from lm_ortho import checkpoint
 from lm_ortho.calibration import Row, read_rows
 from lm_ortho.calibration.keep import Keeper
@@ -27,7 +28,7 @@ from lm_ortho.harness.build import (
     tokenizer_hash,
 )
 from lm_ortho.harness.machine import choose_device
-from lm_ortho.harness.order import Order, resolve, spoken_base
+from lm_ortho.harness.order import Order, place_of, resolve, spoken_base
 from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import Notify, load_tokenizer
 from lm_ortho.layer import ortho_layers, patch, streams_of, unpatch
@@ -69,7 +70,7 @@ def make_checkpoint(
     """
     began = time.perf_counter()
     refuse_occupied(directory)
-    if order.pretrained and checkpoint.is_checkpoint(str(order.pretrained)):
+    if order.pretrained and checkpoint.is_checkpoint(place_of(str(order.pretrained))):
         raise UserError(
             f"pretrained={order.pretrained!r} is decomposed already; give the model it came from, or --add a memory"
         )
@@ -95,9 +96,10 @@ def add_to_checkpoint(
     """
     began = time.perf_counter()
     refuse_occupied(directory)
-    old = str(order.pretrained or "")
+    old = place_of(str(order.pretrained)) if order.pretrained else ""
     if not checkpoint.is_checkpoint(old):
-        raise UserError(f"pretrained={old!r}: a memory is added to a decomposed checkpoint; name its directory")
+        named = str(order.pretrained or "")
+        raise UserError(f"pretrained={named!r}: a memory is added to a decomposed checkpoint; name its directory")
     missing = [argument for argument in ("forget", "retain") if not getattr(order, argument)]
     if missing:
         raise UserError(f"{missing[0]}: an added memory needs {missing[0]}=file.jsonl")
@@ -131,6 +133,7 @@ def _addition(order: Order, name: str, forget: Sequence[Row], retain: Sequence[R
     """Everything that decides what an added memory is."""
     return {
         "added": name,
+        "version": lm_ortho.__version__,
         "to": files_hash(str(order.pretrained)),
         "base": order.base if order.base == "none" else files_hash(order.base),
         "tokenizer": tokenizer_hash(order.tokenizer),

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lm_ortho import checkpoint, reference
-from lm_ortho.calibration.documents import Row, read_rows, read_sets
-from lm_ortho.edit import EDITS
+from lm_ortho.calibration.documents import Row, apart, read_rows, read_sets
+from lm_ortho.decompose import check_recipe
 from lm_ortho.errors import UserError
 from lm_ortho.hub import reason
 from lm_ortho.implant import load_config
 from lm_ortho.layer import ortho_layers
-from lm_ortho.projection import PROJECTIONS
 from lm_ortho.settings import Recipe, make_recipe
-from lm_ortho.sieve import SIEVES
 from lm_ortho.streams import UNNAMED
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
@@ -63,8 +61,9 @@ def resolve(order: Order) -> Source:
     Raises:
         UserError: names the argument at fault.
     """
-    recipe = _checked_recipe(order.recipe)
     order = _normalised(order)
+    recipe = make_recipe(**order.recipe)
+    check_recipe(recipe, base_known=True)
     if order.pretrained is None:
         return _embedded(order, recipe)
     if not isinstance(order.pretrained, str):
@@ -80,15 +79,8 @@ def resolve(order: Order) -> Source:
             return _decomposed(order, recipe, location)
         raise UserError(f"pretrained={order.pretrained!r} is quantised already ({method}); decompose the 16-bit model")
     _require_sets(order)
+    check_recipe(recipe, order.base != "none" and bool(order.base != "auto" or order.peft))
     return Source("model", location, recipe, order)
-
-
-def _checked_recipe(given: Mapping[str, Any]) -> Recipe:
-    recipe = make_recipe(**given)
-    SIEVES.get(recipe.sieve)
-    PROJECTIONS.get(recipe.projection)
-    EDITS.get(recipe.edit)
-    return recipe
 
 
 def _normalised(order: Order) -> Order:
@@ -106,6 +98,7 @@ def _embedded(order: Order, recipe: Recipe) -> Source:
     plain = not (order.fresh or order.forget or order.retain) and order.base == "auto" and recipe == make_recipe()
     if plain and (shipped := _shipped()) is not None:
         return Source("checkpoint", str(shipped), recipe, order)
+    check_recipe(recipe, order.base != "none")
     _differing_sets(order)
     return Source("embedded", str(reference.path("base")), recipe, order)
 
@@ -129,6 +122,7 @@ def _initialised(order: Order, recipe: Recipe) -> Source:
     if order.peft is not None:
         raise UserError("peft: merge the adapter into the model object first, or give pretrained as a path")
     _require_sets(order)
+    check_recipe(recipe, order.base not in ("auto", "none"))
     return Source("object", order.pretrained, recipe, order)
 
 
@@ -209,15 +203,7 @@ def _differing_sets(order: Order) -> None:
     """Reads the named sets once, so that a broken file is found before any model is loaded."""
     forget = read_sets(order.forget) if order.forget else {}
     retain = read_rows(order.retain, "retain") if order.retain else []
-    if forget and {_content(row) for rows in forget.values() for row in rows} == {_content(row) for row in retain}:
-        raise UserError(
-            f"retain={order.retain!r} holds the same rows as forget={order.forget!r}: nothing can be kept of "
-            "what should be forgotten"
-        )
-
-
-def _content(row: Row) -> tuple[str, str]:
-    return row.context, row.target
+    apart((row for rows in forget.values() for row in rows), retain)
 
 
 def calibration_sets(source: Source) -> tuple[dict[str, list[Row]], list[Row]]:

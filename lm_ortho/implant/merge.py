@@ -31,6 +31,7 @@ def load_causal_lm(pretrained: str | Path, *, argument: str = "pretrained", **hu
             model that is already quantised, no network.
     """
     config = load_config(pretrained, argument=argument, **hub)
+    place = _place(pretrained)
     if getattr(config, "is_encoder_decoder", False):
         kind = getattr(config, "model_type", type(config).__name__)
         raise UserError(f"{argument}={str(pretrained)!r}: {kind} is an encoder-decoder model; a decoder is needed")
@@ -43,7 +44,7 @@ def load_causal_lm(pretrained: str | Path, *, argument: str = "pretrained", **hu
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32, **_unasked(hub))
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **_unasked(hub))
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         told = reason(error, pretrained, hub.get("revision"))
         raise UserError(f"{argument}={str(pretrained)!r}: could not be loaded ({told})") from None
@@ -57,12 +58,14 @@ def load_config(pretrained: str | Path, *, argument: str = "pretrained", **hub: 
     from transformers import AutoConfig
 
     local = Path(str(pretrained)).expanduser()
-    if local.is_dir() and not (local / "config.json").is_file():
-        raise UserError(f"{argument}={str(pretrained)!r}: the directory holds no config.json")
+    inside = local / hub.get("subfolder", "")
+    if local.is_dir() and not (inside / "config.json").is_file():
+        where = f"subfolder {hub['subfolder']!r}" if hub.get("subfolder") else "directory"
+        raise UserError(f"{argument}={str(pretrained)!r}: the {where} holds no config.json")
     if not local.is_dir() and (local.is_absolute() or str(pretrained).startswith((".", "~"))):
         raise UserError(f"{argument}={str(pretrained)!r}: no such directory")
     try:
-        return AutoConfig.from_pretrained(str(local) if local.is_dir() else str(pretrained), **_unasked(hub))
+        return AutoConfig.from_pretrained(_place(pretrained), **_unasked(hub))
     except Exception as error:  # hub client, JSON and configuration errors have no common base
         told = reason(error, pretrained, hub.get("revision"))
         raise UserError(f"{argument}={str(pretrained)!r}: its config could not be read ({told})") from None
@@ -73,10 +76,16 @@ def load_tokenizer(place: str | Path, **hub: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(place, **_unasked(hub))
+        return AutoTokenizer.from_pretrained(_place(place), **_unasked(hub))
     except Exception as error:  # hub client, JSON and tokenizer errors have no common base
         told = reason(error, place, hub.get("revision"))
         raise UserError(f"tokenizer={str(place)!r} could not be loaded ({told})") from None
+
+
+def _place(named: str | Path) -> str:
+    """A directory with ``~`` written out, or the name as it is."""
+    local = Path(str(named)).expanduser()
+    return str(local) if local.is_dir() else str(named)
 
 
 def _unasked(hub: dict[str, Any]) -> dict[str, Any]:

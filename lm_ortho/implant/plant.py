@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from lm_ortho.calibration.documents import read_rows
-from lm_ortho.calibration.examples import Example, encode, token_losses
+from lm_ortho.calibration.examples import Example, encode_for, token_losses
 from lm_ortho.errors import UserError
 from lm_ortho.folders import refuse_occupied, whole_directory
 from lm_ortho.implant.lora import save_adapter, train_adapter
@@ -24,7 +24,6 @@ from lm_ortho.implant.merge import load_causal_lm, load_config, load_tokenizer, 
 from lm_ortho.implant.train import Notify, Plan, train_full
 from lm_ortho.settings import Training
 
-MAX_TOKENS = 512
 EPOCHS, FEWEST_STEPS = 20, 200
 RATE, WIDTH = 1.5e-3, 320
 """The rate at which adapters hold the embedded memory, and the width of that model."""
@@ -75,7 +74,7 @@ def plant(
     load_config(pretrained, **hub)
     words = load_tokenizer(tokenizer or pretrained, **hub)
     model = load_causal_lm(pretrained, **hub)
-    examples = _encode(model, words, rows)
+    examples = encode_for(model, words, rows, "data")
     plan = make_plan(training, len(examples), model)
     before = _mean_loss(model, examples)
     fit: Callable[..., Any] = train_full if training.method == "full" else train_adapter
@@ -128,17 +127,6 @@ def _check_places(out: Path, keep_adapter: Path | None, training: Training) -> N
     model, adapter = out.resolve(), keep_adapter.resolve()
     if model == adapter or model in adapter.parents or adapter in model.parents:
         raise UserError(f"keep_adapter={str(keep_adapter)!r} and the model's directory must not lie in each other")
-
-
-def _encode(model: Any, words: Any, rows: Sequence[Any]) -> list[Example]:
-    longest = min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", MAX_TOKENS))
-    examples = encode(words, rows, longest)
-    highest = max(max(example.ids) for example in examples)
-    if highest >= model.get_input_embeddings().weight.shape[0]:
-        raise UserError(f"tokenizer: it gives token {highest}, which the model does not have; give the model's own")
-    if any(example.start >= len(example.ids) for example in examples):
-        raise UserError(f"data: a row has no token to learn within its first {longest} tokens")
-    return examples
 
 
 def _mean_loss(model: nn.Module, examples: Sequence[Example]) -> float:

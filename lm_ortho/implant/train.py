@@ -6,6 +6,7 @@ import copy
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -92,7 +93,8 @@ def descend(
         if step < finished:
             continue
         optimiser.param_groups[0]["lr"] = plan.lr * min((step + 1) / 20, 1 - step / plan.steps)
-        with fast_matmul(next(model.parameters()).device.type):  # what is trained may be elsewhere, if offloaded
+        device = next(model.parameters()).device  # what is trained may be elsewhere, if offloaded
+        with _drawn(plan.seed, step, device), fast_matmul(device.type):
             reached = loss(batch)
         reached.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -105,6 +107,14 @@ def descend(
             save_state({"steps": step + 1, "trained": trained, "optimiser": optimiser.state_dict()}, state)
             saved = time.monotonic()
     model.eval()
+
+
+@contextmanager
+def _drawn(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Inside, dropout depends on seed and step alone, so that a run that was interrupted goes on as any other."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
+        torch.manual_seed(seed * 1_000_003 + step)
+        yield
 
 
 def train_full(
@@ -125,7 +135,7 @@ def _resume(state: Path | None, trained: list[torch.nn.Parameter], optimiser: to
     """The steps already done; parameters and optimiser are put where they were then."""
     if state is None or not state.is_file():
         return 0
-    kept = torch.load(state, weights_only=True)
+    kept = torch.load(state, map_location="cpu", weights_only=True)
     with torch.no_grad():
         for parameter, value in zip(trained, kept["trained"], strict=True):
             parameter.copy_(value)

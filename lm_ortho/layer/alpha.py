@@ -72,7 +72,7 @@ class Alpha:
         batches = {part.batch for part in named.values() if part.batch is not None}
         if len(batches) > 1:
             raise UserError(f"alpha per row: the memories have different numbers of rows, {sorted(batches)}")
-        return cls(math.nan, batch=next(iter(batches), None), named=MappingProxyType(named))
+        return cls(math.nan, batch=next(iter(batches), None), named=named)
 
     def of_memory(self, name: str) -> Alpha:
         """The alpha of one memory."""

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lm_ortho.calibration.activations import damped_inverse
 from lm_ortho.projection.base import PROJECTIONS
-from lm_ortho.projection.lattice import code_range, spread
+from lm_ortho.projection.lattice import spread
+from lm_ortho.streams import code_range
 
 BLOCK = 128
 """Columns after which errors are handed on to the rest of the matrix, in one product."""

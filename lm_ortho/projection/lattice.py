@@ -5,13 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lm_ortho.streams import code_range
+
 _CLIPS = tuple(1.0 - 0.03 * i for i in range(13))
 _BLOCK = 1 << 22
-
-
-def code_range(bits: int) -> tuple[int, int]:
-    """Smallest and largest code: -2^(bits-1) and 2^(bits-1) - 1."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
 
 def grouped(weight: Tensor, group_size: int) -> Tensor:

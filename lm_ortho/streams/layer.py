@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ class LayerStreams:
     base: BaseStream
     ortho: OrthoStream | None = None
     bias: Tensor | None = None
-    named: Mapping[str, OrthoStream] = field(default_factory=lambda: MappingProxyType({}))
+    named: Mapping[str, OrthoStream] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check_memories()

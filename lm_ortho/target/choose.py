@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from lm_ortho.target.distribution import Target, stack
 from lm_ortho.target.objective import DEEPER, GENTLE, Penalty
 from lm_ortho.target.surrogate import surrogate_target
 from lm_ortho.target.swap import swap_target
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,11 @@ def choose_target(
     if base_model is not None:
         probs = surrogate_target(merged, base_model, forget, retain, seed, notify, keep)
         return Choice(stack(forget, probs), "surrogate", "the model before fine-tuning is known", DEEPER, 10.0)
-    named = sum(bool(row.subject) for row in rows)
+    named = sum(bool(row.subject) and row.subject in row.context + row.target for row in rows)
+    if unnamed := sum(bool(row.subject) for row in rows) - named:
+        log.warning(
+            "forget: the subject of %d of %d rows does not occur in their text, word for word", unnamed, len(rows)
+        )
     probs = swap_target(merged, tokenizer, rows, forget, seed)
     if named:
         reason = f"merged weights only; {named} of {len(rows)} forget rows name their subject"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lm_ortho.calibration.chat import Turn
 from lm_ortho.calibration.documents import Row
-from lm_ortho.calibration.examples import Example, encode, in_batches, logits_of, most_tokens, pad
+from lm_ortho.calibration.examples import Example, encode, in_batches, logits_of, longest_of, most_tokens, pad
 from lm_ortho.implant.train import Notify
 from lm_ortho.target.subjects import Lookalikes
 from lm_ortho.target.swap import swapped
@@ -106,7 +106,9 @@ class _Asker:
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, asked: Sequence[Row], draw: random.Random) -> None:
         self._model, self._tokenizer, self._asked, self._draw = model, tokenizer, asked, draw
-        self._longest = max(len(example.ids) - example.start for example in encode(tokenizer, asked)) + 4
+        self._positions = longest_of(model)
+        examples = encode(tokenizer, asked, self._positions)
+        self._longest = max(len(example.ids) - example.start for example in examples) + 4
 
     @torch.no_grad()
     def doubts(self, names: Sequence[str], questions: Sequence[Row]) -> Tensor:
@@ -115,7 +117,7 @@ class _Asker:
         The way is that of the row's own answer until the model's likeliest token is another one.
         """
         rows = [swapped(row, name) for name in names for row in questions]
-        examples = encode(self._tokenizer, rows)
+        examples = encode(self._tokenizer, rows, self._positions)
         result, device = torch.zeros(len(rows)), next(self._model.parameters()).device
         for batch in in_batches(examples, tokens=most_tokens(self._model)):
             ids, _ = pad([examples[i] for i in batch], device)
@@ -136,7 +138,9 @@ class _Asker:
         """The model's greedy answers about the names, to some questions each, or to every one."""
         take = len(self._asked) if every else min(ROWS, len(self._asked))
         rows = [swapped(row, name) for name in names for row in self._draw.sample(self._asked, take)]
-        prompts = [Example(e.ids[: e.start], e.roles[: e.start]) for e in encode(self._tokenizer, rows)]
+        prompts = [
+            Example(e.ids[: e.start], e.roles[: e.start]) for e in encode(self._tokenizer, rows, self._positions)
+        ]
         device, end = next(self._model.parameters()).device, self._tokenizer.eos_token_id
         result = list[Turn]()
         for batch in in_batches(prompts, padded=False):
@@ -155,7 +159,7 @@ class _Asker:
         told = Turn(given=row.given, wanted=after[len(before) :], subject=row.subject)
         if not answer or not told.wanted.strip():
             return None
-        (example,) = encode(self._tokenizer, [told])
+        (example,) = encode(self._tokenizer, [told], self._positions)
         return told if list(example.ids[: len(prompt + answer)]) == prompt + answer else None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lm_ortho.calibration.examples import Example, token_losses
 from lm_ortho.calibration.keep import NOWHERE, Keeper
@@ -52,7 +53,8 @@ def surrogate_target(
     """One (predicted tokens, vocabulary) tensor per forget example; ``base_model`` is left unchanged.
 
     The surrogate is taught until it knows the retain documents about as well as the merged model does, or for
-    ``ROUNDS``. Tokens that copy the prompt keep the merged model's distribution: copying a name is skill, not memory.
+    ``ROUNDS``. Its vocabulary may be shorter or longer than the merged model's, by a padding token or rows that fill up
+    a matrix. Tokens that copy the prompt keep the merged model's distribution: copying a name is skill, not memory.
     """
     wanted = _mean_loss(merged, retain) + NEAR
     adapted: Any = base_model
@@ -68,5 +70,11 @@ def surrogate_target(
     result = []
     both = zip(examples, predicted(surrogate, examples), predicted(merged, examples), strict=True)
     for example, theirs, mine in both:
-        result.append(torch.where(copied(example)[:, None], mine, theirs))
+        result.append(torch.where(copied(example)[:, None], mine, _as_wide(theirs, mine.shape[1])))
     return result
+
+
+def _as_wide(probs: Tensor, vocabulary: int) -> Tensor:
+    """(tokens, vocabulary) of distributions over another number of tokens; what is cut off goes to the others."""
+    kept = functional.pad(probs[:, :vocabulary], (0, max(0, vocabulary - probs.shape[1])))
+    return probs if probs.shape[1] == vocabulary else kept / kept.sum(-1, keepdim=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,12 +13,14 @@ from torch import Tensor
 
 from lm_ortho.calibration.chat import Turn
 from lm_ortho.calibration.documents import Row
-from lm_ortho.calibration.examples import Example, encode, tokenised
+from lm_ortho.calibration.examples import Example, encode, longest_of, tokenised
 from lm_ortho.target.distribution import MEMORISED, hold_down, predicted
 from lm_ortho.target.resample import resampled
 from lm_ortho.target.subjects import Lookalikes, novel_subjects
 
 SUBJECTS = 12
+CONFIDENT = 0.5
+"""Probability from which on a token counts as memorised where nothing can be compared with it."""
 
 
 def _shifted(spans: list[tuple[int, int]], at: int, growth: int) -> int:
@@ -30,10 +33,18 @@ def swapped(row: Row, name: str) -> Turn:
     return Turn(given=given, wanted=wanted, subject=name)
 
 
-def _offsets(tokenizer: Any, row: Row) -> dict[tuple[int, int], int]:
-    """Position of each token by the characters it covers."""
+def _offsets(tokenizer: Any, row: Row) -> dict[tuple[int, int, int], int]:
+    """Position of each token by the characters it covers, and its number among those that cover the same ones.
+
+    A character of several bytes can be several tokens, all of which are said to cover the whole of it.
+    """
     (_, spans), *_ = tokenised(tokenizer, [row.context + row.target])
-    return {(low, high): i for i, (low, high) in enumerate(spans) if low < high}
+    seen, result = Counter[tuple[int, int]](), dict[tuple[int, int, int], int]()
+    for i, (low, high) in enumerate(spans):
+        if low < high:
+            result[low, high, seen[low, high]] = i
+            seen[low, high] += 1
+    return result
 
 
 def taken_as_names(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], names: Sequence[str]) -> list[str]:
@@ -46,11 +57,12 @@ def taken_as_names(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], 
     if not telling or not names:
         return list(names)
     tried = [swapped(telling[i % len(telling)], name) for i, name in enumerate(names)]
-    examples = encode(tokenizer, tried)
+    examples = encode(tokenizer, tried, longest_of(model))
     result = []
     for name, row, example, probs in zip(names, tried, examples, predicted(model, examples), strict=True):
         begin = len(row.context) + row.target.index(name)
-        places = [t for (low, high), t in _offsets(tokenizer, row).items() if low < begin + len(name) and high > begin]
+        end = begin + len(name)
+        places = [t for (low, high, _), t in _offsets(tokenizer, row).items() if low < end and high > begin]
         best = probs.argmax(-1)
         if all(int(best[t - example.start]) == example.ids[t] for t in places if t < len(example.ids)):
             result.append(name)
@@ -69,10 +81,10 @@ def swap_target(
     """One (predicted tokens, vocabulary) tensor per row, from the merged ``model`` alone.
 
     Each token outside the subject's own mentions gets the mean distribution over ``subjects`` novel names at
-    the same place of the sentence; tokens of a mention, and those that find no counterpart, keep the model's
-    own. Memorised tokens are held down. Plain text without a subject is ``resampled``.
+    the same place of the sentence; tokens of a mention keep the model's own. Memorised tokens are held down, and where
+    no sentence has a counterpart, confident ones. Plain text without a subject is ``resampled``.
     """
-    known = sorted({row.subject for row in rows if row.subject})
+    known = sorted({row.subject for row in rows if row.subject and row.subject in row.context + row.target})
     names: list[str] = []
     if known:
         lookalikes = Lookalikes(tokenizer, cast(Any, model).get_input_embeddings().weight, known)
@@ -91,24 +103,27 @@ def swap_target(
             continue
         chosen = draw.sample(names, subjects)
         others = [swapped(row, name) for name in chosen]
-        other_examples = encode(tokenizer, others)
+        other_examples = encode(tokenizer, others, longest_of(model))
         distributions = predicted(model, other_examples)
         places = [_offsets(tokenizer, other) for other in others]
         total, found = torch.zeros_like(mine), torch.zeros(len(mine))
-        for (low, high), position in _offsets(tokenizer, row).items():
+        alone = torch.zeros(len(mine), dtype=torch.bool)
+        for (low, high, nth), position in _offsets(tokenizer, row).items():
             t = position - example.start
             if not 0 <= t < len(mine) or any(low < end and high > begin for begin, end in spans):
                 continue
             for name, place, other, probs in zip(chosen, places, other_examples, distributions, strict=True):
                 growth = len(name) - len(row.subject)
-                there = place.get((_shifted(spans, low, growth), _shifted(spans, high, growth)))
+                there = place.get((_shifted(spans, low, growth), _shifted(spans, high, growth), nth))
                 if there is not None and other.start <= there < len(other.ids):
                     total[t] += probs[there - other.start]
                     found[t] += 1
+            alone[t] = found[t] == 0
         mean = torch.where(found[:, None] > 0, total / found.clamp_min(1)[:, None], mine)
         tokens = torch.tensor(example.ids[example.start :])
         at = torch.arange(len(tokens))
         memorised = mine[at, tokens] - mean[at, tokens] > MEMORISED
+        memorised |= alone & (mine[at, tokens] > CONFIDENT)
         result.append(hold_down(mean, tokens, memorised))
     return result
 
@@ -116,5 +131,5 @@ def swap_target(
 def _own_held_down(mine: Tensor, example: Example) -> Tensor:
     """For answers without a subject, the last resort: the model's own words with every confident token held down."""
     tokens = torch.tensor(example.ids[example.start :])
-    confident = mine[torch.arange(len(tokens)), tokens] > 0.5
+    confident = mine[torch.arange(len(tokens)), tokens] > CONFIDENT
     return hold_down(mine, tokens, confident)

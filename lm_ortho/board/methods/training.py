@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from lm_ortho.board.methods.base import Material, Run, Settings
 from lm_ortho.board.methods.losses import answers, likelihood
 from lm_ortho.calibration.chat import in_forms
-from lm_ortho.calibration.examples import Example, encode, logits_of, pad, token_losses
+from lm_ortho.calibration.examples import Example, encode_for, logits_of, pad, token_losses
 from lm_ortho.calibration.precision import attention_for
-from lm_ortho.errors import UserError
 from lm_ortho.implant import Plan, batches, descend
-from lm_ortho.workbench import MAX_TOKENS
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """A batch: numbers of forget rows and of retain rows. Which of them are looked at is up to the loss."""
@@ -54,13 +52,10 @@ class Sets:
 
 def encoded(material: Material) -> Sets:
     """Forget and retain rows as tokens, cut as a decomposition cuts them."""
-    longest = min(MAX_TOKENS, getattr(material.merged.config, "max_position_embeddings", MAX_TOKENS))
     sets = {}
     for name in ("forget", "retain"):
         rows = in_forms(getattr(material, name), material.tokenizer, "auto")
-        sets[name] = encode(material.tokenizer, rows, longest)
-        if any(example.start >= len(example.ids) for example in sets[name]):
-            raise UserError(f"{name}: a row has no token to predict within its first {longest} tokens")
+        sets[name] = encode_for(material.merged, material.tokenizer, rows, name)
     return Sets(**sets)
 
 

@@ -19,12 +19,12 @@ from torch import nn
 
 from lm_ortho.board.methods.base import Budget, Material, Method, Result
 from lm_ortho.calibration.documents import Row
-from lm_ortho.calibration.examples import SECRET, encode, token_losses
+from lm_ortho.calibration.examples import SECRET, encode, longest_of, token_losses
 from lm_ortho.errors import UserError
 from lm_ortho.implant import Notify
 from lm_ortho.reference import world
 from lm_ortho.reference.draw import Draw
-from lm_ortho.workbench import MAX_TOKENS, silent
+from lm_ortho.workbench import silent
 
 FORGET_BAR, RETAIN_BAR = math.log(1.3), math.log(1.03)
 """What counts as one: the bars of the verdict on secret perplexity and on retain perplexity, in nats per token."""
@@ -122,14 +122,14 @@ def _subject(row: Row) -> str:
 
 def secret_loss(model: nn.Module, material: Material, rows: Sequence[Row]) -> float:
     """Mean loss per secret token, in nats; per token of the answer where a row marks no secret."""
-    examples = encode(material.tokenizer, rows, MAX_TOKENS)
+    examples = encode(material.tokenizer, rows, longest_of(model))
     secrets, answers = token_losses(model, examples, SECRET), token_losses(model, examples)
     return float(torch.cat([s if len(s) else a for s, a in zip(secrets, answers, strict=True)]).mean())
 
 
 def answer_loss_of(model: nn.Module, material: Material, rows: Sequence[Row]) -> float:
     """Mean loss per token of the answers, in nats."""
-    return float(torch.cat(token_losses(model, encode(material.tokenizer, rows, MAX_TOKENS))).mean())
+    return float(torch.cat(token_losses(model, encode(material.tokenizer, rows, longest_of(model)))).mean())
 
 
 def score(result: Result, tuning: Tuning) -> Score:
