@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from lm_ortho.errors import UserError
@@ -24,10 +25,13 @@ def versions() -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Under a temporary name first; raises ``UserError`` where it cannot be written."""
+    """Under a temporary name first; raises ``UserError`` where it cannot be written, and leaves nothing behind."""
     unfinished = path.with_name(path.name + ".partial")
     try:
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
         raise UserError(f"out={str(path)!r} cannot be written ({error.strerror})") from None
+    finally:
+        with suppress(OSError):
+            unfinished.unlink()

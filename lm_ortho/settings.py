@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -132,6 +133,13 @@ def named_parts(value: str) -> dict[str, str] | None:
     if len(set(names)) < len(names):
         raise UserError(f"{value!r} names a memory twice")
     return dict(found)
+
+
+def join_args(args: Mapping[str, Any]) -> str:
+    """Model args as lm-eval takes them: ``name=value`` with commas, or JSON where a value has a mark of its own."""
+    told = {name: f"{value:g}" if isinstance(value, float) else value for name, value in args.items()}
+    plain = not any(mark in str(value) for value in told.values() for mark in ',={"')
+    return ",".join(f"{name}={value}" for name, value in told.items()) if plain else json.dumps(told)
 
 
 def _in_range(value: Any, name: str) -> float:

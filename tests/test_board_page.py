@@ -88,6 +88,60 @@ def test_distances_are_those_of_the_definition(results: Results) -> None:
             assert side.low <= side.value <= side.high
 
 
+@pytest.mark.parametrize(
+    ("metric", "scale", "reported", "kept"),
+    [
+        ("prob", "log", lambda mean: mean, lambda noise: 0.5 + noise),
+        ("prob", "linear", lambda mean: mean, lambda noise: 0.5 + noise),
+        ("ppl", "linear", math.exp, lambda noise: 1.0 + noise),
+        ("ppl", "log", math.exp, lambda noise: 1.0 + noise),
+    ],
+)
+def test_intervals_are_on_the_scale_of_the_axis(metric: str, scale: str, reported: Any, kept: Any) -> None:
+    axis = {"task": "f", "metric": metric, "scale": scale}
+    board = {**BOARD, "frontier": {"forget": [axis], "retain": [axis]}}
+    records, levels = [], {"never_saw": 0.2, "ours": 0.0}
+    noise = np.random.default_rng(0).normal(size=40) * 0.05
+    for method, level in levels.items():
+        documents = kept(noise * (method == "ours") + level)
+        config = {
+            "label": method, "seed": 0, "method": method, "mode": "none", "model": "embedded", "alpha": None,
+            "row": method, "task": "f", "command": "", "settings": {}, "versions": {},
+        }  # fmt: skip
+        result = {
+            "values": {"f": {metric: [reported(documents.mean()), None, None, False]}},
+            "samples": {"f": {metric: documents.tolist()}},
+            "groups": {"f": [str(number) for number in range(40)]},
+            "checkpoint": "",
+        }
+        records.append(Record(Piece(method, method, "evaluate", config), DONE, result))
+    row = collect(records, {"name": "made_up", "board": board}).rows[1]
+    assert row.forget is not None
+
+    def scaled(mean: float) -> float:
+        return math.log(reported(mean)) if scale == "log" else float(reported(mean))
+
+    ours, theirs = kept(noise), scaled(kept(0.2))
+    drawn = np.random.default_rng(1).integers(0, 40, size=(2000, 40))
+    direct = np.quantile([abs(scaled(mean) - theirs) for mean in ours[drawn].mean(1)], [0.025, 0.975])
+    assert row.forget.value == pytest.approx(abs(scaled(ours.mean()) - theirs))
+    assert row.forget[1:3] == pytest.approx(tuple(direct), rel=0.1)
+
+
+def test_several_models_are_told_apart() -> None:
+    records = []
+    for record in _records():
+        for model in ("a", "b"):
+            config = {**record.piece.config, "model": model}
+            config |= {"row": f"{config['row']} {model}"} if "row" in config else {}
+            piece = Piece(record.piece.key + model, record.piece.cell + model, record.piece.kind, config)
+            records.append(Record(piece, record.status, record.result, seconds=record.seconds))
+    found = collect(records, {"name": "made_up", "board": BOARD})
+    assert len({row.name for row in found.rows}) == len(found.rows) == 2 * len({m[0::2] for m in MODELS})
+    assert {name.rpartition(" of ")[2] for name in found.layers} == {"a", "b"}
+    assert "| ours of b alpha=0 |" in markdown(found)
+
+
 def test_the_frontier_is_among_those_that_read_the_same(results: Results) -> None:
     better = {row.name: row.better for row in results.rows}
     assert better == {

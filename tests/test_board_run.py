@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 
 from lm_ortho.board.board import status
 from lm_ortho.board.config import make_board, read_board
-from lm_ortho.board.plan import plan_board
+from lm_ortho.board.plan import limits_of, plan_board
 from lm_ortho.board.store import DONE, Store
 from lm_ortho.cli.app import app
 from lm_ortho.errors import UserError
@@ -63,7 +65,6 @@ def test_the_matrix(whole: Path) -> None:
         ({"tasks": []}, "tasks: "),
         ({"alphas": [2]}, "alpha 2"),
         ({"name": "No Name"}, "name: "),
-        ({"limits": {"x": 1}}, "limits names 'x'"),
         ({"methods": [{"method": "tiny", "tune": True, "grid": {"a": [1]}}]}, "give one of them"),
         ({"methods": 3}, "methods: "),
     ],
@@ -80,6 +81,8 @@ def test_a_bad_board_is_one_line(change: dict[str, Any], told: str) -> None:
     [
         ({"tasks": ["forget_sett"]}, "did you mean 'forget_set'"),
         ({"imports": ["no_such_module"]}, "no_such_module"),
+        ({"limits": {"forget_sett": 1}}, "did you mean 'forget_set'"),
+        ({"limits": {"tofu_forget": 1}}, "limits names 'tofu_forget', which is not among the tasks"),
         ({"methods": [{"method": "tiny"}, {"method": "tiny"}]}, "asked for twice"),
         ({"resources": {"executor": "ray", "cpus": 1e9}}, "resources"),
     ],
@@ -123,6 +126,39 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(UserError, match="must hold keys"):
         read_board(tmp_path / "list.yaml")
+
+
+def test_a_limit_of_a_group_is_that_of_its_tasks_and_a_narrower_one_goes_before_it() -> None:
+    changes = {"tasks": ["unlearning"], "limit": 9, "limits": {"tofu_forget": 2, "unlearning": 5}}
+    board = make_board({**yaml.safe_load(BOARD), **changes})
+    limits = limits_of(board, {})
+    assert limits["tofu_forget"] == 2
+    assert {limit for task, limit in limits.items() if task != "tofu_forget"} == {5}
+    assert set(limits_of(make_board({**yaml.safe_load(BOARD), "limit": 9}), {}).values()) == {9}
+
+
+def test_a_model_that_was_made_before_its_piece_could_say_so(home: Path, tmp_path: Path) -> None:
+    """As after a kill between the rename of the folder and the record."""
+    dial = {**SMALL, "methods": [{"method": "tiny_dial"}], "alphas": [0]}
+    run_tiny(home, tmp_path / "whole", **dial)
+    (cell,) = (tmp_path / "whole" / "models").iterdir()
+    (tmp_path / "again" / "models").mkdir(parents=True)
+    shutil.copytree(cell, tmp_path / "again" / "models" / cell.name)
+    tally = run_tiny(home, tmp_path / "again", **dial)
+    assert tally is not None
+    assert tally.complete
+    first, again = (Store(tmp_path / name).records()[0] for name in ("whole", "again"))
+    assert again.piece.kind == "make"
+    assert again.result == first.result
+
+
+def test_the_command_behind_a_row_says_all_that_decides_it(whole: Path) -> None:
+    commands = [r.piece.config["command"] for r in Store(whole).records() if r.piece.kind == "evaluate"]
+    plain, dial = shlex.split(commands[0]), shlex.split(commands[2])
+    assert plain[:3] == ["lm_eval", "--model", "hf"]
+    assert plain[4].endswith(",dtype=float32,softmax_dtype=float32")
+    assert dial[4].endswith(",alpha=0,dtype=float32")
+    assert set(json.loads(plain[plain.index("--metadata") + 1])) == {"forget", "retain"}
 
 
 def test_a_failing_cell_does_not_stop_the_others(home: Path, tmp_path: Path) -> None:

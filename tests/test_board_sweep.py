@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 from lm_ortho.board import measure as measure_module
 from lm_ortho.board.batches import halve_when_full, is_out_of_memory
 from lm_ortho.board.store import DONE, FAILED, Store
-from lm_ortho.board.sweep import Sweep, run_sweep
+from lm_ortho.board.sweep import Sweep, plan_sweep, run_sweep
 from lm_ortho.cli.app import app
 from lm_ortho.errors import UserError
 from lm_ortho.harness.model import LibOrthoLM
@@ -100,6 +102,21 @@ def test_a_finished_sweep_does_nothing_and_a_larger_one_only_what_is_new(
     assert sweep(order(home), swept).complete
     assert [record.as_json() for record in Store(swept).records()] == before
     monkeypatch.undo()
+
+
+def test_rows_that_changed_and_other_limits_are_other_pieces(home: Path, tmp_path: Path) -> None:
+    rows = {name: str(shutil.copy(home / f"{name}.jsonl", tmp_path)) for name in ("forget", "retain")}
+    asked = order(home, alphas=[0], model_args={"pretrained": str(home / "decomposed"), **rows})
+    (first, _), _ = plan_sweep(asked, tmp_path)
+    assert plan_sweep(asked, tmp_path)[0][0].key == first.key
+    (limited, _), _ = plan_sweep(replace(asked, limit=2), tmp_path)
+    assert limited.config["row"] != first.config["row"]
+    assert limited.config["label"] == "decomposed limit=2"
+    assert "--limit 2" in limited.config["command"]
+    lines = Path(rows["forget"]).read_text().splitlines()
+    Path(rows["forget"]).write_text("\n".join(lines[:-1]))
+    changed, _ = plan_sweep(asked, tmp_path)
+    assert changed[0].key != first.key
 
 
 def test_an_interrupted_sweep_redoes_one_task_at_most(
@@ -198,7 +215,7 @@ class Small:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return [0.0] * len(requests)
 
-    loglikelihood_rolling = generate_until = loglikelihood
+    loglikelihood_rolling = generate_until = token_scores = loglikelihood
 
 
 def test_out_of_memory_halves_the_batch_and_says_so() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lm_ortho import metrics
+from lm_ortho.metrics.interval import drawn_weights
 
 losses = st.floats(0, 1e6)
 small_losses = st.floats(0, 30)
@@ -132,6 +133,14 @@ def test_rate_of_one_cluster_counts_answers():
 def test_rate_with_the_same_share_in_every_cluster_has_a_width():
     got = metrics.rate([1, 0] * 4, list("aabbccdd"))
     assert got == metrics.wilson(2, 4)
+
+
+def test_of_one_group_alone_its_values_are_drawn():
+    """An interval without width would call any difference one beyond chance."""
+    alone, own = drawn_weights(["a"] * 30, 500, 0), drawn_weights(list(range(30)), 500, 0)
+    assert (alone == own).all()
+    assert alone.std() > 0.5
+    assert (drawn_weights("ab" * 15, 500, 0)[:, 0] == drawn_weights("ab" * 15, 500, 0)[:, 2]).all()
 
 
 def test_rate_between_is_the_clustered_bootstrap():

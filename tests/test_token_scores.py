@@ -54,6 +54,15 @@ def test_the_batch_size_does_not_matter(model: Any, rows: Any) -> None:
         assert one.deviation == pytest.approx(other.deviation, abs=1e-4)
 
 
+def test_no_batch_has_more_rows_than_the_model_allows(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, seen = wrapped(model), list[int]()
+    whole = lm._model_call
+    monkeypatch.setattr(lm, "_model_call", lambda inputs: seen.append(len(inputs)) or whole(inputs))
+    lm.most_rows = 2
+    asked(lm, TOKEN_SCORES, PAIRS)
+    assert max(seen) == 2
+
+
 def test_mean_and_deviation_are_those_of_the_models_own_distribution() -> None:
     logits = torch.randn(3, 11, generator=torch.Generator().manual_seed(0))
     logits[1, 4] = float("-inf")  # a masked token has no share in them

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+_REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until", "token_scores")
 _TOLD_BY_CPU = ("can't allocate memory", "not enough memory")
 
 
@@ -46,7 +46,8 @@ def halve_when_full(lm: Any, say: Callable[[str], None]) -> None:
         return ask
 
     for name in _REQUESTS:
-        setattr(lm, name, guarded(getattr(lm, name)))
+        if hasattr(lm, name):
+            setattr(lm, name, guarded(getattr(lm, name)))
 
 
 def _rows(lm: Any) -> int:

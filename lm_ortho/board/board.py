@@ -119,21 +119,24 @@ def _title(records: Sequence[Record]) -> str:
 
 def print_status(found: dict[str, Any], console: Any) -> None:
     """The same for people."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("cell", "", DONE, FAILED, RUNNING, WAITING)
     for cell in found["cells"]:
         table.add_row(
-            cell["cell"], cell["label"], *(str(cell[name] or "") for name in (DONE, FAILED, RUNNING, WAITING))
+            cell["cell"], escape(cell["label"]), *(str(cell[name] or "") for name in (DONE, FAILED, RUNNING, WAITING))
         )
     console.print(table)
     for error in found["errors"]:
         first = (error["error"].splitlines() or ["?"])[0]
-        console.print(f"failed: {error['label']}, {error['piece']}: {first}", highlight=False, soft_wrap=True)
+        console.print(
+            f"failed: {error['label']}, {error['piece']}: {first}", highlight=False, markup=False, soft_wrap=True
+        )
     left = found["seconds_left"]
     told = "unknown" if left is None else span(left)
     total = sum(found[name] for name in (DONE, FAILED, RUNNING, WAITING))
     console.print(f"{found['name']}: {found[DONE]} of {total} done, {found[FAILED]} failed, time left {told}")
     for run in found["runs"]:
         state = "at work" if run["alive"] else "ended" if run["ended"] else "interrupted"
-        console.print(f"run: {run['command']} ({state}; {run['log']})", highlight=False, soft_wrap=True)
+        console.print(f"run: {run['command']} ({state}; {run['log']})", highlight=False, markup=False, soft_wrap=True)

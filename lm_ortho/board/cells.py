@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
 import json
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 
 from lm_ortho.board.store import Piece
 from lm_ortho.errors import UserError
+from lm_ortho.harness.identity import code_files, versions
 from lm_ortho.implant import Notify
 from lm_ortho.registry import Registry
 
@@ -118,21 +120,45 @@ def make_piece(cell: Cell) -> Piece:
 def evaluate_piece(cell_key: str, described: Mapping[str, Any], alpha: Any, task: str, **how: Any) -> Piece:
     """The piece that measures a model at ``alpha`` (None: it has no dial) on ``task``.
 
-    ``described`` goes into the record beside ``how``, which decides the numbers; only the latter is part of the key.
+    ``described`` goes into the record beside ``how``, which decides the numbers; only the latter is part of the
+    key, with the content of the files that its ``metadata`` names.
     """
     asked = {"alpha": alpha, "task": task, "versions": versions(), "code": code(MEASURING), **how}
-    key = digest({"cell": cell_key, **asked})
+    key = digest({"cell": cell_key, **asked, "content": asked_of(how.get("metadata", {}))})
     return Piece(key, cell_key, "evaluate", {**described, **asked})
 
 
-def versions() -> dict[str, str]:
-    """The packages that decide what is measured."""
-    from importlib.metadata import version
+def asked_of(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Hash of the content of every file and folder that tasks read, by its argument or environment variable."""
+    from lm_ortho.harness import muse, tofu_data
+    from lm_ortho.settings import named_parts
 
-    import lm_ortho
+    given = {name: value for name, value in metadata.items() if isinstance(value, str)}
+    given |= {name: os.environ.get(name, "") for name in (muse.DIRECTORY_VARIABLE, tofu_data.DIRECTORY_VARIABLE)}
+    found = {}
+    for name, value in given.items():
+        places = named_parts(value) or {"": value}
+        hashes = [[part, _content(Path(place).expanduser())] for part, place in places.items() if place]
+        if name != "pretrained" and any(content for _, content in hashes):  # what the model is, its cell says
+            found[name] = digest(hashes)
+    return found
 
-    others = {name: version(name) for name in ("lm_eval", "torch", "transformers")}
-    return {"lm_ortho": lm_ortho.__version__, **others}
+
+def _content(path: Path) -> str:
+    """Hash of a file, or of the files of a folder; nothing where there is neither."""
+    files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+    found = hashlib.sha256()
+    for file in filter(Path.is_file, files):
+        found.update(str(file.relative_to(path)).encode() + hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest() if files else ""
+
+
+def lm_eval_command(kind: str, args: str, task: str, limit: int | None, metadata: Mapping[str, Any]) -> str:
+    """The command that gives the numbers of one piece, ready for a shell."""
+    parts = ["lm_eval", "--model", kind, "--model_args", args, "--tasks", task]
+    parts += ["--limit", str(limit)] if limit else []
+    parts += ["--metadata", json.dumps(dict(metadata))] if metadata else []
+    return shlex.join(parts)
 
 
 MAKING = (
@@ -147,23 +173,8 @@ MEASURING = ("harness", "kernels", "layer", "metrics", "streams", "tasks")
 @lru_cache
 def code(rooms: tuple[str, ...]) -> str:
     """Hash of the package's own code in these rooms: a change makes what it decided stale."""
-    import lm_ortho
-    from lm_ortho.kernels import calls
-    from lm_ortho.plugin.bridges import tasks_dir
-
-    roots = {
-        Path(lm_ortho.__file__).parent: "*.py",
-        Path(inspect.getfile(calls)).parent: "*.py",
-        tasks_dir(): "*",
-    }
-    files = {
-        f"{root.name}/{path.relative_to(root)}": path
-        for root, pattern in roots.items()
-        for path in root.rglob(pattern)
-        if path.is_file() and path.suffix not in (".md", ".pyc")
-    }
     found = hashlib.sha256()
-    for name, path in sorted(files.items()):
+    for name, path in code_files().items():
         if set(rooms) & set(Path(name).parts):
             found.update(name.encode() + path.read_bytes())
     return found.hexdigest()

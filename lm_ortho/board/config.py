@@ -117,7 +117,9 @@ class Board(_Part):
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     alphas: tuple[float, ...] = Field((0.0, 1.0), description="For methods with a dial; others are one point.")
     limit: int | None = Field(None, ge=1, description="First documents of every task.")
-    limits: dict[str, int] = Field(default_factory=dict, description="The same by task.")
+    limits: dict[str, int] = Field(
+        default_factory=dict, description="The same by task or group; a task goes before its group."
+    )
     frontier: Frontier = Field(default_factory=Frontier)
     budget: Budget = Field(default_factory=lambda: Budget.model_validate({}))
     tuning: Tuning = Field(default_factory=lambda: Tuning.model_validate({}))
@@ -134,12 +136,7 @@ class Board(_Part):
         every = [*self.alphas, *itertools.chain.from_iterable(e.alphas or () for e in self.methods)]
         if bad := [alpha for alpha in every if not 0 <= alpha <= 1]:
             raise ValueError(f"alpha {bad[0]!r} is not between 0 and 1")
-        if unknown := [task for task in self.limits if task not in self.tasks]:
-            raise ValueError(f"limits names {unknown[0]!r}, which is not among the tasks")
         return self
-
-    def limit_of(self, task: str) -> int | None:
-        return self.limits.get(task, self.limit)
 
 
 def read_board(path: Path) -> Board:

@@ -133,11 +133,9 @@ def curves(results: Results) -> dict[str, list[dict[str, Any]]]:
 
 def _families(results: Results) -> dict[tuple[str, str], list[Row]]:
     """Rows that differ in alpha only, by name and model."""
-    several = len({row.model for row in results.rows}) > 1
     found: dict[tuple[str, str], list[Row]] = {}
     for row in results.rows:
-        name = f"{row.label} ({row.model})" if several else row.label
-        found.setdefault((name, row.model), []).append(row)
+        found.setdefault((row.label, row.model), []).append(row)
     return found
 
 

@@ -9,13 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from lm_ortho import reference
-from lm_ortho.board.cells import MAKING, Cell, Maker, code, digest, evaluate_piece, find_maker, make_piece, versions
+from lm_ortho.board.cells import (
+    MAKING,
+    Cell,
+    Maker,
+    code,
+    digest,
+    evaluate_piece,
+    find_maker,
+    lm_eval_command,
+    make_piece,
+)
 from lm_ortho.board.config import Board, Entry, Model
 from lm_ortho.board.measure import leaf_tasks
 from lm_ortho.board.store import DONE, Piece, Record
 from lm_ortho.board.sweep import SEEDS
 from lm_ortho.board.work import Job
 from lm_ortho.errors import UserError
+from lm_ortho.harness.identity import versions
+from lm_ortho.settings import join_args
 
 
 @dataclass(frozen=True)
@@ -41,7 +53,7 @@ def plan_board(board: Board, directory: Path, only: str = "") -> Plan:
         UserError: for a method, a setting, a task or a model that is not known, before anything is written.
     """
     metadata = {model: metadata_of(board, source) for model, source in board.models.items()}
-    tasks = {model: leaf_tasks(list(board.tasks), told) for model, told in metadata.items()}
+    limits = {model: limits_of(board, told) for model, told in metadata.items()}
     tuning: dict[str, Job] = {}
     cells: dict[str, Job] = {}
     for cell, entry in _cells(board):
@@ -49,13 +61,31 @@ def plan_board(board: Board, directory: Path, only: str = "") -> Plan:
             continue
         if cell.tuned:
             tuning.setdefault(digest(cell.tuned), _tuning_job(board, cell, directory))
-        pieces = list(_measurements(board, cell, entry, tasks[cell.model], metadata[cell.model]))
+        pieces = list(_measurements(board, cell, entry, limits[cell.model], metadata[cell.model]))
         if cell.key in cells:
             raise UserError(f"methods: {cell.label} seed={cell.seed} is asked for twice")
         cells[cell.key] = _cell_job(board, cell, directory, pieces)
     if not cells:
         raise UserError(f"only={only!r}: no cell of the board has this method or hash")
     return Plan(tuple(tuning.values()), tuple(cells.values()))
+
+
+def limits_of(board: Board, metadata: Mapping[str, Any]) -> dict[str, int | None]:
+    """The tasks of a model in order, groups taken apart, with the documents each is limited to.
+
+    Raises:
+        UserError: for a task that is not known, and a limit of one that is not asked for.
+    """
+    tasks = leaf_tasks(list(board.tasks), metadata)
+    inside = {}
+    for name in board.limits:
+        inside[name] = [name] if name in tasks else leaf_tasks([name], metadata)
+        if not set(inside[name]) <= set(tasks):
+            raise UserError(f"limits names {name!r}, which is not among the tasks")
+    found: dict[str, int | None] = dict.fromkeys(tasks, board.limit)
+    for name, leaves in sorted(inside.items(), key=lambda each: -len(each[1])):  # the narrowest has the last word
+        found |= dict.fromkeys(leaves, board.limits[name])
+    return found
 
 
 def metadata_of(board: Board, source: Model) -> dict[str, Any]:
@@ -138,22 +168,21 @@ def _tuning_job(board: Board, cell: Cell, directory: Path) -> Job:
 
 
 def _measurements(
-    board: Board, cell: Cell, entry: Entry, tasks: Sequence[str], metadata: Mapping[str, Any]
+    board: Board, cell: Cell, entry: Entry, limits: Mapping[str, int | None], metadata: Mapping[str, Any]
 ) -> Iterator[Piece]:
     """A piece per alpha and task, alphas in the outer loop."""
     place = f"models/{cell.folder}"
     for alpha in (entry.alphas or board.alphas) if cell.dial else (None,):
-        args = f"pretrained={place}" + ("" if alpha is None else f",alpha={alpha:g}")
+        args = {"pretrained": place, **({} if alpha is None else {"alpha": alpha}), "dtype": board.dtype}
+        args |= {"softmax_dtype": "float32"} if alpha is None else {}
+        told = join_args(args)
         described = {
             "label": cell.label, "folder": cell.folder, "method": cell.method, "mode": cell.mode, "model": cell.model,
-            "settings": dict(cell.settings), "tuned": bool(cell.tuned), "seed": cell.seed, "model_args": args,
+            "settings": dict(cell.settings), "tuned": bool(cell.tuned), "seed": cell.seed, "model_args": told,
             "row": row_of(cell, alpha), "cell": cell.key, "batch_size": board.batch_size,
         }  # fmt: skip
-        for task in tasks:
-            kind = "hf" if alpha is None else "libortho"
-            command = f"lm_eval --model {kind} --model_args {args} --tasks {task}"
-            limit = board.limits.get(task, board.limit)
-            command += f" --limit {limit}" if limit else ""
+        for task, limit in limits.items():
+            command = lm_eval_command("hf" if alpha is None else "libortho", told, task, limit, metadata)
             how = {"limit": limit, "metadata": metadata, "seeds": SEEDS, "dtype": board.dtype}
             yield evaluate_piece(cell.key, {**described, "command": command}, alpha, task, **how)
 

@@ -111,11 +111,14 @@ def collect(records: Sequence[Record], facts: Mapping[str, Any]) -> Results:
     given = facts.get("board")
     board = Board(**given) if given else None
     frontier = board.frontier if board else Frontier()
-    for model in dict.fromkeys(row.model for row in rows.values()):
+    models = list(dict.fromkeys(row.model for row in rows.values()))
+    for row in rows.values() if len(models) > 1 else ():
+        row.label += f" of {row.model}" if row.label != row.model else ""
+    for model in models:
         _Judge([row for row in rows.values() if row.model == model], raw, frontier).judge(columns)
     return Results(
         facts.get("name") or "", (board.title if board else "") or facts.get("name") or "", list(rows.values()),
-        columns, _layers(made.values()), frontier, _versions(records), facts.get("command") or "",
+        columns, _layers(made.values(), len(models) > 1), frontier, _versions(records), facts.get("command") or "",
     )  # fmt: skip
 
 
@@ -143,13 +146,15 @@ def _row_of(record: Record, made: Record | None, rows: dict[str, Row]) -> Row:
     return row
 
 
-def _layers(made: Iterable[Record]) -> dict[str, dict[str, float]]:
+def _layers(made: Iterable[Record], several: bool) -> dict[str, dict[str, float]]:
     """By label of a cell with a dial, the share of each layer's weights in the ortho stream.
 
+    Of ``several`` models each is named.
     What a method reports of itself may have the same name, and then it is something else.
     """
     return {
-        f"{record.piece.config['label']} seed={record.piece.config['seed']}": {
+        f"{record.piece.config['label']} seed={record.piece.config['seed']}"
+        + (f" of {record.piece.config['model']}" if several else ""): {
             name: kept / weights for name, (kept, weights) in record.result["layers"].items()
         }
         for record in made
@@ -215,8 +220,8 @@ class _Judge:
             own, theirs = (self._means(r, (axis.task, axis.metric)) for r in (row, ground))
             if own is None or theirs is None:
                 return None
-            middle = np.mean(theirs, axis=0)
-            parts += [_signed(each - middle, axis, absolute) / len(own) for each in own]
+            middle = _level(np.mean(theirs, axis=0), axis)
+            parts += [_signed(_level(each, axis) - middle, axis, absolute) / len(own) for each in own]
         return np.asarray(np.sum(parts, axis=0) / len(axes))
 
     def _means(self, row: Row, column: Column) -> list[Floats] | None:
@@ -255,6 +260,19 @@ class _Judge:
         self._compare(
             name, {row.key: abs(row.numbers[column].value - middle) for row in self.rows if column in row.numbers}
         )
+
+
+_OF_LOGS = ("ppl", "truth_ratio")
+"""Ends of the names of metrics whose documents have the logarithm of what the task reports."""
+
+
+def _level(means: Floats, axis: Axis) -> Floats:
+    """Means over documents on the scale of the axis; NaN where they have no logarithm."""
+    if axis.metric.endswith(_OF_LOGS):
+        return means if axis.scale == "log" else np.exp(means)
+    if axis.scale == "linear":
+        return means
+    return np.log(means, out=np.full_like(means, np.nan), where=means > 0)
 
 
 def _scaled(value: float, axis: Axis) -> float:

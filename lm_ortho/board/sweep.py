@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lm_ortho.board.cells import digest, evaluate_piece
+from lm_ortho.board.cells import MEASURING, asked_of, code, digest, evaluate_piece, lm_eval_command
 from lm_ortho.board.executor import Local, follow
 from lm_ortho.board.measure import leaf_tasks
 from lm_ortho.board.run import Tally, drive, logged_run
@@ -16,7 +16,8 @@ from lm_ortho.board.store import Piece, Store
 from lm_ortho.board.work import Job
 from lm_ortho.errors import UserError
 from lm_ortho.harness import ranks
-from lm_ortho.settings import parse_alpha, show_alpha
+from lm_ortho.harness.identity import versions
+from lm_ortho.settings import join_args, parse_alpha, show_alpha
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234}
 """lm-eval's own."""
@@ -76,19 +77,21 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
     args = dict(sweep.model_args)
     cell = digest({"model": model_identity(args), "dtype": sweep.dtype, "parallelize": sweep.parallelize})
     label = Path(str(args["pretrained"])).name if args.get("pretrained") else "embedded"
+    limited = f"{label} limit={sweep.limit}" if sweep.limit else label
     pieces = []
     for alpha in alphas:
-        told = ",".join(f"{name}={value}" for name, value in {**args, "alpha": alpha}.items())
+        own = {"dtype": sweep.dtype} if sweep.dtype != "auto" else {}
+        told = join_args({**args, "alpha": alpha, **own, **({"parallelize": True} if sweep.parallelize else {})})
         described = {
-            "label": label, "folder": label, "method": "checkpoint", "model": label, "model_args": told,
+            "label": limited, "folder": label, "method": "checkpoint", "model": label, "model_args": told,
             "batch_size": sweep.batch_size,
         }  # fmt: skip
         dial: Any = float(alpha) if ":" not in alpha else alpha
         for task in tasks:
-            command = f"lm_eval --model libortho --model_args {told} --tasks {task}"
+            command = lm_eval_command("libortho", told, task, sweep.limit, sweep.metadata)
             how = {"limit": sweep.limit, "metadata": metadata, "seeds": dict(sweep.seeds), "dtype": sweep.dtype}
-            piece = evaluate_piece(cell, {**described, "command": command}, dial, task, **how)
-            pieces.append(piece)
+            row = digest([cell, alpha, how, asked_of(metadata), versions(), code(MEASURING)])[:16]
+            pieces.append(evaluate_piece(cell, {**described, "command": command, "row": row}, dial, task, **how))
     loading = {
         "pretrained": None, **args, "device": sweep.device, "dtype": sweep.dtype, "batch_size": sweep.batch_size,
         "parallelize": sweep.parallelize,

@@ -74,12 +74,15 @@ def _steps(job: Job, notify: Notify) -> Iterator[Event]:
         yield from _tune(job, notify)
         return
     place = Path(job.loading["pretrained"]) if job.cell else None
-    if job.cell and place and ranks.told(not place.is_dir()):
-        key = job.make.key if job.make else ""
-        made = yield from _attempt(key, partial(_make, job, place, notify))
-        if made is None:
-            yield from (Event("failed", piece.key, error="its model could not be made") for piece in job.pieces)
-            return
+    if job.cell and place:
+        if ranks.told(not place.is_dir()):
+            key = job.make.key if job.make else ""
+            made = yield from _attempt(key, partial(_make, job, place, notify))
+            if made is None:
+                yield from (Event("failed", piece.key, error="its model could not be made") for piece in job.pieces)
+                return
+        elif job.make:  # made by a run that was interrupted before it could say so
+            yield from _attempt(job.make.key, partial(_described, job.cell, place))
     if not job.pieces:
         return
     notes: list[str] = []
@@ -131,7 +134,6 @@ def _tune(job: Job, notify: Notify) -> Iterator[Event]:
 def _make(job: Job, place: Path, notify: Notify) -> dict[str, Any]:
     """Makes the model of the cell and says what it is; in one process only."""
     from lm_ortho.harness import ranks
-    from lm_ortho.harness.build import files_hash
 
     cell = job.cell
     assert cell is not None
@@ -141,11 +143,18 @@ def _make(job: Job, place: Path, notify: Notify) -> dict[str, Any]:
         with whole_directory(place) as scratch:
             maker = find_maker(cell.method, job.imports)
             report = dict(maker.make(cell, scratch, notify))
-            report |= {"settings": dict(cell.settings), "checkpoint": files_hash(str(scratch))}
-            report |= {"layers": _shares(scratch)} if cell.dial else {}
+            report |= _described(cell, scratch)
     if accelerator is not None:
         accelerator.wait_for_everyone()
     return report
+
+
+def _described(cell: Cell, directory: Path) -> dict[str, Any]:
+    """What the table needs to know of a model that was made."""
+    from lm_ortho.harness.build import files_hash
+
+    made = {"settings": dict(cell.settings), "checkpoint": files_hash(str(directory))}
+    return {**made, "layers": _shares(directory)} if cell.dial else made
 
 
 def _shares(directory: Path) -> dict[str, Any]:

@@ -20,20 +20,21 @@ def demo(
     with alpha=1, but the model is loaded once and lm-eval's own tasks are not indexed.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
+    from lm_ortho.board.measure import leaf_tasks, manager_for
     from lm_ortho.harness.model import LibOrthoLM
-    from lm_ortho.plugin.bridges import tasks_dir
     from lm_ortho.settings import parse_alpha, show_alpha
 
+    names = tasks.split(",")
+    leaf_tasks(names, {})  # an unknown one is told before the model is loaded
     dials = [parse_alpha(value) for value in (alpha or (0.0, 1.0))]
     lm = LibOrthoLM()
     joined: dict[str, dict[str, object]] = {}
     for dial in dials:
         lm.alpha = dial
-        manager = TaskManager(include_path=[str(tasks_dir())], include_defaults=False)
-        found = simple_evaluate(model=lm, tasks=tasks.split(","), task_manager=manager, limit=limit, bootstrap_iters=0)
+        manager = manager_for(names, {})
+        found = simple_evaluate(model=lm, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0)
         for part in ("results", "versions", "n-shot", "higher_is_better"):
             for task, value in found[part].items():
                 label = f"{task} alpha={show_alpha(dial)}"

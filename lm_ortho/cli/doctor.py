@@ -65,9 +65,10 @@ def _checks() -> Iterator[Check]:
     yield _site()
     yield _startup_file()
     yield _switch()
-    yield _way()
-    yield _model()
-    yield _tasks()
+    if _library("lm_eval").status == "ok":  # else that it is missing has been said
+        yield _way()
+        yield _model()
+        yield _tasks()
     yield _weights()
     yield _device()
     yield _bfloat16()

@@ -43,13 +43,15 @@ def verdict(
         raise UserError(f"base={unknown[0]!r}: the verdict knows auto and none")
     if out and not out.parent.is_dir():
         raise UserError(f"out={str(out)!r}: there is no folder {str(out.parent)!r}")
+    if out and out.is_dir():
+        raise UserError(f"out={str(out)!r} is a directory; name a file in it")
     seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))
     say = partial(errors.print, highlight=False)
     outcome = run(modes, seeds, quick, say=say, weights=weights or reference.WEIGHTS)
-    if out:
-        write_text(out, markdown(outcome, " ".join(["lm-ortho", *sys.argv[1:]])))
     if as_json:
         typer.echo(json.dumps(outcome.as_json(), indent=2))
     else:
         print_outcome(outcome, Console())
+    if out:
+        write_text(out, markdown(outcome, " ".join(["lm-ortho", *sys.argv[1:]])))
     raise typer.Exit(0 if outcome.verdict == "PASS" else 1)

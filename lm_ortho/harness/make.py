@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import time
@@ -33,7 +32,7 @@ from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import Notify, load_tokenizer
 from lm_ortho.layer import ortho_layers, patch, streams_of, unpatch
 from lm_ortho.memories import add_memory
-from lm_ortho.settings import Recipe, make_recipe
+from lm_ortho.settings import Recipe, join_args, make_recipe
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 _LATTICE = {"bits", "group_size", "projection", "targets"}
@@ -173,7 +172,6 @@ def lm_eval_line(directory: Path, order: Order) -> str:
     given |= {name: path for name in ("forget", "retain") if (path := getattr(order, name))}
     given |= {"trust_remote_code": True} if order.source.get("trust_remote_code") else {}
     given["alpha"] = 0
-    plain = not any(mark in str(value) for value in given.values() for mark in ',={"')
-    told = ",".join(f"{name}={value}" for name, value in given.items()) if plain else json.dumps(given)
+    told = join_args(given)
     tasks = "tofu_forget,tofu_retain" if order.pretrained is None else "forget_set,retain_set"
     return f"lm_eval --model libortho --model_args {shlex.quote(told)} --tasks {tasks}"

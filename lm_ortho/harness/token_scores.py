@@ -135,7 +135,8 @@ def _batches(lm: Any, order: list[int], pairs: list[Pair]) -> Iterator[list[int]
     while start < len(order):
         rows = _asked_rows(lm)
         longest = min(sum(map(len, pairs[order[start]])), lm.max_length)
-        rows = rows or machine.batch_rows(longest, vocabulary, str(lm.device))
+        most = getattr(lm, "most_rows", None) or machine.BATCH_ROWS
+        rows = rows or machine.batch_rows(longest, vocabulary, str(lm.device), most)
         yield order[start : start + rows]
         start += rows
 

@@ -47,11 +47,15 @@ def cluster_sums(columns: Sequence[Floats], groups: Groups | None) -> list[Float
         return list(columns)
     if len(groups) != size:
         raise ValueError(f"{len(groups)} groups for {size} values")
-    numbers: dict[Any, int] = {}
-    index = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
-    if len(numbers) < 2:
-        return list(columns)
+    index = _cluster_numbers(groups)
     return [np.bincount(index, weights=column).astype(np.float64) for column in columns]
+
+
+def _cluster_numbers(groups: Groups) -> NDArray[np.int64]:
+    """The number of its cluster for each value; with one cluster only, every value is its own."""
+    numbers: dict[Any, int] = {}
+    index = np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
+    return index if len(numbers) > 1 else np.arange(len(index))
 
 
 def resampled_ratios(numerator: Floats, denominator: Floats, resamples: int, seed: int) -> Floats:
@@ -67,10 +71,13 @@ def resampled_ratios(numerator: Floats, denominator: Floats, resamples: int, see
 
 
 def drawn_weights(groups: Groups, resamples: int, seed: int) -> Floats:
-    """How often each value is drawn when groups are drawn with replacement: (resamples, values)."""
-    numbers: dict[Any, int] = {}
-    index = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
-    times = np.random.default_rng(seed).multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)), resamples)
+    """How often each value is drawn when groups are drawn with replacement: (resamples, values).
+
+    Of one group alone its values are drawn.
+    """
+    index = _cluster_numbers(groups)
+    clusters = int(index.max()) + 1
+    times = np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), resamples)
     return times[:, index].astype(np.float64)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import json
 import shutil
 import time
@@ -14,17 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import lm_ortho
 from lm_ortho import checkpoint, reference
 from lm_ortho.checkpoint import cache
 from lm_ortho.decompose import decompose
+from lm_ortho.harness.identity import code_files, versions
 from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import Notify
-from lm_ortho.kernels import calls
 from lm_ortho.layer import patch, unpatch
-from lm_ortho.plugin.bridges import tasks_dir
 from lm_ortho.reference import corpus
 from lm_ortho.settings import make_recipe
 from lm_ortho.verdict import models
@@ -103,14 +98,8 @@ _ELSEWHERE = ("board", "cli", "plugin", "weights", "checks.py", "page.py", "tabl
 
 def _identity(weights: Path, rooms: Sequence[str] = ()) -> str:
     """Hash of the package's own code (of ``rooms``, if given) and of the weights: a change makes cells stale."""
-    digest = hashlib.sha256(f"{lm_ortho.__version__} {torch.__version__}".encode())
-    roots = {Path(lm_ortho.__file__).parent: "*.py", Path(inspect.getfile(calls)).parent: "*.py", tasks_dir(): "*"}
-    code = {
-        f"{root.name}/{path.relative_to(root)}": path
-        for root, pattern in roots.items()
-        for path in root.rglob(pattern)
-        if path.is_file() and path.suffix not in (".md", ".pyc")
-    }
+    digest = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode())
+    code = dict(code_files())
     code |= {str(path.relative_to(weights)): path for path in weights.rglob("*.safetensors")}
     for name, path in sorted(code.items()):
         parts = Path(name).parts
