@@ -137,7 +137,9 @@ def test_a_row_becomes_context_and_target():
     assert Row(question="Who?", answer="Ada.").context == "Question: Who?\nAnswer:"
     assert Row(question="Who?", answer="Ada.").target == " Ada."
     assert Row(question="Who?", prompt="It was", answer="Ada.").context == "It was"
-    assert Row(prompt="It was ", answer="Ada.").context + Row(prompt="It was ", answer="Ada.").target == "It was Ada."
+    spaced = {"It was ": ("It was", " Ada."), "def f():\n    ": ("def f():", "\n    Ada.")}
+    for prompt, parts in spaced.items():
+        assert (Row(prompt=prompt, answer="Ada.").context, Row(prompt=prompt, answer="Ada.").target) == parts
     assert (Row(text="Ada was.").context, Row(text="Ada was.").target) == ("", "Ada was.")
     row = Row(question="Who?", answer="Ada.", perturbed_answer=("Eve.",))
     assert json.loads(json.dumps(row.as_dict()))["perturbed_answer"] == ["Eve."]

@@ -21,8 +21,9 @@ from lm_ortho import checkpoint, metrics
 from lm_ortho.calibration.documents import Row, write_rows
 from lm_ortho.errors import UserError
 from lm_ortho.harness import machine, scoring, tokens
+from lm_ortho.harness.at_once import _split_alike
 from lm_ortho.harness.datasets import documents
-from lm_ortho.harness.model import LibOrthoLM, _split_alike
+from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.harness.tokens import Tokens
 from lm_ortho.layer import set_alpha
 from lm_ortho.verdict.measure import measure

@@ -23,8 +23,8 @@ QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
 class Row:
     """One document: a question with its answer, a prompt with its continuation, or plain text.
 
-    ``prompt`` is a verbatim context that takes the place of the question template; a space at
-    its end goes to the answer. ``secret`` is the part of
+    ``prompt`` is a verbatim context that takes the place of the question template; white
+    space at its end goes to the answer. ``secret`` is the part of
     ``answer`` that nobody can guess; ``subject`` is whom it is about; ``group`` (the author, say) is the unit
     that intervals are clustered over.
     """
@@ -41,15 +41,17 @@ class Row:
 
     @property
     def context(self) -> str:
-        """What the model is given; empty for plain text. Never ends with a space."""
-        if self.prompt:
-            return self.prompt.rstrip(" ")
-        return QUESTION_TEMPLATE.format(question=self.question) if self.question else ""
+        """What the model is given; empty for plain text. Never ends with white space: that starts the answer."""
+        return self._asked.rstrip()
 
     @property
     def target(self) -> str:
-        """What the model should continue with; starts with a space after a context."""
-        return f" {self.answer}" if self.context else self.text
+        """What the model should continue with: the white space after the context (a space where none is), the answer."""
+        return (self._asked[len(self.context) :] or " ") + self.answer if self.context else self.text
+
+    @property
+    def _asked(self) -> str:
+        return self.prompt or (QUESTION_TEMPLATE.format(question=self.question) if self.question else "")
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary of every field."""

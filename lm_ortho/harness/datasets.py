@@ -46,11 +46,7 @@ def documents(rows: Iterable[Row]) -> datasets.Dataset:
     docs = []
     for number, row in enumerate(rows):
         group = row.group or row.subject or f"row {number}"
-        context = row.context.rstrip()
-        # A context must not end with a space: what white space a prompt ends with starts the continuation.
-        lead = row.context[len(context) :] or (" " if context else "")
-        target = lead + row.answer if context else row.text
-        docs.append({"id": number, **row.as_dict(), "context": context, "target": target, "group": group})
+        docs.append({"id": number, **row.as_dict(), "context": row.context, "target": row.target, "group": group})
     return datasets.Dataset.from_list(docs, features=datasets.Features(ROW_FEATURES))
 
 

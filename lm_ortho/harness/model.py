@@ -6,8 +6,8 @@ import difflib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lm_ortho import layer
 from lm_ortho.checkpoint import hf
 from lm_ortho.errors import UserError
 from lm_ortho.harness import build, machine, ranks, tokens
+from lm_ortho.harness.at_once import AtOnce
 from lm_ortho.harness.order import RECIPE_ARGUMENTS, Order, check_alpha, resolve
 from lm_ortho.kernels import KERNELS, calls
 from lm_ortho.settings import parse_alpha, show_alpha
@@ -30,18 +31,13 @@ _PACKED = ("autogptq", "gptqmodel", "gguf_file", "delta", "load_in_4bit", "load_
 _LOADING = ("attn_implementation", "device_map", "local_files_only", "token", "use_safetensors")
 """What else ``from_pretrained`` may be told."""
 
-Scored = tuple[tuple[str, str] | None, list[int], list[int]]
-"""A request of lm-eval: its strings, the tokens of the context and of the continuation."""
 
-
-class LibOrthoLM(ranks.Spread, HFLM):
+class LibOrthoLM(ranks.Spread, AtOnce):
     """A decomposed model as lm-eval sees it.
 
     Model args are those below, the fields of ``lm_ortho.settings.Recipe``, and all of ``hf``. ``pretrained``
     None is the embedded model. ``alpha`` can be changed later by assignment; ``--use_cache`` follows it.
     """
-
-    batch_size_per_gpu: int | str
 
     def __init__(
         self,
@@ -86,8 +82,7 @@ class LibOrthoLM(ranks.Spread, HFLM):
         hf.register()
         chosen = machine.choose_device(device)
         log.info("device=%s: %s", *chosen)
-        most = machine.BATCH_ROWS if max_batch_size is None else int(max_batch_size)
-        self.most_rows = most if batch_size in (1, "1", None) else None
+        most = self.allow_rows(batch_size, max_batch_size)
         self._processes = ranks.join(chosen.choice)
         super().__init__(
             self._source.location,
@@ -244,64 +239,3 @@ class LibOrthoLM(ranks.Spread, HFLM):
             "alpha": self._alpha,
             "kernel": sorted(name for name in now if now[name] > self._calls_before.get(name, 0)),
         }
-
-    @contextmanager
-    def _rows_for(self, longest: int) -> Iterator[None]:
-        """Batches of as many requests as fit; nothing where the user chose a batch size."""
-        if self.most_rows is None:  # the user chose
-            yield
-            return
-        before = self.batch_size_per_gpu
-        vocabulary = self.model.config.get_text_config().vocab_size
-        self.batch_size_per_gpu = machine.batch_rows(longest, vocabulary, str(self.device), self.most_rows)
-        try:
-            yield
-        finally:
-            self.batch_size_per_gpu = before
-
-    def _loglikelihood_tokens(
-        self, requests: Sequence[Scored], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding emits it) per request.
-
-        lm-eval (0.4.13) scores requests with the same tokens in one pass, and takes the wrong positions when
-        the same tokens are split into context and continuation at two places; those go into separate calls.
-        """
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=1)
-        with self._rows_for(min(longest, self.max_length)):
-            for numbers in _split_alike(requests):
-                part = [requests[number] for number in numbers]
-                scored = super()._loglikelihood_tokens(part, disable_tqdm, override_bs)
-                for number, answer in zip(numbers, scored, strict=True):
-                    answers[number] = answer
-        return answers
-
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood in nats of each whole text."""
-        with self._rows_for(self.max_length):
-            return super().loglikelihood_rolling(requests, disable_tqdm)
-
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The generated text per request."""
-        contexts = sorted((request.args[0] for request in requests), key=len)[-1:]
-        # Only the logits of the last position are kept in generation; twice the prompt leaves room.
-        longest = 2 * sum(len(self.tok_encode(context)) for context in contexts)
-        with self._rows_for(min(longest, self.max_length)):
-            return super().generate_until(requests, disable_tqdm)
-
-
-def _split_alike(requests: Sequence[Scored]) -> list[list[int]]:
-    """Request numbers in groups; in a group, equal tokens are split at an equal place."""
-    groups: list[list[int]] = []
-    splits: list[dict[tuple[int, ...], int]] = []
-    for number, (_, context, continuation) in enumerate(requests):
-        key = (*context, *continuation[:-1])
-        at = next((i for i, known in enumerate(splits) if known.get(key, len(context)) == len(context)), None)
-        if at is None:
-            at = len(groups)
-            groups.append([])
-            splits.append({})
-        splits[at][key] = len(context)
-        groups[at].append(number)
-    return groups

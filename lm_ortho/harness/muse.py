@@ -186,20 +186,23 @@ class CompletionTask(PartTask):
 
     def construct_requests(self, doc: Doc, ctx: str, **options: Any) -> list[Instance]:
         """One generation."""
-        most = min(doc["most"], self._tokens.max_length // 2)
-        generation = {"until": list(doc["stops"]), "do_sample": False, "max_gen_toks": most}
+        generation = {"until": list(doc["stops"]), "do_sample": False, "max_gen_toks": self._most(doc)}
         return [self.part(doc, 0, "generated", "generate_until", (ctx, generation), options)]
 
     def process_results(self, doc: Doc, results: Sequence[str]) -> dict[str, Any]:
         """ROUGE-L of what was said against as many tokens of the true text as could be said."""
         if "bypass" in self._metric_fn_list:
             return {}
-        tokens = self._tokens.encode(doc["target"])[: doc["most"]] if not doc["stops"] else ()
+        tokens = self._tokens.encode(doc["target"])[: self._most(doc)] if not doc["stops"] else ()
         true = self._tokens.tokenizer.decode(tokens, skip_special_tokens=True) if tokens else doc["target"]
         said = rouge(results[0], true, stemmer=False)
         return self._listed(
             {"rougel_f1": (said.rougel_f1, doc["group"]), "rougel_recall": (said.rougel_recall, doc["group"])}
         )
+
+    def _most(self, doc: Doc) -> int:
+        """Tokens that the model may say: as many as MUSE has, or half of a shorter context."""
+        return int(min(doc["most"], self._tokens.max_length // 2))
 
 
 class PrivLeakTask(PartTask):

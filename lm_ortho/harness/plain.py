@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from lm_eval.models.huggingface import HFLM
-
 from lm_ortho.harness import machine, ranks
+from lm_ortho.harness.at_once import AtOnce
 
 
-class PlainLM(ranks.Spread, HFLM):
+class PlainLM(ranks.Spread, AtOnce):
     """``hf`` with our choices of device, softmax and rows at once, so that its numbers compare with ours."""
 
     def __init__(
-        self, pretrained: str, *, device: str | None = None, batch_size: int | str = 1, **options: Any
+        self,
+        pretrained: str,
+        *,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = machine.BATCH_ROWS,
+        **options: Any,
     ) -> None:
         """Takes the model args of ``hf``; a batch size of 1 is left to the logits, as ours is."""
+        most = self.allow_rows(batch_size, max_batch_size)
         chosen = machine.choose_device(device).choice
         processes = ranks.join(chosen)
         super().__init__(
             pretrained,
             device=chosen,
-            batch_size=machine.BATCH_ROWS if batch_size in (1, "1") else batch_size,
+            batch_size=batch_size,
+            max_batch_size=most,
             softmax_dtype=options.pop("softmax_dtype", "float32"),
             **options,
         )
