@@ -46,7 +46,7 @@ class Row:
 
     @property
     def target(self) -> str:
-        """What the model should continue with: the white space after the context (a space where none is), the answer."""
+        """What the model should continue with: the white space after the context (or a space), then the answer."""
         return (self._asked[len(self.context) :] or " ") + self.answer if self.context else self.text
 
     @property
