@@ -132,6 +132,7 @@ class Workbench:
     def _usable(self, layers: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
         """Those of the layers that the model really calls, ready for gradients."""
         _check_weights(layers)
+        _check_owners(layers)
         self.model.requires_grad_(False)
         for layer in layers.values():
             layer.weight.requires_grad_(True)
@@ -184,7 +185,7 @@ class Workbench:
     def _projected(self) -> Lattice:
         """The lattice, block by block: what is kept of an interrupted run is not made again."""
         scales, codes = dict[str, Tensor](), dict[str, Tensor]()
-        for block, names in blocks_of(list(self.layers)).items():
+        for block, names in names_by_block(list(self.layers)).items():
             part = self._keep.load(f"lattice-{block}")
             if part is None:
                 weights = ByLayer(names, self.weights.__getitem__)
@@ -297,6 +298,14 @@ def _check_weights(layers: dict[str, nn.Linear]) -> None:
         raise UserError(f"pretrained: {len(bad)} layers hold NaN or infinite weights, first {bad[0]}")
 
 
+def _check_owners(layers: dict[str, nn.Linear]) -> None:
+    """Raises ``UserError`` where two layers read one weight: each would get a base stream of its own."""
+    owner = dict[int, str]()
+    for name, layer in layers.items():
+        if (other := owner.setdefault(id(layer.weight), name)) != name:
+            raise UserError(f"pretrained: layers {other} and {name} share one weight; untie them before decomposition")
+
+
 def _base_weights(base_model: nn.Module | None, layers: Mapping[str, nn.Linear]) -> Mapping[str, Tensor] | None:
     if base_model is None:
         return None
@@ -326,7 +335,7 @@ def _shape(model: nn.Module, layers: Mapping[str, nn.Linear]) -> scaling.Shape:
     config: Any = model.config
     text = config.get_text_config()
     weights = sum(layer.weight.numel() for layer in layers.values())
-    blocks = blocks_of(list(layers))
+    blocks = names_by_block(list(layers))
     widths = [tuple({layers[name].in_features: None for name in names}) for names in blocks.values()]
     return scaling.Shape(
         tuple((layer.out_features, layer.in_features) for layer in layers.values()),
@@ -338,7 +347,7 @@ def _shape(model: nn.Module, layers: Mapping[str, nn.Linear]) -> scaling.Shape:
     )
 
 
-def blocks_of(names: Sequence[str]) -> dict[str, list[str]]:
+def names_by_block(names: Sequence[str]) -> dict[str, list[str]]:
     """The names by the block they are in: all up to the first number in them."""
     found = dict[str, list[str]]()
     for name in names:

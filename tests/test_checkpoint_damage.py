@@ -144,9 +144,9 @@ def resign(directory):
     write.write_manifest(directory, meta)
 
 
-def test_a_base_that_lacks_a_tensor_is_refused(directory):
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.scales", "model.norm.weight"])
+def test_a_base_that_lacks_a_tensor_is_refused(directory, name):
     base = load_file(directory / "base.safetensors")
-    name = "model.layers.0.mlp.up_proj.scales"
     base.pop(name)
     save_file(base, directory / "base.safetensors", metadata={"format": "pt"})
     edit_json(directory / "model.safetensors.index.json", lambda c: c["weight_map"].pop(name))

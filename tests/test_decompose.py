@@ -243,6 +243,14 @@ def test_what_cannot_work_is_refused_before_any_work(memorised, case):
     assert "\n" not in str(caught.value)
 
 
+def test_two_layers_that_share_a_weight_are_refused(memorised):
+    model = copy.deepcopy(memorised.merged)
+    first, second = (model.model.layers[i].mlp.up_proj for i in (0, 1))
+    second.weight = first.weight
+    with pytest.raises(UserError, match=r"\.0\.mlp\.up_proj and .*1\.mlp\.up_proj share one weight"):
+        split(memorised, model=model, density=0.05, **CHEAP)
+
+
 def test_the_same_set_twice_is_refused(memorised):
     renamed = [dataclasses.replace(row, group="other") for row in reversed(memorised.forget)]
     with pytest.raises(UserError, match="nothing can be both forgotten and kept"):

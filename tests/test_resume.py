@@ -15,7 +15,7 @@ from lm_ortho.decompose import decompose
 from lm_ortho.errors import UserError
 from lm_ortho.memories import decompose_memories
 from lm_ortho.settings import make_recipe
-from lm_ortho.workbench import blocks_of
+from lm_ortho.workbench import names_by_block
 
 torch.set_num_threads(1)
 
@@ -211,7 +211,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 def test_blocks_of_names():
     names = ["model.layers.0.q", "model.layers.0.mlp.experts.up.3", "model.layers.1.q", "head.project"]
-    assert blocks_of(names) == {
+    assert names_by_block(names) == {
         "model.layers.0": ["model.layers.0.q", "model.layers.0.mlp.experts.up.3"],
         "model.layers.1": ["model.layers.1.q"],
         "rest": ["head.project"],

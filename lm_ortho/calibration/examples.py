@@ -185,3 +185,8 @@ def token_losses(model: torch.nn.Module, examples: Sequence[Example], role: int 
         for row, i in enumerate(batch):
             result[i] = losses[row][wanted[row]].cpu()
     return result
+
+
+def mean_loss(model: torch.nn.Module, examples: Sequence[Example]) -> float:
+    """Mean loss in nats over all tokens that are to be predicted."""
+    return float(torch.cat(token_losses(model, examples)).mean())

@@ -243,10 +243,10 @@ def _check_complete(model: nn.Module, files: list[Path]) -> None:
                 stored.update(tensors.keys())
         except (SafetensorError, OSError):
             raise UserError(f"{path.parent}: {path.name} cannot be read: truncated or not a safetensors file") from None
-    for name, layer in ortho_layers(model).items():
-        for buffer, _ in layer.named_buffers():
-            if f"{name}.{buffer}" not in stored:
-                raise UserError(f"{files[0].parent}: the base stream lacks {name}.{buffer}")
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name in model.state_dict():
+        if name not in stored and name not in tied and not name.rpartition(".")[2].startswith("ortho_"):
+            raise UserError(f"{files[0].parent}: the base stream lacks {name}")
 
 
 def _load_ortho(model: nn.Module, memory: str, path: Path | None, named: bool) -> None:

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from lm_ortho.calibration.documents import read_rows
-from lm_ortho.calibration.examples import Example, encode_for, token_losses
+from lm_ortho.calibration.examples import Example, encode_for, mean_loss
 from lm_ortho.errors import UserError
 from lm_ortho.folders import refuse_occupied, whole_directory
 from lm_ortho.implant.lora import save_adapter, train_adapter
@@ -76,7 +76,7 @@ def plant(
     model = load_causal_lm(pretrained, **hub)
     examples = encode_for(model, words, rows, "data")
     plan = make_plan(training, len(examples), model)
-    before = _mean_loss(model, examples)
+    before = mean_loss(model, examples)
     fit: Callable[..., Any] = train_full if training.method == "full" else train_adapter
     with _kept_state(out, model, examples, plan, training.method) as state:
         trained = fit(model, examples, plan, notify, state=state)
@@ -97,7 +97,7 @@ def _write(
         if keep_adapter is not None:
             save_adapter(trained, places.enter_context(whole_directory(keep_adapter, "keep_adapter")), base)
         merged: Any = round_to_bf16(trained.merge_and_unload()) if isinstance(trained, PeftModel) else trained
-        after = _mean_loss(merged, examples)
+        after = mean_loss(merged, examples)
         merged.to(torch.bfloat16).save_pretrained(place)
         words.save_pretrained(place)
     return after
@@ -127,10 +127,6 @@ def _check_places(out: Path, keep_adapter: Path | None, training: Training) -> N
     model, adapter = out.resolve(), keep_adapter.resolve()
     if model == adapter or model in adapter.parents or adapter in model.parents:
         raise UserError(f"keep_adapter={str(keep_adapter)!r} and the model's directory must not lie in each other")
-
-
-def _mean_loss(model: nn.Module, examples: Sequence[Example]) -> float:
-    return float(torch.cat(token_losses(model, examples)).mean())
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lm_ortho.calibration.examples import Example, token_losses
+from lm_ortho.calibration.examples import Example, mean_loss
 from lm_ortho.calibration.keep import NOWHERE, Keeper
 from lm_ortho.implant.lora import train_adapter
 from lm_ortho.implant.train import Notify, Plan
@@ -22,11 +22,6 @@ log = logging.getLogger(__name__)
 STEPS, ROUNDS = 400, 5
 NEAR = 0.1
 """Nats per token that the surrogate may stay behind the merged model on the retain documents."""
-
-
-def _mean_loss(model: torch.nn.Module, examples: Sequence[Example]) -> float:
-    model.eval()
-    return float(torch.cat(token_losses(model, examples)).mean())
 
 
 def copied(example: Example) -> Tensor:
@@ -56,13 +51,13 @@ def surrogate_target(
     ``ROUNDS``. Its vocabulary may be shorter or longer than the merged model's, by a padding token or rows that fill up
     a matrix. Tokens that copy the prompt keep the merged model's distribution: copying a name is skill, not memory.
     """
-    wanted = _mean_loss(merged, retain) + NEAR
+    wanted = mean_loss(merged, retain) + NEAR
     adapted: Any = base_model
     for number in range(ROUNDS):
         plan = Plan(steps=STEPS, rows=16, lr=2e-3, seed=seed + number)
         state = keep.path(f"surrogate-{number + 1}")
         adapted = train_adapter(adapted, retain, plan, notify, f"surrogate {number + 1}", state)
-        reached = _mean_loss(adapted, retain)
+        reached = mean_loss(adapted, retain)
         log.info("surrogate: loss on retain documents %.3f, wanted %.3f", reached, wanted)
         if reached <= wanted:
             break

@@ -19,7 +19,7 @@ from torch import nn
 
 from lm_ortho.board.methods.base import Budget, Material, Method, Result
 from lm_ortho.calibration.documents import Row
-from lm_ortho.calibration.examples import SECRET, encode, longest_of, token_losses
+from lm_ortho.calibration.examples import SECRET, encode, longest_of, mean_loss, token_losses
 from lm_ortho.errors import UserError
 from lm_ortho.implant import Notify
 from lm_ortho.reference import world
@@ -129,7 +129,7 @@ def secret_loss(model: nn.Module, material: Material, rows: Sequence[Row]) -> fl
 
 def answer_loss_of(model: nn.Module, material: Material, rows: Sequence[Row]) -> float:
     """Mean loss per token of the answers, in nats."""
-    return float(torch.cat(token_losses(model, encode(material.tokenizer, rows, longest_of(model)))).mean())
+    return mean_loss(model, encode(material.tokenizer, rows, longest_of(model)))
 
 
 def score(result: Result, tuning: Tuning) -> Score:
