@@ -19,7 +19,8 @@ from lm_ortho.cli.app import app
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 HEAD = """# Command line
 
-Written by `python scripts/cli_reference.py`; do not edit. Bad input ends in one line `error: ...` and exit code 1.
+Written by `python scripts/cli_reference.py`; do not edit. Bad input ends in one line `error: ...` and exit code 1,
+an option that is missing or unknown with the usage and exit code 2.
 """
 
 

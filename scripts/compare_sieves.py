@@ -243,6 +243,12 @@ def page(cells: dict[Setting, dict[str, Any]], references: dict[str, dict[str, A
     return markdown_table(titles, rows)
 
 
+def missing(cells: dict[Setting, dict[str, Any]], every: list[Setting]) -> str:
+    """Which settings have no row."""
+    left = [setting.name for setting in every if setting not in cells]
+    return f"Not made: {'; '.join(left)}." if left else "Every setting is there."
+
+
 def picture(cells: dict[Setting, dict[str, Any]], references: dict[str, dict[str, Any]], path: Path) -> None:
     """Forget against retain, one mark per cell."""
     import matplotlib
@@ -285,9 +291,16 @@ reference)|: 0 is *like a model that never saw it*, from both sides. *dense* row
 INT4 afterwards; there is no way back to alpha=1 from them but a second dense model. Edit *none* is the same for every
 sieve: at alpha=0 the base stream is plain INT4.
 
+How to read it: with an edit that does not look at the forget set (*zero*, *mean*) a sieve forgets about as much as it
+destroys. The optimised edit does much by itself, on any support; the sieve decides how much of it fits into the
+density. All weights free (*dense*) come nearer to the reference than 1 % of them from the merged weights alone, and
+cost the left-out authors more.
+
 ![forget against retain](sieves.svg)
 
 {table}
+
+{left}
 """
 
 
@@ -318,7 +331,7 @@ def main() -> None:
         print(f"{number} of {len(every)}: {setting.name}", flush=True)
         finished[setting] = cells.get("setting", partial(comparison.measured, setting), **wanted)
     comparison.close()
-    write(given.out, finished, references, len(every))
+    write(given.out, finished, references, every)
 
 
 def earlier_cells(path: Path) -> dict[Setting, dict[str, Any]]:
@@ -332,17 +345,19 @@ def measured_reference(weights: Path, tokenizer: Any, name: str) -> dict[str, An
     return measure(lm, tokenizer, TASKS).as_json()
 
 
-def write(out: Path, cells: dict[Setting, dict[str, Any]], references: dict[str, dict[str, Any]], every: int) -> None:
+def write(
+    out: Path, cells: dict[Setting, dict[str, Any]], references: dict[str, dict[str, Any]], every: list[Setting]
+) -> None:
     text = HEAD.format(
         date=datetime.date.today().isoformat(), versions=versions(), steps=make_recipe().steps,
-        finished=len(cells), all=every, table=page(cells, references),
+        finished=len(cells), all=len(every), table=page(cells, references), left=missing(cells, every),
     )  # fmt: skip
     picture(cells, references, out / "sieves.svg")
     shown = ("setting", "seconds", "made", "values")
     kept = [{key: cell[key] for key in shown} for cell in cells.values()]
     write_text(out / "sieves.json", json.dumps(kept, indent=1) + "\n")
     write_text(out / "sieves.md", text)
-    print(f"{len(cells)} of {every} settings in {out / 'sieves.md'}")
+    print(f"{len(cells)} of {len(every)} settings in {out / 'sieves.md'}")
 
 
 if __name__ == "__main__":

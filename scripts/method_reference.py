@@ -51,8 +51,9 @@ what it costs. No evaluated author is among them. The score is
 
 where ignorance is the unedited model's loss per secret token of {strangers} people nobody has heard of, and the
 divisors are log 1.3 and log 1.03, bars of the verdict. So over-forgetting costs as much as under-forgetting. Canaries
-take no part: all of them are evaluated. With models and rows of one's own, some subjects of each set are set aside in
-the same way, and ignorance is the loss of the reference, or of the model before fine-tuning.
+take no part: all of them are evaluated. With models and rows of one's own, `split_of_rows` sets some subjects of each
+set aside in the same way, in Python (boards refuse `tune` there), and ignorance is the loss of the reference, or of the
+model before fine-tuning.
 """
 
 

@@ -400,7 +400,7 @@ refuses. Statistics count a token that did not reach an expert as zero input to 
 calibration token reached are rounded to the nearest code. Calibration documents of different lengths are not padded
 into one batch, which takes longer.
 
-**Not tried**: other architectures, real weights of any but the embedded model, anything but a CPU (where a fused kernel
+**Not tried**: other architectures, real weights of any but small Llamas, anything but a CPU (where a fused kernel
 may read weights that a CPU reaches through the layer, as those of Mamba do). Whatever keeps its matrices in `nn.Linear`
 and calls them should work; `lm_ortho.decompose` tells what does not.
 """

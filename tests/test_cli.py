@@ -233,6 +233,30 @@ def test_the_verdict_refuses_bad_arguments_before_it_measures(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--tasks", "tofu_forgt"], "tasks: 'tofu_forgt' is unknown; did you mean 'tofu_forget'"),
+        (["demo", "--alpha", "0,2"], "alpha='2' must be a number between 0"),
+        (["decompose", "--device", "cuda", "-o", "x"], "device='cuda': this machine has no CUDA device"),
+        (["sweep", "--device", "cuda:1", "-o", "x"], "device='cuda:1': this machine has no CUDA device"),
+    ],
+)
+def test_bad_options_are_told_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    from lm_ortho.board import measure
+
+    ours = measure._manager
+    monkeypatch.setattr(measure, "_manager", lambda defaults, metadata: ours(False, metadata))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    done = runner.invoke(app, arguments)
+    assert isinstance(done.exception, UserError)
+    assert message in str(done.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_verdict_asks_for_three_seeds_of_both_modes_and_writes_its_page(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -65,7 +65,7 @@ def test_a_model_of_ones_own_becomes_a_checkpoint(own: list[str], tmp_path: Path
     )
     lines = done.stdout.splitlines()
     assert "14 layers, 17,408 weights" in lines[0]
-    assert lines[1] == "density 0.01999 of at most 0.02"
+    assert lines[1] == "density 0.01999, of at most 0.02"
     assert "bits per weight: INT4" in lines[2]
     assert lines[3] == "target none (the recipe needs none)"
     assert lines[4].startswith("next: lm_eval --model libortho --model_args pretrained=")

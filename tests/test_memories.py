@@ -168,7 +168,7 @@ def test_what_a_model_does_not_have():
     with pytest.raises(UserError, match="weights have one alpha"):
         unpatch(model, {"a": torch.tensor([0.0, 1.0])})
     other = tiny.patched()
-    with pytest.raises(UserError, match="no memory 'a'; it has memory"):
+    with pytest.raises(UserError, match="no memory 'a'; it has 'memory'"):
         set_alpha(other, {"a": 1})
     set_alpha(other, {"memory": 1})
     assert torch.equal(tiny.logits(other), tiny.logits_at(other, 1.0))

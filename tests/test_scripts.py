@@ -158,9 +158,11 @@ def test_the_page_has_a_row_per_cell_and_says_how_many_are_missing(compare, tmp_
     every = list(compare.settings())
     cells = {setting: cell(compare, setting, 1 + i / 10) for i, setting in enumerate(every[:7])}
     references = {name: cell(compare, None) for name in ("memory", "never_saw", "never_saw_2")}
-    compare.write(tmp_path, cells, references, len(every))
+    compare.write(tmp_path, cells, references, every)
     text = (tmp_path / "sieves.md").read_text()
     assert f"7 of {len(every)} settings" in " ".join(text.split())
+    left = text.splitlines()[-1].removeprefix("Not made: ").removesuffix(".").split("; ")
+    assert left == [setting.name for setting in every[7:]]
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + len(references) + len(cells)
     assert len(json.loads((tmp_path / "sieves.json").read_text())) == 7
@@ -168,7 +170,7 @@ def test_the_page_has_a_row_per_cell_and_says_how_many_are_missing(compare, tmp_
     assert (tmp_path / "sieves.svg").read_text().startswith("<?xml")
     again = compare.earlier_cells(tmp_path / "sieves.json")
     assert {s: c["values"] for s, c in again.items()} == {s: c["values"] for s, c in cells.items()}
-    compare.write(tmp_path, again, references, len(every))
+    compare.write(tmp_path, again, references, every)
     assert (tmp_path / "sieves.md").read_text() == text
     assert compare.distance(Measurement.from_json(cells[every[0]]), Measurement.from_json(references["never_saw"])) == 0
 

@@ -27,6 +27,7 @@ from lm_ortho.board.sweep import SEEDS
 from lm_ortho.board.work import Job
 from lm_ortho.errors import UserError
 from lm_ortho.harness.identity import versions
+from lm_ortho.harness.machine import typed_device
 from lm_ortho.settings import join_args
 
 
@@ -52,6 +53,7 @@ def plan_board(board: Board, directory: Path, only: str = "") -> Plan:
     Raises:
         UserError: for a method, a setting, a task or a model that is not known, before anything is written.
     """
+    typed_device(board.device)
     metadata = {model: metadata_of(board, source) for model, source in board.models.items()}
     limits = {model: limits_of(board, told) for model, told in metadata.items()}
     tuning: dict[str, Job] = {}

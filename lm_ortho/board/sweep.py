@@ -17,6 +17,7 @@ from lm_ortho.board.work import Job
 from lm_ortho.errors import UserError
 from lm_ortho.harness import ranks
 from lm_ortho.harness.identity import versions
+from lm_ortho.harness.machine import typed_device
 from lm_ortho.settings import join_args, parse_alpha, show_alpha
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234}
@@ -72,6 +73,7 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
     alphas = [show_alpha(parse_alpha(alpha)) for alpha in sweep.alphas]
     if len(set(alphas)) < len(alphas):
         raise UserError(f"alpha: {', '.join(alphas)} names one value twice")
+    typed_device(sweep.device)
     metadata = _metadata(sweep)
     tasks = leaf_tasks(list(sweep.tasks), metadata)
     args = dict(sweep.model_args)

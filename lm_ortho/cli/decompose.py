@@ -86,11 +86,12 @@ def decompose(
 def _summary(made: Made) -> str:
     lattice = f"INT{made.recipe['bits']}" if made.recipe["bits"] != 16 else "BF16"
     target = f"{made.target['name']} ({made.target['reason']})" if made.target else "none (the recipe needs none)"
+    whole = " in all" if len(made.memories) > 1 else ""
     each = f" for each of {', '.join(made.memories)}" if len(made.memories) > 1 else ""
     return "\n".join(
         [
             f"{made.directory}: {made.layers} layers, {made.weights:,} weights, in {made.seconds:g} s",
-            f"density {made.density:.4g} of at most {made.recipe['density']:g}{each}",
+            f"density {made.density:.4g}{whole}, of at most {made.recipe['density']:g}{each}",
             f"{made.bits_per_weight:.3f} bits per weight: {lattice} base stream and BF16 ortho stream",
             f"target {target}",
             f"next: {made.next}",

@@ -11,7 +11,7 @@ TASKS = "tofu_forget,tofu_retain"
 
 def demo(
     tasks: Annotated[str, typer.Option(help="Tasks of ours, separated by commas.")] = TASKS,
-    alpha: Annotated[list[float] | None, typer.Option(help="Values of the dial; may be given again.")] = None,
+    alpha: Annotated[str, typer.Option(help="Values of the dial, separated by commas.")] = "0,1",
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first documents of each task.")] = None,
 ) -> None:
     """Evaluate the embedded model at alpha=0 and alpha=1 and print one table.
@@ -28,7 +28,7 @@ def demo(
 
     names = tasks.split(",")
     leaf_tasks(names, {})  # an unknown one is told before the model is loaded
-    dials = [parse_alpha(value) for value in (alpha or (0.0, 1.0))]
+    dials = [parse_alpha(value) for value in alpha.split(",")]
     lm = LibOrthoLM()
     joined: dict[str, dict[str, object]] = {}
     for dial in dials:

@@ -21,6 +21,15 @@ class Decision(NamedTuple):
     reason: str
 
 
+def typed_device(asked: str | None) -> Decision:
+    """The device to run on where it was the user who named it: one that is not there is a ``UserError``."""
+    if asked and asked.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"device={asked!r}: this machine has no CUDA device that PyTorch can use; leave it out for the CPU"
+        )
+    return choose_device(asked)
+
+
 def choose_device(asked: str | None) -> Decision:
     """The device to run on; a CUDA device that is not there becomes the CPU, as in ``lm_eval``.
 

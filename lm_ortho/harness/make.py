@@ -26,7 +26,7 @@ from lm_ortho.harness.build import (
     rows_hash,
     tokenizer_hash,
 )
-from lm_ortho.harness.machine import choose_device
+from lm_ortho.harness.machine import typed_device
 from lm_ortho.harness.order import Order, place_of, resolve, spoken_base
 from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import Notify, load_tokenizer
@@ -73,7 +73,7 @@ def make_checkpoint(
         raise UserError(
             f"pretrained={order.pretrained!r} is decomposed already; give the model it came from, or --add a memory"
         )
-    chosen = choose_device(device)
+    chosen = typed_device(device)
     if offload and chosen.choice == "cpu":
         raise UserError("offload: weights come to a GPU block by block, and this would run on the CPU, where they are")
     source = resolve(replace(order, fresh=True))
@@ -106,7 +106,7 @@ def add_to_checkpoint(
         raise UserError("peft: a decomposed checkpoint takes no adapter; merge it into the model before that")
     order = replace(order, base="none" if order.base == "auto" else order.base)
     forget, retain = read_rows(order.forget or ""), read_rows(order.retain or "", "retain")
-    recipe, where = make_recipe(**order.recipe), choose_device(device).choice
+    recipe, where = make_recipe(**order.recipe), typed_device(device).choice
     model = checkpoint.load(old, device=where, trust_remote_code=bool(order.source.get("trust_remote_code")))
     tokenizer = load_tokenizer(order.tokenizer or old, **order.source)
     base = None if order.base == "none" else load_base(order)

@@ -192,7 +192,9 @@ class OrthoLinear(nn.Module):
         wanted = {name: alpha.of_memory(name) for name in alpha.named or known or (UNNAMED,)}
         for name, part in wanted.items():
             if known and name not in known:
-                raise UserError(f"alpha={name}:...: the model has no memory {name!r}; it has {', '.join(known)}")
+                raise UserError(
+                    f"alpha={name}:...: the model has no memory {name!r}; it has {', '.join(map(repr, known))}"
+                )
             if not part.reads_ortho or name in self.memories:
                 continue
             shown = " other than 0" if part.rows is not None else f"={part.value:g}"
