@@ -25,7 +25,7 @@ from lm_ortho.streams import UNNAMED, OrthoStream
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
 PHASES = (Phase.explicit, Phase.generate)  # shrinking takes minutes in the interpreter
-FAST = settings(max_examples=25, derandomize=True, database=None, phases=PHASES)
+FAST = settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=PHASES)
 
 
 def off(layer: Layer, x: Tensor, alphas: Tensor | None, **kwargs: object) -> float:

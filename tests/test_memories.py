@@ -155,7 +155,7 @@ def test_dials_of_a_model():
 
 def test_what_a_model_does_not_have():
     model, _ = two_memories()
-    with pytest.raises(UserError, match="no memory 'c'; it has a, b"):
+    with pytest.raises(UserError, match="no memory 'c'; it has 'a', 'b'"):
         set_alpha(model, {"c": 1})
     with pytest.raises(UserError, match="no memory 'c'"):
         tiny.logits_at(model, {"c": 0.5})
