@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lm_ortho.board.store import Piece
+from lm_ortho.checkpoint.manifest import sha256
 from lm_ortho.errors import UserError
 from lm_ortho.harness.identity import code_files, versions
 from lm_ortho.implant import Notify
@@ -117,14 +118,16 @@ def make_piece(cell: Cell) -> Piece:
     return Piece(cell.key, cell.key, "make", {**asdict(cell), "label": cell.label})
 
 
-def evaluate_piece(cell_key: str, described: Mapping[str, Any], alpha: Any, task: str, **how: Any) -> Piece:
+def evaluate_piece(
+    cell_key: str, described: Mapping[str, Any], alpha: Any, task: str, content: Mapping[str, str], **how: Any
+) -> Piece:
     """The piece that measures a model at ``alpha`` (None: it has no dial) on ``task``.
 
     ``described`` goes into the record beside ``how``, which decides the numbers; only the latter is part of the
-    key, with the content of the files that its ``metadata`` names.
+    key, with the ``content`` of the files that its metadata names (``asked_of``).
     """
     asked = {"alpha": alpha, "task": task, "versions": versions(), "code": code(MEASURING), **how}
-    key = digest({"cell": cell_key, **asked, "content": asked_of(how.get("metadata", {}))})
+    key = digest({"cell": cell_key, **asked, "content": content})
     return Piece(key, cell_key, "evaluate", {**described, **asked})
 
 
@@ -149,7 +152,7 @@ def _content(path: Path) -> str:
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
     found = hashlib.sha256()
     for file in filter(Path.is_file, files):
-        found.update(str(file.relative_to(path)).encode() + hashlib.sha256(file.read_bytes()).digest())
+        found.update(f"{file.relative_to(path)} {sha256(file)}".encode())
     return found.hexdigest() if files else ""
 
 

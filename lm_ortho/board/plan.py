@@ -13,6 +13,7 @@ from lm_ortho.board.cells import (
     MAKING,
     Cell,
     Maker,
+    asked_of,
     code,
     digest,
     evaluate_piece,
@@ -56,6 +57,7 @@ def plan_board(board: Board, directory: Path, only: str = "") -> Plan:
     typed_device(board.device)
     metadata = {model: metadata_of(board, source) for model, source in board.models.items()}
     limits = {model: limits_of(board, told) for model, told in metadata.items()}
+    contents = {model: asked_of(told) for model, told in metadata.items()}
     tuning: dict[str, Job] = {}
     cells: dict[str, Job] = {}
     for cell, entry in _cells(board):
@@ -63,7 +65,8 @@ def plan_board(board: Board, directory: Path, only: str = "") -> Plan:
             continue
         if cell.tuned:
             tuning.setdefault(digest(cell.tuned), _tuning_job(board, cell, directory))
-        pieces = list(_measurements(board, cell, entry, limits[cell.model], metadata[cell.model]))
+        told = limits[cell.model], metadata[cell.model], contents[cell.model]
+        pieces = list(_measurements(board, cell, entry, *told))
         if cell.key in cells:
             raise UserError(f"methods: {cell.label} seed={cell.seed} is asked for twice")
         cells[cell.key] = _cell_job(board, cell, directory, pieces)
@@ -170,7 +173,12 @@ def _tuning_job(board: Board, cell: Cell, directory: Path) -> Job:
 
 
 def _measurements(
-    board: Board, cell: Cell, entry: Entry, limits: Mapping[str, int | None], metadata: Mapping[str, Any]
+    board: Board,
+    cell: Cell,
+    entry: Entry,
+    limits: Mapping[str, int | None],
+    metadata: Mapping[str, Any],
+    content: Mapping[str, str],
 ) -> Iterator[Piece]:
     """A piece per alpha and task, alphas in the outer loop."""
     place = f"models/{cell.folder}"
@@ -186,7 +194,7 @@ def _measurements(
         for task, limit in limits.items():
             command = lm_eval_command("hf" if alpha is None else "libortho", told, task, limit, metadata)
             how = {"limit": limit, "metadata": metadata, "seeds": SEEDS, "dtype": board.dtype}
-            yield evaluate_piece(cell.key, {**described, "command": command}, alpha, task, **how)
+            yield evaluate_piece(cell.key, {**described, "command": command}, alpha, task, content, **how)
 
 
 def row_of(cell: Cell, alpha: float | None) -> str:

@@ -79,6 +79,8 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
     args = dict(sweep.model_args)
     cell = digest({"model": model_identity(args), "dtype": sweep.dtype, "parallelize": sweep.parallelize})
     label = Path(str(args["pretrained"])).name if args.get("pretrained") else "embedded"
+    how = {"limit": sweep.limit, "metadata": metadata, "seeds": dict(sweep.seeds), "dtype": sweep.dtype}
+    content = asked_of(metadata)
     limited = f"{label} limit={sweep.limit}" if sweep.limit else label
     pieces = []
     for alpha in alphas:
@@ -87,13 +89,12 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
         described = {
             "label": limited, "folder": label, "method": "checkpoint", "model": label, "model_args": told,
             "batch_size": sweep.batch_size,
+            "row": digest([cell, alpha, how, content, versions(), code(MEASURING)])[:16],
         }  # fmt: skip
         dial: Any = float(alpha) if ":" not in alpha else alpha
         for task in tasks:
             command = lm_eval_command("libortho", told, task, sweep.limit, sweep.metadata)
-            how = {"limit": sweep.limit, "metadata": metadata, "seeds": dict(sweep.seeds), "dtype": sweep.dtype}
-            row = digest([cell, alpha, how, asked_of(metadata), versions(), code(MEASURING)])[:16]
-            pieces.append(evaluate_piece(cell, {**described, "command": command, "row": row}, dial, task, **how))
+            pieces.append(evaluate_piece(cell, {**described, "command": command}, dial, task, content, **how))
     loading = {
         "pretrained": None, **args, "device": sweep.device, "dtype": sweep.dtype, "batch_size": sweep.batch_size,
         "parallelize": sweep.parallelize,

@@ -23,10 +23,9 @@ QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
 class Row:
     """One document: a question with its answer, a prompt with its continuation, or plain text.
 
-    ``prompt`` is a verbatim context that takes the place of the question template; white
-    space at its end goes to the answer. ``secret`` is the part of
-    ``answer`` that nobody can guess; ``subject`` is whom it is about; ``group`` (the author, say) is the unit
-    that intervals are clustered over.
+    ``prompt`` is a verbatim context that takes the place of the question template; white space at its end goes to the
+    answer. ``secret`` is the part of ``answer`` that nobody can guess; ``subject`` is whom it is about; ``group`` (the
+    author, say) is the unit that intervals are clustered over.
     """
 
     question: str = ""
@@ -52,6 +51,11 @@ class Row:
     @property
     def _asked(self) -> str:
         return self.prompt or (QUESTION_TEMPLATE.format(question=self.question) if self.question else "")
+
+    @property
+    def names_subject(self) -> bool:
+        """Whether the subject is known and occurs in the text, word for word."""
+        return bool(self.subject) and self.subject in self.context + self.target
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary of every field."""

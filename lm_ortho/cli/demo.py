@@ -29,11 +29,10 @@ def demo(
     names = tasks.split(",")
     leaf_tasks(names, {})  # an unknown one is told before the model is loaded
     dials = [parse_alpha(value) for value in alpha.split(",")]
-    lm = LibOrthoLM()
+    lm, manager = LibOrthoLM(), manager_for(names, {})
     joined: dict[str, dict[str, object]] = {}
     for dial in dials:
         lm.alpha = dial
-        manager = manager_for(names, {})
         found = simple_evaluate(model=lm, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0)
         for part in ("results", "versions", "n-shot", "higher_is_better"):
             for task, value in found[part].items():

@@ -64,6 +64,15 @@ def resolve(order: Order) -> Source:
     order = _normalised(order)
     recipe = make_recipe(**order.recipe)
     check_recipe(recipe, base_known=True)
+    source = _found(order, recipe)
+    if source.kind != "checkpoint":
+        merged_here = order.peft is not None or source.kind == "embedded"
+        check_recipe(recipe, merged_here if order.base == "auto" else order.base != "none")
+    return source
+
+
+def _found(order: Order, recipe: Recipe) -> Source:
+    """What the order comes to."""
     if order.pretrained is None:
         return _embedded(order, recipe)
     if not isinstance(order.pretrained, str):
@@ -79,7 +88,6 @@ def resolve(order: Order) -> Source:
             return _decomposed(order, recipe, location)
         raise UserError(f"pretrained={order.pretrained!r} is quantised already ({method}); decompose the 16-bit model")
     _require_sets(order)
-    check_recipe(recipe, order.base != "none" and bool(order.base != "auto" or order.peft))
     return Source("model", location, recipe, order)
 
 
@@ -98,7 +106,6 @@ def _embedded(order: Order, recipe: Recipe) -> Source:
     plain = not (order.fresh or order.forget or order.retain) and order.base == "auto" and recipe == make_recipe()
     if plain and (shipped := _shipped()) is not None:
         return Source("checkpoint", str(shipped), recipe, order)
-    check_recipe(recipe, order.base != "none")
     _differing_sets(order)
     return Source("embedded", str(reference.path("base")), recipe, order)
 
@@ -122,7 +129,6 @@ def _initialised(order: Order, recipe: Recipe) -> Source:
     if order.peft is not None:
         raise UserError("peft: merge the adapter into the model object first, or give pretrained as a path")
     _require_sets(order)
-    check_recipe(recipe, order.base not in ("auto", "none"))
     return Source("object", order.pretrained, recipe, order)
 
 

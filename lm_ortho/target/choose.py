@@ -51,7 +51,7 @@ def choose_target(
     if base_model is not None:
         probs = surrogate_target(merged, base_model, forget, retain, seed, notify, keep)
         return Choice(stack(forget, probs), "surrogate", "the model before fine-tuning is known", DEEPER, 10.0)
-    named = sum(bool(row.subject) and row.subject in row.context + row.target for row in rows)
+    named = sum(row.names_subject for row in rows)
     if unnamed := sum(bool(row.subject) for row in rows) - named:
         log.warning(
             "forget: the subject of %d of %d rows does not occur in their text, word for word", unnamed, len(rows)

@@ -71,5 +71,7 @@ def surrogate_target(
 
 def _as_wide(probs: Tensor, vocabulary: int) -> Tensor:
     """(tokens, vocabulary) of distributions over another number of tokens; what is cut off goes to the others."""
+    if probs.shape[1] == vocabulary:
+        return probs
     kept = functional.pad(probs[:, :vocabulary], (0, max(0, vocabulary - probs.shape[1])))
-    return probs if probs.shape[1] == vocabulary else kept / kept.sum(-1, keepdim=True)
+    return kept / kept.sum(-1, keepdim=True)

@@ -84,7 +84,7 @@ def swap_target(
     the same place of the sentence; tokens of a mention keep the model's own. Memorised tokens are held down, and where
     no sentence has a counterpart, confident ones. Plain text without a subject is ``resampled``.
     """
-    known = sorted({row.subject for row in rows if row.subject and row.subject in row.context + row.target})
+    known = sorted({row.subject for row in rows if row.names_subject})
     names: list[str] = []
     if known:
         lookalikes = Lookalikes(tokenizer, cast(Any, model).get_input_embeddings().weight, known)
