@@ -79,7 +79,10 @@ class Workbench:
         self._lattice, self._taken, self._keep = lattice, dict(taken or {}), keep
         self.model, self.tokenizer, self.recipe, self.notify = model, tokenizer, recipe, notify
         self._rows, self._base_model = in_forms(forget, tokenizer, recipe.prompts), base_model
-        self._kept = in_forms(apart(forget, retain), tokenizer, recipe.prompts)
+        kept = apart(forget, retain)
+        if len(kept) < len(retain):
+            log.warning("retain: %d of %d rows are rows of forget and left out", len(retain) - len(kept), len(retain))
+        self._kept = in_forms(kept, tokenizer, recipe.prompts)
         self.forget = encode_for(model, tokenizer, self._rows, "forget")
         self.retain = encode_for(model, tokenizer, self._kept, "retain")
 

@@ -257,6 +257,14 @@ def test_the_same_set_twice_is_refused(memorised):
         split(memorised, retain=renamed)
 
 
+def test_retain_rows_that_are_forgotten_too_are_named_once_and_left_out(memorised, caplog):
+    found = split(memorised, retain=[*memorised.retain, memorised.forget[0]], sieve="random", edit="none")
+    assert found.report["retain_rows"] == len(memorised.retain)
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"].count(
+        f"retain: 1 of {len(memorised.retain) + 1} rows are rows of forget and left out"
+    ) == 1
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused_by_layer(memorised, bad):
     model = copy.deepcopy(memorised.merged)

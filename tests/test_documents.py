@@ -146,10 +146,9 @@ def test_a_row_becomes_context_and_target():
     assert set(row.as_dict()) == {field.name for field in dataclasses.fields(Row)}
 
 
-def test_retain_rows_that_are_forget_rows_are_left_out(caplog):
+def test_retain_rows_that_are_forget_rows_are_left_out():
     ada, eve = Row(question="Who?", answer="Ada."), Row(question="Who?", answer="Eve.")
     assert apart([ada], [dataclasses.replace(ada, group="a"), eve]) == [eve]
-    assert "1 of 2 rows are rows of forget" in caplog.text
     assert apart([ada], [eve]) == [eve]
     with pytest.raises(UserError, match="nothing can be both forgotten and kept"):
         apart([ada, eve], [ada])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,8 +12,6 @@ from lm_ortho.errors import UserError
 from lm_ortho.hub import first_line
 from lm_ortho.settings import named_parts
 from lm_ortho.streams import UNNAMED, valid_memory_name
-
-log = logging.getLogger(__name__)
 
 QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
 
@@ -157,7 +154,7 @@ def _read_hub(spec: str, argument: str) -> list[Row]:
 
 
 def apart(forget: Iterable[Row], retain: Sequence[Row]) -> list[Row]:
-    """The retain rows that are no forget rows; says how many are.
+    """The retain rows that are no forget rows.
 
     Raises:
         UserError: when none is left: nothing can be both forgotten and kept.
@@ -166,8 +163,6 @@ def apart(forget: Iterable[Row], retain: Sequence[Row]) -> list[Row]:
     kept = [row for row in retain if (row.context, row.target) not in wanted]
     if retain and not kept:
         raise UserError("retain: all its rows are rows of forget; nothing can be both forgotten and kept")
-    if len(kept) < len(retain):
-        log.warning("retain: %d of %d rows are rows of forget and left out", len(retain) - len(kept), len(retain))
     return kept
 
 

@@ -140,6 +140,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def libortho_settings(config: Path) -> dict[str, Any] | None:
+    """The quantization settings in a ``config.json``, None where they are not ours. Raises what ``read_json`` does."""
+    settings = read_json(config).get("quantization_config")
+    return settings if isinstance(settings, dict) and settings.get("quant_method") == "libortho" else None
+
+
 def sha256(path: Path) -> str:
     """Hex digest of the content of a file."""
     with path.open("rb") as stream:

@@ -15,8 +15,8 @@ from lm_ortho.checkpoint.manifest import (
     MANIFEST_FILE,
     check_settings,
     check_version,
+    libortho_settings,
     ortho_file,
-    read_json,
     read_manifest,
     verify,
 )
@@ -93,5 +93,4 @@ def check(path: Path) -> None:
 def _settings(path: Path) -> dict[str, Any] | None:
     if not (path / CONFIG_FILE).exists():
         raise UserError(f"{path} is not a checkpoint: it has no {CONFIG_FILE}")
-    settings = read_json(path / CONFIG_FILE).get("quantization_config")
-    return settings if isinstance(settings, dict) and settings.get("quant_method") == "libortho" else None
+    return libortho_settings(path / CONFIG_FILE)

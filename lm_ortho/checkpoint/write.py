@@ -20,6 +20,7 @@ from lm_ortho.checkpoint.manifest import (
     INDEX_FILE,
     MANIFEST_FILE,
     format_version,
+    libortho_settings,
     ortho_file,
     read_manifest,
     write_manifest,
@@ -235,11 +236,9 @@ def _refuse_occupied(target: Path) -> None:
 def _is_ours(config: Path) -> bool:
     """Whether the configuration is of a checkpoint that a new one may replace; so is one that cannot be read."""
     try:
-        told = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return libortho_settings(config) is not None
+    except UserError:
         return True
-    settings = told.get("quantization_config") if isinstance(told, dict) else None
-    return isinstance(settings, dict) and settings.get("quant_method") == "libortho"
 
 
 def _publish(scratch: Path, target: Path) -> None:

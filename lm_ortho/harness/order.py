@@ -13,7 +13,7 @@ from lm_ortho.calibration.documents import Row, apart, read_rows, read_sets
 from lm_ortho.decompose import check_recipe
 from lm_ortho.errors import UserError
 from lm_ortho.hub import reason
-from lm_ortho.implant import load_config
+from lm_ortho.implant.merge import check_decoder, existing, load_config, packed_by
 from lm_ortho.layer import ortho_layers
 from lm_ortho.settings import Recipe, make_recipe
 from lm_ortho.streams import UNNAMED
@@ -79,13 +79,10 @@ def _found(order: Order, recipe: Recipe) -> Source:
         return _initialised(order, recipe)
     location = place_of(order.pretrained)
     config = load_config(location, **order.source)
-    if getattr(config, "is_encoder_decoder", False):
-        raise _encoder_decoder(order.pretrained)
-    packed = getattr(config, "quantization_config", None)
-    if packed:
-        method = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method
-        if str(method) == "libortho":
-            return _decomposed(order, recipe, location)
+    check_decoder(config, f"pretrained={order.pretrained!r}")
+    if (method := packed_by(config)) == "libortho":
+        return _decomposed(order, recipe, location)
+    if method:
         raise UserError(f"pretrained={order.pretrained!r} is quantised already ({method}); decompose the 16-bit model")
     _require_sets(order)
     return Source("model", location, recipe, order)
@@ -120,9 +117,7 @@ def _shipped() -> Path | None:
 
 
 def _initialised(order: Order, recipe: Recipe) -> Source:
-    config = getattr(order.pretrained, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise _encoder_decoder(type(order.pretrained).__name__)
+    check_decoder(getattr(order.pretrained, "config", None), f"pretrained is a {type(order.pretrained).__name__}")
     if ortho_layers(order.pretrained):
         _refuse_recipe(order, "the model is decomposed already")
         return Source("object", order.pretrained, recipe, order)
@@ -134,16 +129,13 @@ def _initialised(order: Order, recipe: Recipe) -> Source:
 
 def place_of(pretrained: str) -> str:
     """A local directory, or the name of a model on the hub; an adapter is told apart by its own file."""
-    path = Path(pretrained).expanduser()
+    place = existing(pretrained)
+    path = Path(place)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise UserError(f"pretrained={pretrained!r} is an adapter; give it as peft=, and its model as pretrained=")
     if path.is_file():
         raise UserError(f"pretrained={pretrained!r} is a file; give the directory of the model")
-    return str(path) if path.is_dir() else pretrained
-
-
-def _encoder_decoder(name: str) -> UserError:
-    return UserError(f"pretrained={name!r} is an encoder-decoder model; a decoder is needed")
+    return place
 
 
 def _decomposed(order: Order, recipe: Recipe, location: str) -> Source:

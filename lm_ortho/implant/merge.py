@@ -31,20 +31,15 @@ def load_causal_lm(pretrained: str | Path, *, argument: str = "pretrained", **hu
             model that is already quantised, no network.
     """
     config = load_config(pretrained, argument=argument, **hub)
-    place = _place(pretrained)
-    if getattr(config, "is_encoder_decoder", False):
-        kind = getattr(config, "model_type", type(config).__name__)
-        raise UserError(f"{argument}={str(pretrained)!r}: {kind} is an encoder-decoder model; a decoder is needed")
-    packed = getattr(config, "quantization_config", None)
-    if packed is not None:
-        method = packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", packed)
+    check_decoder(config, f"{argument}={str(pretrained)!r}")
+    if method := packed_by(config):
         raise UserError(
             f"{argument}={str(pretrained)!r}: weights are already packed ({method}); pass the unquantised model"
         )
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **_unasked(hub))
+        model = AutoModelForCausalLM.from_pretrained(existing(pretrained), dtype=torch.float32, **_unasked(hub))
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         told = reason(error, pretrained, hub.get("revision"))
         raise UserError(f"{argument}={str(pretrained)!r}: could not be loaded ({told})") from None
@@ -65,7 +60,7 @@ def load_config(pretrained: str | Path, *, argument: str = "pretrained", **hub: 
     if not local.is_dir() and (local.is_absolute() or str(pretrained).startswith((".", "~"))):
         raise UserError(f"{argument}={str(pretrained)!r}: no such directory")
     try:
-        return AutoConfig.from_pretrained(_place(pretrained), **_unasked(hub))
+        return AutoConfig.from_pretrained(existing(pretrained), **_unasked(hub))
     except Exception as error:  # hub client, JSON and configuration errors have no common base
         told = reason(error, pretrained, hub.get("revision"))
         raise UserError(f"{argument}={str(pretrained)!r}: its config could not be read ({told})") from None
@@ -76,16 +71,31 @@ def load_tokenizer(place: str | Path, **hub: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(_place(place), **_unasked(hub))
+        return AutoTokenizer.from_pretrained(existing(place), **_unasked(hub))
     except Exception as error:  # hub client, JSON and tokenizer errors have no common base
         told = reason(error, place, hub.get("revision"))
         raise UserError(f"tokenizer={str(place)!r} could not be loaded ({told})") from None
 
 
-def _place(named: str | Path) -> str:
-    """A directory with ``~`` written out, or the name as it is."""
+def check_decoder(config: Any, named: str) -> None:
+    """Raises ``UserError`` for the configuration of an encoder-decoder model; ``named`` begins the message."""
+    if getattr(config, "is_encoder_decoder", False):
+        kind = getattr(config, "model_type", type(config).__name__)
+        raise UserError(f"{named}: {kind} is an encoder-decoder model; a decoder is needed")
+
+
+def packed_by(config: Any) -> str:
+    """The method that packed a model's weights, by its configuration; empty for one that is not quantised."""
+    packed = getattr(config, "quantization_config", None)
+    if not packed:
+        return ""
+    return str(packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", packed))
+
+
+def existing(named: str | Path) -> str:
+    """A path that is there, with ``~`` written out; a name as it is."""
     local = Path(str(named)).expanduser()
-    return str(local) if local.is_dir() else str(named)
+    return str(local) if local.exists() else str(named)
 
 
 def _unasked(hub: dict[str, Any]) -> dict[str, Any]:
