@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
@@ -103,9 +104,19 @@ def checked(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
     try:
         return schema(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{name}={first.get('input')!r}: {first['msg']}") from None
+        raise UserError(first_fault(error)) from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first value that a schema refused, in one line: its key, what was given, what is allowed."""
+    first = error.errors()[0]
+    name, told = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{name} is missing"
+    given = first["input"]
+    if isinstance(given, Mapping):  # refused as a whole
+        return f"{name}: {told}" if name else told
+    return f"{name}={given!r}: {told}" if isinstance(given, str) else f"{name}={reprlib.repr(given)}: {told}"
 
 
 def parse_alpha(value: Any) -> float | dict[str, float]:

@@ -62,11 +62,11 @@ def test_the_matrix(whole: Path) -> None:
         ({"frontier": {"forget": [{"taks": "x"}]}}, "frontier.forget.0.taks is unknown; did you mean 'task'?"),
         ({"models": {"mine": {"pretraind": "x"}}}, "models.mine.pretraind is unknown; did you mean 'pretrained'?"),
         ({"models": {"mine": {"pretrained": "x"}}}, "needs forget= and retain="),
-        ({"tasks": []}, "tasks: "),
+        ({"tasks": []}, "tasks=[]: "),
         ({"alphas": [2]}, "alpha 2"),
-        ({"name": "No Name"}, "name: "),
+        ({"name": "No Name"}, "name='No Name': "),
         ({"methods": [{"method": "tiny", "tune": True, "grid": {"a": [1]}}]}, "give one of them"),
-        ({"methods": 3}, "methods: "),
+        ({"methods": 3}, "methods=3: "),
     ],
 )
 def test_a_bad_board_is_one_line(change: dict[str, Any], told: str) -> None:
@@ -115,6 +115,11 @@ def test_the_ready_boards_can_be_read(path: Path) -> None:
     assert {"ortho", "ortho_merged", "never_saw", "unedited"} <= methods
     axes = (*board.frontier.forget, *board.frontier.retain)
     assert {axis.task for axis in axes} <= set(board.tasks)
+
+
+def test_a_board_without_methods_says_what_is_missing() -> None:
+    with pytest.raises(UserError, match=r"x\.yaml: methods is missing$"):
+        make_board({"name": "b", "tasks": ["forget_set"]}, "x.yaml")
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

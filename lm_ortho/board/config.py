@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lm_ortho.errors import UserError
+from lm_ortho.settings import first_fault
 
 
 class _Part(BaseModel):
@@ -160,9 +161,7 @@ def make_board(given: Mapping[str, Any], where: str = "board") -> Board:
     try:
         return Board(**given)
     except ValidationError as error:
-        first = error.errors()[0]
-        at = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}: {at + ': ' if at else ''}{first['msg'].removeprefix('Value error, ')}") from None
+        raise UserError(f"{where}: {first_fault(error)}") from None
 
 
 _PARTS: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
