@@ -19,13 +19,14 @@ from rich.console import Console
 from lm_ortho import reference
 from lm_ortho.calibration.examples import encode
 from lm_ortho.errors import UserError
+from lm_ortho.harness.identity import DECOMPOSING
 from lm_ortho.metrics import Interval
 from lm_ortho.pages import write_text
 from lm_ortho.reference import world
 from lm_ortho.verdict import models, relearn, thresholds
 from lm_ortho.verdict.checks import forgetting_checks, intact_checks, memory_checks, verdict_of
 from lm_ortho.verdict.measure import REASONING_METRICS, REASONING_TASKS, Measurement
-from lm_ortho.verdict.run import DECOMPOSING, Cells, Outcome, run
+from lm_ortho.verdict.run import Cells, Outcome, run
 from lm_ortho.verdict.table import markdown, print_outcome
 
 run_module = importlib.import_module("lm_ortho.verdict.run")  # the package's own ``run`` hides the module

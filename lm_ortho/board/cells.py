@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from lm_ortho.board.store import Piece
 from lm_ortho.checkpoint.manifest import sha256
 from lm_ortho.errors import UserError
-from lm_ortho.harness.identity import code_files, versions
+from lm_ortho.harness.identity import DECOMPOSING, code_files, versions
 from lm_ortho.implant import Notify
 from lm_ortho.registry import Registry
 
@@ -164,11 +164,8 @@ def lm_eval_command(kind: str, args: str, task: str, limit: int | None, metadata
     return shlex.join(parts)
 
 
-MAKING = (
-    "calibration", "checkpoint", "edit", "implant", "kernels", "layer", "methods", "projection", "reference", "sieve",
-    "streams", "target", "decompose.py", "memories.py", "workbench.py", "registry.py", "settings.py",
-)  # fmt: skip
-"""Rooms and files whose code decides what a model is."""
+MAKING = (*DECOMPOSING, "methods", "memories.py")
+"""Rooms and files whose code decides what a model is, whatever the method."""
 MEASURING = ("harness", "kernels", "layer", "metrics", "streams", "tasks")
 """Rooms whose code decides what is measured."""
 

@@ -11,6 +11,11 @@ import lm_ortho
 from lm_ortho.kernels import calls
 from lm_ortho.plugin.bridges import tasks_dir
 
+DECOMPOSING = (
+    "calibration", "checkpoint", "edit", "implant", "kernels", "layer", "projection", "reference", "sieve", "streams",
+    "target", "decompose.py", "workbench.py", "registry.py", "settings.py",
+)  # fmt: skip
+"""Rooms and files whose code decides what a decomposition is."""
 _NO_CODE = (".md", ".pyc", ".so")
 
 

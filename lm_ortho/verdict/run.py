@@ -16,7 +16,7 @@ from typing import Any
 from lm_ortho import checkpoint, reference
 from lm_ortho.checkpoint import cache
 from lm_ortho.decompose import decompose
-from lm_ortho.harness.identity import code_files, versions
+from lm_ortho.harness.identity import DECOMPOSING, code_files, versions
 from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import Notify
 from lm_ortho.layer import patch, unpatch
@@ -87,11 +87,6 @@ class Cells:
         return self.directory / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
-DECOMPOSING = (
-    "calibration", "checkpoint", "edit", "implant", "kernels", "layer", "projection", "reference", "sieve", "streams",
-    "target", "decompose.py", "workbench.py", "registry.py", "settings.py",
-)  # fmt: skip
-"""Rooms and files whose code decides what a decomposition is."""
 _ELSEWHERE = ("board", "cli", "plugin", "weights", "checks.py", "page.py", "table.py", "thresholds.py")
 """What decides neither a decomposition nor a measurement."""
 
