@@ -49,7 +49,7 @@ WORLD_AUTHORS = {"forget": 10, "left_out": 10}
 STORIES, HELD_OUT = 1500, 200
 TIMES = 20
 """How often a planted row comes in the time of one story: what is held out of the stories should stay readable."""
-FREE = ("work", "out", "only", "edit_steps", "bits", "calibration", "settings")
+FREE = ("work", "out", "only", "edit_steps", "bits", "calibration", "settings", "sieve")
 """Arguments that the adapters do not depend on; measurements made with others are kept under other names."""
 SETTINGS = ((0.02, "auto"), (0.02, "none"), (0.01, "auto"), (0.01, "none"))
 MEASURED = {
@@ -249,7 +249,7 @@ def decomposed(given: argparse.Namespace, rows: dict[str, list[Row]], density: f
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = merge_adapter(load_causal_lm(given.model), given.work / "memory")
     base = load_causal_lm(given.model) if mode == "auto" else None
-    recipe = make_recipe(density=density, steps=given.edit_steps, bits=given.bits)
+    recipe = make_recipe(density=density, steps=given.edit_steps, bits=given.bits, sieve=given.sieve)
     made = decompose(model, tokenizer, rows["forget"], rows["retain"], recipe, base_model=base, notify=Bars())
     found = {"INT": dense_at(model, made.plain, 0.0)}
     found |= {f"alpha={alpha:g}": dense_at(model, made.streams, alpha) for alpha in (1.0, 0.0)}
@@ -265,11 +265,11 @@ def page(given: argparse.Namespace, rows: dict[str, list[Row]]) -> str:
 
     lines = [[f"{name}, BF16", *shown(kept(given, name, partial(plain, name)), None)] for name in MEMBERS]
     for density, mode in SETTINGS[: given.settings]:
-        name = f"{density:g}-{mode}-{given.bits}-{given.edit_steps}-{given.calibration}"
+        name = f"{density:g}-{mode}-{given.bits}-{given.edit_steps}-{given.calibration}-{given.sieve}"
         cell = kept(given, name, partial(decomposed, given, rows, density, mode))
         for model in ("INT", "alpha=1", "alpha=0"):
             title = f"INT{given.bits}" if model == "INT" else model
-            what = f"{title}, density {density:.0%}, base={mode}, target {cell['target']['name']}"
+            what = f"{title}, density {density:.0%}, {given.sieve}, base={mode}, target {cell['target']['name']}"
             lines.append([what, *shown(cell[model], cell["INT"])])
     columns = [f"{name}: {metric}" for name, wanted in MEASURED.items() for metric in wanted]
     head = f"{given.model.name}, {versions()}, {torch.get_num_threads()} thread; {' '.join(sys.argv[1:])}"
@@ -303,6 +303,7 @@ def main() -> None:
         help="stories of the calibration; the retain loss is a mean over tokens, so not many more than its facts have",
     )
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--sieve", default=make_recipe().sieve)
     parser.add_argument("--only", choices=MEMBERS, help="train this adapter and stop")
     parser.add_argument(
         "--settings", type=int, default=len(SETTINGS), help=f"how many of these (density, base), in order: {SETTINGS}"
