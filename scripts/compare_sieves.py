@@ -249,6 +249,24 @@ def missing(cells: dict[Setting, dict[str, Any]], every: list[Setting]) -> str:
     return f"Not made: {'; '.join(left)}." if left else "Every setting is there."
 
 
+def beaten(cells: dict[Setting, dict[str, Any]], references: dict[str, dict[str, Any]]) -> str:
+    """Where another row of the same group and density is better than the default's on both sides."""
+    never_saw = Measurement.from_json(references["never_saw"])
+
+    def sides(setting: Setting) -> tuple[float, float]:
+        found = Measurement.from_json(cells[setting])
+        return distance(found, never_saw), found.value("tofu_retain", "ppl").value
+
+    lines = list[str]()
+    for default in (s for s in cells if s.sieve == DEFAULT and s.edit == "optimised"):
+        near, kept = sides(default)
+        rivals = [s for s in cells if (s.group, s.density) == (default.group, default.density) and s != default]
+        better = sorted(s.sieve for s in rivals if sides(s)[0] < near and sides(s)[1] < kept)
+        lines += [f"{default.group}, {default.density:.1%}: {', '.join(better)}"] if better else []
+    told = "; ".join(sorted(lines)) or "nowhere"
+    return f"Nearer to the reference than the default *and* cheaper, at the same density in the same group: {told}."
+
+
 def picture(cells: dict[Setting, dict[str, Any]], references: dict[str, dict[str, Any]], path: Path) -> None:
     """Forget against retain, one mark per cell."""
     import matplotlib
@@ -297,6 +315,8 @@ density. All weights free (*dense*) come nearer to the reference than 1 % of the
 cost the left-out authors more.
 
 ![forget against retain](sieves.svg)
+
+{better}
 
 {table}
 
@@ -351,6 +371,7 @@ def write(
     text = HEAD.format(
         date=datetime.date.today().isoformat(), versions=versions(), steps=make_recipe().steps,
         finished=len(cells), all=len(every), table=page(cells, references), left=missing(cells, every),
+        better=beaten(cells, references),
     )  # fmt: skip
     picture(cells, references, out / "sieves.svg")
     shown = ("setting", "seconds", "made", "values")

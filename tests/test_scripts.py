@@ -175,6 +175,23 @@ def test_the_page_has_a_row_per_cell_and_says_how_many_are_missing(compare, tmp_
     assert compare.distance(Measurement.from_json(cells[every[0]]), Measurement.from_json(references["never_saw"])) == 0
 
 
+def test_the_page_names_what_beats_the_default_on_both_sides(compare):
+    references = {"never_saw": cell(compare, None)}
+
+    def setting(sieve, density, group=compare.MERGED):
+        return compare.Setting(group, sieve, "optimised", density)
+
+    def cells(rival):
+        return {setting(compare.DEFAULT, 0.05): cell(compare, None, 2), rival: cell(compare, None, 1.5)}
+
+    assert "merged weights, 5.0%: obs." in compare.beaten(cells(setting("obs", 0.05)), references)
+    for elsewhere in (setting("obs", 0.01), setting("obs", 0.05, compare.KNOWS_W0)):
+        assert compare.beaten(cells(elsewhere), references).endswith(" nowhere.")
+    cheaper = cells(setting("obs", 0.05))
+    cheaper[setting("obs", 0.05)] = cell(compare, None, 0.4)  # costs less, and is farther on the other side
+    assert compare.beaten(cheaper, references).endswith(" nowhere.")
+
+
 def test_kfac_with_all_its_mass_is_the_model_itself(compare, monkeypatch, memorised):
     made = compare.Comparison.__new__(compare.Comparison)
     made.weights = None
