@@ -310,9 +310,9 @@ INT4 afterwards; there is no way back to alpha=1 from them but a second dense mo
 sieve: at alpha=0 the base stream is plain INT4.
 
 How to read it: with an edit that does not look at the forget set (*zero*, *mean*) a sieve forgets about as much as it
-destroys. The optimised edit does much by itself, on any support; the sieve decides how much of it fits into the
-density. All weights free (*dense*) come nearer to the reference than 1 % of them from the merged weights alone, and
-cost the left-out authors more.
+destroys. The optimised edit does much by itself, on any support; at 1 % the sieve decides how much of it fits, at 5 %
+all of it fits on any support ([decision 23](decisions/0023-any-support-at-five-percent.md)). All weights free (*dense*)
+come nearer to the reference than 1 % of them from the merged weights alone, and cost the left-out authors more.
 
 ![forget against retain](sieves.svg)
 
