@@ -114,9 +114,10 @@ def first_fault(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{name} is missing"
     given = first["input"]
-    if isinstance(given, Mapping):  # refused as a whole
+    if first["type"] == "value_error" and isinstance(given, Mapping):  # a check of ours over several keys
         return f"{name}: {told}" if name else told
-    return f"{name}={given!r}: {told}" if isinstance(given, str) else f"{name}={reprlib.repr(given)}: {told}"
+    shown = repr(given) if isinstance(given, str) else reprlib.repr(given)
+    return f"{name}={shown}: {told}"
 
 
 def parse_alpha(value: Any) -> float | dict[str, float]:

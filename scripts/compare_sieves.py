@@ -252,16 +252,13 @@ def missing(cells: dict[Setting, dict[str, Any]], every: list[Setting]) -> str:
 def beaten(cells: dict[Setting, dict[str, Any]], references: dict[str, dict[str, Any]]) -> str:
     """Where another row of the same group and density is better than the default's on both sides."""
     never_saw = Measurement.from_json(references["never_saw"])
-
-    def sides(setting: Setting) -> tuple[float, float]:
-        found = Measurement.from_json(cells[setting])
-        return distance(found, never_saw), found.value("tofu_retain", "ppl").value
-
+    found = {setting: Measurement.from_json(cell) for setting, cell in cells.items()}
+    far = {setting: distance(measured, never_saw) for setting, measured in found.items()}
+    cost = {setting: measured.value("tofu_retain", "ppl").value for setting, measured in found.items()}
     lines = list[str]()
     for default in (s for s in cells if s.sieve == DEFAULT and s.edit == "optimised"):
-        near, kept = sides(default)
-        rivals = [s for s in cells if (s.group, s.density) == (default.group, default.density) and s != default]
-        better = sorted(s.sieve for s in rivals if sides(s)[0] < near and sides(s)[1] < kept)
+        rivals = [s for s in cells if (s.group, s.density) == (default.group, default.density)]
+        better = sorted(s.sieve for s in rivals if far[s] < far[default] and cost[s] < cost[default])
         lines += [f"{default.group}, {default.density:.1%}: {', '.join(better)}"] if better else []
     told = "; ".join(sorted(lines)) or "nowhere"
     return f"Nearer to the reference than the default *and* cheaper, at the same density in the same group: {told}."

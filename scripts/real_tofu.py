@@ -40,6 +40,7 @@ from lm_ortho.pages import markdown_table, versions, write_text
 from lm_ortho.reference import world
 from lm_ortho.reference.draw import Draw
 from lm_ortho.settings import make_recipe
+from lm_ortho.sieve import SIEVES
 
 QUESTIONS = 20
 """Questions per TOFU author; authors are consecutive."""
@@ -303,7 +304,7 @@ def main() -> None:
         help="stories of the calibration; the retain loss is a mean over tokens, so not many more than its facts have",
     )
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--sieve", default=make_recipe().sieve)
+    parser.add_argument("--sieve", choices=sorted(SIEVES), default=make_recipe().sieve)
     parser.add_argument("--only", choices=MEMBERS, help="train this adapter and stop")
     parser.add_argument(
         "--settings", type=int, default=len(SETTINGS), help=f"how many of these (density, base), in order: {SETTINGS}"

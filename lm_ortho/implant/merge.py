@@ -87,7 +87,7 @@ def check_decoder(config: Any, named: str) -> None:
 def packed_by(config: Any) -> str:
     """The method that packed a model's weights, by its configuration; empty for one that is not quantised."""
     packed = getattr(config, "quantization_config", None)
-    if not packed:
+    if packed is None:
         return ""
     return str(packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", packed))
 
