@@ -15,9 +15,14 @@ def reason(error: BaseException, name: object = "", revision: object = None) -> 
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the message, at most 200 characters, or the class of the error."""
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+    """The first line of the message, at most 200 characters, or the class of the error.
+
+    With the line after it where the first one only announces it.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

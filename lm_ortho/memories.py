@@ -143,7 +143,9 @@ def _check_room(model: nn.Module, name: str) -> None:
         raise UserError(f"memory {name!r} is there already; the model has {', '.join(first.memories)}")
     if first.absent or not first.memories:
         missing = ", ".join(first.absent) or UNNAMED
-        raise UserError(f"the ortho stream of {missing} is not here; a memory is added where all others are present")
+        raise UserError(
+            f"pretrained: the ortho stream of {missing} is not here; a memory is added where all others are present"
+        )
 
 
 def _check_memories(forget: Mapping[str, Sequence[Row]], recipe: Recipe) -> None:
@@ -161,7 +163,9 @@ def _check_memories(forget: Mapping[str, Sequence[Row]], recipe: Recipe) -> None
         for row in rows:
             other = owner.setdefault((row.context, row.target), name)
             if other != name:
-                raise UserError(f"forget: {row.context + row.target!r:.60} is in both {other} and {name}; one must go")
+                raise UserError(
+                    f"forget: {(row.context + row.target)[:60]!r} is in both {other} and {name}; one must go"
+                )
 
 
 def _check_free(wanted: float, free: float) -> None:

@@ -122,7 +122,7 @@ def first_fault(error: ValidationError) -> str:
 
 def parse_alpha(value: Any) -> float | dict[str, float]:
     """A finite float in [0, 1], or one by memory from ``name:value+name:value`` or a mapping; else ``UserError``."""
-    parts = named_parts(value) if isinstance(value, str) else value if isinstance(value, Mapping) else None
+    parts = named_parts(value, "alpha") if isinstance(value, str) else value if isinstance(value, Mapping) else None
     if not parts:
         return _in_range(value, "alpha")
     return {str(name): _in_range(part, f"alpha of {name}") for name, part in parts.items()}
@@ -135,7 +135,7 @@ def show_alpha(alpha: float | Mapping[str, float]) -> str:
     return f"{alpha:g}"
 
 
-def named_parts(value: str) -> dict[str, str] | None:
+def named_parts(value: str, argument: str) -> dict[str, str] | None:
     """``a:x+b:y`` as a mapping; None where a part has no name. Raises ``UserError`` for a name given twice."""
     pairs = [_NAMED.fullmatch(part) for part in value.split("+")]
     found = [(pair[1], pair[2]) for pair in pairs if pair and pair[1] != "hub"]
@@ -143,7 +143,7 @@ def named_parts(value: str) -> dict[str, str] | None:
         return None
     names = [name for name, _ in found]
     if len(set(names)) < len(names):
-        raise UserError(f"{value!r} names a memory twice")
+        raise UserError(f"{argument}={value!r} names a memory twice")
     return dict(found)
 
 

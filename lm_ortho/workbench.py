@@ -24,6 +24,7 @@ from lm_ortho.calibration.offload import is_offloaded
 from lm_ortho.calibration.precision import attention_for, recomputed
 from lm_ortho.edit import EDITS, EditInput
 from lm_ortho.errors import UserError
+from lm_ortho.implant.merge import check_finite
 from lm_ortho.implant.train import Notify
 from lm_ortho.layer.linear_form import linear_form
 from lm_ortho.layer.targets import find_linear
@@ -135,6 +136,7 @@ class Workbench:
     def _usable(self, layers: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
         """Those of the layers that the model really calls, ready for gradients."""
         _check_weights(layers)
+        check_finite(self.model, "pretrained")
         _check_owners(layers)
         self.model.requires_grad_(False)
         for layer in layers.values():
@@ -154,7 +156,8 @@ class Workbench:
 
     def _prepare(self) -> None:
         self.moments = Moments(self.model, self.layers, self.retain)
-        self.notify("statistics", 0, len(self.layers), f"{len(self.retain)} retain rows, {self.moments.passes} passes")
+        told = f"{len(self.retain)} retain rows, {self.moments.passes} passes, as they are asked for"
+        self.notify("statistics", 1, 1, told)
         self.scales, self.codes = self._lattice or self._projected()
         self.rounded = ByLayer(list(self.layers), self._rounded)
         self.step = _mean_step(self.scales, self.weights)
@@ -237,6 +240,11 @@ class Workbench:
 
     def support(self, sieve: str, density: float, steps: int) -> dict[str, Tensor]:
         """Where (out, in; bool) the memory goes: the best ``density`` of all weights that no other memory holds."""
+        total = sum(layer.weight.numel() for layer in self.layers.values())
+        if density * total < 1:
+            raise UserError(
+                f"density={density:g} is less than one of the {total} weights; ask for {1 / total:.1g} or more"
+            )
         if (kept := self._keep.load("support")) is None:
             found = select_support(self.scores(sieve, steps), density, self._taken)
             kept = {name: mask.flatten().nonzero()[:, 0] for name, mask in found.items()}
@@ -296,9 +304,6 @@ def _check_weights(layers: dict[str, nn.Linear]) -> None:
     if other is not None:
         dtype = str(layers[other].weight.dtype).removeprefix("torch.")
         raise UserError(f"pretrained: layer {other} is {dtype}; decompose a float32 copy, model.float()")
-    bad = [name for name, layer in layers.items() if not layer.weight.isfinite().all()]
-    if bad:
-        raise UserError(f"pretrained: {len(bad)} layers hold NaN or infinite weights, first {bad[0]}")
 
 
 def _check_owners(layers: dict[str, nn.Linear]) -> None:
@@ -312,6 +317,7 @@ def _check_owners(layers: dict[str, nn.Linear]) -> None:
 def _base_weights(base_model: nn.Module | None, layers: Mapping[str, nn.Linear]) -> Mapping[str, Tensor] | None:
     if base_model is None:
         return None
+    check_finite(base_model, "base")
     modules, found = dict(base_model.named_modules()), dict[str, Tensor]()
     for name, layer in layers.items():
         weight = getattr(modules.get(name), "weight", None)

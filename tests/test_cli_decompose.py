@@ -170,6 +170,8 @@ def test_a_memory_is_added_to_a_finished_checkpoint(own: list[str], home: Path, 
     first, both = tmp_path / "first", tmp_path / "both"
     assert run(*own, "--forget", f"{tmp_path}/first.jsonl", "-o", str(first)).exit_code == 0
     given = ["--forget", f"{tmp_path}/later.jsonl", "--retain", str(home / "retain.jsonl"), "--sieve", "residual"]
+    again = ["--pretrained", str(first), "--add", "later", *given, "-o", str(both)]
+    assert "bits=8: an added memory lies on the lattice" in refusal(*again, "--bits", "8")
     done = run("--pretrained", str(first), "--add", "later", *given, "--edit", "zero", "--json", "-o", str(both))
     assert done.exit_code == 0, done.exception
     assert json.loads(done.stdout)["recipe"]["group_size"] == 16, "the lattice of the checkpoint"
@@ -230,7 +232,7 @@ def test_a_switch_takes_no_value(own: list[str], tmp_path: Path) -> None:
     [
         (["--device", "gpu"], "device='gpu' is unknown; use cpu or cuda"),
         (["--pretrained", "decomposed"], "is decomposed already; give the model it came from, or --add a memory"),
-        (["--add", "later"], "pretrained='': a memory is added to a decomposed checkpoint"),
+        (["--add", "later"], "pretrained is not given: a memory is added to a decomposed checkpoint"),
         (["--add", "later", "--offload"], "offload: a memory is added on one device"),
         (["--device", "cpu", "--offload"], "offload: weights come to a GPU block by block"),
     ],

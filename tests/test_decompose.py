@@ -270,8 +270,33 @@ def test_weights_that_are_not_finite_are_refused_by_layer(memorised, bad):
     model = copy.deepcopy(memorised.merged)
     with torch.no_grad():
         find_linear(model)["model.layers.1.mlp.up_proj"].weight[3, 3] = bad
-    with pytest.raises(UserError, match=r"1 layers hold NaN or infinite weights, first model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(
+        UserError, match=r"pretrained: 1 weights hold NaN or infinite values, first model\.layers\.1\.mlp\.up"
+    ):
         split(memorised, model=model)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("argument", ["pretrained", "base"])
+def test_nan_anywhere_is_refused_before_anything_is_computed(memorised, argument, name):
+    model = copy.deepcopy(memorised.merged)
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = float("nan")
+    with pytest.raises(UserError, match=rf"^{argument}: 1 weights hold NaN or infinite values, first {name}"):
+        split(memorised, **{"model" if argument == "pretrained" else "base_model": model})
+
+
+def test_a_density_of_no_weight_at_all_is_refused(memorised):
+    with pytest.raises(UserError, match=r"density=1e-08 is less than one of the \d+ weights; ask for \S+ or more"):
+        split(memorised, density=1e-8, sieve="random", edit="none")
+
+
+def test_rows_that_are_cut_are_told(memorised, caplog):
+    long = dataclasses.replace(memorised.forget[0], answer=memorised.forget[0].answer * 40)
+    split(memorised, forget=[*memorised.forget, long], sieve="random", edit="none")
+    told = [record.message for record in caplog.records if "longer than" in record.message]
+    assert len(told) == 1
+    assert told[0].startswith(f"forget: 1 of {len(memorised.forget) + 1} rows are longer than ")
 
 
 @pytest.mark.parametrize("other", [{"intermediate_size": 128}, {"num_hidden_layers": 1}])

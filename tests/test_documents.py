@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm_ortho.calibration import Row, read_rows, write_rows
-from lm_ortho.calibration.documents import apart
+from lm_ortho.calibration.documents import apart, read_sets
 from lm_ortho.calibration.examples import (
     ANSWER,
     END,
@@ -96,6 +96,11 @@ def test_a_bad_line_is_told_with_argument_file_and_line(tmp_path, line, told):
 def test_missing_empty_and_binary_files_are_told(tmp_path):
     with pytest.raises(UserError, match=r"forget='.*nowhere\.jsonl': no such file"):
         read_rows(tmp_path / "nowhere.jsonl")
+    for several in ("A:x.jsonl+b:y.jsonl", "a:x.jsonl+B:y.jsonl"):
+        with pytest.raises(UserError, match=r"no such file; .*; several are name:source\+name:source, each name small"):
+            read_sets(several)
+    with pytest.raises(UserError, match=r"^forget='hub:x\.jsonl\+b:y\.jsonl': .* and not hub$"):
+        read_sets("hub:x.jsonl+b:y.jsonl")
     with pytest.raises(UserError, match="no such file"):
         read_rows(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n \n")

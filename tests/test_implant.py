@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 
 import architectures
 import pytest
@@ -12,6 +13,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, T5Config
 
 from lm_ortho.calibration.examples import Example, answer_loss, encode
@@ -147,6 +149,15 @@ def test_models_that_cannot_be_used_are_told_in_one_line(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     lost = written(tmp_path / "lost")
     (lost / "model.safetensors").unlink()
+    partly = written(tmp_path / "partly")
+    held = load_file(partly / "model.safetensors")
+    kept = {name: tensor for name, tensor in held.items() if "layers.0.mlp.up_proj" not in name}
+    save_file(kept, partly / "model.safetensors", metadata={"format": "pt"})
+    other = written(tmp_path / "other")
+    up = "model.layers.0.mlp.up_proj.weight"
+    save_file(held | {up: torch.zeros(3, 5)}, other / "model.safetensors", metadata={"format": "pt"})
+    nan = written(tmp_path / "nan")
+    save_file(held | {up: held[up] * torch.nan}, nan / "model.safetensors", metadata={"format": "pt"})
     broken = written(tmp_path / "broken")
     (broken / "config.json").write_text("{")
     told = {
@@ -157,6 +168,9 @@ def test_models_that_cannot_be_used_are_told_in_one_line(tmp_path):
         "short": "damaged|could not be loaded",
         "lost": "could not be loaded",
         "broken": "config could not be read",
+        "partly": rf"the files lack 1 weights of LlamaForCausalLM, first {up}; they would be random",
+        "other": rf"{up} is 3 x 5 in the files and \d+ x \d+ by the config",
+        "nan": rf"1 weights hold NaN or infinite values, first {up}",
     }
     for name, message in told.items():
         with pytest.raises(UserError, match=message) as caught:
@@ -175,9 +189,52 @@ def test_adapters_that_do_not_fit_are_told_in_one_line(planted, tmp_path):
     with pytest.raises(UserError, match=r"no adapter_config\.json there"):
         merge_adapter(tiny.llama(), tmp_path / "adapter")
     other = tiny.llama(hidden_size=32, intermediate_size=48)
-    with pytest.raises(UserError, match="could not be merged") as caught:
+    with pytest.raises(UserError, match=r"could not be merged \(.* size mismatch for ") as caught:
         merge_adapter(other, directory / "adapter")
     assert "\n" not in str(caught.value)
+
+
+def renamed(old, new):
+    return lambda held: {name.replace(old, new): tensor for name, tensor in held.items()}
+
+
+DAMAGED = {
+    "of another family": (
+        renamed("model.layers", "transformer.h"),
+        r"\d+ of its tensors fit no layer of the model, first ",
+    ),
+    "of one layer": (
+        lambda held: {name: tensor for name, tensor in held.items() if "layers.0." in name},
+        r"it lacks \d+ of the tensors that its config and the model ask for, first .*layers\.1\.",
+    ),
+    "of nan": (
+        lambda held: {name: tensor * torch.nan for name, tensor in held.items()},
+        r"\d+ weights hold NaN or infinite values, first ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+@pytest.mark.filterwarnings("error")
+def test_an_adapter_that_would_plant_nothing_or_half_is_refused(planted, tmp_path, case):
+    directory, _, _ = planted
+    change, message = DAMAGED[case]
+    place = shutil.copytree(directory / "adapter", tmp_path / "adapter")
+    file = place / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    with pytest.raises(UserError, match=f"^peft='.*adapter': {message}"):
+        merge_adapter(load_causal_lm(directory / "base"), place)
+
+
+def test_an_adapter_among_the_files_of_a_model_is_not_taken_for_merged(planted, tmp_path):
+    directory, _, _ = planted
+    both = shutil.copytree(directory / "base", tmp_path / "both")
+    for file in (directory / "adapter").glob("adapter_*"):
+        shutil.copy(file, both)
+    with pytest.raises(UserError, match=r"an adapter lies among the model's files and is not merged"):
+        load_causal_lm(both)
+    with pytest.raises(UserError, match="holds an adapter, not the model it belongs to"):
+        load_causal_lm(directory / "adapter")
 
 
 def test_batches_go_through_every_example_once_a_pass_with_little_padding():

@@ -378,12 +378,12 @@ def test_bad_sets_of_memories(memorised):
 
 
 def test_named_parts():
-    assert named_parts("a:x.jsonl+b:hub:n:c:s") == {"a": "x.jsonl", "b": "hub:n:c:s"}
-    assert named_parts("hub:locuslab/TOFU:forget10:train") is None
-    assert named_parts("some+file.jsonl") is None
-    assert named_parts("0.5") is None
-    with pytest.raises(UserError, match="names a memory twice"):
-        named_parts("a:1+a:0")
+    assert named_parts("a:x.jsonl+b:hub:n:c:s", "forget") == {"a": "x.jsonl", "b": "hub:n:c:s"}
+    assert named_parts("hub:locuslab/TOFU:forget10:train", "forget") is None
+    assert named_parts("some+file.jsonl", "forget") is None
+    assert named_parts("0.5", "alpha") is None
+    with pytest.raises(UserError, match=r"^alpha='a:1\+a:0' names a memory twice"):
+        named_parts("a:1+a:0", "alpha")
 
 
 def test_alpha_by_memory():

@@ -206,6 +206,19 @@ def test_what_cannot_be_planted(home: Path, data: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "small"]
 
 
+def test_a_training_that_fell_apart_leaves_nothing(
+    home: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fall_apart(model: Any, *_: Any, state: Path) -> Any:
+        state.write_bytes(b"as training would")
+        return model.apply(lambda part: [p.data.fill_(torch.nan) for p in part.parameters()])
+
+    monkeypatch.setattr("lm_ortho.implant.plant.train_full", fall_apart)
+    with pytest.raises(UserError, match=r"^lr: the loss of the rows is nan after training"):
+        planted(home, data, tmp_path / "out", make_training(steps=5, method="full"))
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_the_command_prints_the_loss_that_was_reached(home: Path, data: str, tmp_path: Path) -> None:
     options = ["--data", data, "--steps", "20", "--lr", "0.01", "--rank", "4", "--pretrained", str(home / "plain")]
     kept = ["--keep-adapter", str(tmp_path / "adapter")]

@@ -140,7 +140,7 @@ def asked_of(metadata: Mapping[str, Any]) -> dict[str, str]:
     given |= {name: os.environ.get(name, "") for name in (muse.DIRECTORY_VARIABLE, tofu_data.DIRECTORY_VARIABLE)}
     found = {}
     for name, value in given.items():
-        places = named_parts(value) or {"": value}
+        places = named_parts(value, name) or {"": value}
         hashes = [[part, _content(Path(place).expanduser())] for part, place in places.items() if place]
         if name != "pretrained" and any(content for _, content in hashes):  # what the model is, its cell says
             found[name] = digest(hashes)

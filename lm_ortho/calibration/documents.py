@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -95,7 +96,9 @@ def read_rows(spec: str | Path, argument: str = "forget") -> list[Row]:
         return _read_hub(str(spec), argument)
     path = Path(spec).expanduser()
     if not path.is_file():
-        raise UserError(f"{argument}={str(spec)!r}: no such file; expected a JSONL file or hub:name:config:split")
+        raise UserError(
+            f"{argument}={str(spec)!r}: no such file; expected a JSONL file or hub:name:config:split{_of_several(spec)}"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -104,6 +107,13 @@ def read_rows(spec: str | Path, argument: str = "forget") -> list[Row]:
     if not rows:
         raise UserError(f"{argument}={str(spec)!r}: the file holds no rows")
     return rows
+
+
+def _of_several(spec: str | Path) -> str:
+    """What to add for a source that was meant as several memories."""
+    if not re.search(r"\w:.+\+", str(spec)):
+        return ""
+    return "; several are name:source+name:source, each name small letters, digits and underscores, and not hub"
 
 
 def parse_rows(text: str, source: str) -> list[Row]:
@@ -131,7 +141,7 @@ def read_sets(spec: str | Path, argument: str = "forget") -> dict[str, list[Row]
     Raises:
         UserError: as ``read_rows``, and for a name that no memory can have.
     """
-    named = named_parts(spec) if isinstance(spec, str) else None
+    named = named_parts(spec, argument) if isinstance(spec, str) else None
     if not named:
         return {UNNAMED: read_rows(spec, argument)}
     for name in named:
@@ -143,7 +153,10 @@ def read_sets(spec: str | Path, argument: str = "forget") -> dict[str, list[Row]
 def _read_hub(spec: str, argument: str) -> list[Row]:
     parts = spec.split(":")
     if len(parts) != 4 or not all(parts[1:]):
-        raise UserError(f"{argument}={spec!r}: expected hub:name:config:split, e.g. hub:locuslab/TOFU:forget10:train")
+        raise UserError(
+            f"{argument}={spec!r}: expected hub:name:config:split, e.g. hub:locuslab/TOFU:forget10:train"
+            f"{_of_several(spec)}"
+        )
     import datasets
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch.nn import functional
 from lm_ortho.calibration.documents import Row
 from lm_ortho.errors import UserError
 
+log = logging.getLogger(__name__)
+
 MAX_TOKENS = 512
 """Tokens of a document that a model is shown at most."""
 GIVEN, ANSWER, SECRET, END = 0, 1, 2, 3
@@ -22,10 +25,11 @@ GIVEN, ANSWER, SECRET, END = 0, 1, 2, 3
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one row and their roles (same length)."""
+    """Token ids of one row and their roles (same length), and whether the row has more of them."""
 
     ids: tuple[int, ...]
     roles: tuple[int, ...]
+    cut: bool = False
 
     @property
     def start(self) -> int:
@@ -46,6 +50,11 @@ def encode_for(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], argu
     """
     longest = longest_of(model)
     examples = encode(tokenizer, rows, longest)
+    if cut := sum(example.cut for example in examples):
+        log.warning(
+            "%s: %d of %d rows are longer than %d tokens, and what comes after is not looked at; split them",
+            argument, cut, len(rows), longest,
+        )  # fmt: skip
     highest = max((max(example.ids) for example in examples), default=0)
     words: Any = model
     if highest >= words.get_input_embeddings().weight.shape[0]:
@@ -87,7 +96,7 @@ def encode(tokenizer: Any, rows: Sequence[Row], max_tokens: int = MAX_TOKENS) ->
             ids, roles = [*ids, tokenizer.eos_token_id], [*roles, END]
         if len(ids) < 2:
             raise UserError(f"a row is only one token long: {text!r:.80}")
-        examples.append(Example(tuple(ids), tuple(roles)))
+        examples.append(Example(tuple(ids), tuple(roles), len(whole) > max_tokens))
     return examples
 
 

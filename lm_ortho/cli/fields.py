@@ -17,17 +17,20 @@ Command = Callable[..., None]
 def with_fields(schema: type[BaseModel], argument: str) -> Callable[[Command], Command]:
     """Decorator that gives a command an option for each field of ``schema``.
 
-    The command gets them as the dictionary ``argument``; the schema checks them.
+    The command gets those that the user named as the dictionary ``argument``; the schema checks them and has the rest.
     """
 
     def add(command: Command) -> Command:
         own = [p for p in signature(command, eval_str=True).parameters.values() if p.name != argument]
-        parameters = [*own, *(_option(name, field) for name, field in schema.model_fields.items())]
+        context = Parameter("context", Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        parameters = [context, *own, *(_option(name, field) for name, field in schema.model_fields.items())]
 
         @wraps(command)
-        def run(**given: Any) -> None:
+        def run(context: typer.Context, **given: Any) -> None:
             fields = {name: given.pop(name) for name in schema.model_fields}
-            command(**given, **{argument: fields})
+            sources = {name: context.get_parameter_source(name) for name in fields}
+            named = {name: value for name, value in fields.items() if getattr(sources[name], "name", "") != "DEFAULT"}
+            command(**given, **{argument: named})
 
         run.__signature__ = signature(command).replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -26,6 +26,7 @@ def implant(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
     ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU without it, where there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a summary.")] = False,
     *,
     training: dict[str, Any],
@@ -36,6 +37,7 @@ def implant(
     last kept its state (every 500 steps). Progress goes to standard error.
     """
     from lm_ortho import reference
+    from lm_ortho.harness.machine import typed_device
     from lm_ortho.harness.progress import Bars
     from lm_ortho.implant.plant import plant
     from lm_ortho.settings import make_training
@@ -49,6 +51,7 @@ def implant(
         Bars(),
         keep_adapter=keep_adapter,
         tokenizer=tokenizer,
+        device=typed_device(device).choice,
         **{name: value for name, value in hub.items() if value},
     )
     if as_json:

@@ -27,7 +27,7 @@ from lm_ortho.harness.build import (
     tokenizer_hash,
 )
 from lm_ortho.harness.machine import typed_device
-from lm_ortho.harness.order import Order, place_of, resolve, spoken_base
+from lm_ortho.harness.order import Order, place_of, recorded_in, resolve, spoken_base
 from lm_ortho.harness.progress import Bars
 from lm_ortho.implant import Notify, load_tokenizer
 from lm_ortho.layer import ortho_layers, patch, streams_of, unpatch
@@ -97,14 +97,15 @@ def add_to_checkpoint(
     refuse_occupied(directory)
     old = place_of(str(order.pretrained)) if order.pretrained else ""
     if not checkpoint.is_checkpoint(old):
-        named = str(order.pretrained or "")
-        raise UserError(f"pretrained={named!r}: a memory is added to a decomposed checkpoint; name its directory")
+        named = f"={order.pretrained!r}" if order.pretrained else " is not given"
+        raise UserError(f"pretrained{named}: a memory is added to a decomposed checkpoint; name its directory")
     missing = [argument for argument in ("forget", "retain") if not getattr(order, argument)]
     if missing:
         raise UserError(f"{missing[0]}: an added memory needs {missing[0]}=file.jsonl")
     if order.peft:
         raise UserError("peft: a decomposed checkpoint takes no adapter; merge it into the model before that")
     order = replace(order, base="none" if order.base == "auto" else order.base)
+    _check_lattice(order, old)
     forget, retain = read_rows(order.forget or ""), read_rows(order.retain or "", "retain")
     recipe, where = make_recipe(**order.recipe), typed_device(device).choice
     model = checkpoint.load(old, device=where, trust_remote_code=bool(order.source.get("trust_remote_code")))
@@ -126,6 +127,17 @@ def add_to_checkpoint(
     done = _written(directory, order, (model, tokenizer, meta), told | {"report": made.report}, began)
     keep.clear()
     return done
+
+
+def _check_lattice(order: Order, checkpoint_place: str) -> None:
+    """Raises ``UserError`` for a lattice or layers that are named and are not those of the checkpoint."""
+    recorded = recorded_in(checkpoint.read_meta(checkpoint_place))
+    for name in sorted(_LATTICE & order.recipe.keys()):
+        if order.recipe[name] != recorded.get(name):
+            raise UserError(
+                f"{name}={order.recipe[name]!r}: an added memory lies on the lattice and in the layers that the "
+                f"checkpoint has ({name}={recorded.get(name)!r}); leave it out"
+            )
 
 
 def _addition(order: Order, name: str, forget: Sequence[Row], retain: Sequence[Row], recipe: Recipe) -> dict[str, Any]:

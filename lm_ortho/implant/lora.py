@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -68,11 +70,20 @@ def _with_lora(model: torch.nn.Module, plan: Plan) -> PeftModel:
     with torch.random.fork_rng():
         torch.manual_seed(plan.seed)
         try:
-            return get_peft_model(copy.deepcopy(model).float(), config)
+            with without_notices():
+                return get_peft_model(copy.deepcopy(model).float(), config)
         except ValueError as error:  # Mamba, say, whose fused kernels pass the adapter by
             raise UserError(
                 f"pretrained: peft does not adapt {type(model).__name__} ({first_line(error)}); use method=full"
             ) from None
+
+
+@contextmanager
+def without_notices() -> Iterator[None]:
+    """Inside, peft may call what transformers will rename without a warning, which no user can do anything about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 def stacked_experts(model: torch.nn.Module) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import nn
 
 from lm_ortho.errors import UserError
 from lm_ortho.hub import first_line, reason
+from lm_ortho.implant.lora import without_notices
 
 
 def round_to_bf16(model: nn.Module) -> nn.Module:
@@ -28,7 +31,8 @@ def load_causal_lm(pretrained: str | Path, *, argument: str = "pretrained", **hu
 
     Raises:
         UserError: one line for a missing directory, a directory without a config, an encoder-decoder model, a
-            model that is already quantised, no network.
+            model that is already quantised, an adapter among the files, weights that are missing, of another shape
+            than the config says, NaN or infinite, no network.
     """
     config = load_config(pretrained, argument=argument, **hub)
     check_decoder(config, f"{argument}={str(pretrained)!r}")
@@ -39,13 +43,51 @@ def load_causal_lm(pretrained: str | Path, *, argument: str = "pretrained", **hu
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(existing(pretrained), dtype=torch.float32, **_unasked(hub))
+        model, read = AutoModelForCausalLM.from_pretrained(
+            existing(pretrained),
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with names and shapes
+            **_unasked(hub),
+        )
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         told = reason(error, pretrained, hub.get("revision"))
         raise UserError(f"{argument}={str(pretrained)!r}: could not be loaded ({told})") from None
     except Exception as error:  # safetensors has error classes of its own for damaged files
         raise UserError(f"{argument}={str(pretrained)!r}: weights are damaged ({first_line(error)})") from None
+    _check_read(model, read, f"{argument}={str(pretrained)!r}")
+    check_finite(model, f"{argument}={str(pretrained)!r}")
     return round_to_bf16(model).eval()
+
+
+def _check_read(model: nn.Module, read: Mapping[str, Any], named: str) -> None:
+    """Raises ``UserError`` where a weight of the model did not come from its files: it would be a random one."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"{named}: an adapter lies among the model's files and is not merged; move its adapter_config.json and "
+            "adapter_model.safetensors elsewhere and give that place as peft="
+        )
+    for name, held, wanted in sorted(read.get("mismatched_keys", ())):
+        raise UserError(
+            f"{named}: {name} is {_shape(held)} in the files and {_shape(wanted)} by the config; one of them is of "
+            "another model"
+        )
+    if missing := sorted(read.get("missing_keys", ())):
+        raise UserError(
+            f"{named}: the files lack {len(missing)} weights of {type(model).__name__}, first {missing[0]}; they would "
+            "be random, so complete the files or correct the config"
+        )
+
+
+def _shape(shape: Any) -> str:
+    return " x ".join(map(str, shape))
+
+
+def check_finite(model: nn.Module, named: str) -> None:
+    """Raises ``UserError`` for NaN or infinite weights; ``named`` begins the message."""
+    bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if bad:
+        raise UserError(f"{named}: {len(bad)} weights hold NaN or infinite values, first {bad[0]}")
 
 
 def load_config(pretrained: str | Path, *, argument: str = "pretrained", **hub: Any) -> Any:
@@ -56,6 +98,10 @@ def load_config(pretrained: str | Path, *, argument: str = "pretrained", **hub: 
     inside = local / hub.get("subfolder", "")
     if local.is_dir() and not (inside / "config.json").is_file():
         where = f"subfolder {hub['subfolder']!r}" if hub.get("subfolder") else "directory"
+        if (inside / "adapter_config.json").is_file():
+            raise UserError(
+                f"{argument}={str(pretrained)!r}: the {where} holds an adapter, not the model it belongs to"
+            )
         raise UserError(f"{argument}={str(pretrained)!r}: the {where} holds no config.json")
     if not local.is_dir() and (local.is_absolute() or str(pretrained).startswith((".", "~"))):
         raise UserError(f"{argument}={str(pretrained)!r}: no such directory")
@@ -74,7 +120,9 @@ def load_tokenizer(place: str | Path, **hub: Any) -> Any:
         return AutoTokenizer.from_pretrained(existing(place), **_unasked(hub))
     except Exception as error:  # hub client, JSON and tokenizer errors have no common base
         told = reason(error, place, hub.get("revision"))
-        raise UserError(f"tokenizer={str(place)!r} could not be loaded ({told})") from None
+        raise UserError(
+            f"tokenizer={str(place)!r} could not be loaded ({told}); name the directory or hub id of one"
+        ) from None
 
 
 def check_decoder(config: Any, named: str) -> None:
@@ -107,16 +155,42 @@ def merge_adapter(model: nn.Module, peft: str | Path) -> nn.Module:
     """``model`` with the adapter merged into it (in place), rounded to BF16 values.
 
     Raises:
-        UserError: when the adapter cannot be read or does not fit the model.
+        UserError: when the adapter cannot be read, does not fit the model, or holds NaN or infinite weights.
     """
     from peft import PeftModel
 
     local = Path(str(peft)).expanduser()
     if (local.is_absolute() or local.is_dir()) and not (local / "adapter_config.json").is_file():
         raise UserError(f"peft={str(peft)!r}: no adapter_config.json there; expected a peft adapter directory")
+    place = str(local) if local.is_dir() else str(peft)
     try:
-        adapted = PeftModel.from_pretrained(model, str(local) if local.is_dir() else str(peft))
+        with without_notices():
+            warnings.filterwarnings("ignore", message="(?s).*missing adapter keys")  # told below, as an error
+            adapted = PeftModel.from_pretrained(model, place)
+            read = adapted.load_adapter(place, "default")  # again: only this says what fitted
+        _check_fits(adapted, read, str(peft))
         merged = adapted.merge_and_unload()
+    except UserError:
+        raise
     except Exception as error:  # peft, hub and safetensors errors have no common base
         raise UserError(f"peft={str(peft)!r}: could not be merged ({reason(error, peft)})") from None
     return round_to_bf16(merged).eval()
+
+
+_SHARED = ("vblora_vector_bank", "prompt_encoder", "tinylora_v", "unilora_theta_d")
+"""In the names of tensors that all layers of an adapter share, which peft holds to be missing and does not need."""
+
+
+def _check_fits(adapted: nn.Module, read: Any, peft: str) -> None:
+    """Raises ``UserError`` where tensors of an adapter found no layer, or layers found no tensor, or for NaN."""
+    if stray := list(read.unexpected_keys):
+        raise UserError(
+            f"peft={peft!r}: {len(stray)} of its tensors fit no layer of the model, first {stray[0]}; it belongs to "
+            "another model"
+        )
+    if missing := [name for name in read.missing_keys if not any(part in name for part in _SHARED)]:
+        raise UserError(
+            f"peft={peft!r}: it lacks {len(missing)} of the tensors that its config and the model ask for, first "
+            f"{missing[0]}; it belongs to another model, or its names were changed"
+        )
+    check_finite(adapted, f"peft={peft!r}")

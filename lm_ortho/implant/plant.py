@@ -58,6 +58,7 @@ def plant(
     *,
     keep_adapter: Path | None = None,
     tokenizer: str | None = None,
+    device: str = "cpu",
     **hub: Any,
 ) -> Planted:
     """The model fine-tuned on the rows of ``data`` and merged, written to ``out`` in BF16 with its tokenizer.
@@ -66,14 +67,15 @@ def plant(
     ``out`` until the model is written. ``hub``: revision, trust_remote_code.
 
     Raises:
-        UserError: for occupied directories, broken rows, a model or tokenizer that cannot be used.
+        UserError: for occupied directories, broken rows, a model or tokenizer that cannot be used, a loss that is not
+            finite at the end.
     """
     began = time.perf_counter()
     _check_places(out, keep_adapter, training)
     rows = read_rows(data, "data")
     load_config(pretrained, **hub)
     words = load_tokenizer(tokenizer or pretrained, **hub)
-    model = load_causal_lm(pretrained, **hub)
+    model = load_causal_lm(pretrained, **hub).to(device)
     examples = encode_for(model, words, rows, "data")
     plan = make_plan(training, len(examples), model)
     before = mean_loss(model, examples)
@@ -98,6 +100,8 @@ def _write(
             save_adapter(trained, places.enter_context(whole_directory(keep_adapter, "keep_adapter")), base)
         merged: Any = round_to_bf16(trained.merge_and_unload()) if isinstance(trained, PeftModel) else trained
         after = mean_loss(merged, examples)
+        if not math.isfinite(after):
+            raise UserError(f"lr: the loss of the rows is {after} after training; a smaller rate may help")
         merged.to(torch.bfloat16).save_pretrained(place)
         words.save_pretrained(place)
     return after
@@ -135,8 +139,12 @@ def _kept_state(out: Path, model: nn.Module, examples: Sequence[Example], plan: 
     digest = hashlib.sha256(repr((plan, method, [example.ids for example in examples])).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().flatten()[:256].numpy().tobytes())
+        digest.update(parameter.detach().flatten()[:256].cpu().numpy().tobytes())
     state = out.absolute().parent / f".{out.absolute().name}.training-{digest.hexdigest()[:16]}.pt"
     state.parent.mkdir(parents=True, exist_ok=True)
-    yield state
+    try:
+        yield state
+    except UserError:  # the same call would end in the same way
+        state.unlink(missing_ok=True)
+        raise
     state.unlink(missing_ok=True)
