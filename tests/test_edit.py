@@ -119,3 +119,12 @@ def test_other_memories_stay_on_while_one_is_edited(read):
         other = taken[name]
         assert torch.equal(layer.weight[other], read.weights[name][other])
         assert torch.equal(edited[name][other], read.codes[name][other])
+
+
+def test_a_base_stream_that_was_damaged_is_told(read, caplog, monkeypatch):
+    EDITS.get("optimised")(read)
+    assert "the base stream is damaged" not in caplog.text
+    monkeypatch.setattr("lm_ortho.edit.optimised.LEARNING_RATE", 50.0)
+    EDITS.get("optimised")(dataclasses.replace(read, support={n: torch.ones_like(m) for n, m in read.support.items()}))
+    assert "edit: what should stay is " in caplog.text
+    assert "the base stream is damaged" in caplog.text

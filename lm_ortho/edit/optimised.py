@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -9,9 +11,13 @@ from lm_ortho.edit.base import EDITS, EditInput
 from lm_ortho.projection.lattice import spread, values
 from lm_ortho.streams import code_range
 
+log = logging.getLogger(__name__)
+
 LEARNING_RATE = 0.2
 """In lattice steps."""
 _WARM_UP, _BETAS = 5, (0.9, 0.98)
+UNUSABLE = 0.5
+"""Retain KL in nats a token at the end above which the base stream cannot be trusted; 0.02 to 0.1 is what is usual."""
 KEPT = "edit"
 """The name under which an edit keeps what it has reached."""
 
@@ -68,6 +74,12 @@ def optimised(given: EditInput) -> dict[str, Tensor]:
         given.notify("edit", step, given.steps, f"forget {lost:.3f} retain {kept_loss:.4f}")
         if given.keep.due():
             given.keep.save(KEPT, {"step": step, "batches": objective.state(), **states})
+    if given.steps > reached and kept_loss > UNUSABLE:
+        log.warning(
+            "edit: what should stay is %.2g nats a token away from the merged model; the base stream is damaged. "
+            "Lattice steps that differ a hundredfold between layers, as after too long or too fast a fine-tune, do that",
+            kept_loss,
+        )
     result = {}
     for name, before in given.codes.items():
         after = before.flatten().clone()
