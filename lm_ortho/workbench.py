@@ -243,7 +243,7 @@ class Workbench:
         total = sum(layer.weight.numel() for layer in self.layers.values())
         if density * total < 1:
             raise UserError(
-                f"density={density:g} is less than one of the {total} weights; ask for {1 / total:.1g} or more"
+                f"density={density:g} is less than one of the {total} weights; ask for {1.01 / total:.3g} or more"
             )
         if (kept := self._keep.load("support")) is None:
             found = select_support(self.scores(sieve, steps), density, self._taken)

@@ -287,8 +287,12 @@ def test_nan_anywhere_is_refused_before_anything_is_computed(memorised, argument
 
 
 def test_a_density_of_no_weight_at_all_is_refused(memorised):
-    with pytest.raises(UserError, match=r"density=1e-08 is less than one of the \d+ weights; ask for \S+ or more"):
+    with pytest.raises(
+        UserError, match=r"density=1e-08 is less than one of the \d+ weights; ask for \S+ or more"
+    ) as told:
         split(memorised, density=1e-8, sieve="random", edit="none")
+    least = float(str(told.value).split()[-3])
+    assert split(memorised, density=least, sieve="random", edit="none").report["support"] == 1
 
 
 def test_rows_that_are_cut_are_told(memorised, caplog):

@@ -77,7 +77,7 @@ def optimised(given: EditInput) -> dict[str, Tensor]:
     if given.steps > reached and kept_loss > UNUSABLE:
         log.warning(
             "edit: what should stay is %.2g nats a token away from the merged model; the base stream is damaged. "
-            "Lattice steps that differ a hundredfold between layers, as after too long or too fast a fine-tune, do that",
+            "Lattice steps that differ a hundredfold between layers, as after too long a fine-tune, do that",
             kept_loss,
         )
     result = {}
