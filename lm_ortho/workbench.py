@@ -29,7 +29,7 @@ from lm_ortho.implant.train import Notify
 from lm_ortho.layer.linear_form import linear_form
 from lm_ortho.layer.targets import find_linear
 from lm_ortho.projection import PROJECTIONS
-from lm_ortho.projection.lattice import group_scales, spread, values
+from lm_ortho.projection.lattice import group_scales, spread, units, values
 from lm_ortho.settings import Recipe
 from lm_ortho.sieve import SIEVES, SieveInput, select_support
 from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream
@@ -160,7 +160,7 @@ class Workbench:
         self.notify("statistics", 1, 1, told)
         self.scales, self.codes = self._lattice or self._projected()
         self.rounded = ByLayer(list(self.layers), self._rounded)
-        self.step = _mean_step(self.scales, self.weights)
+        self.unit = _units(self.scales, self.weights)
 
     def _say_memory(self) -> None:
         """What the stages will need, before anything is computed; a warning where that is more than there is."""
@@ -232,7 +232,7 @@ class Workbench:
         """What the sieve gives each weight (out, in); ``steps`` as in the recipe."""
         return SIEVES.get(sieve)(
             SieveInput(
-                self.model, self.layers, self.weights, self.rounded, self.moments, self.step, max(1, steps // _PATH),
+                self.model, self.layers, self.weights, self.rounded, self.moments, self.unit, max(1, steps // _PATH),
                 self.objective, self.recipe.seed, self.notify, self.forget, self.retain, self.base_weights,
                 self.recipe.groups, getattr(torch, self.recipe.states), self._keep,
             )
@@ -260,7 +260,7 @@ class Workbench:
         codes = EDITS.get(edit)(
             EditInput(
                 self.model, self.layers, self.weights, self.base_weights, self.codes, self.scales, support,
-                self._taken, self.recipe.bits, self.recipe.group_size, self.step, steps, self.objective,
+                self._taken, self.recipe.bits, self.recipe.group_size, self.unit, steps, self.objective,
                 self.recipe.seed, self.notify, self._keep,
             )
         )  # fmt: skip
@@ -372,11 +372,11 @@ def _mask(places: Tensor, shape: torch.Size) -> Tensor:
     return mask.reshape(shape)
 
 
-def _mean_step(scales: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> float:
-    """The mean lattice step; without a lattice, what INT4 rounding of the weights would have."""
+def _units(scales: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """In what lengths the weights of each layer move; without a lattice, those of INT4 rounding."""
     if not scales:
         scales = {name: group_scales(weight, 4, 64) for name, weight in weights.items()}
-    return float(torch.cat([s.flatten() for s in scales.values()]).mean())
+    return units(scales)
 
 
 def _check_off_support(codes: dict[str, Tensor], edited: dict[str, Tensor], support: dict[str, Tensor]) -> None:

@@ -154,15 +154,14 @@ class Comparison:
         bench = self.bench(setting.group == KNOWS_W0)
         objective = bench.objective()
         objective.restart(self.recipe.seed)
-        trained = [layer.weight for layer in bench.layers.values()]
+        trained = [{"params": [layer.weight], "unit": bench.unit[name]} for name, layer in bench.layers.items()]
         optimiser = torch.optim.Adam(trained, betas=(0.9, 0.98), eps=1e-10)
         for step in range(1, DENSE_STEPS + 1):
             gradients, lost, kept = objective.gradients()
-            for weight, gradient in zip(trained, gradients.values(), strict=True):
-                weight.grad = gradient
-            optimiser.param_groups[0]["lr"] = (
-                DENSE_RATE * bench.step * min(1, step / 10) * max(0.05, 1 - step / DENSE_STEPS)
-            )
+            for group, gradient in zip(optimiser.param_groups, gradients.values(), strict=True):
+                group["params"][0].grad = gradient
+                warm, left = min(1, step / 10), max(0.05, 1 - step / DENSE_STEPS)
+                group["lr"] = DENSE_RATE * group["unit"] * warm * left
             optimiser.step()
             self.notify("dense", step, DENSE_STEPS, f"forget {lost:.3f} retain {kept:.4f}")
         edited = copy.deepcopy(bench.model)

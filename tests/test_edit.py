@@ -10,7 +10,7 @@ import torch
 from lm_ortho.edit import EDITS, EditInput
 from lm_ortho.errors import UserError
 from lm_ortho.layer import find_linear
-from lm_ortho.projection.lattice import code_range, group_scales, nearest_codes, values
+from lm_ortho.projection.lattice import code_range, group_scales, nearest_codes, units, values
 
 
 def lattice(weights, bits=4, group_size=32):
@@ -28,10 +28,9 @@ def supports(weights, density):
 def read(bench, memorised):
     codes, scales = lattice(bench.weights)
     base = {name: layer.weight.detach() for name, layer in find_linear(memorised.base).items()}
-    step = float(torch.cat([s.flatten() for s in scales.values()]).mean())
     return EditInput(
         bench.model, bench.layers, bench.weights, base, codes, scales, supports(bench.weights, 0.2), {}, 4, 32,
-        step, 3, lambda: bench.objective, 0, lambda *_: None,
+        units(scales), 3, lambda: bench.objective, 0, lambda *_: None,
     )  # fmt: skip
 
 
@@ -128,3 +127,43 @@ def test_a_base_stream_that_was_damaged_is_told(read, caplog, monkeypatch):
     EDITS.get("optimised")(dataclasses.replace(read, support={n: torch.ones_like(m) for n, m in read.support.items()}))
     assert "edit: what should stay is " in caplog.text
     assert "the base stream is damaged" in caplog.text
+
+
+SMALLER = 64
+"""A power of two: the codes of a layer with as much smaller weights are the same."""
+
+
+def uneven(bench):
+    """The same function: what reads a norm has smaller weights and the norm makes up for it."""
+    with torch.no_grad():
+        for block in bench.model.model.layers:
+            for norm, names in ((block.input_layernorm, "qkv"), (block.post_attention_layernorm, ("gate", "up"))):
+                norm.weight.mul_(SMALLER)
+                for name in names:
+                    module = getattr(block.self_attn if name in "qkv" else block.mlp, f"{name}_proj")
+                    module.weight.div_(SMALLER)
+    bench.weights.update({name: layer.weight.detach().clone() for name, layer in bench.layers.items()})
+
+
+def test_layers_of_small_weights_are_not_thrown_about(read, bench):
+    """A rate that is the same for all layers is many steps at once where the lattice is fine."""
+
+    def moved(given, unit):
+        """Mean distance on the support of the layers that become small, in steps of their lattice."""
+        edited = EDITS.get("optimised")(dataclasses.replace(given, unit=unit))
+        with torch.no_grad():
+            for name, layer in given.layers.items():
+                layer.weight.copy_(given.weights[name])
+        small = [name for name in edited if not name.endswith(("o_proj", "down_proj"))]
+        far = [(edited[name] - given.codes[name])[given.support[name]].abs().float() for name in small]
+        return float(torch.cat(far).mean())
+
+    before = moved(read, read.unit)
+    uneven(bench)
+    codes, scales = lattice(bench.weights)
+    assert all(torch.equal(codes[name], read.codes[name]) for name in codes)
+    given = dataclasses.replace(read, weights=bench.weights, codes=codes, scales=scales)
+    mean = float(torch.cat([each.flatten() for each in scales.values()]).mean())
+    one, own = moved(given, dict.fromkeys(scales, mean)), moved(given, units(scales))
+    assert own < 3 * before
+    assert one > 10 * before

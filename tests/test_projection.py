@@ -15,7 +15,7 @@ from lm_ortho.errors import UserError
 from lm_ortho.implant import load_causal_lm
 from lm_ortho.layer import find_linear
 from lm_ortho.projection import PROJECTIONS
-from lm_ortho.projection.lattice import group_scales, grouped, nearest_codes, spread, values
+from lm_ortho.projection.lattice import group_scales, grouped, nearest_codes, spread, units, values
 from lm_ortho.reference import corpus, world
 from lm_ortho.streams import code_range
 
@@ -53,6 +53,17 @@ def test_rtn_gives_the_nearest_code(shape, bits, group_size, seed, size):
     assert codes.dtype == torch.int8
     assert low <= codes.min()
     assert codes.max() <= high
+
+
+@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8))
+def test_a_unit_is_the_mean_step_or_near_the_layers_own(sizes):
+    scales = {str(i): torch.full((2, i + 1), size) for i, size in enumerate(sizes)}
+    mean = float(torch.cat([each.flatten() for each in scales.values()]).mean())
+    for name, unit in units(scales).items():
+        own = float(scales[name].mean())
+        assert 0.5 * own <= unit <= 2 * own
+        if 0.51 * own <= mean <= 1.99 * own:
+            assert unit == mean
 
 
 @given(shapes, st.sampled_from([3, 4, 8]), st.sampled_from([8, 16]), st.integers(0, 99))

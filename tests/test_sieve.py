@@ -115,7 +115,7 @@ def given_for(seed: int = 0, **changed: object) -> SieveInput:
         "weights": weights,
         "rounded": {name: (w * 4).round() / 4 for name, w in weights.items()},
         "moments": {name: x.T @ x / len(x) for name, x in inputs.items()},
-        "step": 0.25,
+        "unit": {},
         "steps": 1,
         "objective": no_objective,
         "seed": seed,
@@ -194,8 +194,9 @@ def test_moments_equal_a_token_by_token_count_and_differ_per_layer(memorised):
 
 
 def read_by_attribution(bench) -> SieveInput:
+    unit = dict.fromkeys(bench.layers, 0.02)
     return SieveInput(
-        bench.model, bench.layers, bench.weights, {}, {}, 0.02, 4, lambda: bench.objective, 0, lambda *_: None
+        bench.model, bench.layers, bench.weights, {}, {}, unit, 4, lambda: bench.objective, 0, lambda *_: None
     )
 
 
@@ -218,8 +219,9 @@ def test_attribution_sums_to_about_the_decrease_it_explains(bench):
     lost, kept = bench.losses()
     totals: list[float] = []
     texts: list[str] = []
+    unit = dict.fromkeys(bench.layers, 0.005)
     read = dataclasses.replace(
-        read_by_attribution(bench), step=0.005, steps=12, notify=lambda stage, step, steps, text: texts.append(text)
+        read_by_attribution(bench), unit=unit, steps=12, notify=lambda stage, step, steps, text: texts.append(text)
     )
     scores = SIEVES.get("attribution")(read)
     totals.append(sum(float(score.sum()) for score in scores.values()))

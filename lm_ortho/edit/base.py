@@ -19,8 +19,9 @@ class EditInput:
 
     ``codes`` (int8) and ``scales`` (out, groups) are the base stream before the edit; ``support`` is where
     the edit may change codes; ``taken`` (possibly empty) is where other memories are, which stay on, at ``weights``;
-    ``base_weights`` are those before fine-tuning, or None. ``step`` is the mean scale
-    of the lattice, ``steps`` the number of optimiser steps asked for. ``keep`` takes what a long edit has reached.
+    ``base_weights`` are those before fine-tuning, or None. ``unit`` is the length in which a layer's learning rate is
+    given (``projection.lattice.units``), ``steps`` the number of optimiser steps asked for. ``keep`` takes what a long
+    edit has reached.
     """
 
     model: nn.Module
@@ -33,7 +34,7 @@ class EditInput:
     taken: Mapping[str, Tensor]
     bits: int
     group_size: int
-    step: float
+    unit: Mapping[str, float]
     steps: int
     objective: Callable[[], Objective]
     seed: int

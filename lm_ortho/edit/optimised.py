@@ -14,7 +14,7 @@ from lm_ortho.streams import code_range
 log = logging.getLogger(__name__)
 
 LEARNING_RATE = 0.2
-"""In lattice steps."""
+"""In units of the layer (``lattice.units``)."""
 _WARM_UP, _BETAS = 5, (0.9, 0.98)
 UNUSABLE = 0.5
 """Retain KL in nats a token at the end above which the base stream cannot be trusted; 0.02 to 0.1 is what is usual."""
@@ -63,9 +63,9 @@ def optimised(given: EditInput) -> dict[str, Tensor]:
             for name, layer in given.layers.items():
                 layer.weight.view(-1)[places[name]] = codes(name) * scale[name]
         gradients, lost, kept_loss = objective.gradients(places)
-        rate = LEARNING_RATE * given.step * min(1.0, step / _WARM_UP) * max(0.05, 1 - step / given.steps)
+        warm, left = min(1.0, step / _WARM_UP), max(0.05, 1 - step / given.steps)
         for name in given.layers:
-            g = gradients[name]
+            g, rate = gradients[name], LEARNING_RATE * given.unit[name] * warm * left
             first[name].lerp_(g, 1 - _BETAS[0])
             second[name].lerp_(g * g, 1 - _BETAS[1])
             move = first[name] / (1 - _BETAS[0] ** step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,8 @@ from lm_ortho.streams import code_range
 
 _CLIPS = tuple(1.0 - 0.03 * i for i in range(13))
 _BLOCK = 1 << 22
+UNEVEN = 2.0
+"""How far the unit of a layer may be from its own mean step, as a ratio; the embedded layers are all within it."""
 
 
 def grouped(weight: Tensor, group_size: int) -> Tensor:
@@ -42,6 +46,18 @@ def group_scales(weight: Tensor, bits: int, group_size: int) -> Tensor:
 def spread(scales: Tensor, group_size: int, width: int) -> Tensor:
     """Scales (out, groups) as one scale per weight (out, in)."""
     return scales.repeat_interleave(group_size, dim=1)[:, :width]
+
+
+def units(scales: Mapping[str, Tensor]) -> dict[str, float]:
+    """The length in which learning rates are given, per layer, for scales (out, groups) by layer.
+
+    One for all layers, the mean step of the whole lattice, where the layers are alike; elsewhere no less than half
+    and no more than twice the layer's own mean step. Without these limits one update would be many steps in a
+    layer whose weights are small beside those of the others.
+    """
+    mean = float(torch.cat([each.flatten() for each in scales.values()]).mean())
+    own = {name: float(each.mean()) for name, each in scales.items()}
+    return {name: min(max(mean, each / UNEVEN), each * UNEVEN) for name, each in own.items()}
 
 
 def nearest_codes(weight: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:

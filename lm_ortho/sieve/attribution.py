@@ -14,7 +14,7 @@ from lm_ortho.sieve.base import SIEVES, SieveInput
 from lm_ortho.target import Objective
 
 LEARNING_RATE = 0.03
-"""In lattice steps."""
+"""In units of the layer (``lattice.units``)."""
 _WARM_UP, _BETAS = 5, (0.9, 0.98)
 
 
@@ -101,10 +101,10 @@ def _pass(
                     tensor.copy_(kept[key][name])
     for step in range(kept["step"] + 1 if kept else 1, given.steps + 1):
         gradients, lost, kept_loss = objective.gradients()
-        rate = LEARNING_RATE * given.step * min(1.0, step / _WARM_UP) * max(0.1, 1 - step / given.steps)
+        warm, left = min(1.0, step / _WARM_UP), max(0.1, 1 - step / given.steps)
         with torch.no_grad():
             for name in names:
-                g = gradients.pop(name)
+                g, rate = gradients.pop(name), LEARNING_RATE * given.unit[name] * warm * left
                 first[name].lerp_(g.to(given.states), 1 - _BETAS[0])
                 second[name].lerp_((g * g).to(given.states), 1 - _BETAS[1])
                 move = first[name].float() / (1 - _BETAS[0] ** step)

@@ -20,11 +20,11 @@ class SieveInput:
     """What a sieve may read. All mappings go by layer name; weights and codes are (out, in), float32.
 
     ``rounded`` is what the base stream would hold without any support; ``moments`` is E[x x^T] (in, in) on
-    retain documents; ``step`` is the mean scale of the lattice; ``objective`` builds what gives gradients;
-    only who needs it asks, because it needs a target. ``steps`` is the number of optimiser steps asked for.
-    ``forget`` and ``retain`` are the documents; ``base_weights`` are those before fine-tuning, or None.
-    ``groups`` is the number of passes over a part of the layers each, ``states`` the dtype of optimiser states,
-    ``keep`` takes what a long pass has reached.
+    retain documents; ``unit`` is the length in which a layer's learning rate is given
+    (``projection.lattice.units``); ``objective`` builds what gives gradients; only who needs it asks, because it
+    needs a target. ``steps`` is the number of optimiser steps asked for. ``forget`` and ``retain`` are the
+    documents; ``base_weights`` are those before fine-tuning, or None. ``groups`` is the number of passes over a
+    part of the layers each, ``states`` the dtype of optimiser states, ``keep`` takes what a long pass has reached.
     """
 
     model: nn.Module
@@ -32,7 +32,7 @@ class SieveInput:
     weights: Mapping[str, Tensor]
     rounded: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
-    step: float
+    unit: Mapping[str, float]
     steps: int
     objective: Callable[[], Objective]
     seed: int
