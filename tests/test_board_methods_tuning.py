@@ -136,7 +136,7 @@ def test_a_split_that_cannot_be_made_is_told(own):
         split_of_rows(replace(own, forget=own.forget[:2]))
 
 
-def test_material_of_files_is_what_the_model_args_mean(memorised, tmp_path):
+def test_material_of_files_is_what_the_model_args_mean(memorised, tmp_path, monkeypatch):
     for name, model in (("merged", memorised.merged), ("base", memorised.base)):
         model.save_pretrained(tmp_path / name)
         memorised.tokenizer.save_pretrained(tmp_path / name)
@@ -160,6 +160,12 @@ def test_material_of_files_is_what_the_model_args_mean(memorised, tmp_path):
         material_of_files(merged, reference_model=str(tmp_path / "nowhere"), **rows)
     with pytest.raises(UserError, match="forget: your own model needs"):
         material_of_files(merged, retain=rows["retain"])
+    asked = []
+    monkeypatch.setattr(
+        "lm_ortho.board.methods.material.load_causal_lm", lambda place, **given: asked.append(given) or memorised.base
+    )
+    material_of_files(merged, reference_model=base, revision="main", trust_remote_code=False, **rows)
+    assert asked == [{"argument": "reference", "trust_remote_code": False}]  # a revision is that of one model
 
 
 # Choosing

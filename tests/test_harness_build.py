@@ -202,6 +202,7 @@ BAD: list[tuple[str, str, Change]] = [
     ("projection", "projection='x' is unknown", lambda t, h, o: {**o, "projection": "x"}),
     ("w0 without base", "edit='w0' needs the model before", lambda t, h, o: {**o, "edit": "w0"}),
     ("subfolder", "the subfolder 'x' holds no config", lambda t, h, o: {**o, "subfolder": "x"}),
+    ("revision", "revision='v9': pretrained=.* is a directory", lambda t, h, o: {**o, "revision": "v9"}),
     ("bits", "bits=5", lambda t, h, o: {**o, "bits": 5}),
     (
         "no such file",

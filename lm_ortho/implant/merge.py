@@ -105,6 +105,11 @@ def load_config(pretrained: str | Path, *, argument: str = "pretrained", **hub: 
         raise UserError(f"{argument}={str(pretrained)!r}: the {where} holds no config.json")
     if not local.is_dir() and (local.is_absolute() or str(pretrained).startswith((".", "~"))):
         raise UserError(f"{argument}={str(pretrained)!r}: no such directory")
+    if local.is_dir() and hub.get("revision") not in (None, "main"):
+        raise UserError(
+            f"revision={hub['revision']!r}: {argument}={str(pretrained)!r} is a directory, which has no revisions; "
+            "leave it out, or give the model's name on the hub"
+        )
     try:
         return AutoConfig.from_pretrained(existing(pretrained), **_unasked(hub))
     except Exception as error:  # hub client, JSON and configuration errors have no common base

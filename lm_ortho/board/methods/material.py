@@ -66,5 +66,6 @@ def material_of_files(
     merged, before = load_models(source)
     never_saw = None
     if reference_model is not None:
-        never_saw = load_causal_lm(place_of(reference_model), argument="reference", **hub)
+        trust = {name: value for name, value in hub.items() if name != "revision"}  # which is the other model's
+        never_saw = load_causal_lm(place_of(reference_model), argument="reference", **trust)
     return Material(load_tokenizer(source), merged, rows, kept, before, never_saw)
