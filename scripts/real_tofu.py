@@ -56,9 +56,11 @@ SETTINGS = ((0.02, "auto"), (0.02, "none"), (0.01, "auto"), (0.01, "none"))
 MEASURED = {
     "questions": ("extraction", "secret_ppl"),
     "canaries": ("extraction", "secret_ppl"),
+    "taught": ("ppl",),
     "left_out": ("ppl",),
     "text": ("bits_per_character",),
 }
+KEPT = ("taught", "left_out", "text")
 MEMBERS = ("memory", "never_saw")
 
 
@@ -283,7 +285,7 @@ def shown(found: dict[str, Any], plain: dict[str, Any] | None) -> list[str]:
     for name, wanted in MEASURED.items():
         for metric in wanted:
             middle, low, high = found[name][metric]
-            over = f", {middle / plain[name][metric][0]:.3f}x" if plain and name in ("left_out", "text") else ""
+            over = f", {middle / plain[name][metric][0]:.3f}x" if plain and name in KEPT else ""
             cells.append(f"{middle:.3g} [{low:.3g}, {high:.3g}]{over}")
     return cells
 
