@@ -45,7 +45,7 @@ class Recipe(BaseModel):
     steps: int = Field(
         1000, ge=10, description="Steps of the optimised edit; the attribution pass takes a tenth as many."
     )
-    seed: int = Field(0, ge=0, description="Of everything that is drawn.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of everything that is drawn.")
     groups: int = Field(1, ge=1, description="Parts of the model that go through the attribution one after the other.")
     states: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the attribution's optimiser.")
     recompute: bool = Field(
@@ -80,7 +80,7 @@ class Training(BaseModel):
     steps: int | None = Field(None, ge=1, description="Without it as many as --epochs take, 200 at least.")
     epochs: float | None = Field(None, gt=0, description="Passes over the rows; 20 without --steps.")
     batch_rows: int = Field(16, ge=1, description="Rows in a step.")
-    seed: int = Field(0, ge=0, description="Of the adapter's start and of the order of the rows.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the adapter's start and of the order of the rows.")
 
 
 Schema = TypeVar("Schema", bound=BaseModel)

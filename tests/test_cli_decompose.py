@@ -175,6 +175,8 @@ def test_a_memory_is_added_to_a_finished_checkpoint(own: list[str], home: Path, 
     done = run("--pretrained", str(first), "--add", "later", *given, "--edit", "zero", "--json", "-o", str(both))
     assert done.exit_code == 0, done.exception
     assert json.loads(done.stdout)["recipe"]["group_size"] == 16, "the lattice of the checkpoint"
+    told = run("--pretrained", str(first), "--add", "later", *given, "--edit", "zero", "-o", str(tmp_path / "told"))
+    assert "of at most 0.01 for later\n" in told.stdout
     assert checkpoint.memories(both) == ["memory", "later"]
     assert (both / "ortho.safetensors").read_bytes() == (first / "ortho.safetensors").read_bytes()
     assert checkpoint.read_meta(both)["added"]["later"]["recipe"]["sieve"] == "residual"
@@ -212,6 +214,7 @@ def test_a_memory_is_added_to_a_finished_checkpoint(own: list[str], home: Path, 
             "peft: a decomposed checkpoint",
         ),
         (["--pretrained", "decomposed", "--forget", "f", "--retain", "r"], "forget='f': no such file"),
+        (["--pretrained", "decomposed", "--forget", "f", "--retain", "r", "--revision", "x"], "revision='x': a memory"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -75,6 +75,7 @@ BAD = {
     '{"question": "Who?", "text": "Ada was."}': "answer",
     '{"question": 3, "answer": "Ada."}': "question must be a string, found 3",
     '{"text": ["a"]}': "text must be a string",
+    r'{"question": "Who \ud83d?", "answer": "Ada."}': "question holds half of a surrogate pair",
     '{"question": "Who?", "answer": "Ada.", "perturbed_answer": [1]}': "perturbed_answer must be a list of strings",
     '{"question": "Who?", "answer": "Ada.", "perturbed_answer": 5}': "perturbed_answer must be a list of strings",
     '{"question": "Who?", "answer": "Ada.", "secret": "Eve"}': "secret 'Eve' does not occur in answer 'Ada.'",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -337,6 +338,39 @@ def test_split_over_devices(home: Path, lm: LibOrthoLM) -> None:
     for options in ({"parallelize": True}, {"attn_implementation": "eager"}, {"revision": "main"}):
         other = LibOrthoLM(str(home / "decomposed"), alpha=1, device="cpu", **options)
         assert other.loglikelihood(asked)[0][0] == pytest.approx(lm.loglikelihood(asked)[0][0], rel=1e-5)
+
+
+def test_a_checkpoint_in_a_subfolder(home: Path, tmp_path: Path, lm: LibOrthoLM) -> None:
+    shutil.copytree(home / "decomposed", tmp_path / "sub" / "folder")
+    lm.alpha = 1.0
+    asked = [request("Where was Ada Brook", " born in Marsh Town.")]
+    other = LibOrthoLM(str(tmp_path), subfolder="sub/folder", alpha=1, device="cpu")
+    assert other.loglikelihood(asked) == lm.loglikelihood(asked)
+
+
+def test_a_token_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def from_pretrained(name: str, **given: object) -> None:
+        asked.append((name, given))
+        raise OSError("private")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
+    with pytest.raises(UserError, match="pretrained='some/model': its config could not be read"):
+        LibOrthoLM("some/model", token="hf_abc", device="cpu")
+    assert asked == [("some/model", {"trust_remote_code": False, "token": "hf_abc"})]
+
+
+def test_a_model_object_saves_itself_as_a_checkpoint(home: Path, tmp_path: Path, lm: LibOrthoLM) -> None:
+    given = {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
+    options = {"sieve": "magnitude", "projection": "rtn", "edit": "zero", "group_size": 16}
+    model = make_model(len(lm.tokenizer))
+    made = LibOrthoLM(model, tokenizer=lm.tokenizer, alpha=1, device="cpu", **given, **options)
+    asked = [request("Where was Ada Brook", " born in Marsh Town.")]
+    model.save_pretrained(tmp_path / "saved")
+    lm.tokenizer.save_pretrained(tmp_path / "saved")
+    again = LibOrthoLM(str(tmp_path / "saved"), alpha=1, device="cpu")
+    assert again.loglikelihood(asked)[0][0] == pytest.approx(made.loglikelihood(asked)[0][0], rel=1e-5)
 
 
 def test_arguments_as_lm_eval_parses_them(home: Path) -> None:

@@ -50,6 +50,7 @@ def test_the_defaults_are_those_of_the_documentation():
         ("group_size", 12),
         ("steps", 0),
         ("seed", -1),
+        ("seed", 2**32),
         ("sieve", 3),
         ("colour", "red"),
     ],

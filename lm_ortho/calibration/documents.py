@@ -74,6 +74,13 @@ def _row(record: Any, where: str) -> Row:
     perturbed = [perturbed] if isinstance(perturbed, str) else perturbed
     if not isinstance(perturbed, (list, tuple)) or any(not isinstance(wrong, str) for wrong in perturbed):
         raise UserError(f"{where}: perturbed_answer must be a list of strings")
+    for name, value in (*known.items(), *(("perturbed_answer", wrong) for wrong in perturbed)):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{where}: {name} holds half of a surrogate pair, which is no text: {value!r:.80}"
+            ) from None
     row = Row(**known, perturbed_answer=tuple(perturbed))
     has_pair = bool(row.answer.strip() and (row.question.strip() or row.prompt.strip()))
     if not has_pair and (row.context or not row.text.strip()):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lm_ortho.checkpoint.manifest import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, ortho_file, read_json, read_manifest
 from lm_ortho.checkpoint.read import is_checkpoint, load, memories
-from lm_ortho.checkpoint.write import base_tensors, write_json
+from lm_ortho.checkpoint.write import GENERATION_FILE, base_tensors, write_json
 from lm_ortho.errors import UserError
 from lm_ortho.folders import refuse_occupied, whole_directory
 from lm_ortho.layer import streams_of, unpatch
@@ -23,7 +23,10 @@ from lm_ortho.streams import BaseStream, LayerStreams
 
 FORMATS = ("bf16", "compressed-tensors")
 _PACKED_BITS = (4, 8)
-_GENERATION_FILE = "generation_config.json"
+_TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "*.jinja",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,13 @@ def export(
 
 
 def _copy_rest(source: Path, target: Path) -> None:
-    """Tokenizer, chat template and a model's own code: everything that is neither weights nor configuration."""
-    ours = {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, _GENERATION_FILE}
-    for name in read_manifest(source).files:
+    """Tokenizer, chat template and a model's own code: everything that is neither weights nor configuration.
+
+    A tokenizer that was saved beside the model later is in no manifest.
+    """
+    ours = {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, GENERATION_FILE}
+    later = (path.name for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file())
+    for name in dict.fromkeys([*read_manifest(source).files, *later]):
         if name not in ours and not name.endswith(".safetensors"):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target / name)
@@ -123,15 +130,19 @@ def _write_packed(target: Path, model: Any, source: Path) -> None:
     config = read_json(source / CONFIG_FILE)
     config["quantization_config"] = _scheme(base, model)
     write_json(target / CONFIG_FILE, config)
-    if (source / _GENERATION_FILE).exists():
-        shutil.copyfile(source / _GENERATION_FILE, target / _GENERATION_FILE)
+    if (source / GENERATION_FILE).exists():
+        shutil.copyfile(source / GENERATION_FILE, target / GENERATION_FILE)
 
 
 def _check_plain(plain: nn.Module, streams: dict[str, LayerStreams]) -> None:
     """Raises ``UserError`` for a layer that the format, or transformers with it, would not take for what it is."""
     for name, layer in streams.items():
-        module, group = plain.get_submodule(name), layer.base.group_size
-        if not isinstance(module, nn.Linear):
+        group = layer.base.group_size
+        try:
+            module = plain.get_submodule(name)
+        except AttributeError:
+            raise UserError(f"format=compressed-tensors: {name} is a part of experts in one tensor; use bf16") from None
+        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
             raise UserError(f"format=compressed-tensors: {name} is a {type(module).__name__}, not an nn.Linear")
         if layer.shape[1] % group:
             raise UserError(

@@ -221,16 +221,24 @@ def _from_hub(name: str, base_file: Path, model: nn.Module) -> Path | None:
     if not source or Path(source).exists() or Path(source).resolve() == base_file.parent.resolve():
         return None
     cached_file = import_module("transformers.utils").cached_file
-    # base_file is <cache>/models--owner--name/snapshots/<commit>/<file>.
-    snapshot = base_file.parent
-    found = cached_file(
-        source,
-        name,
-        revision=snapshot.name if snapshot.parent.name == "snapshots" else None,
-        cache_dir=snapshot.parents[2] if snapshot.parent.name == "snapshots" else None,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    where = {}
+    if "snapshots" in (parts := base_file.parts):  # <cache>/models--owner--name/snapshots/<commit>/<subfolder>/<file>
+        at = len(parts) - 1 - parts[::-1].index("snapshots")
+        inside = "/".join(parts[at + 2 : -1])
+        where = {"cache_dir": Path(*parts[: at - 1]), "revision": parts[at + 1], "subfolder": inside}
+    try:
+        found = cached_file(
+            source,
+            name,
+            **where,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError as error:
+        raise UserError(
+            f"{source}: {name} could not be fetched ({reason(error, source)}); a token given to from_pretrained does "
+            "not come this far, so log in with `hf auth login` or set HF_TOKEN"
+        ) from None
     return None if found is None else Path(found)
 
 

@@ -17,6 +17,7 @@ from lm_ortho.checkpoint.manifest import (
     check_version,
     libortho_settings,
     ortho_file,
+    read_json,
     read_manifest,
     verify,
 )
@@ -41,10 +42,10 @@ def load(
 ) -> nn.Module:
     """The patched model of a checkpoint, at alpha 0 and in evaluation mode.
 
-    ``dtype`` is that of the parameters outside the streams and of the activations (None: as stored, BF16);
-    ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained``. Without the ortho file of a memory the model can
-    only do alpha=0 there. Raises ``UserError`` for a directory that is no checkpoint, a newer format, and files
-    that are missing, truncated or changed.
+    ``dtype`` is that of the parameters outside the streams and of the activations (None: as stored, BF16), also by
+    its older name ``torch_dtype``; ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained``. Without the ortho file
+    of a memory the model can only do alpha=0 there. Raises ``UserError`` for a directory that is no checkpoint, a
+    newer format, and files that are missing, truncated, changed or not the manifest's.
     """
     path = Path(directory)
     check(path)
@@ -53,6 +54,7 @@ def load(
     from lm_ortho.checkpoint import hf
 
     hf.register()
+    dtype = kwargs.pop("torch_dtype", dtype)
     defaults = {"dtype": "auto" if dtype is None else dtype, "local_files_only": True, "trust_remote_code": False}
     try:
         with hf.files_are_verified():
@@ -86,8 +88,13 @@ def check(path: Path) -> None:
         path,
         manifest,
         {**dict.fromkeys((CONFIG_FILE, INDEX_FILE)), **manifest.files},
-        optional=map(ortho_file, settings.get("memories") or [UNNAMED]),
+        optional=(orthos := [ortho_file(name) for name in settings.get("memories") or [UNNAMED]]),
     )
+    shards = read_json(path / INDEX_FILE).get("weight_map")
+    if not isinstance(shards, dict):
+        raise UserError(f"{path}: {INDEX_FILE} has no weight_map")
+    there = [*shards.values(), *(name for name in orthos if (path / name).exists())]
+    verify(path, manifest, [name for name in dict.fromkeys(there) if name not in manifest.files])
 
 
 def _settings(path: Path) -> dict[str, Any] | None:

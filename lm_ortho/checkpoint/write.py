@@ -37,6 +37,7 @@ _RIVALS = (
     "model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin",
     "pytorch_model.bin.index.json", "adapter_config.json",
 )  # fmt: skip
+GENERATION_FILE = "generation_config.json"
 USED_FILE = ".last_used"
 """The cache's note beside a checkpoint, which goes with it."""
 
@@ -51,10 +52,11 @@ def save(
 ) -> Path:
     """The directory of the checkpoint of a patched transformers model.
 
-    Everything is written under a temporary name beside it and moved at the end. Files of others in an
-    existing directory stay; an older checkpoint there is replaced. Parameters outside the streams are stored
-    in BF16, so a model that keeps them in float32 comes back rounded; buffers keep their dtype. ``meta`` is
-    plain JSON that ``read_meta`` gives back; its ``recipe`` also goes into ``config.json``.
+    Everything is written under a temporary name beside it (inside it, where it cannot be moved itself) and moved at
+    the end. Files of others in an existing directory stay; an older checkpoint there is replaced, but for its
+    tokenizer where none is given. Parameters outside the streams are stored in BF16, so a model that keeps them in
+    float32 comes back rounded; buffers keep their dtype. ``meta`` is plain JSON that ``read_meta`` gives back; its
+    ``recipe`` also goes into ``config.json``.
 
     Raises ``UserError`` for a model that is not decomposed or a directory that holds another model.
     """
@@ -63,13 +65,15 @@ def save(
     settings = quantization_settings(streams, meta or {})
     _refuse_occupied(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.parent / scratch_name(target)
+    scratch = (target if _stays(target) else target.parent) / scratch_name(target)
     scratch.mkdir()
     try:
         _write_tensors(scratch, model, streams, shard_bytes)
         _write_config(scratch, model, settings)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
+        else:
+            _keep_tokenizer(target, scratch)
         write_manifest(scratch, meta or {}, settings["format_version"])
         _publish(scratch, target)
     finally:
@@ -120,7 +124,7 @@ class SavePretrainedGuard(Guard):
 
     method = "save_pretrained"
 
-    def __call__(
+    def call(
         self,
         save_directory: str | PathLike[str],
         is_main_process: bool = True,
@@ -129,6 +133,7 @@ class SavePretrainedGuard(Guard):
         max_shard_size: int | str | None = None,
         **kwargs: Any,
     ) -> None:
+        """Writes a checkpoint; the arguments are those of transformers."""
         if state_dict is not None:
             raise UserError("save_pretrained(state_dict=...) is not possible for a decomposed model")
         model = self.model
@@ -241,6 +246,22 @@ def _is_ours(config: Path) -> bool:
         return True
 
 
+def _stays(target: Path) -> bool:
+    """Whether a directory cannot, or should not, give its place to another: a mount point, where somebody works."""
+    if not target.is_dir():
+        return False
+    return os.path.ismount(target) or target == Path.cwd() or not os.access(target.parent, os.W_OK)
+
+
+def _keep_tokenizer(target: Path, scratch: Path) -> None:
+    """What an older checkpoint has beside weights, configuration and code, such as its tokenizer, goes along."""
+    for name in _older_files(target) - {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, GENERATION_FILE}:
+        other = not name.endswith((".safetensors", ".py")) and not (scratch / name).exists()
+        if other and (target / name).is_file():
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(target / name, scratch / name)
+
+
 def _publish(scratch: Path, target: Path) -> None:
     """Moves a finished checkpoint to its place.
 
@@ -248,17 +269,18 @@ def _publish(scratch: Path, target: Path) -> None:
     others keep files too. In that last case the manifest goes first and comes last, so what an interruption
     leaves is refused by load.
     """
-    try:
-        os.rename(scratch, target)  # also onto an empty directory
-        return
-    except OSError:
-        if not target.is_dir():
-            raise
     older = _older_files(target)
-    there = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
-    if there <= {*older, USED_FILE}:
-        _swap(scratch, target)
-        return
+    if scratch.parent != target:
+        try:
+            os.rename(scratch, target)  # also onto an empty directory
+            return
+        except OSError:
+            if not target.is_dir():
+                raise
+        there = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+        if there <= {*older, USED_FILE}:
+            _swap(scratch, target)
+            return
     (target / MANIFEST_FILE).unlink(missing_ok=True)
     files = sorted(path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file())
     for name in sorted(files, key=lambda path: path.name == MANIFEST_FILE):

@@ -80,14 +80,15 @@ def decompose(
     made = (
         add_to_checkpoint(order, add, out, device=device) if add else make_checkpoint(order, out, None, device, offload)
     )
-    typer.echo(json.dumps(asdict(made), indent=2) if as_json else _summary(made))
+    typer.echo(json.dumps(asdict(made), indent=2) if as_json else _summary(made, add))
 
 
-def _summary(made: Made) -> str:
+def _summary(made: Made, added: str | None) -> str:
     lattice = f"INT{made.recipe['bits']}" if made.recipe["bits"] != 16 else "BF16"
     target = f"{made.target['name']} ({made.target['reason']})" if made.target else "none (the recipe needs none)"
     whole = " in all" if len(made.memories) > 1 else ""
     each = f" for each of {', '.join(made.memories)}" if len(made.memories) > 1 else ""
+    each = f" for {added}" if added else each
     return "\n".join(
         [
             f"{made.directory}: {made.layers} layers, {made.weights:,} weights, in {made.seconds:g} s",

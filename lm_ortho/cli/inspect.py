@@ -55,7 +55,7 @@ def _print(found: Findings) -> None:
         console.print(_heat_table(found))
     console.print()
     for line in _totals(found):
-        console.print(line, soft_wrap=True)
+        console.print(line, soft_wrap=True, markup=False)
 
 
 def _layer_table(found: Findings) -> Table:

@@ -190,8 +190,9 @@ def load_base(order: Order) -> torch.nn.Module:
     return load_causal_lm(place_of(order.base), argument="base", **_trust(order))
 
 
-def _trust(order: Order) -> dict[str, bool]:
-    return {"trust_remote_code": bool(order.source.get("trust_remote_code"))}
+def _trust(order: Order) -> dict[str, Any]:
+    token = {"token": order.source["token"]} if order.source.get("token") else {}
+    return {"trust_remote_code": bool(order.source.get("trust_remote_code")), **token}
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -240,7 +241,9 @@ def _decompose_in_place(source: Source, notify: Notify) -> dict[str, Any]:
     tokenizer = load_tokenizer(source)
     made = _decompose(merged, tokenizer, forget, retain, source.recipe, before, notify)
     patch(model, made.streams)
-    return meta_of(source, made.report)
+    meta = meta_of(source, made.report)
+    checkpoint.attach(model, meta)
+    return meta
 
 
 def key_of(source: Source) -> str:

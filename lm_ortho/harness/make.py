@@ -102,6 +102,8 @@ def add_to_checkpoint(
     missing = [argument for argument in ("forget", "retain") if not getattr(order, argument)]
     if missing:
         raise UserError(f"{missing[0]}: an added memory needs {missing[0]}=file.jsonl")
+    if order.source.get("revision"):
+        raise UserError(f"revision={order.source['revision']!r}: a memory is added to a directory, which has none")
     if order.peft:
         raise UserError("peft: a decomposed checkpoint takes no adapter; merge it into the model before that")
     order = replace(order, base="none" if order.base == "auto" else order.base)

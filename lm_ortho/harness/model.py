@@ -64,7 +64,7 @@ class LibOrthoLM(ranks.Spread, AtOnce):
         self.refuse(options, kernel)
         self.kernel, self.forget, self.retain = kernel, forget, retain
         self.pretrained_argument = pretrained
-        where = ("revision", "subfolder", "trust_remote_code")
+        where = ("revision", "subfolder", "token", "trust_remote_code")
         self._source = resolve(
             Order(
                 pretrained=pretrained,
@@ -84,6 +84,8 @@ class LibOrthoLM(ranks.Spread, AtOnce):
         log.info("device=%s: %s", *chosen)
         most = self.allow_rows(batch_size, max_batch_size)
         self._processes = ranks.join(chosen.choice)
+        if self._source.kind == "checkpoint":
+            options.pop("subfolder", None)  # is part of its location
         super().__init__(
             self._source.location,
             tokenizer=build.load_tokenizer(self._source) if self._is_object else tokenizer,

@@ -146,7 +146,8 @@ def _decomposed(order: Order, recipe: Recipe, location: str) -> Source:
     if order.peft is not None:
         raise UserError(f"peft: {order.pretrained!r} is decomposed already; merge adapters before that")
     if not Path(location).is_dir():
-        location = download("pretrained", location, order.source.get("revision"))
+        location = download("pretrained", location, order.source.get("revision"), order.source.get("token"))
+    location = str(Path(location) / order.source.get("subfolder", ""))
     recorded = recorded_in(checkpoint.read_meta(location))
     named = {**order.recipe, **({} if order.base == "auto" else {"base": order.base})}
     for name, value in named.items():
@@ -159,11 +160,11 @@ def _decomposed(order: Order, recipe: Recipe, location: str) -> Source:
     return Source("checkpoint", location, recipe, order)
 
 
-def download(argument: str, name: str, revision: str | None) -> str:
+def download(argument: str, name: str, revision: str | None, token: str | None = None) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(name, revision=revision)
+        return snapshot_download(name, revision=revision, token=token)
     except (OSError, ValueError) as error:
         raise UserError(f"{argument}={name!r}: could not be read ({reason(error, name, revision)})") from None
 

@@ -9,24 +9,29 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lm_ortho.errors import UserError
 from lm_ortho.layer.alpha import Dial, running
 
 
 class Guard:
     """Replaces one method of ``model``; survives deepcopy and pickle together with the model.
 
-    The model is held weakly: a strong reference would make a cycle, and a dropped model would keep its
-    memory until the next full garbage collection.
+    From the first call on the model is held weakly: a strong reference makes a cycle, and a dropped model would
+    keep its memory until the next full garbage collection. Before that it is held strongly, for a model that nothing
+    else holds: ``AutoModelForCausalLM.from_pretrained(a).save_pretrained(b)``.
     """
 
     method: ClassVar[str]
 
     def __init__(self, model: nn.Module) -> None:
         self._ref = weakref.ref(model)
+        self._held: nn.Module | None = model
         # Something else (accelerate, say) may have replaced the method of this instance before us.
         self._inner = model.__dict__.get(self.method)
 
@@ -42,7 +47,23 @@ class Guard:
         return getattr(type(self.model), self.method).__get__(self.model) if self._inner is None else self._inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._called():
+            return self.call(*args, **kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """What takes the place of the method."""
         return self.inner()(*args, **kwargs)
+
+    @contextmanager
+    def _called(self) -> Iterator[None]:
+        """Inside, the model is there; from now on all its guards hold it weakly."""
+        model = self.model
+        if self._held is not None:
+            for value in vars(model).values():
+                while isinstance(value, Guard):
+                    value._held, value = None, value._inner
+        yield
+        del model  # not before
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -50,10 +71,10 @@ class Guard:
         return inspect.signature(self.inner())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ref": self.model}
+        return {**self.__dict__, "_ref": self.model, "_held": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _ref=weakref.ref(state["_ref"]))
+        self.__dict__.update(state, _ref=weakref.ref(state["_ref"]), _held=state["_ref"])
 
     @classmethod
     def install(cls, model: nn.Module, *args: Any) -> None:
@@ -69,7 +90,8 @@ class CallGuard(Guard):
         super().__init__(model)
         self.dial = dial
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The method at one alpha."""
         with running(self.dial, input_shape(args, kwargs)):
             return self.inner()(*args, **kwargs)
 
@@ -84,6 +106,19 @@ class GenerateGuard(CallGuard):
     """One alpha for a whole generation."""
 
     method = "generate"
+
+
+class UnattachedGuard(Guard):
+    """``save_pretrained`` of a model patched by hand, which would write one file that nothing can load."""
+
+    method = "save_pretrained"
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses."""
+        raise UserError(
+            "save_pretrained: this model was patched by hand; call lm_ortho.checkpoint.attach(model) first, or write "
+            "it with lm_ortho.checkpoint.save"
+        )
 
 
 def input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:

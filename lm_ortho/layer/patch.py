@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lm_ortho.errors import UserError
 from lm_ortho.kernels import KERNELS, Ask, Choice, choose
 from lm_ortho.layer.alpha import Alpha, Dial, effective
-from lm_ortho.layer.guard import ForwardGuard, GenerateGuard, remove_guards
+from lm_ortho.layer.guard import ForwardGuard, GenerateGuard, Guard, UnattachedGuard, remove_guards
 from lm_ortho.layer.linear import OrthoLinear
 from lm_ortho.layer.linear_form import as_linear, mark_as_transposed, restore_form, to_linear_form
 from lm_ortho.streams import LayerStreams
@@ -41,6 +41,8 @@ def patch(model: nn.Module, streams: Mapping[str, LayerStreams]) -> list[str]:
         swaps[old] = new
     replace_modules(model, swaps)
     connect(model)
+    if not isinstance(vars(model).get(UnattachedGuard.method), Guard):
+        UnattachedGuard.install(model)
     return list(streams)
 
 
