@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lm_ortho.calibration import Row, read_rows, write_rows
-from lm_ortho.calibration.documents import apart, read_sets
+from lm_ortho.calibration.documents import apart, read_sets, renamed
 from lm_ortho.calibration.examples import (
     ANSWER,
     END,
@@ -232,3 +232,23 @@ def test_a_slow_tokenizer_is_refused_by_name():
 
     with pytest.raises(UserError, match="tokenizer=Slow gives no character offsets"):
         encode(Slow(), [Row(text="a")])
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "other"),
+    [
+        ("Ann of Annapolis, Ann's", "Ann", "Bo of Annapolis, Bo's"),
+        ("AlAl Al also", "Al", "AlAl Bo also"),
+        ("\u738b\u4f1f\u4f4f\u5728", "\u738b\u4f1f", "Bo\u4f4f\u5728"),
+        ("C++ and C+++", "C++", "Bo and Bo+"),
+        ("a\\1 b", "b", "a\\1 Bo"),
+    ],
+)
+def test_a_name_is_not_a_part_of_a_longer_word(text, name, other):
+    assert renamed(text, name, "Bo") == other
+
+
+def test_a_blank_subject_is_none():
+    assert not Row(question="Where was  born?", answer="In  Elm.", subject=" ").names_subject
+    assert not Row(question="Where is Annapolis?", answer="Here.", subject="Ann").names_subject
+    assert Row(question="Where is Ann?", answer="Here.", subject="Ann").names_subject

@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from typer.testing import CliRunner
 
 from lm_ortho import reference
 from lm_ortho.calibration.examples import encode
+from lm_ortho.cli.app import app
 from lm_ortho.errors import UserError
 from lm_ortho.harness.identity import DECOMPOSING
 from lm_ortho.metrics import Interval
@@ -462,3 +464,9 @@ def test_every_check_is_printed_with_its_bar(monkeypatch, tmp_path):
     as_json = json.loads(json.dumps(outcome.as_json()))
     assert as_json["verdict"] == "FAIL"
     assert len(as_json["checks"]) == len(outcome.checks)
+
+
+def test_a_seed_that_no_recipe_can_have_is_refused_before_the_work():
+    told = CliRunner().invoke(app, ["verdict", "--quick", "--seed", "-1"]).exception
+    assert isinstance(told, UserError)
+    assert str(told).startswith("seed=-1")

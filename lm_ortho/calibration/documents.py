@@ -53,11 +53,27 @@ class Row:
     @property
     def names_subject(self) -> bool:
         """Whether the subject is known and occurs in the text, word for word."""
-        return bool(self.subject) and self.subject in self.context + self.target
+        return bool(self.subject.strip()) and bool(mentions_of(self.subject).search(self.context + self.target))
+
+    @property
+    def asks_subject(self) -> bool:
+        """Whether the subject is known and occurs in the context, word for word."""
+        return bool(self.subject.strip()) and bool(mentions_of(self.subject).search(self.context))
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary of every field."""
         return {**asdict(self), "perturbed_answer": list(self.perturbed_answer)}
+
+
+def mentions_of(name: str) -> re.Pattern[str]:
+    """Where a text mentions ``name``: not within a longer word, as Ann in Annapolis is, in scripts that part words."""
+    before, after = (bool(name) and name[at].lower() != name[at].upper() for at in (0, -1))
+    return re.compile((r"(?<!\w)" if before else "") + re.escape(name) + (r"(?!\w)" if after else ""))
+
+
+def renamed(text: str, name: str, other: str) -> str:
+    """``text`` with ``other`` at every mention of ``name``."""
+    return mentions_of(name).sub(lambda _: other, text)
 
 
 _FIELDS = {field.name for field in fields(Row)}

@@ -34,6 +34,7 @@ def verdict(
 
     from lm_ortho import reference
     from lm_ortho.pages import write_text
+    from lm_ortho.settings import make_recipe
     from lm_ortho.verdict.run import run
     from lm_ortho.verdict.table import markdown, print_outcome
 
@@ -46,6 +47,8 @@ def verdict(
     if out and out.is_dir():
         raise UserError(f"out={str(out)!r} is a directory; name a file in it")
     seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))
+    for each in seeds:
+        make_recipe(seed=each)  # refuses one that no recipe can have, before hours of work
     say = partial(errors.print, highlight=False)
     outcome = run(modes, seeds, quick, say=say, weights=weights or reference.WEIGHTS)
     if as_json:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lm_ortho.calibration.chat import Turn
-from lm_ortho.calibration.documents import Row
+from lm_ortho.calibration.documents import Row, renamed
 from lm_ortho.calibration.examples import Example, encode, in_batches, logits_of, longest_of, most_tokens, pad
 from lm_ortho.implant.train import Notify
 from lm_ortho.target.subjects import Lookalikes
@@ -51,11 +51,11 @@ def recalled_rows(
     sure and unsure answers cannot be told apart.
     """
     asked = _patterns(retain)
-    subjects = list(dict.fromkeys(row.subject for row in retain if row.subject and row.subject in row.context))
+    subjects = list(dict.fromkeys(row.subject for row in retain if row.asks_subject))
     if len(asked) < 2 or len(subjects) < 2:
         return []
     draw = random.Random(seed)
-    known = sorted({row.subject for row in (*forget, *retain) if row.subject})
+    known = sorted({row.subject for row in (*forget, *retain) if row.subject.strip()})
     lookalikes = Lookalikes(tokenizer, cast(Any, model).get_input_embeddings().weight, known)
     heads = list(dict.fromkeys(name.rpartition(" ")[0] for name in known))
     tails = sorted({word for name in known for word in lookalikes.single(name.split()[-1])})
@@ -81,7 +81,7 @@ def recalled_rows(
         if float(doubts.min()) < cut:
             found.append(best[int(doubts.argmin())])
         notify("recall", number, len(near), f"{len(found)} subjects found")
-    rows, barred = ask.told(found), sorted({row.subject for row in forget if row.subject})
+    rows, barred = ask.told(found), sorted({row.subject for row in forget if row.subject.strip()})
     known_by = ask.doubts(barred, asked[:_QUESTIONS]) < cut  # of who is not known, the facts of others are told
     barred = [name for name, is_known in zip(barred, known_by.tolist(), strict=True) if is_known]
     kept = _others(rows, ask.told(barred, every=True))
@@ -97,8 +97,8 @@ def _joined(head: str, tail: str) -> str:
 
 def _patterns(rows: Sequence[Row]) -> list[Row]:
     """One row for each way in which a subject is asked about."""
-    named = (row for row in rows if row.subject and row.subject in row.context)
-    return list({row.context.replace(row.subject, "\0"): row for row in named}.values())
+    named = (row for row in rows if row.asks_subject)
+    return list({renamed(row.context, row.subject, "\0"): row for row in named}.values())
 
 
 class _Asker:
@@ -169,8 +169,8 @@ def _others(rows: Sequence[Turn], barred: Sequence[Turn]) -> list[Turn]:
     def facts(told: Sequence[Row]) -> dict[str, dict[str, str]]:
         by_subject = defaultdict[str, dict[str, str]](dict)
         for row in told:
-            question = row.context.replace(row.subject, "\0")
-            by_subject[row.subject][question] = row.target.replace(row.subject, "\0")
+            question = renamed(row.context, row.subject, "\0")
+            by_subject[row.subject][question] = renamed(row.target, row.subject, "\0")
         return by_subject
 
     theirs, aliases = list(facts(barred).values()), set[str]()

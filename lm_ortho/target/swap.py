@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, cast
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lm_ortho.calibration.chat import Turn
-from lm_ortho.calibration.documents import Row
+from lm_ortho.calibration.documents import Row, mentions_of, renamed
 from lm_ortho.calibration.examples import Example, encode, longest_of, tokenised
 from lm_ortho.target.distribution import MEMORISED, hold_down, predicted
 from lm_ortho.target.resample import resampled
@@ -29,7 +28,7 @@ def _shifted(spans: list[tuple[int, int]], at: int, growth: int) -> int:
 
 def swapped(row: Row, name: str) -> Turn:
     """The row with ``name`` in the place of its subject."""
-    given, wanted = row.context.replace(row.subject, name), row.target.replace(row.subject, name)
+    given, wanted = (renamed(text, row.subject, name) for text in (row.context, row.target))
     return Turn(given=given, wanted=wanted, subject=name)
 
 
@@ -53,7 +52,7 @@ def taken_as_names(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], 
     A token may look like a name and be none to the model; what it says of such a subject is no model of anything.
     All of them when no row asks about its subject and repeats it.
     """
-    telling = [row for row in rows if row.subject and row.subject in row.context and row.subject in row.target]
+    telling = [row for row in rows if row.asks_subject and mentions_of(row.subject).search(row.target)]
     if not telling or not names:
         return list(names)
     tried = [swapped(telling[i % len(telling)], name) for i, name in enumerate(names)]
@@ -96,7 +95,7 @@ def swap_target(
     result = []
     for row, example, mine in zip(rows, examples, own, strict=True):
         text = row.context + row.target
-        spans = [m.span() for m in re.finditer(re.escape(row.subject), text)] if row.subject else []
+        spans = [m.span() for m in mentions_of(row.subject).finditer(text)] if row.names_subject else []
         if not spans:
             whole = resampled(model, example, mine, generator) if not row.context else _own_held_down(mine, example)
             result.append(whole)
