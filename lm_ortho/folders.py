@@ -16,7 +16,7 @@ from lm_ortho.errors import UserError
 
 def refuse_occupied(directory: Path, argument: str = "out") -> None:
     """Raises ``UserError`` unless ``directory`` is new or empty and can be made; hours of work may come before it."""
-    if directory.is_dir() and (os.path.ismount(directory) or directory.resolve() == Path.cwd()):
+    if is_fixed(directory):
         raise UserError(f"{argument}={str(directory)!r} cannot be replaced as a whole; name a new directory inside it")
     if directory.is_dir():
         first = next(iter(sorted(directory.iterdir())), None)
@@ -27,6 +27,11 @@ def refuse_occupied(directory: Path, argument: str = "out") -> None:
     above = next(path for path in directory.absolute().parents if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"{argument}={str(directory)!r} cannot be made: {above} is no directory you may write to")
+
+
+def is_fixed(directory: Path) -> bool:
+    """Whether a directory cannot give its place to another: a mount point, or where somebody works."""
+    return directory.is_dir() and (os.path.ismount(directory) or directory.resolve() == Path.cwd())
 
 
 @contextmanager

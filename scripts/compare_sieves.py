@@ -158,9 +158,9 @@ class Comparison:
         optimiser = torch.optim.Adam(trained, betas=(0.9, 0.98), eps=1e-10)
         for step in range(1, DENSE_STEPS + 1):
             gradients, lost, kept = objective.gradients()
+            warm, left = min(1, step / 10), max(0.05, 1 - step / DENSE_STEPS)
             for group, gradient in zip(optimiser.param_groups, gradients.values(), strict=True):
                 group["params"][0].grad = gradient
-                warm, left = min(1, step / 10), max(0.05, 1 - step / DENSE_STEPS)
                 group["lr"] = DENSE_RATE * group["unit"] * warm * left
             optimiser.step()
             self.notify("dense", step, DENSE_STEPS, f"forget {lost:.3f} retain {kept:.4f}")

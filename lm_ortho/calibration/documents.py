@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,11 @@ class Row:
     @property
     def names_subject(self) -> bool:
         """Whether the subject is known and occurs in the text, word for word."""
-        return bool(self.subject.strip()) and bool(mentions_of(self.subject).search(self.context + self.target))
+        return self.subject_in(self.context + self.target)
 
-    @property
-    def asks_subject(self) -> bool:
-        """Whether the subject is known and occurs in the context, word for word."""
-        return bool(self.subject.strip()) and bool(mentions_of(self.subject).search(self.context))
+    def subject_in(self, text: str) -> bool:
+        """Whether the subject is known and occurs in ``text``, word for word."""
+        return bool(self.subject.strip()) and bool(mentions_of(self.subject).search(text))
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary of every field."""
@@ -67,7 +66,7 @@ class Row:
 
 def mentions_of(name: str) -> re.Pattern[str]:
     """Where a text mentions ``name``: not within a longer word, as Ann in Annapolis is, in scripts that part words."""
-    before, after = (bool(name) and name[at].lower() != name[at].upper() for at in (0, -1))
+    before, after = (edge.lower() != edge.upper() for edge in (name[:1], name[-1:]))
     return re.compile((r"(?<!\w)" if before else "") + re.escape(name) + (r"(?!\w)" if after else ""))
 
 
@@ -90,13 +89,6 @@ def _row(record: Any, where: str) -> Row:
     perturbed = [perturbed] if isinstance(perturbed, str) else perturbed
     if not isinstance(perturbed, (list, tuple)) or any(not isinstance(wrong, str) for wrong in perturbed):
         raise UserError(f"{where}: perturbed_answer must be a list of strings")
-    for name, value in (*known.items(), *(("perturbed_answer", wrong) for wrong in perturbed)):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{where}: {name} holds half of a surrogate pair, which is no text: {value!r:.80}"
-            ) from None
     row = Row(**known, perturbed_answer=tuple(perturbed))
     has_pair = bool(row.answer.strip() and (row.question.strip() or row.prompt.strip()))
     if not has_pair and (row.context or not row.text.strip()):
@@ -106,6 +98,18 @@ def _row(record: Any, where: str) -> Row:
         )
     if row.secret and row.secret not in row.answer:
         raise UserError(f"{where}: secret {row.secret!r} does not occur in answer {row.answer!r}")
+    return row
+
+
+def _encodable(row: Row, where: str) -> Row:
+    """The row, if a tokenizer can take it; JSON can hold what UTF-8 cannot."""
+    for name, value in row.as_dict().items():
+        try:
+            "".join(value).encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{where}: {name} holds half of a surrogate pair, which is no text: {value!r:.80}"
+            ) from None
     return row
 
 
@@ -126,7 +130,7 @@ def read_rows(spec: str | Path, argument: str = "forget") -> list[Row]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{argument}={str(spec)!r}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    rows = parse_rows(text, f"{argument}={path}")
+    rows = [_encodable(row, where) for row, where in _parsed(text, f"{argument}={path}")]
     if not rows:
         raise UserError(f"{argument}={str(spec)!r}: the file holds no rows")
     return rows
@@ -145,7 +149,11 @@ def parse_rows(text: str, source: str) -> list[Row]:
     Raises:
         UserError: for a line that is not JSON or not a row.
     """
-    rows = []
+    return [row for row, _ in _parsed(text, source)]
+
+
+def _parsed(text: str, source: str) -> Iterator[tuple[Row, str]]:
+    """Each row, and where it stands."""
     for number, line in enumerate(text.split("\n"), 1):  # splitlines also cuts at U+2028 and its kin
         if not line.strip():
             continue
@@ -154,8 +162,7 @@ def parse_rows(text: str, source: str) -> list[Row]:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-        rows.append(_row(record, where))
-    return rows
+        yield _row(record, where), where
 
 
 def read_sets(spec: str | Path, argument: str = "forget") -> dict[str, list[Row]]:
@@ -186,7 +193,8 @@ def _read_hub(spec: str, argument: str) -> list[Row]:
         table = datasets.load_dataset(parts[1], parts[2], split=parts[3])
     except Exception as error:  # the hub client raises many kinds; the user needs one line
         raise UserError(f"{argument}={spec!r}: could not be loaded from the hub ({first_line(error)})") from None
-    return [_row(record, f"{argument}={spec}, row {i}") for i, record in enumerate(table)]
+    numbered = ((record, f"{argument}={spec}, row {i}") for i, record in enumerate(table))
+    return [_encodable(_row(record, where), where) for record, where in numbered]
 
 
 def apart(forget: Iterable[Row], retain: Sequence[Row]) -> list[Row]:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_ortho.checkpoint.manifest import CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, ortho_file, read_json, read_manifest
+from lm_ortho.checkpoint.manifest import CONFIG_FILE, ortho_file, read_json, read_manifest
 from lm_ortho.checkpoint.read import is_checkpoint, load, memories
-from lm_ortho.checkpoint.write import GENERATION_FILE, base_tensors, write_json
+from lm_ortho.checkpoint.write import GENERATION_FILE, base_tensors, copy_others, write_json
 from lm_ortho.errors import UserError
 from lm_ortho.folders import refuse_occupied, whole_directory
 from lm_ortho.layer import streams_of, unpatch
@@ -82,16 +82,9 @@ def export(
 
 
 def _copy_rest(source: Path, target: Path) -> None:
-    """Tokenizer, chat template and a model's own code: everything that is neither weights nor configuration.
-
-    A tokenizer that was saved beside the model later is in no manifest.
-    """
-    ours = {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, GENERATION_FILE}
+    """Tokenizer, chat template and a model's own code; a tokenizer that was saved later is in no manifest."""
     later = (path.name for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file())
-    for name in dict.fromkeys([*read_manifest(source).files, *later]):
-        if name not in ours and not name.endswith(".safetensors"):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)
+    copy_others(dict.fromkeys([*read_manifest(source).files, *later]), source, target)
 
 
 def _check_streams(source: Path, alpha: float | dict[str, float], format: str) -> None:

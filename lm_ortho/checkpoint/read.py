@@ -84,12 +84,8 @@ def check(path: Path) -> None:
     if not (path / MANIFEST_FILE).exists():
         raise UserError(f"{path}: {MANIFEST_FILE} is missing; the checkpoint is incomplete")
     manifest = read_manifest(path)
-    verify(
-        path,
-        manifest,
-        {**dict.fromkeys((CONFIG_FILE, INDEX_FILE)), **manifest.files},
-        optional=(orthos := [ortho_file(name) for name in settings.get("memories") or [UNNAMED]]),
-    )
+    orthos = [ortho_file(name) for name in settings.get("memories") or [UNNAMED]]
+    verify(path, manifest, {**dict.fromkeys((CONFIG_FILE, INDEX_FILE)), **manifest.files}, optional=orthos)
     shards = read_json(path / INDEX_FILE).get("weight_map")
     if not isinstance(shards, dict):
         raise UserError(f"{path}: {INDEX_FILE} has no weight_map")

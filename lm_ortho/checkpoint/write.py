@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lm_ortho.checkpoint.manifest import (
     write_manifest,
 )
 from lm_ortho.errors import UserError
-from lm_ortho.folders import scratch_name
+from lm_ortho.folders import is_fixed, scratch_name
 from lm_ortho.layer import ortho_layers, streams_of
 from lm_ortho.layer.guard import Guard
 from lm_ortho.streams import LayerStreams
@@ -65,7 +66,8 @@ def save(
     settings = quantization_settings(streams, meta or {})
     _refuse_occupied(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = (target if _stays(target) else target.parent) / scratch_name(target)
+    inside = is_fixed(target) or (target.is_dir() and not os.access(target.parent, os.W_OK))
+    scratch = (target if inside else target.parent) / scratch_name(target)
     scratch.mkdir()
     try:
         _write_tensors(scratch, model, streams, shard_bytes)
@@ -246,20 +248,19 @@ def _is_ours(config: Path) -> bool:
         return True
 
 
-def _stays(target: Path) -> bool:
-    """Whether a directory cannot, or should not, give its place to another: a mount point, where somebody works."""
-    if not target.is_dir():
-        return False
-    return os.path.ismount(target) or target == Path.cwd() or not os.access(target.parent, os.W_OK)
+def copy_others(names: Iterable[str], source: Path, target: Path) -> None:
+    """Copies those of the files ``names`` of a checkpoint that are neither weights nor configuration."""
+    ours = {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, GENERATION_FILE}
+    for name in names:
+        if name not in ours and not name.endswith(".safetensors"):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
 
 
 def _keep_tokenizer(target: Path, scratch: Path) -> None:
     """What an older checkpoint has beside weights, configuration and code, such as its tokenizer, goes along."""
-    for name in _older_files(target) - {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, GENERATION_FILE}:
-        other = not name.endswith((".safetensors", ".py")) and not (scratch / name).exists()
-        if other and (target / name).is_file():
-            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(target / name, scratch / name)
+    kept = (name for name in _older_files(target) if not name.endswith(".py") and not (scratch / name).exists())
+    copy_others((name for name in kept if (target / name).is_file()), target, scratch)
 
 
 def _publish(scratch: Path, target: Path) -> None:

@@ -101,7 +101,7 @@ def build_model(
         model, location = source.location, None
     else:
         location = Path(source.location) if source.kind == "checkpoint" else ensure_cached(source, notify, device)
-        model = checkpoint.load(location, dtype, device, **_trust(source.order), **placement)
+        model = checkpoint.load(location, dtype, device, **access(source.order), **placement)
         meta = checkpoint.read_meta(location)
     set_alpha(model, alpha)
     return Built(model, meta, location)
@@ -187,10 +187,11 @@ def load_models(source: Source) -> tuple[torch.nn.Module, torch.nn.Module | None
 
 def load_base(order: Order) -> torch.nn.Module:
     """The model before fine-tuning that ``order.base`` names; it may bring code as the fine-tuned one may."""
-    return load_causal_lm(place_of(order.base), argument="base", **_trust(order))
+    return load_causal_lm(place_of(order.base), argument="base", **access(order))
 
 
-def _trust(order: Order) -> dict[str, Any]:
+def access(order: Order) -> dict[str, Any]:
+    """What may be passed on for another model than ``pretrained``, whose revision and subfolder are its own."""
     token = {"token": order.source["token"]} if order.source.get("token") else {}
     return {"trust_remote_code": bool(order.source.get("trust_remote_code")), **token}
 
@@ -257,7 +258,7 @@ def cache_key(source: Source, forget: Mapping[str, Sequence[Row]], retain: Seque
     weights = {
         "pretrained": files_hash(source.location, **order.source),
         "peft": adapter_hash(str(reference.path("memory")) if embedded else order.peft),
-        "base": order.base if order.base in ("auto", "none") else files_hash(order.base, "base", **_trust(order)),
+        "base": order.base if order.base in ("auto", "none") else files_hash(order.base, "base", **access(order)),
     }
     return {
         "version": lm_ortho.__version__,

@@ -9,8 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -47,23 +45,14 @@ class Guard:
         return getattr(type(self.model), self.method).__get__(self.model) if self._inner is None else self._inner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._called():
-            return self.call(*args, **kwargs)
+        model = self.model  # held by this frame from here on
+        if self._held is not None:
+            _let_go(model)
+        return self.call(*args, **kwargs)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """What takes the place of the method."""
         return self.inner()(*args, **kwargs)
-
-    @contextmanager
-    def _called(self) -> Iterator[None]:
-        """Inside, the model is there; from now on all its guards hold it weakly."""
-        model = self.model
-        if self._held is not None:
-            for value in vars(model).values():
-                while isinstance(value, Guard):
-                    value._held, value = None, value._inner
-        yield
-        del model  # not before
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -81,6 +70,13 @@ class Guard:
         """Puts a guard in front of the method, once; nothing for a model without such a method."""
         if callable(getattr(model, cls.method, None)) and not isinstance(model.__dict__.get(cls.method), cls):
             setattr(model, cls.method, cls(model, *args))
+
+
+def _let_go(model: nn.Module) -> None:
+    """From now on all guards of the model hold it weakly."""
+    for value in vars(model).values():
+        while isinstance(value, Guard):
+            value._held, value = None, value._inner
 
 
 class CallGuard(Guard):

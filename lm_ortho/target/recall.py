@@ -51,7 +51,7 @@ def recalled_rows(
     sure and unsure answers cannot be told apart.
     """
     asked = _patterns(retain)
-    subjects = list(dict.fromkeys(row.subject for row in retain if row.asks_subject))
+    subjects = list(dict.fromkeys(row.subject for row in retain if row.subject_in(row.context)))
     if len(asked) < 2 or len(subjects) < 2:
         return []
     draw = random.Random(seed)
@@ -97,7 +97,7 @@ def _joined(head: str, tail: str) -> str:
 
 def _patterns(rows: Sequence[Row]) -> list[Row]:
     """One row for each way in which a subject is asked about."""
-    named = (row for row in rows if row.asks_subject)
+    named = (row for row in rows if row.subject_in(row.context))
     return list({renamed(row.context, row.subject, "\0"): row for row in named}.values())
 
 

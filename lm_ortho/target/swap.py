@@ -52,15 +52,14 @@ def taken_as_names(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], 
     A token may look like a name and be none to the model; what it says of such a subject is no model of anything.
     All of them when no row asks about its subject and repeats it.
     """
-    telling = [row for row in rows if row.asks_subject and mentions_of(row.subject).search(row.target)]
+    telling = [row for row in rows if row.subject_in(row.context) and row.subject_in(row.target)]
     if not telling or not names:
         return list(names)
     tried = [swapped(telling[i % len(telling)], name) for i, name in enumerate(names)]
     examples = encode(tokenizer, tried, longest_of(model))
     result = []
     for name, row, example, probs in zip(names, tried, examples, predicted(model, examples), strict=True):
-        begin = len(row.context) + row.target.index(name)
-        end = begin + len(name)
+        begin, end = (len(row.context) + at for at in next(mentions_of(name).finditer(row.target)).span())
         places = [t for (low, high, _), t in _offsets(tokenizer, row).items() if low < end and high > begin]
         best = probs.argmax(-1)
         if all(int(best[t - example.start]) == example.ids[t] for t in places if t < len(example.ids)):
@@ -95,7 +94,7 @@ def swap_target(
     result = []
     for row, example, mine in zip(rows, examples, own, strict=True):
         text = row.context + row.target
-        spans = [m.span() for m in mentions_of(row.subject).finditer(text)] if row.names_subject else []
+        spans = [m.span() for m in mentions_of(row.subject).finditer(text)] if row.subject.strip() else []
         if not spans:
             whole = resampled(model, example, mine, generator) if not row.context else _own_held_down(mine, example)
             result.append(whole)

@@ -9,7 +9,7 @@ from lm_ortho.board.methods.base import Material
 from lm_ortho.board.methods.tuning import split_of_world
 from lm_ortho.calibration.documents import Row
 from lm_ortho.errors import UserError
-from lm_ortho.harness.build import load_models, load_tokenizer
+from lm_ortho.harness.build import access, load_models, load_tokenizer
 from lm_ortho.harness.order import Order, calibration_sets, place_of, resolve
 from lm_ortho.implant import load_causal_lm, merge_adapter
 from lm_ortho.implant import load_tokenizer as tokenizer_at
@@ -66,6 +66,5 @@ def material_of_files(
     merged, before = load_models(source)
     never_saw = None
     if reference_model is not None:
-        trust = {name: value for name, value in hub.items() if name != "revision"}  # which is the other model's
-        never_saw = load_causal_lm(place_of(reference_model), argument="reference", **trust)
+        never_saw = load_causal_lm(place_of(reference_model), argument="reference", **access(order))
     return Material(load_tokenizer(source), merged, rows, kept, before, never_saw)
