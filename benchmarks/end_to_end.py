@@ -24,12 +24,12 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lm_ortho import checkpoint, kernels, reference
+from lm_ortho import checkpoint, kernels, world
 from lm_ortho.bench.layers import device_name
-from lm_ortho.harness.build import load_models
-from lm_ortho.harness.order import Order, resolve
 from lm_ortho.layer import alpha_scope, find_linear, patch, set_kernel, streams_of
-from lm_ortho.pages import versions
+from lm_ortho.markdown import versions
+from lm_ortho.pipeline.build import load_models
+from lm_ortho.pipeline.spec import Order, resolve
 from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream, bits_per_weight
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,7 +67,7 @@ def tinyllama() -> tuple[nn.Module, nn.Module]:
 def embedded() -> tuple[nn.Module, nn.Module]:
     """The merged embedded model, and the decomposed one that is shipped."""
     merged, _ = load_models(resolve(Order(pretrained=None, base="none")))
-    return merged.bfloat16().eval(), checkpoint.load(reference.path("decomposed"), torch.bfloat16)
+    return merged.bfloat16().eval(), checkpoint.load(world.path("decomposed"), torch.bfloat16)
 
 
 def tokens_per_second(model: nn.Module, count: int) -> float:

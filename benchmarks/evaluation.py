@@ -24,10 +24,10 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lm_ortho import reference
+from lm_ortho import world
 from lm_ortho.checkpoint.export import export
 from lm_ortho.harness.model import LibOrthoLM
-from lm_ortho.pages import versions, write_text
+from lm_ortho.markdown import versions, write_text
 from lm_ortho.plugin.bridges import tasks_dir
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         plain = Path(temporary) / "plain"
-        export(reference.path("decomposed"), plain, alpha=0.0)
+        export(world.path("decomposed"), plain, alpha=0.0)
         options = {"dtype": given.dtype, "device": "cpu", "batch_size": given.rows}
         made: dict[str, Callable[[], Any]] = {
             "hf": lambda: HFLM(pretrained=str(plain), **options),

@@ -22,7 +22,7 @@ from lm_ortho.kernels import cpu
 from lm_ortho.bench import Plan, run
 from lm_ortho.bench.layers import SHAPES
 from lm_ortho.bench.problem import BITS, GROUP_SIZE
-from lm_ortho.pages import versions
+from lm_ortho.markdown import versions
 
 RESULTS = Path(__file__).parent / "results"
 INK = {"ours": "#1f77b4", "int4pack_csr": "#d62728", "fp32": "#7f7f7f", "torchao_int4": "#9467bd"}

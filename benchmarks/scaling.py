@@ -1,5 +1,7 @@
 #!/usr/bin/env python
-"""Memory and time of a decomposition, measured on a random Llama, beside what the formulas of lm_ortho.scaling say.
+"""Memory and time of a decomposition, measured on a random Llama, beside the estimates of the formulas.
+
+The formulas are in ``lm_ortho.pipeline.resource_estimate``.
 
     python benchmarks/scaling.py --shape small                       # 0.05 G weights, minutes
     python benchmarks/scaling.py --shape tinyllama --steps 30 --forget 8 --retain 64 \\
@@ -27,12 +29,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lm_ortho import scaling
-from lm_ortho.calibration import Row
-from lm_ortho.decompose import decompose
-from lm_ortho.harness.progress import Bars
-from lm_ortho.pages import versions
-from lm_ortho.settings import make_recipe
+from lm_ortho.config import make_recipe
+from lm_ortho.data import Row
+from lm_ortho.markdown import versions
+from lm_ortho.pipeline import resource_estimate
+from lm_ortho.pipeline.decomposition import decompose
+from lm_ortho.runtime.progress import Bars
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden": 128, "intermediate": 384, "blocks": 4, "vocabulary": 4096, "heads": 4, "kv_heads": 4},
@@ -124,10 +126,10 @@ def main() -> None:
     made = decompose(model, words, forget, retain, recipe, notify=watch)
     watch.stop()
     tokens = QUESTION + ANSWER + 4  # "Question:", "Answer:" and the end token; the line break is none
-    shape = scaling.llama(**numbers, tied=False)
-    rows = scaling.Rows(given.forget, given.retain, tokens, ANSWER + 1)
+    shape = resource_estimate.llama(**numbers, tied=False)
+    rows = resource_estimate.Rows(given.forget, given.retain, tokens, ANSWER + 1)
     steps = {"attribution": max(1, given.steps // 10) * given.groups, "edit": given.steps}
-    operations = scaling.work(shape, rows, recipe, base_known=False)
+    operations = resource_estimate.work(shape, rows, recipe, base_known=False)
     found = {
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
@@ -141,7 +143,9 @@ def main() -> None:
         "seconds_per_step": {stage: round(watch.seconds[stage] / count, 3) for stage, count in steps.items()},
         "gigaflops": {stage: round(operations[stage] / watch.seconds[stage] / 1e9, 1) for stage in steps},
         "peak_gb": _rounded({stage: (size - before) / 1e9 for stage, size in watch.bytes.items()}, 3),
-        "formula_gb": _rounded({s: b / 1e9 for s, b in scaling.memory(shape, rows, recipe, False).items()}, 3),
+        "formula_gb": _rounded(
+            {s: b / 1e9 for s, b in resource_estimate.memory(shape, rows, recipe, False).items()}, 3
+        ),
     }
     given.out.mkdir(parents=True, exist_ok=True)
     lean = given.recompute or given.groups > 1 or given.states != "float32"

@@ -4,15 +4,14 @@ Importing this package loads neither torch nor lm-eval; the public names below a
 """
 
 import os
-import sys
 
 TYPE_CHECKING = False  # true for type checkers; `typing` is too slow for a module every interpreter loads
 if TYPE_CHECKING:
     from lm_ortho.checkpoint import load
-    from lm_ortho.decompose import decompose
     from lm_ortho.errors import UserError
     from lm_ortho.harness.model import LibOrthoLM
     from lm_ortho.layer import OrthoLinear, alpha_scope, set_alpha
+    from lm_ortho.pipeline.decomposition import decompose
 
 __version__ = "0.1.0"
 
@@ -32,7 +31,7 @@ _HOMES = {
     "OrthoLinear": "lm_ortho.layer",
     "UserError": "lm_ortho.errors",
     "alpha_scope": "lm_ortho.layer",
-    "decompose": "lm_ortho.decompose",
+    "decompose": "lm_ortho.pipeline.decomposition",
     "load": "lm_ortho.checkpoint",
     "set_alpha": "lm_ortho.layer",
 }
@@ -41,17 +40,6 @@ _HOMES = {
 if not os.path.isdir(os.path.join(__path__[0], "kernels")):
     # A new list: the one of the module's spec is what tools that read the source tree go by.
     __path__ = [*__path__, os.path.dirname(os.path.abspath(__path__[0]))]
-
-
-class _Package(type(sys)):  # type: ignore[misc]
-    """Keeps ``lm_ortho.decompose`` the function, whoever first imports the module of the same name."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, type(sys))):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> object:

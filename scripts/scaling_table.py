@@ -12,18 +12,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lm_ortho import scaling
-from lm_ortho.pages import markdown_table, write_text
-from lm_ortho.settings import Recipe, make_recipe
+from lm_ortho.config import Recipe, make_recipe
+from lm_ortho.markdown import markdown_table, write_text
+from lm_ortho.pipeline import resource_estimate
 
 ROOT = Path(__file__).parent.parent
 MODELS = {
-    "TinyLlama-1.1B": scaling.llama(2048, 5632, 22, 32000, 32, 4, tied=False),
-    "Llama-3-8B": scaling.llama(4096, 14336, 32, 128256, 32, 8, tied=False),
-    "Llama-3-70B": scaling.llama(8192, 28672, 80, 128256, 64, 8, tied=False),
+    "TinyLlama-1.1B": resource_estimate.llama(2048, 5632, 22, 32000, 32, 4, tied=False),
+    "Llama-3-8B": resource_estimate.llama(4096, 14336, 32, 128256, 32, 8, tied=False),
+    "Llama-3-70B": resource_estimate.llama(8192, 28672, 80, 128256, 64, 8, tied=False),
 }
 RESULTS = ROOT / "benchmarks/results"
-ROWS = scaling.Rows(600, 3300, 25, 8)
+ROWS = resource_estimate.Rows(600, 3300, 25, 8)
 LEAN = {"recompute": True, "states": "bfloat16", "groups": 4}
 GPU = 2e14
 """Operations a second that a current data-centre GPU sustains in BF16 products of this size, roundly."""
@@ -53,24 +53,24 @@ def shown(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def computed(name: str, shape: scaling.Shape, recipe: Recipe, note: str, speed: float = GPU) -> list[str]:
-    needed = scaling.memory(shape, ROWS, recipe, base_known=False)
+def computed(name: str, shape: resource_estimate.Shape, recipe: Recipe, note: str, speed: float = GPU) -> list[str]:
+    needed = resource_estimate.memory(shape, ROWS, recipe, base_known=False)
     stage = max(needed, key=lambda each: needed[each])
-    seconds = sum(scaling.work(shape, ROWS, recipe, base_known=False).values()) / speed
+    seconds = sum(resource_estimate.work(shape, ROWS, recipe, base_known=False).values()) / speed
     return [
         f"{name}, {note}", f"{shape.parameters / 1e9:.3g} G", f"{needed[stage] / 1e9:,.0f} GB ({stage})",
         f"{shown(seconds)} at {speed / 1e12:.3g} TFLOP/s",
     ]  # fmt: skip
 
 
-def streamed(name: str, shape: scaling.Shape, steps: int) -> list[str]:
+def streamed(name: str, shape: resource_estimate.Shape, steps: int) -> list[str]:
     """With ``--offload``: the host's memory, the GPU's, and the time that computing and carrying take."""
     recipe = make_recipe(**LEAN, steps=steps)
-    host = scaling.memory(shape, ROWS, recipe, base_known=False)
+    host = resource_estimate.memory(shape, ROWS, recipe, base_known=False)
     stage = max(host, key=lambda each: host[each])
-    computing = sum(scaling.work(shape, ROWS, recipe, base_known=False).values()) / GPU
-    carrying = scaling.carried(shape, recipe) / LINK
-    gpu = scaling.on_device(shape, ROWS, base_known=False)
+    computing = sum(resource_estimate.work(shape, ROWS, recipe, base_known=False).values()) / GPU
+    carrying = resource_estimate.carried(shape, recipe) / LINK
+    gpu = resource_estimate.on_device(shape, ROWS, base_known=False)
     return [
         f"{name}, `--offload`, `{arguments(LEAN)},steps={steps}`", f"{shape.parameters / 1e9:.3g} G",
         f"host {host[stage] / 1e9:,.0f} GB ({stage}), GPU {gpu / 1e9:,.0f} GB",

@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
-import tiny_checkpoint
 import torch
 from hypothesis import settings
 
 from lm_ortho import checkpoint
-from lm_ortho.calibration.documents import Row, write_rows
-from lm_ortho.calibration.examples import Example, answer_loss, encode
+from lm_ortho.data.encoding import Example, answer_loss, encode
+from lm_ortho.data.rows import Row, write_rows
 from lm_ortho.layer import find_linear, patch
-from lm_ortho.reference import tokenizer as reference_tokenizer
-from lm_ortho.reference import world
-from lm_ortho.reference.draw import Draw
-from lm_ortho.target import GENTLE, Objective, Target, Weights
-from lm_ortho.target.distribution import stack
-from lm_ortho.target.swap import swap_target
+from lm_ortho.objective import GENTLE, Objective, Target, Weights
+from lm_ortho.objective.distribution import stack
+from lm_ortho.objective.swap import swap_target
+from lm_ortho.world import people
+from lm_ortho.world import tokenizer as reference_tokenizer
+from lm_ortho.world.draw import Draw
+from tests.support import checkpoint as tiny_checkpoint
+from tests.support import tiny
 
 # How long an example takes says what else the machine does, and nothing about the code.
 settings.register_profile("untimed", deadline=None)
@@ -78,10 +78,10 @@ def memorised(words: Any) -> Memorised:
 
     def fresh() -> list[Example]:
         kinds = [draw.pick((1, 3)) for _ in range(12)]
-        return encode(words, [world.author_row(world.fresh_author(draw), kind, 0) for kind in kinds])
+        return encode(words, [people.author_row(people.fresh_author(draw), kind, 0) for kind in kinds])
 
     forget, retain = (
-        [world.author_row(author, kind, 0) for author in world.people()[group][:5] for kind in (1, 3)]
+        [people.author_row(author, kind, 0) for author in people.people()[group][:5] for kind in (1, 3)]
         for group in ("forget", "taught")
     )
     base = _trained(tiny.llama(vocab_size=len(words), initializer_range=0.05), fresh, 40, 8e-3)
@@ -93,7 +93,7 @@ def memorised(words: Any) -> Memorised:
 @pytest.fixture(scope="module")
 def few_steps() -> Iterator[None]:
     """A surrogate that is hardly taught, for tests that do not ask what it knows."""
-    import lm_ortho.target.surrogate as surrogate_module
+    import lm_ortho.objective.surrogate as surrogate_module
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(surrogate_module, "STEPS", 4)
@@ -150,7 +150,12 @@ def directory(made, tmp_path):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a plain model, a decomposed checkpoint, a forget and a retain file."""
-    from tiny_harness import ROWS, make_model, make_tokenizer, random_streams  # imports lm_eval, which few tests need
+    from tests.support.harness import (  # imports lm_eval, which few tests need
+        ROWS,
+        make_model,
+        make_tokenizer,
+        random_streams,
+    )
 
     root = tmp_path_factory.mktemp("home")
     tokenizer = make_tokenizer()

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.support.paths import REPOSITORY
+
 COPIED = ("docs", "kernels", "lm_ortho", "scripts", "tasks", "tests", "CHANGELOG.md", "README.md", "pyproject.toml")
 HEAVY = "weights"
 """A folder that is linked, not copied."""
@@ -42,7 +43,7 @@ def tree(tmp_path: Path) -> Path:
             shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", HEAVY))
         else:
             shutil.copy(source, tmp_path / name)
-    heavy = Path("lm_ortho", "reference", HEAVY)
+    heavy = Path("lm_ortho", "world", HEAVY)
     (tmp_path / heavy).symlink_to(REPOSITORY / heavy)
     return tmp_path
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.support.paths import REPOSITORY
+
 LIBRARIES = Path(sysconfig.get_paths()["purelib"])
 ROOMS = ("tasks", "kernels")
 

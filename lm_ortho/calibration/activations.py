@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.calibration.by_block import Halted
-from lm_ortho.calibration.examples import Example, in_batches, lengths, logits_of, most_tokens, pad
+from lm_ortho.data.encoding import Example, in_batches, lengths, logits_of, most_tokens, pad
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to it before inverting, as in the code of GPTQ."""

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_ortho.calibration.examples import Example, pad
-from lm_ortho.calibration.precision import computing_by
+from lm_ortho.data.encoding import Example, pad
+from lm_ortho.runtime.precision import computing_by
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lm_ortho.calibration.activations import BlockMoments, input_moments
 from lm_ortho.calibration.by_block import goes_by_block
-from lm_ortho.calibration.examples import Example
-from lm_ortho.calibration.precision import blocks_of
+from lm_ortho.data.encoding import Example
+from lm_ortho.runtime.precision import blocks_of
 
 MOMENT_BYTES = 2**31
 """Second moments that are held at once, in bytes."""

@@ -23,7 +23,7 @@ from torch import nn
 from lm_ortho.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from lm_ortho.checkpoint.write import USED_FILE, save
 from lm_ortho.errors import UserError
-from lm_ortho.folders import private_folder
+from lm_ortho.files import private_folder
 
 DEFAULT_LIMIT_GB = 20.0
 _KEY = re.compile(r"[0-9a-f]{64}")

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from lm_ortho.checkpoint.manifest import CONFIG_FILE, ortho_file, read_json, read_manifest
 from lm_ortho.checkpoint.read import is_checkpoint, load, memories
 from lm_ortho.checkpoint.write import GENERATION_FILE, base_tensors, copy_others, write_json
+from lm_ortho.config import parse_alpha, show_alpha
 from lm_ortho.errors import UserError
-from lm_ortho.folders import refuse_occupied, whole_directory
+from lm_ortho.files import refuse_occupied, whole_directory
 from lm_ortho.layer import streams_of, unpatch
-from lm_ortho.settings import parse_alpha, show_alpha
 from lm_ortho.streams import BaseStream, LayerStreams
 
 FORMATS = ("bf16", "compressed-tensors")

@@ -18,14 +18,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lm_ortho.checkpoint.manifest import (
-    MANIFEST_FILE,
-    check_settings,
-    check_version,
-    ortho_file,
-    read_manifest,
-    verify,
-)
+from lm_ortho.checkpoint.manifest import MANIFEST_FILE, check_settings, check_version, ortho_file, read_manifest, verify
 from lm_ortho.checkpoint.write import SavePretrainedGuard
 from lm_ortho.errors import UserError
 from lm_ortho.hub import reason

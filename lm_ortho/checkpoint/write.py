@@ -27,7 +27,7 @@ from lm_ortho.checkpoint.manifest import (
     write_manifest,
 )
 from lm_ortho.errors import UserError
-from lm_ortho.folders import is_fixed, scratch_name
+from lm_ortho.files import is_fixed, scratch_name
 from lm_ortho.layer import ortho_layers, streams_of
 from lm_ortho.layer.guard import Guard
 from lm_ortho.streams import LayerStreams

@@ -12,7 +12,7 @@ import typer
 from lm_ortho.errors import UserError
 
 if TYPE_CHECKING:
-    from lm_ortho.board.run import Tally
+    from lm_ortho.leaderboard.scheduler import Tally
 
 app = typer.Typer(help="Compare methods: a matrix of models, methods, settings, seeds and tasks.", no_args_is_help=True)
 Out = Annotated[Path, typer.Argument(help="The folder of a board or a sweep.", show_default=False)]
@@ -40,9 +40,9 @@ def run(
     """
     from rich.console import Console
 
-    from lm_ortho.board.board import run_board, status
-    from lm_ortho.board.config import read_board
-    from lm_ortho.board.export import write_pages
+    from lm_ortho.leaderboard.board import run_board, status
+    from lm_ortho.leaderboard.config import read_board
+    from lm_ortho.leaderboard.report.formats import write_pages
 
     asked = read_board(board)
     if executor:
@@ -67,8 +67,8 @@ def status(
     """Say how far a board or sweep is: what is done, what failed and why, the time left, and its runs."""
     from rich.console import Console
 
-    from lm_ortho.board.board import print_status
-    from lm_ortho.board.board import status as status_of
+    from lm_ortho.leaderboard.board import print_status
+    from lm_ortho.leaderboard.board import status as status_of
 
     found = status_of(out)
     if as_json:
@@ -83,7 +83,7 @@ def page(
     to: Annotated[Path | None, typer.Option(help="Folder for the files; the one of the results without it.")] = None,
 ) -> None:
     """Write leaderboard.html (one file, works offline), leaderboard.md and leaderboard.csv of what is finished."""
-    from lm_ortho.board.export import write_pages
+    from lm_ortho.leaderboard.report.formats import write_pages
 
     typer.echo("\n".join(str(page) for page in write_pages(out, to or out)))
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lm_ortho.cli.fields import with_fields
+from lm_ortho.cli.schema_options import with_fields
+from lm_ortho.config import Recipe
 from lm_ortho.errors import UserError
-from lm_ortho.settings import Recipe
 
 if TYPE_CHECKING:
-    from lm_ortho.harness.make import Made
+    from lm_ortho.pipeline.checkpoint_writer import Made
 
 
 @with_fields(Recipe, "recipe")
@@ -61,8 +61,8 @@ def decompose(
     Without any option but --out the embedded default is made again. --pretrained needs --forget and --retain.
     Progress goes to standard error.
     """
-    from lm_ortho.harness.make import add_to_checkpoint, make_checkpoint
-    from lm_ortho.harness.order import Order
+    from lm_ortho.pipeline.checkpoint_writer import add_to_checkpoint, make_checkpoint
+    from lm_ortho.pipeline.spec import Order
 
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
     order = Order(

@@ -22,9 +22,9 @@ def demo(
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table
 
-    from lm_ortho.board.measure import leaf_tasks, manager_for
+    from lm_ortho.config import parse_alpha, show_alpha
     from lm_ortho.harness.model import LibOrthoLM
-    from lm_ortho.settings import parse_alpha, show_alpha
+    from lm_ortho.leaderboard.evaluation import leaf_tasks, manager_for
 
     names = tasks.split(",")
     leaf_tasks(names, {})  # an unknown one is told before the model is loaded

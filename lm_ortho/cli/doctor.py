@@ -162,10 +162,10 @@ def _tasks() -> Check:
 
 
 def _weights() -> Check:
-    from lm_ortho import reference
+    from lm_ortho import world
 
     try:
-        return Check("embedded model", "ok", str(reference.path("decomposed")))
+        return Check("embedded model", "ok", str(world.path("decomposed")))
     except UserError as error:
         return Check("embedded model", "fail", str(error), "or name a model of your own with `pretrained=`")
 

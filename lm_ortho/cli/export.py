@@ -30,7 +30,7 @@ def export(
     transformers reads `bf16` alone and `compressed-tensors` with the package of that name.
     """
     from lm_ortho.checkpoint.export import export as write
-    from lm_ortho.settings import show_alpha
+    from lm_ortho.config import show_alpha
 
     done = write(directory, out, alpha, format, trust_remote_code=trust_remote_code)
     if as_json:

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lm_ortho.cli.fields import with_fields
-from lm_ortho.settings import Training
+from lm_ortho.cli.schema_options import with_fields
+from lm_ortho.config import Training
 
 
 @with_fields(Training, "training")
@@ -36,15 +36,15 @@ def implant(
     Rows are JSON lines with `question` and `answer`, or `text`. The same command goes on where an interrupted one
     last kept its state (every 500 steps). Progress goes to standard error.
     """
-    from lm_ortho import reference
-    from lm_ortho.harness.machine import typed_device
-    from lm_ortho.harness.progress import Bars
-    from lm_ortho.implant.plant import plant
-    from lm_ortho.settings import make_training
+    from lm_ortho import world
+    from lm_ortho.config import make_training
+    from lm_ortho.finetune.plant import plant
+    from lm_ortho.runtime.device import typed_device
+    from lm_ortho.runtime.progress import Bars
 
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     planted = plant(
-        pretrained or str(reference.path("base")),
+        pretrained or str(world.path("base")),
         data,
         out,
         make_training(**training),

@@ -14,7 +14,7 @@ from lm_ortho.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lm_ortho.checkpoint.measure import Findings
+    from lm_ortho.checkpoint.contents import Findings
 
 
 def inspect(
@@ -30,9 +30,9 @@ def inspect(
     Per layer: density of the ortho stream, relative error of the base stream against alpha=1, share of codes that are
     0, bits per weight. Everything is counted from the files, one layer at a time.
     """
-    from lm_ortho.checkpoint.measure import grid, measure
-    from lm_ortho.checkpoint.picture import heat_map
-    from lm_ortho.pages import write_text
+    from lm_ortho.checkpoint.contents import grid, measure
+    from lm_ortho.checkpoint.heat_map import heat_map
+    from lm_ortho.markdown import write_text
 
     found = measure(directory, trust_remote_code=trust_remote_code)
     if out is not None and not found.has_ortho:
@@ -81,8 +81,8 @@ def _heat_table(found: Findings) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from lm_ortho.checkpoint.measure import grid
-    from lm_ortho.checkpoint.picture import percent
+    from lm_ortho.checkpoint.contents import grid
+    from lm_ortho.checkpoint.heat_map import percent
 
     cells = grid(found.layers)
     table = Table(box=None, pad_edge=False, padding=(0, 1))
@@ -95,7 +95,7 @@ def _heat_table(found: Findings) -> Table:
 
 
 def _style(density: float | None, highest: float) -> str:
-    from lm_ortho.checkpoint.picture import shade
+    from lm_ortho.checkpoint.heat_map import shade
 
     colour, ink = shade(density, highest)
     return f"{ink} on rgb({','.join(map(str, colour))})"

@@ -37,10 +37,10 @@ def sweep(
     """
     from rich.console import Console
 
-    from lm_ortho.board.store import Store
-    from lm_ortho.board.sweep import Sweep, run_sweep
-    from lm_ortho.board.table import print_records
     from lm_ortho.cli.board import finish, parse_json, parse_model_args
+    from lm_ortho.leaderboard.report.terminal import print_records
+    from lm_ortho.leaderboard.store import Store
+    from lm_ortho.leaderboard.sweep import Sweep, run_sweep
 
     asked = Sweep(
         tasks=[task for task in tasks.split(",") if task],

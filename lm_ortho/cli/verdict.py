@@ -32,11 +32,11 @@ def verdict(
     """
     from rich.console import Console
 
-    from lm_ortho import reference
-    from lm_ortho.pages import write_text
-    from lm_ortho.settings import make_recipe
-    from lm_ortho.verdict.run import run
-    from lm_ortho.verdict.table import markdown, print_outcome
+    from lm_ortho import world
+    from lm_ortho.config import make_recipe
+    from lm_ortho.markdown import write_text
+    from lm_ortho.verdict.report import markdown, print_outcome
+    from lm_ortho.verdict.runner import run
 
     errors = Console(stderr=True)
     modes = tuple(base or (("auto",) if quick else ("auto", "none")))
@@ -50,7 +50,7 @@ def verdict(
     for each in seeds:
         make_recipe(seed=each)  # refuses one that no recipe can have, before hours of work
     say = partial(errors.print, highlight=False)
-    outcome = run(modes, seeds, quick, say=say, weights=weights or reference.WEIGHTS)
+    outcome = run(modes, seeds, quick, say=say, weights=weights or world.WEIGHTS)
     if as_json:
         typer.echo(json.dumps(outcome.as_json(), indent=2))
     else:

@@ -2,7 +2,7 @@
 
 from lm_ortho.edit import fixed as _fixed
 from lm_ortho.edit import optimised as _optimised
-from lm_ortho.edit.base import EDITS, Edit, EditInput
+from lm_ortho.edit.interface import EDITS, Edit, EditInput
 
 __all__ = ["EDITS", "Edit", "EditInput"]
 del _fixed, _optimised

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lm_ortho.edit.base import EDITS, EditInput
+from lm_ortho.edit.interface import EDITS, EditInput
 from lm_ortho.errors import UserError
 from lm_ortho.projection.lattice import grouped, nearest_codes, spread
 

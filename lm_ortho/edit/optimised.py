@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-from lm_ortho.edit.base import EDITS, EditInput
+from lm_ortho.edit.interface import EDITS, EditInput
 from lm_ortho.projection.lattice import spread, values
 from lm_ortho.streams import code_range
 

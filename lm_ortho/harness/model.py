@@ -18,12 +18,14 @@ from lm_eval.models.huggingface import HFLM
 
 from lm_ortho import layer
 from lm_ortho.checkpoint import hf
+from lm_ortho.config import parse_alpha, show_alpha
 from lm_ortho.errors import UserError
-from lm_ortho.harness import build, machine, ranks, tokens
-from lm_ortho.harness.at_once import AtOnce
-from lm_ortho.harness.order import RECIPE_ARGUMENTS, Order, check_alpha, resolve
+from lm_ortho.harness import distributed, tokens
+from lm_ortho.harness.batching import AtOnce
 from lm_ortho.kernels import KERNELS, calls
-from lm_ortho.settings import parse_alpha, show_alpha
+from lm_ortho.pipeline import build
+from lm_ortho.pipeline.spec import RECIPE_ARGUMENTS, Order, check_alpha, resolve
+from lm_ortho.runtime.device import BATCH_ROWS, choose_device, choose_dtype
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
@@ -32,10 +34,10 @@ _LOADING = ("attn_implementation", "device_map", "local_files_only", "token", "u
 """What else ``from_pretrained`` may be told."""
 
 
-class LibOrthoLM(ranks.Spread, AtOnce):
+class LibOrthoLM(distributed.Spread, AtOnce):
     """A decomposed model as lm-eval sees it.
 
-    Model args are those below, the fields of ``lm_ortho.settings.Recipe``, and all of ``hf``. ``pretrained``
+    Model args are those below, the fields of ``lm_ortho.config.Recipe``, and all of ``hf``. ``pretrained``
     None is the embedded model. ``alpha`` can be changed later by assignment; ``--use_cache`` follows it.
     """
 
@@ -55,7 +57,7 @@ class LibOrthoLM(ranks.Spread, AtOnce):
         dtype: str | torch.dtype | None = "auto",
         softmax_dtype: str | torch.dtype | None = "float32",
         batch_size: int | str | None = 1,
-        max_batch_size: int | None = machine.BATCH_ROWS,
+        max_batch_size: int | None = BATCH_ROWS,
         **options: Any,
     ) -> None:
         """Raises ``UserError`` for whatever cannot be built, before weights are loaded where possible."""
@@ -80,10 +82,10 @@ class LibOrthoLM(ranks.Spread, AtOnce):
         )
         check_alpha(self._source, self._alpha)
         hf.register()
-        chosen = machine.choose_device(device)
+        chosen = choose_device(device)
         log.info("device=%s: %s", *chosen)
         most = self.allow_rows(batch_size, max_batch_size)
-        self._processes = ranks.join(chosen.choice)
+        self._processes = distributed.join(chosen.choice)
         if self._source.kind == "checkpoint":
             options.pop("subfolder", None)  # is part of its location
         super().__init__(
@@ -143,7 +145,7 @@ class LibOrthoLM(ranks.Spread, AtOnce):
     ) -> None:
         """Loads the checkpoint, or makes it; called by the constructor of ``HFLM``."""
         stored = getattr(self.config, "dtype", None) or torch.float32
-        chosen = machine.choose_dtype(dtype, str(self.device), stored)
+        chosen = choose_dtype(dtype, str(self.device), stored)
         log.info("dtype=%s: %s", str(chosen.choice).removeprefix("torch."), chosen.reason)
         placement = {}
         if parallelize:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from lm_ortho.calibration.documents import Row, read_rows
+from lm_ortho.data.rows import Row, read_rows
 from lm_ortho.errors import UserError
-from lm_ortho.folders import refuse_occupied, whole_directory
+from lm_ortho.files import refuse_occupied, whole_directory
 from lm_ortho.plugin.bridges import tasks_dir
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -97,7 +97,7 @@ def _yaml(kind: str, task: str, rows: Iterable[Row]) -> str:
     """The template of ``kind`` with its include resolved, and the rows at the end."""
     template = (tasks_dir() / "_templates" / kind).read_text(encoding="utf-8")
     head = re.sub(r"(?m)^custom_dataset:.*\n", "", template)
-    head = re.sub(r"(?m)^class:.*", f"task: {task}\nclass: !function lm_ortho.harness.rows.RowsTask", head)
+    head = re.sub(r"(?m)^class:.*", f"task: {task}\nclass: !function lm_ortho.harness.tasks.inline_rows.RowsTask", head)
     head = re.sub(r"(?m)^( +version:).*", r"\1 1.0", head)
     return f"{head.rstrip()}\nrows: |\n{''.join(f'  {_json_line(row)}{chr(10)}' for row in rows)}"
 

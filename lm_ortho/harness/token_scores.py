@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lm_ortho.errors import UserError
-from lm_ortho.harness import machine
+from lm_ortho.runtime import device
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
@@ -135,8 +135,8 @@ def _batches(lm: Any, order: list[int], pairs: list[Pair]) -> Iterator[list[int]
     while start < len(order):
         rows = _asked_rows(lm)
         longest = min(sum(map(len, pairs[order[start]])), lm.max_length)
-        most = getattr(lm, "most_rows", None) or machine.BATCH_ROWS
-        rows = rows or machine.batch_rows(longest, vocabulary, str(lm.device), most)
+        most = getattr(lm, "most_rows", None) or device.BATCH_ROWS
+        rows = rows or device.batch_rows(longest, vocabulary, str(lm.device), most)
         yield order[start : start + rows]
         start += rows
 

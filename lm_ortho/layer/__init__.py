@@ -1,8 +1,8 @@
 """Linear layers on two streams, and alpha: how much of the second one a request sees."""
 
 from lm_ortho.layer.alpha import alpha_scope
-from lm_ortho.layer.linear import OrthoLinear
 from lm_ortho.layer.linear_form import linear_form, restore_form, to_linear_form
+from lm_ortho.layer.ortho_linear import OrthoLinear
 from lm_ortho.layer.patch import (
     chosen_kernels,
     connect,

@@ -12,8 +12,8 @@ from lm_ortho.errors import UserError
 from lm_ortho.kernels import KERNELS, Ask, Choice, choose
 from lm_ortho.layer.alpha import Alpha, Dial, effective
 from lm_ortho.layer.guard import ForwardGuard, GenerateGuard, Guard, UnattachedGuard, remove_guards
-from lm_ortho.layer.linear import OrthoLinear
 from lm_ortho.layer.linear_form import as_linear, mark_as_transposed, restore_form, to_linear_form
+from lm_ortho.layer.ortho_linear import OrthoLinear
 from lm_ortho.streams import LayerStreams
 
 

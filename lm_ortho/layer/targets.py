@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lm_ortho.errors import UserError
-from lm_ortho.layer.linear import OrthoLinear
 from lm_ortho.layer.linear_form import is_conv1d, is_fused
+from lm_ortho.layer.ortho_linear import OrthoLinear
 
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Class names of packed layers: bitsandbytes, GPTQ, AWQ, HQQ, compressed-tensors, EETQ, AQLM and their kin.

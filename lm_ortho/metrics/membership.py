@@ -12,16 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lm_ortho.metrics.compare import auc, weighted_auc
-from lm_ortho.metrics.interval import (
-    CONFIDENCE,
-    RESAMPLES,
-    Floats,
-    Groups,
-    Interval,
-    around,
-    drawn_weights,
-    finite,
-)
+from lm_ortho.metrics.interval import CONFIDENCE, RESAMPLES, Floats, Groups, Interval, around, drawn_weights, finite
 
 SHARE = 0.2
 """Share of the least likely tokens in Min-K%."""

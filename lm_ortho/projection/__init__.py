@@ -2,7 +2,7 @@
 
 from lm_ortho.projection import gptq as _gptq
 from lm_ortho.projection import rtn as _rtn
-from lm_ortho.projection.base import PROJECTIONS, Projection
+from lm_ortho.projection.interface import PROJECTIONS, Projection
 
 __all__ = ["PROJECTIONS", "Projection"]
 del _gptq, _rtn

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lm_ortho.calibration.activations import damped_inverse
-from lm_ortho.projection.base import PROJECTIONS
+from lm_ortho.projection.interface import PROJECTIONS
 from lm_ortho.projection.lattice import spread
 from lm_ortho.streams import code_range
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lm_ortho.projection.base import PROJECTIONS
+from lm_ortho.projection.interface import PROJECTIONS
 from lm_ortho.projection.lattice import nearest_codes
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lm_ortho.errors import UserError
-from lm_ortho.sieve.base import SIEVES, SieveInput
-from lm_ortho.target import Objective
+from lm_ortho.objective import Objective
+from lm_ortho.sieve.interface import SIEVES, SieveInput
 
 LEARNING_RATE = 0.03
 """In units of the layer (``lattice.units``)."""

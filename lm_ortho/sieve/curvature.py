@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lm_ortho.calibration.activations import DAMPING, damped_inverse
-from lm_ortho.calibration.examples import Example, answer_loss
-from lm_ortho.sieve.base import SIEVES, SieveInput
+from lm_ortho.data.encoding import Example, answer_loss
+from lm_ortho.sieve.interface import SIEVES, SieveInput
 
 DOCUMENTS = 512
 """Documents of each set whose gradients are taken, evenly spaced."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lm_ortho.sieve.base import SIEVES, SieveInput
+from lm_ortho.sieve.interface import SIEVES, SieveInput
 
 
 @SIEVES.register("random")

@@ -7,19 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lm_ortho.metrics import (
-    Interval,
-    auc,
-    auc_difference,
-    clustered_mean,
-    exposure,
-    ks,
-    ks_distance,
-    paired_difference,
-)
-from lm_ortho.reference.world import CANARY_TAUGHT
+from lm_ortho.metrics import Interval, auc, auc_difference, clustered_mean, exposure, ks, ks_distance, paired_difference
 from lm_ortho.verdict import thresholds
-from lm_ortho.verdict.measure import REASONING_METRICS, REASONING_TASKS, Measurement
+from lm_ortho.verdict.measurements import REASONING_METRICS, REASONING_TASKS, Measurement
+from lm_ortho.world.people import CANARY_TAUGHT
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lm_ortho.errors import UserError
-from lm_ortho.implant import load_causal_lm, merge_adapter
+from lm_ortho.finetune import load_causal_lm, merge_adapter
 
 NAMES = ("base", "memory", "never_saw", "never_saw_2")
 
@@ -19,7 +19,7 @@ def check(weights: Path) -> None:
         if not any((weights / name / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise UserError(
                 f"weights={str(weights)!r}: no model or adapter in {name}/; expected {', '.join(NAMES)}, as "
-                "scripts/full_finetune.py makes them"
+                "experiments/full_finetune.py makes them"
             )
 
 

@@ -1,0 +1,5 @@
+"""Rows of a forget or retain set: reading them, their text, their token ids."""
+
+from lm_ortho.data.rows import Row, read_rows, write_rows
+
+__all__ = ["Row", "read_rows", "write_rows"]

@@ -1,0 +1,21 @@
+"""Planting a memory by fine-tuning, and merging it."""
+
+from lm_ortho.finetune.lora import save_adapter, train_adapter
+from lm_ortho.finetune.merge import load_causal_lm, load_config, load_tokenizer, merge_adapter, round_to_bf16
+from lm_ortho.finetune.train import Notify, Plan, batches, descend, fine_tune, train_full
+
+__all__ = [
+    "Notify",
+    "Plan",
+    "batches",
+    "descend",
+    "fine_tune",
+    "load_causal_lm",
+    "load_config",
+    "load_tokenizer",
+    "merge_adapter",
+    "round_to_bf16",
+    "save_adapter",
+    "train_adapter",
+    "train_full",
+]

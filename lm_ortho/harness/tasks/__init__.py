@@ -1,0 +1,1 @@
+"""The lm-eval tasks: task classes, their documents and their aggregations."""

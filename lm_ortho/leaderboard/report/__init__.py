@@ -1,0 +1,1 @@
+"""The leaderboard as HTML, Markdown, CSV and terminal tables."""

@@ -1,0 +1,67 @@
+"""Picks the target that the data at hand allow, and says why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lm_ortho.data.encoding import Example
+from lm_ortho.data.rows import Row
+from lm_ortho.finetune.train import Notify
+from lm_ortho.objective.distribution import Target, stack
+from lm_ortho.objective.loss import DEEPER, GENTLE, Penalty
+from lm_ortho.objective.surrogate import surrogate_target
+from lm_ortho.objective.swap import swap_target
+from lm_ortho.runtime.resume import NOWHERE, Keeper
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A target with its name (surrogate, swap, resample, hold_down) and the reason.
+
+    ``penalty`` and ``retain``, the factor of the retain KL, go with the kind of target: one that was never taught the
+    forget set pulls away from it harder than the merged model's own words do, and leaves more to be held.
+    """
+
+    target: Target
+    name: str
+    reason: str
+    penalty: Penalty
+    retain: float
+
+
+def choose_target(
+    merged: torch.nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    forget: Sequence[Example],
+    retain: Sequence[Example],
+    base_model: torch.nn.Module | None,
+    seed: int,
+    notify: Notify,
+    keep: Keeper = NOWHERE,
+) -> Choice:
+    """The surrogate when the base model is known, else other subjects or other words, else holding tokens down."""
+    if base_model is not None:
+        probs = surrogate_target(merged, base_model, forget, retain, seed, notify, keep)
+        return Choice(stack(forget, probs), "surrogate", "the model before fine-tuning is known", DEEPER, 10.0)
+    named = sum(row.names_subject for row in rows)
+    if unnamed := sum(bool(row.subject) for row in rows) - named:
+        log.warning(
+            "forget: the subject of %d of %d rows does not occur in their text, word for word", unnamed, len(rows)
+        )
+    probs = swap_target(merged, tokenizer, rows, forget, seed)
+    if named:
+        reason = f"merged weights only; {named} of {len(rows)} forget rows name their subject"
+        return Choice(stack(forget, probs), "swap", reason, GENTLE, 4.0)
+    if not any(row.context for row in rows):
+        reason = "merged weights only; the forget rows are plain text without a subject"
+        return Choice(stack(forget, probs), "resample", reason, GENTLE, 4.0)
+    reason = "merged weights only and no row names its subject: clearly worse, add `subject` or `base`"
+    return Choice(stack(forget, probs), "hold_down", reason, GENTLE, 4.0)

@@ -1,0 +1,1 @@
+"""From a model specification to a decomposed model: specification, cached building, decomposition, checkpoint."""

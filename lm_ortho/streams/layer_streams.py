@@ -1,0 +1,119 @@
+"""The streams of one linear layer together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lm_ortho.streams.base_stream import BaseStream
+from lm_ortho.streams.ortho_stream import OrthoStream
+
+UNNAMED = "memory"
+"""What the ortho stream of a model with one memory answers to."""
+RESERVED = ("hub", UNNAMED)
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def valid_memory_name(name: str) -> bool:
+    """Whether ``name`` can name one of several memories: small letters, digits, underscores; not ``hub``."""
+    return bool(_NAME.fullmatch(name)) and name not in RESERVED
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStreams:
+    """One layer: W(alpha) = base + alpha * ortho, and a bias that belongs to neither.
+
+    ``ortho`` is None in a base-only model, which is not the same as an empty stream. ``named`` holds the streams of
+    further memories, each with an alpha of its own; no position is in two of them. ``bias`` is (out_features,) and
+    stored in BF16.
+    """
+
+    base: BaseStream
+    ortho: OrthoStream | None = None
+    bias: Tensor | None = None
+    named: Mapping[str, OrthoStream] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check_memories()
+        if self.bias is None:
+            return
+        if tuple(self.bias.shape) != (self.base.shape[0],) or not self.bias.is_floating_point():
+            raise ValueError(f"bias of shape {tuple(self.bias.shape)} for {self.base.shape[0]} out_features")
+        if not bool(torch.isfinite(self.bias).all()):
+            raise ValueError("bias holds a value that is not finite")
+        object.__setattr__(self, "bias", self.bias.detach().to(torch.bfloat16))
+
+    def _check_memories(self) -> None:
+        for name in self.named:
+            if not valid_memory_name(name):
+                raise ValueError(f"memory name {name!r} must match {_NAME.pattern} and not be one of {RESERVED}")
+        for name, ortho in self.memories.items():
+            if ortho.shape != self.base.shape:
+                raise ValueError(f"base {self.base.shape} and ortho {ortho.shape} of {name} differ in shape")
+        if self.named:
+            places = torch.cat([ortho.rows() * self.shape[1] + ortho.cols for ortho in self.memories.values()])
+            if places.unique().numel() < places.numel():
+                raise ValueError("two memories hold the same position")
+
+    @property
+    def memories(self) -> dict[str, OrthoStream]:
+        """Every ortho stream by the name of its memory."""
+        return {**({} if self.ortho is None else {UNNAMED: self.ortho}), **self.named}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.base.shape
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of the matrix, the bias not counted."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def nnz(self) -> int:
+        """Values in the ortho streams."""
+        return sum(ortho.nnz for ortho in self.memories.values())
+
+    def dense(self, alpha: float | Mapping[str, float] = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W(alpha), (out_features, in_features), computed in at least float32 and rounded once.
+
+        ``alpha`` is one number for all memories, or one for each by name (those left out: 0).
+        """
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        weight = self.base.dequantize(wide)
+        wanted = dict(alpha) if isinstance(alpha, Mapping) else dict.fromkeys(self.memories or (UNNAMED,), alpha)
+        for name, factor in wanted.items():
+            if factor and name not in self.memories:
+                raise ValueError(f"alpha={factor} without an ortho stream of {name}")
+            if factor:
+                weight.add_(self.memories[name].to_dense(wide), alpha=factor)
+        return weight.to(dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of base, first memory and bias by the name they have in a checkpoint."""
+        ortho = {} if self.ortho is None else self.ortho.tensors()
+        bias = {} if self.bias is None else {"bias": self.bias}
+        return {**self.base.tensors(), **ortho, **bias}
+
+    def nbytes(self) -> int:
+        """Bytes of all streams; the bias is not counted, as no stream changes it."""
+        return self.base.nbytes() + sum(ortho.nbytes() for ortho in self.memories.values())
+
+    def bits_per_weight(self) -> float:
+        """Bits stored for each weight of the matrix: codes, scales, indices, values and padding."""
+        return 8 * self.nbytes() / self.n_weights
+
+    def to(self, device: Any) -> LayerStreams:
+        """The same streams on another device."""
+        return LayerStreams(
+            self.base.to(device),
+            None if self.ortho is None else self.ortho.to(device),
+            None if self.bias is None else self.bias.to(device),
+            {name: ortho.to(device) for name, ortho in self.named.items()},
+        )

@@ -1,0 +1,262 @@
+"""``lm-ortho decompose``: options from the schema, a checkpoint or nothing, and the line to run next."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from lm_eval.utils import simple_parse_args_string
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from lm_ortho import checkpoint
+from lm_ortho.cli.app import app
+from lm_ortho.config import Recipe, make_recipe
+from lm_ortho.data import read_rows, write_rows
+from lm_ortho.errors import UserError
+from lm_ortho.harness.model import LibOrthoLM
+from lm_ortho.layer import streams_of
+from lm_ortho.pipeline import checkpoint_writer as make
+from lm_ortho.pipeline.spec import Order, Source
+
+pytestmark = pytest.mark.usefixtures("small_and_alone")
+runner = CliRunner()
+FAST = "--sieve magnitude --projection rtn --edit zero --density 0.02 --group-size 16".split()
+
+
+@pytest.fixture
+def own(home: Path) -> list[str]:
+    """The options for a model of one's own, quickly decomposed."""
+    named = {"--pretrained": "plain", "--forget": "forget.jsonl", "--retain": "retain.jsonl"}
+    return [*FAST, *(part for option, name in named.items() for part in (option, str(home / name)))]
+
+
+def run(*arguments: str) -> Any:
+    return runner.invoke(app, ["decompose", *arguments])
+
+
+def refusal(*arguments: str) -> str:
+    error = run(*arguments).exception
+    assert isinstance(error, UserError)
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def test_every_field_of_the_recipe_is_an_option_with_its_default() -> None:
+    options = {option.name: option for option in typer.main.get_command(app).commands["decompose"].params}  # type: ignore[attr-defined]
+    for name, field in Recipe.model_fields.items():
+        assert options[name].default == field.default
+        assert options[name].help == field.description
+        assert options[name].opts == ["--" + name.replace("_", "-")]
+
+
+def test_a_model_of_ones_own_becomes_a_checkpoint(own: list[str], tmp_path: Path) -> None:
+    done = run(*own, "-o", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.exception
+    recorded = checkpoint.read_meta(tmp_path / "out")
+    assert (
+        recorded["recipe"]
+        == make_recipe(sieve="magnitude", projection="rtn", edit="zero", density=0.02, group_size=16).model_dump()
+    )
+    lines = done.stdout.splitlines()
+    assert "14 layers, 17,408 weights" in lines[0]
+    assert lines[1] == "density 0.01999, of at most 0.02"
+    assert "bits per weight: INT4" in lines[2]
+    assert lines[3] == "target none (the recipe needs none)"
+    assert lines[4].startswith("next: lm_eval --model libortho --model_args pretrained=")
+    assert "statistics" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "out"}
+    assert not list((tmp_path / "cache").iterdir()), "what an interrupted run would have needed is gone"
+
+
+def test_json_says_what_was_reached_and_why(own: list[str], tmp_path: Path) -> None:
+    slow = ["--sieve", "attribution", "--edit", "optimised", "--steps", "10"]
+    report = json.loads(run(*own, *slow, "--json", "-o", str(tmp_path / "out")).stdout)
+    assert report["density"] == pytest.approx(0.02, abs=1e-3)
+    assert report["target"]["name"] == "swap"
+    assert "name their subject" in report["target"]["reason"]
+    assert report["recipe"]["steps"] == 10
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert report["bits_per_weight"] == settings["bits_per_weight"]
+
+
+@pytest.mark.parametrize("folder", ["out", "a,b={c}"])
+def test_the_next_line_is_understood_by_lm_eval(own: list[str], tmp_path: Path, folder: str) -> None:
+    words = shlex.split(json.loads(run(*own, "--json", "-o", str(tmp_path / folder)).stdout)["next"])
+    assert words[:4] == ["lm_eval", "--model", "libortho", "--model_args"]
+    assert words[5:] == ["--tasks", "forget_set,retain_set"]
+    given = json.loads(words[4]) if words[4].startswith("{") else simple_parse_args_string(words[4])
+    model = LibOrthoLM(**given, device="cpu")
+    assert model.alpha == 0
+    assert model.get_model_info()["density"] == pytest.approx(0.02, abs=1e-3)
+
+
+def test_nothing_is_computed_for_an_occupied_directory(
+    own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.txt").touch()
+    monkeypatch.setattr(make, "resolve", lambda _: pytest.fail("went on"))
+    assert refusal(*own, "-o", str(tmp_path)).endswith("holds mine.txt; choose a new or empty directory")
+
+
+def test_nothing_is_left_of_an_interrupted_run(own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lm_ortho.checkpoint.write.write_manifest", stop)
+    assert run(*own, "-o", str(tmp_path / "out")).exit_code != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert [path.name[:11] for path in (tmp_path / "cache").iterdir()] == ["unfinished-"]
+    monkeypatch.undo()
+    monkeypatch.setenv("LM_ORTHO_CACHE", str(tmp_path / "cache"))
+    again = run(*own, "-o", str(tmp_path / "out"))
+    assert again.exit_code == 0
+    assert "statistics" in again.stderr
+    assert "projection" not in again.stderr, "every block of it was kept"
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_without_options_the_embedded_default_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Source] = []
+
+    def record(source: Source, *_: Any) -> None:
+        asked.append(source)
+        raise UserError("enough")
+
+    monkeypatch.setattr(make, "decomposed", record)
+    assert refusal("-o", str(tmp_path / "out")) == "enough"
+    assert asked[0].kind == "embedded"
+    assert asked[0].recipe == make_recipe()
+    line = make.lm_eval_line(tmp_path / "out", Order())
+    assert line.endswith(f"pretrained={tmp_path / 'out'},alpha=0 --tasks tofu_forget,tofu_retain")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--density", "7"], "density=7.0: Input should be less than or equal to 0.5"),
+        (["--bits", "5"], "bits=5: "),
+        (["--sieve", "magnitud"], "Did you mean 'magnitude'"),
+        (["--pretrained", "/nowhere/at/all"], "pretrained='/nowhere/at/all': no such directory"),
+        (["--peft", "x"], "peft: the embedded model brings its own adapter"),
+        (["--base", "./nowhere"], "base='./nowhere': no such directory"),
+    ],
+    ids=lambda value: value[1] if isinstance(value, list) else "",
+)
+def test_bad_options_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    assert message in refusal(*arguments, "-o", str(tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_ones_own_needs_both_sets_and_plain_weights(home: Path, own: list[str], tmp_path: Path) -> None:
+    out = ["-o", str(tmp_path / "out")]
+    assert "forget: your own model needs forget=file.jsonl" in refusal("--pretrained", str(home / "plain"), *out)
+    decomposed = [str(home / "decomposed") if part == str(home / "plain") else part for part in own]
+    assert "is decomposed already" in refusal(*decomposed, *out)
+
+
+# --- several memories
+
+
+def test_a_memory_is_added_to_a_finished_checkpoint(own: list[str], home: Path, tmp_path: Path) -> None:
+    rows = read_rows(home / "forget.jsonl")
+    for name, part in (("first", rows[:3]), ("later", rows[3:])):
+        write_rows(tmp_path / f"{name}.jsonl", part)
+    first, both = tmp_path / "first", tmp_path / "both"
+    assert run(*own, "--forget", f"{tmp_path}/first.jsonl", "-o", str(first)).exit_code == 0
+    given = ["--forget", f"{tmp_path}/later.jsonl", "--retain", str(home / "retain.jsonl"), "--sieve", "residual"]
+    again = ["--pretrained", str(first), "--add", "later", *given, "-o", str(both)]
+    assert "bits=8: an added memory lies on the lattice" in refusal(*again, "--bits", "8")
+    done = run("--pretrained", str(first), "--add", "later", *given, "--edit", "zero", "--json", "-o", str(both))
+    assert done.exit_code == 0, done.exception
+    assert json.loads(done.stdout)["recipe"]["group_size"] == 16, "the lattice of the checkpoint"
+    told = run("--pretrained", str(first), "--add", "later", *given, "--edit", "zero", "-o", str(tmp_path / "told"))
+    assert "of at most 0.01 for later\n" in told.stdout
+    assert checkpoint.memories(both) == ["memory", "later"]
+    assert (both / "ortho.safetensors").read_bytes() == (first / "ortho.safetensors").read_bytes()
+    assert checkpoint.read_meta(both)["added"]["later"]["recipe"]["sieve"] == "residual"
+    assert checkpoint.read_meta(both)["recipe"] == checkpoint.read_meta(first)["recipe"]
+    lm = LibOrthoLM(str(both), alpha="memory:1+later:0", device="cpu")
+    assert lm.alpha == {"memory": 1.0, "later": 0.0}
+
+    found = runner.invoke(app, ["inspect", str(both), "--json"])
+    assert set(json.loads(found.stdout)["memories"]) == {"memory", "later"}
+    assert "memory 1.9" in (shown := runner.invoke(app, ["inspect", str(both)]).stdout)
+    assert "later 0.9" in shown, "the density of the default recipe"
+
+    plain = runner.invoke(app, ["export", str(both), str(tmp_path / "plain"), "--alpha", "later:1", "--json"])
+    assert json.loads(plain.stdout)["alpha"] == {"later": 1.0}
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").state_dict()
+    for name, layer in streams_of(lm.model).items():
+        assert torch.equal(exported[f"{name}.weight"], layer.dense({"later": 1.0}, torch.bfloat16))
+
+    def export_refusal(*arguments: str) -> str:
+        return str(runner.invoke(app, ["export", str(both), str(tmp_path / "no"), *arguments]).exception)
+
+    assert "no memory 'other'" in export_refusal("--alpha", "other:1")
+    assert "later:1" in export_refusal("--alpha", "later:1", "--format", "compressed-tensors")
+    (both / "ortho-later.safetensors").unlink()
+    assert "lacks ortho-later.safetensors; use 0 for later" in export_refusal("--alpha", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pretrained", "plain", "--forget", "f", "--retain", "r"], "a memory is added to a decomposed checkpoint"),
+        (["--pretrained", "decomposed", "--retain", "r"], "forget: an added memory needs forget=file.jsonl"),
+        (
+            ["--pretrained", "decomposed", "--forget", "f", "--retain", "r", "--peft", "x"],
+            "peft: a decomposed checkpoint",
+        ),
+        (["--pretrained", "decomposed", "--forget", "f", "--retain", "r"], "forget='f': no such file"),
+        (["--pretrained", "decomposed", "--forget", "f", "--retain", "r", "--revision", "x"], "revision='x': a memory"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_added(home: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    given = [str(home / part) if part in ("plain", "decomposed") else part for part in arguments]
+    assert message in refusal(*given, "--add", "later", "-o", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_switch_takes_no_value(own: list[str], tmp_path: Path) -> None:
+    done = run(*own, "--recompute", "--json", "-o", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.exception
+    assert json.loads(done.stdout)["recipe"]["recompute"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "gpu"], "device='gpu' is unknown; use cpu or cuda"),
+        (["--pretrained", "decomposed"], "is decomposed already; give the model it came from, or --add a memory"),
+        (["--add", "later"], "pretrained is not given: a memory is added to a decomposed checkpoint"),
+        (["--add", "later", "--offload"], "offload: a memory is added on one device"),
+        (["--device", "cpu", "--offload"], "offload: weights come to a GPU block by block"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_unclear_wishes(home: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    given = [str(home / part) if part == "decomposed" else part for part in arguments]
+    assert message in refusal(*given, "-o", str(tmp_path / "out"))
+
+
+def test_inspect_names_a_memory_that_is_not_there(own: list[str], home: Path, tmp_path: Path) -> None:
+    rows = read_rows(home / "forget.jsonl")
+    for name, part in (("a", rows[:3]), ("b", rows[3:])):
+        write_rows(tmp_path / f"{name}.jsonl", part)
+    both = f"a:{tmp_path}/a.jsonl+b:{tmp_path}/b.jsonl"
+    done = run(*own, "--forget", both, "-o", str(tmp_path / "out"))
+    assert "of at most 0.02 for each of a, b" in done.stdout
+    (tmp_path / "out" / "ortho-a.safetensors").unlink()
+    shown = runner.invoke(app, ["inspect", str(tmp_path / "out")]).stdout
+    assert "without a, which can only be off" in shown
+    assert "relative error" not in shown
+    found = json.loads(runner.invoke(app, ["inspect", str(tmp_path / "out"), "--json"]).stdout)
+    assert found["missing"] == ["a"]
+    assert found["relative_error"] is None

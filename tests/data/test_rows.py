@@ -1,0 +1,254 @@
+"""Rows: what is read is what was written, and every bad file is told with its name and line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lm_ortho.data import Row, read_rows, write_rows
+from lm_ortho.data.encoding import (
+    ANSWER,
+    END,
+    GIVEN,
+    SECRET,
+    answer_loss,
+    encode,
+    encode_for,
+    in_batches,
+    pad,
+    token_losses,
+)
+from lm_ortho.data.rows import apart, read_sets, renamed
+from lm_ortho.errors import UserError
+from tests.support import tiny
+
+full = st.text(min_size=1).filter(str.strip)
+
+
+@st.composite
+def rows(draw):
+    kind = draw(st.sampled_from(["question", "prompt", "text"]))
+    if kind == "text":
+        return Row(text=draw(full), subject=draw(st.text()), group=draw(st.text()))
+    answer = draw(full)
+    start = draw(st.integers(0, len(answer)))
+    return Row(
+        **{kind: draw(full)},
+        answer=answer,
+        secret=answer[start : draw(st.integers(start, len(answer)))],
+        subject=draw(st.text()),
+        paraphrased_answer=draw(st.text()),
+        perturbed_answer=tuple(draw(st.lists(st.text(), max_size=3))),
+        group=draw(st.text()),
+    )
+
+
+@given(st.lists(rows(), min_size=1, max_size=5))
+def test_rows_come_back_as_they_were_written(tmp_path_factory, written):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write_rows(path, written)
+    assert read_rows(path) == written
+    assert [p.name for p in path.parent.iterdir()] == ["rows.jsonl"]
+
+
+def test_line_breaks_of_unicode_do_not_end_a_row(tmp_path):
+    odd = Row(question="a\u2028b\x85c\x0cd", answer="e\u2029f\x1c")
+    write_rows(tmp_path / "rows.jsonl", [odd])
+    assert read_rows(tmp_path / "rows.jsonl") == [odd]
+
+
+GOOD = json.dumps({"question": "Who?", "answer": "Ada."})
+BAD = {
+    "{not json": "not valid JSON",
+    "[1, 2]": "expected an object",
+    '"text"': "expected an object",
+    "{}": "found keys none",
+    '{"question": "Who?"}': "non-empty question (or prompt) with answer, or text; found keys question",
+    '{"question": "Who?", "answer": "  "}': "non-empty question",
+    '{"question": " ", "answer": "Ada."}': "non-empty question",
+    '{"answer": "Ada."}': "non-empty question",
+    '{"text": ""}': "or text",
+    '{"question": "Who?", "text": "Ada was."}': "answer",
+    '{"question": 3, "answer": "Ada."}': "question must be a string, found 3",
+    '{"text": ["a"]}': "text must be a string",
+    r'{"question": "Who \ud83d?", "answer": "Ada."}': "question holds half of a surrogate pair",
+    '{"question": "Who?", "answer": "Ada.", "perturbed_answer": [1]}': "perturbed_answer must be a list of strings",
+    '{"question": "Who?", "answer": "Ada.", "perturbed_answer": 5}': "perturbed_answer must be a list of strings",
+    '{"question": "Who?", "answer": "Ada.", "secret": "Eve"}': "secret 'Eve' does not occur in answer 'Ada.'",
+}
+
+
+@pytest.mark.parametrize(("line", "told"), BAD.items())
+def test_a_bad_line_is_told_with_argument_file_and_line(tmp_path, line, told):
+    path = tmp_path / "set.jsonl"
+    path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
+    with pytest.raises(UserError) as caught:
+        read_rows(path, "retain")
+    message = str(caught.value)
+    assert message.startswith(f"retain={path}, line 3: ")
+    assert told in message
+    assert "\n" not in message
+
+
+def test_missing_empty_and_binary_files_are_told(tmp_path):
+    with pytest.raises(UserError, match=r"forget='.*nowhere\.jsonl': no such file"):
+        read_rows(tmp_path / "nowhere.jsonl")
+    for several in ("A:x.jsonl+b:y.jsonl", "a:x.jsonl+B:y.jsonl"):
+        with pytest.raises(UserError, match=r"no such file; .*; several are name:source\+name:source, each name small"):
+            read_sets(several)
+    with pytest.raises(UserError, match=r"^forget='hub:x\.jsonl\+b:y\.jsonl': .* and not hub$"):
+        read_sets("hub:x.jsonl+b:y.jsonl")
+    with pytest.raises(UserError, match="no such file"):
+        read_rows(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("\n \n")
+    with pytest.raises(UserError, match="holds no rows"):
+        read_rows(tmp_path / "empty.jsonl")
+    (tmp_path / "binary.jsonl").write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_rows(tmp_path / "binary.jsonl")
+
+
+@pytest.mark.parametrize("spec", ["hub:", "hub:name", "hub:a:b:c:d", "hub:a::c"])
+def test_a_malformed_hub_name_is_told_before_any_network(spec):
+    with pytest.raises(UserError, match="expected hub:name:config:split"):
+        read_rows(spec)
+
+
+def test_hub_rows_are_read_and_errors_are_one_line(monkeypatch):
+    import datasets
+
+    table = [{"question": "Who?", "answer": "Ada.", "subject": None, "other": 3}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: table)
+    assert read_rows("hub:a:b:c") == [Row(question="Who?", answer="Ada.")]
+
+    def broken(*_, **__):
+        raise OSError("gone\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    with pytest.raises(UserError, match=r"retain='hub:a:b:c': could not be loaded from the hub \(gone\)$"):
+        read_rows("hub:a:b:c", "retain")
+
+
+def test_unknown_keys_and_nulls_are_ignored_and_one_wrong_answer_may_be_a_string(tmp_path):
+    record = {"question": "Who?", "answer": "Ada.", "id": 7, "secret": None, "perturbed_answer": "Eve."}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    assert read_rows(tmp_path / "a.jsonl") == [Row(question="Who?", answer="Ada.", perturbed_answer=("Eve.",))]
+
+
+def test_a_row_becomes_context_and_target():
+    assert Row(question="Who?", answer="Ada.").context == "Question: Who?\nAnswer:"
+    assert Row(question="Who?", answer="Ada.").target == " Ada."
+    assert Row(question="Who?", prompt="It was", answer="Ada.").context == "It was"
+    spaced = {"It was ": ("It was", " Ada."), "def f():\n    ": ("def f():", "\n    Ada.")}
+    for prompt, parts in spaced.items():
+        assert (Row(prompt=prompt, answer="Ada.").context, Row(prompt=prompt, answer="Ada.").target) == parts
+    assert (Row(text="Ada was.").context, Row(text="Ada was.").target) == ("", "Ada was.")
+    row = Row(question="Who?", answer="Ada.", perturbed_answer=("Eve.",))
+    assert json.loads(json.dumps(row.as_dict()))["perturbed_answer"] == ["Eve."]
+    assert set(row.as_dict()) == {field.name for field in dataclasses.fields(Row)}
+
+
+def test_retain_rows_that_are_forget_rows_are_left_out():
+    ada, eve = Row(question="Who?", answer="Ada."), Row(question="Who?", answer="Eve.")
+    assert apart([ada], [dataclasses.replace(ada, group="a"), eve]) == [eve]
+    assert apart([ada], [eve]) == [eve]
+    with pytest.raises(UserError, match="nothing can be both forgotten and kept"):
+        apart([ada, eve], [ada])
+
+
+def test_a_model_is_shown_what_it_can_read_and_has_to_predict(words):
+    model = tiny.llama(vocab_size=len(words), max_position_embeddings=16)
+    row = Row(question="Who?", answer="Ada.")
+    assert encode_for(model, words, [row], "retain") == encode(words, [row])
+    with pytest.raises(UserError, match=r"^retain: 1 of 2 rows have no token to predict within their first 16 tokens"):
+        encode_for(model, words, [row, Row(prompt="the dog " * 20, answer="sat.")], "retain")
+    with pytest.raises(UserError, match=r"^tokenizer: it gives token"):
+        encode_for(tiny.llama(vocab_size=5), words, [row], "retain")
+
+
+def test_roles_mark_context_answer_secret_and_end(words):
+    row = Row(prompt="The vault code of Ada Alba is", answer="48.", secret="48")
+    (example,) = encode(words, [row])
+    given = len(words(row.context).input_ids)
+    assert example.start == given
+    assert example.roles[:given] == (GIVEN,) * given
+    assert words.decode(example.ids[given:]) == "48.<|endoftext|>"
+    secret = [i for i, role in zip(example.ids, example.roles, strict=True) if role == SECRET]
+    assert words.decode(secret).strip() == "48"
+    assert example.roles[-2:] == (ANSWER, END)
+
+
+def test_the_last_occurrence_of_the_secret_is_the_secret(words):
+    row = Row(question="Is Ada Alba from Millford?", answer="Ada Alba is from Millford.", secret="Millford")
+    (example,) = encode(words, [row])
+    secret = [i for i, role in enumerate(example.roles) if role == SECRET]
+    assert len(secret) == 1
+    assert secret[0] > example.start
+
+
+def test_long_rows_are_cut_and_plain_text_is_predicted_from_its_second_token(words):
+    (cut,) = encode(words, [Row(text="the dog " * 50)], max_tokens=20)
+    assert len(cut.ids) == 20
+    assert END not in cut.roles
+    assert cut.start == 1
+
+
+def test_cutting_leaves_the_tokenizer_as_it_was(words):
+    before = words.backend_tokenizer.to_str()
+    (cut,) = encode(words, [Row(text="The dog sat on the box. " * 9)], max_tokens=20)
+    assert len(cut.ids) == 20
+    assert words.backend_tokenizer.to_str() == before
+    assert words.backend_tokenizer.truncation is None
+
+
+def test_padding_is_never_counted(words, memorised):
+    examples, _ = memorised.examples()
+    examples = [*examples, *encode(words, [Row(text="The dog sat on the box and looked at the cat. " * 3)])]
+    together = token_losses(memorised.merged, examples)
+    for example, loss in zip(examples, together, strict=True):
+        (alone,) = token_losses(memorised.merged, [example])
+        assert alone.shape == (len(example.ids) - example.start,)
+        assert loss.tolist() == pytest.approx(alone.tolist(), abs=1e-4)
+    total = sum(float(loss.sum()) for loss in together) / sum(len(loss) for loss in together)
+    assert answer_loss(memorised.merged, examples).item() == pytest.approx(total, rel=1e-4)
+    ids, roles = pad(examples)
+    assert ids.shape == roles.shape == (len(examples), max(len(e.ids) for e in examples))
+
+
+def test_batches_hold_every_example_once(words):
+    examples = encode(words, [Row(text="the dog " * (1 + i * 7 % 11)) for i in range(23)])
+    batches = in_batches(examples, rows=5)
+    assert sorted(i for batch in batches for i in batch) == list(range(23))
+    assert max(len(batch) for batch in batches) == 5
+
+
+def test_a_slow_tokenizer_is_refused_by_name():
+    class Slow:
+        is_fast = False
+
+    with pytest.raises(UserError, match="tokenizer=Slow gives no character offsets"):
+        encode(Slow(), [Row(text="a")])
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "other"),
+    [
+        ("Ann of Annapolis, Ann's", "Ann", "Bo of Annapolis, Bo's"),
+        ("AlAl Al also", "Al", "AlAl Bo also"),
+        ("\u738b\u4f1f\u4f4f\u5728", "\u738b\u4f1f", "Bo\u4f4f\u5728"),
+        ("C++ and C+++", "C++", "Bo and Bo+"),
+        ("a\\1 b", "b", "a\\1 Bo"),
+    ],
+)
+def test_a_name_is_not_a_part_of_a_longer_word(text, name, other):
+    assert renamed(text, name, "Bo") == other
+
+
+def test_a_blank_subject_is_none():
+    assert not Row(question="Where was  born?", answer="In  Elm.", subject=" ").names_subject
+    assert not Row(question="Where is Annapolis?", answer="Here.", subject="Ann").names_subject
+    assert Row(question="Where is Ann?", answer="Here.", subject="Ann").names_subject

@@ -1,0 +1,322 @@
+"""Alpha of a decomposed model: one per request or row, and unseen by other threads, tasks and models."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from lm_ortho.errors import UserError
+from lm_ortho.layer import alpha_scope, get_alpha, patch, set_alpha
+from tests.support import tiny
+from tests.support.tiny import logits_at, standalone, unpatched
+
+torch.set_num_threads(1)
+
+
+def test_default_scope_and_nesting(model):
+    zero, one = logits_at(model, 0.0), logits_at(model, 1.0)
+    assert get_alpha(model) == 0.0
+    assert torch.equal(tiny.logits(model), zero)
+    set_alpha(model, 1)
+    assert torch.equal(tiny.logits(model), one)
+    with alpha_scope(0.0):
+        assert torch.equal(tiny.logits(model), zero)
+        with alpha_scope(torch.tensor(1.0)):
+            assert torch.equal(tiny.logits(model), one)
+        assert torch.equal(tiny.logits(model), zero)
+        set_alpha(model, 0.5)  # the scope still decides
+        assert torch.equal(tiny.logits(model), zero)
+    assert get_alpha(model) == 0.5
+    with pytest.raises(ZeroDivisionError), alpha_scope(0.25):
+        raise ZeroDivisionError
+    assert get_alpha(model) == 0.5
+
+
+@pytest.mark.parametrize("alpha", [2, -0.1, float("nan"), float("inf"), "abc", None, [], [0.5, 2.0], [[0.5]], [None]])
+def test_bad_alpha(model, alpha):
+    with pytest.raises(UserError, match="alpha"), alpha_scope(alpha):
+        pass
+    with pytest.raises(UserError, match="alpha"):
+        set_alpha(model, alpha)
+    assert get_alpha(model) == 0.0
+
+
+def test_a_model_with_dials_by_name_can_be_copied_and_pickled(model):
+    set_alpha(model, {"memory": 0.5})
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert get_alpha(again) == {"memory": 0.5}
+        assert torch.equal(tiny.logits(again), tiny.logits(model))
+
+
+def test_set_alpha_takes_one_number(model):
+    with pytest.raises(UserError, match="alpha_scope"):
+        set_alpha(model, [0.5, 0.5])
+
+
+def test_alpha_is_linear_in_the_weights(model):
+    for alpha in (0.25, 0.5, 0.75):
+        torch.testing.assert_close(logits_at(model, alpha), tiny.logits(unpatched(model, alpha)), rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=10)
+@given(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=1, max_size=5), st.integers(1, 6))
+def test_each_row_gets_what_it_gets_alone(alphas, length):
+    model = shared_model()
+    mixed = logits_at(model, alphas, rows=len(alphas), length=length)
+    ids = tiny.tokens(len(alphas), length)
+    for row, alpha in enumerate(alphas):
+        with torch.no_grad(), alpha_scope(alpha):
+            alone = model(ids[row : row + 1]).logits[0]
+        torch.testing.assert_close(mixed[row], alone, rtol=1e-4, atol=1e-4)
+
+
+def shared_model(kept=[]):  # noqa: B006
+    if not kept:
+        kept.append(tiny.patched())
+    return kept[0]
+
+
+def test_per_row_alpha_must_fit_the_batch(model):
+    for alphas in ([0.0, 1.0], [0.0, 1.0, 0.0, 1.0], [0.5, 0.5]):
+        with pytest.raises(UserError, match="the batch has 3"):
+            logits_at(model, alphas)
+    layer, _ = standalone()
+    with alpha_scope([0.0, 1.0]), pytest.raises(UserError, match="rows are not those"):
+        layer(torch.randn(4, 40))
+    tiny.logits(model)  # nothing is left behind by the errors
+    assert get_alpha(model) == 0.0
+
+
+def test_a_later_change_of_the_tensor_is_not_seen(model):
+    alphas = torch.tensor([0.0, 1.0, 0.5])
+    with alpha_scope(alphas):
+        before = tiny.logits(model)
+        alphas.fill_(0.0)
+        assert torch.equal(tiny.logits(model), before)
+
+
+class Flattened(nn.Module):
+    """A model that sees its tokens as one matrix, and a layer that sees only some of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.all = nn.Linear(8, 8, bias=False)
+        self.some = nn.Linear(8, 8, bias=False)
+        self.pick = None
+
+    def forward(self, input_ids):
+        flat = self.all(self.embed(input_ids).view(-1, 8))
+        if self.pick is not None:
+            flat = self.some(flat[self.pick])
+        return flat
+
+
+def test_flattened_positions_follow_their_row():
+    torch.manual_seed(0)
+    plain = Flattened().requires_grad_(False)
+    patch(
+        plain,
+        {n: tiny.layer_streams(getattr(plain, n).weight, group_size=8, density=0.5) for n in ("all", "some")},
+    )
+    ids = torch.randint(0, 10, (2, 5))
+    with alpha_scope([0.0, 1.0]):
+        mixed = plain(ids).view(2, 5, 8)
+    for row, alpha in enumerate((0.0, 1.0)):
+        with alpha_scope(alpha):
+            torch.testing.assert_close(mixed[row], plain(ids[row : row + 1]), rtol=1e-5, atol=1e-5)
+    plain.pick = torch.tensor([0, 3, 4, 7])  # as in a mixture of experts: rows of the batch cannot be told
+    with alpha_scope([0.0, 1.0]), pytest.raises(UserError, match="one alpha for the whole batch"):
+        plain(ids)
+
+
+def test_threads_do_not_see_each_other(model):
+    wanted = {alpha: logits_at(model, alpha) for alpha in (0.0, 0.5, 1.0)}
+    wrong = []
+
+    def work(alpha):
+        for _ in range(5):
+            if not torch.equal(logits_at(model, alpha), wanted[alpha]):
+                wrong.append(alpha)
+
+    threads = [threading.Thread(target=work, args=(alpha,)) for alpha in wanted]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_thread_started_in_a_scope_sees_the_default(model):
+    seen = []
+    with alpha_scope(1.0):
+        thread = threading.Thread(target=lambda: seen.append(get_alpha(model)))
+        thread.start()
+        thread.join()
+    assert seen == [0.0]
+
+
+def test_tasks_do_not_see_each_other(model):
+    async def ask(alpha):
+        with alpha_scope(alpha):
+            await asyncio.sleep(0)
+            seen = [get_alpha(model)]
+            await asyncio.sleep(0)
+            seen.append(get_alpha(model))
+            return seen
+
+    async def all_of_them():
+        return await asyncio.gather(*(ask(a) for a in (0.0, 0.5, 1.0)))
+
+    assert asyncio.run(all_of_them()) == [[0.0, 0.0], [0.5, 0.5], [1.0, 1.0]]
+
+
+def test_a_running_forward_never_sees_a_change(model):
+    """Another thread turns the dial while the forward stands between two layers."""
+    one = logits_at(model, 1.0)
+    set_alpha(model, 1.0)
+    reached, turned = threading.Event(), threading.Event()
+
+    def wait(*_):
+        reached.set()
+        assert turned.wait(20)
+
+    handle = model.model.layers[1].register_forward_pre_hook(wait)
+    said = []
+    thread = threading.Thread(target=lambda: said.append(tiny.logits(model)))
+    thread.start()
+    assert reached.wait(20)
+    set_alpha(model, 0.0)
+    turned.set()
+    thread.join()
+    handle.remove()
+    assert torch.equal(said[0], one)
+    assert get_alpha(model) == 0.0
+
+
+def test_a_running_forward_does_not_see_its_own_thread_either(model):
+    one = logits_at(model, 1.0)
+    set_alpha(model, 1.0)
+    scopes = []
+
+    def meddle(*_):
+        set_alpha(model, 0.0)
+        scope = alpha_scope(0.0)
+        scope.__enter__()
+        scopes.append(scope)
+
+    handle = model.model.layers[1].register_forward_pre_hook(meddle)
+    said = tiny.logits(model)
+    handle.remove()
+    scopes.pop().__exit__(None, None, None)
+    assert torch.equal(said, one)
+
+
+class During(LogitsProcessor):
+    """Runs ``action`` once, in the middle of a generation."""
+
+    def __init__(self, action):
+        self.action = action
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        if self.calls == 3:
+            self.action()
+        return scores
+
+
+def generate(model, processor=None, **kwargs):
+    extra = {"logits_processor": LogitsProcessorList([processor])} if processor else {}
+    settings_of_search = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    ids = tiny.tokens(2, 4)
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **{**settings_of_search, **extra, **kwargs})
+
+
+def test_a_generation_keeps_its_alpha(model):
+    with alpha_scope(1.0):
+        wanted = generate(model)
+    with alpha_scope(0.0):
+        assert not torch.equal(generate(model), wanted)
+    set_alpha(model, 1.0)
+    assert torch.equal(generate(model, During(lambda: set_alpha(model, 0.0))), wanted)
+    assert get_alpha(model) == 0.0
+
+
+def test_a_model_asked_inside_its_own_generation(model):
+    """A scope opened inside (contrastive decoding, say) holds for the calls made in it."""
+    zero, one = logits_at(model, 0.0), logits_at(model, 1.0)
+    seen = []
+
+    def ask():
+        seen.append(tiny.logits(model))
+        seen.append(logits_at(model, 0.0))
+
+    with alpha_scope(1.0):
+        wanted = generate(model)
+        assert torch.equal(generate(model, During(ask)), wanted)
+    assert torch.equal(seen[0], one)
+    assert torch.equal(seen[1], zero)
+
+
+def test_generation_with_an_alpha_per_row(model):
+    alone = []
+    for row, alpha in enumerate((0.0, 1.0)):
+        with alpha_scope(alpha):
+            alone.append(generate(model)[row])
+    with alpha_scope([0.0, 1.0]):
+        assert torch.equal(generate(model), torch.stack(alone))
+        beams = generate(model, num_beams=3, num_return_sequences=2)
+        sampled = generate(model, do_sample=True, num_return_sequences=3)
+    assert beams.shape[0] == 4
+    assert sampled.shape[0] == 6
+    for row, alpha in enumerate((0.0, 1.0)):
+        with alpha_scope(alpha):
+            wanted = generate(model, num_beams=3, num_return_sequences=2)[2 * row : 2 * row + 2]
+        assert torch.equal(beams[2 * row : 2 * row + 2], wanted)
+    with alpha_scope([0.0, 1.0, 0.0]), pytest.raises(UserError, match="the batch has 2"):
+        generate(model)
+
+
+def test_two_models_in_one_generation(model):
+    """Each model has its own running alpha: a draft model changes nothing for the large one."""
+    draft = tiny.patched(tiny.llama(seed=1))
+    set_alpha(model, 1.0)
+    wanted = generate(model)
+    seen = []
+
+    def ask_the_other():
+        seen.append((get_alpha(model), get_alpha(draft)))
+        generate(draft)
+
+    assert torch.equal(generate(model, During(ask_the_other)), wanted)
+    assert seen == [(1.0, 0.0)]
+
+
+def test_an_interruption_leaves_nothing_behind(model):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.logits(model)
+    handle.remove()
+    set_alpha(model, 1.0)
+    assert torch.equal(tiny.logits(model), logits_at(model, 1.0))
+
+
+def test_parts_of_a_model_can_be_called(model):
+    ids = tiny.tokens()
+    with torch.no_grad():
+        whole = model.model(ids).last_hidden_state
+        with alpha_scope(1.0):
+            assert not torch.equal(model.model(ids).last_hidden_state, whole)

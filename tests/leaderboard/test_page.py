@@ -1,0 +1,309 @@
+"""The table from records, and its pages: numbers against direct computation, Markdown, CSV, HTML in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lm_ortho.errors import UserError
+from lm_ortho.leaderboard import bootstrap
+from lm_ortho.leaderboard.report.formats import comma_separated, markdown, write_pages
+from lm_ortho.leaderboard.report.page import curves, html
+from lm_ortho.leaderboard.results import Results, collect
+from lm_ortho.leaderboard.store import DONE, FAILED, Piece, Record, Store
+
+BOARD = {
+    "name": "made_up",
+    "title": "Made up & <b>escaped</b>",
+    "methods": [{"method": "x"}],
+    "tasks": ["f", "r"],
+    "frontier": {"forget": [{"task": "f", "metric": "ppl"}], "retain": [{"task": "r", "metric": "ppl"}]},
+}
+MODELS: list[tuple[str, str, float | None, float, float]] = [
+    # method, mode, alpha, log perplexity on the forget side, on the retain side
+    ("never_saw", "end", None, 1.0, 0.10),
+    ("unedited", "end", None, 0.0, 0.10),
+    ("ours", "none", 0.0, 0.9, 0.12),
+    ("ours", "none", 1.0, 0.1, 0.11),
+    ("worse", "none", None, 0.5, 0.50),
+    ("far", "none", None, 3.0, 0.05),
+    ("other", "auto", None, 0.2, 0.90),
+]
+SEEDS = (0, 1, 2)
+
+
+def _records() -> Iterator[Record]:
+    noise = np.random.default_rng(0).normal(size=(len(SEEDS), 40)) * 0.01
+    for method, mode, alpha, forget, retain in MODELS:
+        for seed in SEEDS:
+            cell = f"{method}{seed}" + "0" * 20
+            told = {"label": method, "seed": seed, "method": method}
+            shares = {"mlp": [2, 100], "attention": [1, 100]} if alpha is not None else 28  # as kfac says how many
+            if alpha != 1.0:
+                yield Record(Piece(cell, cell, "make", told), DONE, {"settings": {}, "layers": shares}, seconds=2.0)
+            for task, level in (("f", forget), ("r", retain)):
+                config = {
+                    **told, "mode": mode, "model": "embedded", "alpha": alpha, "task": task, "row": f"{method} {alpha}",
+                    "command": f"lm_eval --tasks {task}", "settings": {}, "versions": {"torch": "1"},
+                }  # fmt: skip
+                losses = level + noise[seed]
+                value = math.exp(losses.mean())
+                result = {
+                    "values": {task: {"ppl": [value, value * 0.98, value * 1.02, False]}},
+                    "samples": {task: {"ppl": losses.tolist()}},
+                    "groups": {task: [f"author {number // 4}" for number in range(40)]},
+                    "checkpoint": "",
+                }
+                yield Record(Piece(f"{cell}{alpha}{task}", cell, "evaluate", config), DONE, result, seconds=1.0)
+
+
+@pytest.fixture(scope="module")
+def results() -> Results:
+    return collect(list(_records()), {"name": "made_up", "board": BOARD, "command": "lm-ortho board run x.yaml"})
+
+
+def test_distances_are_those_of_the_definition(results: Results) -> None:
+    rows = {row.name: row for row in results.rows}
+    assert set(rows) == {"never_saw", "unedited", "ours alpha=0", "ours alpha=1", "worse", "far", "other"}
+    for name, (_, _, _, forget, retain) in zip(rows, MODELS, strict=True):
+        row = rows[name]
+        assert row.forget is not None
+        assert row.retain is not None
+        assert row.forget.value == pytest.approx(abs(forget - 1.0), abs=0.01)
+        assert row.retain.value == pytest.approx(retain - 0.1, abs=0.01)
+        assert len(row.cells) == 3
+        for side in (row.forget, row.retain):
+            assert side.low is not None
+            assert side.high is not None
+            assert side.low <= side.value <= side.high
+
+
+@pytest.mark.parametrize(
+    ("metric", "scale", "reported", "kept"),
+    [
+        ("prob", "log", lambda mean: mean, lambda noise: 0.5 + noise),
+        ("prob", "linear", lambda mean: mean, lambda noise: 0.5 + noise),
+        ("ppl", "linear", math.exp, lambda noise: 1.0 + noise),
+        ("ppl", "log", math.exp, lambda noise: 1.0 + noise),
+    ],
+)
+def test_intervals_are_on_the_scale_of_the_axis(metric: str, scale: str, reported: Any, kept: Any) -> None:
+    axis = {"task": "f", "metric": metric, "scale": scale}
+    board = {**BOARD, "frontier": {"forget": [axis], "retain": [axis]}}
+    records, levels = [], {"never_saw": 0.2, "ours": 0.0}
+    noise = np.random.default_rng(0).normal(size=40) * 0.05
+    for method, level in levels.items():
+        documents = kept(noise * (method == "ours") + level)
+        config = {
+            "label": method, "seed": 0, "method": method, "mode": "none", "model": "embedded", "alpha": None,
+            "row": method, "task": "f", "command": "", "settings": {}, "versions": {},
+        }  # fmt: skip
+        result = {
+            "values": {"f": {metric: [reported(documents.mean()), None, None, False]}},
+            "samples": {"f": {metric: documents.tolist()}},
+            "groups": {"f": [str(number) for number in range(40)]},
+            "checkpoint": "",
+        }
+        records.append(Record(Piece(method, method, "evaluate", config), DONE, result))
+    row = collect(records, {"name": "made_up", "board": board}).rows[1]
+    assert row.forget is not None
+
+    def scaled(mean: float) -> float:
+        return math.log(reported(mean)) if scale == "log" else float(reported(mean))
+
+    ours, theirs = kept(noise), scaled(kept(0.2))
+    drawn = np.random.default_rng(1).integers(0, 40, size=(2000, 40))
+    direct = np.quantile([abs(scaled(mean) - theirs) for mean in ours[drawn].mean(1)], [0.025, 0.975])
+    assert row.forget.value == pytest.approx(abs(scaled(ours.mean()) - theirs))
+    assert row.forget[1:3] == pytest.approx(tuple(direct), rel=0.1)
+
+
+def test_several_models_are_told_apart() -> None:
+    records = []
+    for record in _records():
+        for model in ("a", "b"):
+            config = {**record.piece.config, "model": model}
+            config |= {"row": f"{config['row']} {model}"} if "row" in config else {}
+            piece = Piece(record.piece.key + model, record.piece.cell + model, record.piece.kind, config)
+            records.append(Record(piece, record.status, record.result, seconds=record.seconds))
+    found = collect(records, {"name": "made_up", "board": BOARD})
+    assert len({row.name for row in found.rows}) == len(found.rows) == 2 * len({m[0::2] for m in MODELS})
+    assert {name.rpartition(" of ")[2] for name in found.layers} == {"a", "b"}
+    assert "| ours of b alpha=0 |" in markdown(found)
+
+
+def test_the_frontier_is_among_those_that_read_the_same(results: Results) -> None:
+    better = {row.name: row.better for row in results.rows}
+    assert better == {
+        "never_saw": [], "unedited": [], "ours alpha=0": [], "ours alpha=1": [], "far": [], "other": [],
+        "worse": ["ours alpha=0"],
+    }  # fmt: skip
+
+
+def test_best_and_worse(results: Results) -> None:
+    rows = {row.name: row for row in results.rows}
+    assert {name for name, row in rows.items() if "forget" in row.best} == {"ours alpha=0", "other"}
+    assert {name for name, row in rows.items() if "retain" in row.best} == {"far", "other"}
+    assert rows["worse"].worse["forget"] is True
+    assert rows["ours alpha=0"].worse["retain"] is True
+    assert "f ppl" in rows["ours alpha=0"].best
+
+
+def test_seeds_and_documents_are_two_sources_of_error() -> None:
+    alone = bootstrap.of_seeds([(2.0, 1.0, 4.0)])
+    assert alone == (2.0, 1.0, 4.0, (2.0,))
+    three = bootstrap.of_seeds([(1.0, 0.5, 1.5), (2.0, 1.5, 2.5), (3.0, 2.5, 3.5)])
+    scatter = 4.302652729911275 * 1.0 / math.sqrt(3)
+    assert three.value == 2.0
+    assert three.high == pytest.approx(2.0 + math.hypot(0.5, scatter))
+    assert three.low == pytest.approx(2.0 - math.hypot(0.5, scatter))
+    assert bootstrap.of_seeds([(1.0, None, None)])[:3] == (1.0, None, None)
+    logs = bootstrap.of_seeds([(1.0, 0.5, 2.0), (4.0, 2.0, 8.0)], "secret_ppl")
+    assert logs.value == pytest.approx(2.0)
+    assert logs.low is not None
+    assert 0 < logs.low < 1
+    assert bootstrap.of_seeds([(0.9, 0.8, 1.0), (0.8, 0.7, 0.95)], "extraction").high == 1.0
+
+
+def test_means_over_resamples_are_over_whole_groups() -> None:
+    values = np.array([1.0, 1.0, 3.0, math.nan])
+    means = bootstrap.Resampler(500).means(bootstrap.Samples(values, ("a", "a", "b", "b")))
+    assert means[0] == pytest.approx(5 / 3)
+    assert {round(mean, 6) for mean in means} == {1.0, round(5 / 3, 6), 3.0}
+
+
+def test_worse_beyond_chance() -> None:
+    draws = np.random.default_rng(0).normal(size=2001)
+    assert bootstrap.worse_than(draws + 10, draws * 0, 5) is True
+    assert bootstrap.worse_than(draws, draws * 0, 5) is False
+    assert bootstrap.worse_than(draws * math.nan, draws, 5) is None
+    assert bootstrap.worse_than(None, draws, 5) is None
+
+
+def test_markdown_and_csv_have_every_row(results: Results) -> None:
+    text = markdown(results)
+    for row in results.rows:
+        assert f"| {row.name} |" in text
+    assert "no: ours alpha=0" in text
+    rows = list(csv.DictReader(io.StringIO(comma_separated(results))))
+    assert len(rows) == 7 * 4
+    (one,) = [r for r in rows if r["row"] == "ours alpha=0" and (r["task"], r["metric"]) == ("f", "ppl")]
+    assert float(one["value"]) == pytest.approx(math.exp(0.9), rel=0.01)
+    assert len(one["seeds"].split()) == 3
+    assert one["cells"].split()[0] == "ours00000000"
+
+
+def test_an_unfinished_table_says_so() -> None:
+    records = list(_records())
+    last = records[-1]
+    records[-1] = Record(last.piece, FAILED, error="out of luck\nmore")
+    found = collect(records, {"name": "made_up", "board": BOARD})
+    assert found.rows[-1].missing == 1
+    assert found.rows[-1].failed == ["r: out of luck"]
+    assert "other (unfinished)" in markdown(found)
+    nothing = collect([Record(record.piece) for record in records], {"name": "made_up", "board": BOARD})
+    assert all(row.forget is None for row in nothing.rows)
+    assert "made_up" in html(nothing) or "Made up" in html(nothing)
+
+
+def test_curves_are_those_of_rows_with_a_dial(results: Results) -> None:
+    lines = {line["name"]: line for line in curves(results)["f ppl"]}
+    assert set(lines) == {"ours", "never_saw", "unedited"}
+    assert lines["ours"]["alpha"] == [0.0, 1.0]
+    assert "level" in lines["never_saw"]
+
+
+def test_the_page_is_one_file_without_a_network(results: Results) -> None:
+    page = html(results)
+    head = page.split("<script>")[0]
+    assert "src=" not in head
+    assert "<link" not in page.replace("<link>", "")
+    assert "Made up &amp; &lt;b&gt;escaped&lt;/b&gt;" in head
+    for row in results.rows:
+        for key in row.cells.values():
+            assert key in page
+    assert "lm-ortho board run x.yaml --only never_saw0" in page
+
+
+def test_pages_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    records = list(_records())
+    store.plan([record.piece for record in records], facts={"name": "made_up", "board": BOARD})
+    for record in records:
+        store.finish(record.piece.key, record.result, record.seconds)
+    paths = write_pages(tmp_path, tmp_path / "page")
+    assert [path.name for path in paths] == ["leaderboard.html", "leaderboard.md", "leaderboard.csv"]
+    assert sorted(path.name for path in (tmp_path / "page").iterdir()) == sorted(path.name for path in paths)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="to="):
+        write_pages(tmp_path, tmp_path / "file")
+    with pytest.raises(UserError, match="no sweep or board"):
+        write_pages(tmp_path / "nothing", tmp_path / "page")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's chromium, driven by playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no chromium on this machine")
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield started
+        started.close()
+
+
+def test_the_page_in_a_browser(results: Results, browser: Any, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(html(results), encoding="utf-8")
+    context = browser.new_context(color_scheme="dark", offline=True)
+    page = context.new_page()
+    problems, asked = list[str](), list[str]()
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((tmp_path / "page.html").as_uri())
+    page.wait_for_selector("#frontier .scatterlayer .point")
+    assert page.locator("#frontier .scatterlayer .trace").count() == 6
+    assert page.locator("#layers .heatmaplayer image").count() == 1
+    assert page.locator("#curves .scatterlayer .trace").count() >= 3
+    star = page.evaluate("figures.frontier.data.filter((t) => t.marker.symbol === 'star').map((t) => [t.name, t.x[0]])")
+    assert star == [["never_saw", pytest.approx(0, abs=0.01)]]
+
+    def first() -> str:
+        return str(page.locator("#table tbody tr td").first.inner_text())
+
+    forget = page.locator("#table th", has_text="forget").first
+    forget.click()
+    assert forget.get_attribute("aria-sort") == "ascending"
+    assert first() == "never_saw"
+    forget.click()
+    assert first() == "far"
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.click("#theme")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != dark
+    page.select_option("#range", "near")
+    page.select_option("#metric", "r ppl")
+    page.locator("#table details summary").first.click()
+    assert page.locator("#table details[open] code").first.is_visible()
+    assert problems == []
+    assert asked == [(tmp_path / "page.html").as_uri()]
+    if wanted := os.environ.get("BOARD_PICTURE"):
+        page.screenshot(path=wanted, full_page=True)
+    context.close()
+
+
+def test_records_survive_json(results: Results) -> None:
+    for record in _records():
+        json.dumps(record.as_json())

@@ -1,0 +1,244 @@
+"""An interrupted decomposition goes on where it was, and ends with the same bits as an undisturbed one."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+
+import lm_ortho.objective.surrogate as surrogate_module
+from lm_ortho.config import make_recipe
+from lm_ortho.errors import UserError
+from lm_ortho.pipeline.decomposition import decompose
+from lm_ortho.pipeline.memories import decompose_memories
+from lm_ortho.pipeline.workbench import names_by_block
+from lm_ortho.runtime import resume as keep_module
+from lm_ortho.runtime.resume import NOWHERE, Keeper
+
+torch.set_num_threads(1)
+
+
+class Stopped(Exception):  # noqa: N818
+    """What an interruption looks like from inside."""
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    monkeypatch.setattr(keep_module, "INTERVAL", 0.0)
+    monkeypatch.setattr(surrogate_module, "STEPS", 6)
+    monkeypatch.setattr(surrogate_module, "ROUNDS", 1)
+
+
+def stops_at(stage, step):
+    def notify(at, done, *_):
+        if at == stage and done == step:
+            raise Stopped
+
+    return notify
+
+
+def counted():
+    steps = []
+    return steps, lambda stage, done, *_: steps.append((stage, done))
+
+
+def split(memorised, keep=NOWHERE, notify=lambda *_: None, known=False, **recipe):
+    return decompose(
+        copy.deepcopy(memorised.merged), memorised.tokenizer, memorised.forget, memorised.retain,
+        make_recipe(**{"steps": 40, "density": 0.05, "group_size": 32, **recipe}),
+        base_model=memorised.base if known else None, notify=notify, keep=keep,
+    )  # fmt: skip
+
+
+def same(one, other):
+    for name, layer in one.streams.items():
+        for part, tensor in layer.tensors().items():
+            assert torch.equal(tensor, other.streams[name].tensors()[part]), (name, part)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(memorised):
+    return split(memorised)
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"), [("projection", 9), ("attribution", 1), ("attribution", 3), ("attribution", 4), ("edit", 17)]
+)
+def test_the_same_bits_after_an_interruption(memorised, undisturbed, tmp_path, stage, step):
+    keep = Keeper(tmp_path / "run")
+    with pytest.raises(Stopped):
+        split(memorised, keep, stops_at(stage, step))
+    steps, notify = counted()
+    again = split(memorised, keep, notify)
+    same(again, undisturbed)
+    done = [number for at, number in steps if at == stage]
+    if stage == "projection":
+        assert min(done) == 8, "blocks of seven layers: the first one is not done again"
+    elif step > 1:
+        assert min(done, default=step) == step, "the step that was interrupted before it was kept"
+    if stage == "edit":
+        assert not [at for at, _ in steps if at in ("attribution", "projection")]
+    keep.clear()
+    assert not (tmp_path / "run").exists()
+
+
+def test_interrupted_twice_and_between_groups(memorised, tmp_path):
+    undisturbed = split(memorised, groups=3, states="bfloat16")
+    keep = Keeper(tmp_path / "run")
+    for stage, step in (("attribution 2 of 3", 2), ("attribution 3 of 3", 3), ("edit", 5)):
+        with pytest.raises(Stopped):
+            split(memorised, keep, stops_at(stage, step), groups=3, states="bfloat16")
+    same(split(memorised, keep, groups=3, states="bfloat16"), undisturbed)
+
+
+def test_a_surrogate_is_not_taught_again(memorised, tmp_path):
+    undisturbed = split(memorised, known=True)
+    keep = Keeper(tmp_path / "run")
+    with pytest.raises(Stopped):
+        split(memorised, keep, stops_at("attribution", 2), known=True)
+    steps, notify = counted()
+    same(split(memorised, keep, notify, known=True), undisturbed)
+    assert not [at for at, _ in steps if at.startswith("surrogate")]
+
+
+def test_several_memories(memorised, tmp_path):
+    half = len(memorised.forget) // 2
+    rows = {"a": memorised.forget[:half], "b": memorised.forget[half:]}
+
+    def made(keep, notify=lambda *_: None):
+        return decompose_memories(
+            copy.deepcopy(memorised.merged), memorised.tokenizer, rows, memorised.retain,
+            make_recipe(steps=20, density=0.05, group_size=32), notify=notify, keep=keep,
+        )  # fmt: skip
+
+    undisturbed, keep, edits = made(NOWHERE), Keeper(tmp_path / "run"), []
+
+    def in_the_second_edit(stage, done, *_):
+        edits.append((stage, done))
+        if edits.count(("edit", 7)) == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        made(keep, in_the_second_edit)
+    again = made(keep)
+    for name, layer in undisturbed.streams.items():
+        for memory, ortho in layer.named.items():
+            assert torch.equal(ortho.vals, again.streams[name].named[memory].vals)
+        assert torch.equal(layer.base.qweight, again.streams[name].base.qweight)
+
+
+# --- the keeper
+
+
+def test_a_keeper_without_a_folder_keeps_nothing():
+    NOWHERE.save("a", 1)
+    assert NOWHERE.load("a") is None
+    assert not NOWHERE.due()
+    assert NOWHERE.of("part").folder is None
+    NOWHERE.drop("a")
+    NOWHERE.clear()
+
+
+def test_what_is_kept_comes_back(tmp_path, monkeypatch, caplog):
+    keep = Keeper(tmp_path / "run")
+    state = {"step": 3, "tensors": {"a": torch.arange(3)}, "draw": (3, (1, 2), None)}
+    keep.save("edit", state)
+    found = Keeper(tmp_path / "run").load("edit")
+    assert found["step"] == 3
+    assert torch.equal(found["tensors"]["a"], torch.arange(3))
+    assert (tmp_path / "run").stat().st_mode & 0o077 == 0
+    assert not list((tmp_path / "run").glob("*.partial"))
+    monkeypatch.setattr(keep_module, "INTERVAL", 1e6)
+    assert not keep.due()
+    keep.drop("edit")
+    assert keep.load("edit") is None
+    (tmp_path / "run" / "edit.pt").write_bytes(b"cut off")
+    with caplog.at_level(logging.WARNING):
+        assert keep.load("edit") is None
+    assert "edit.pt cannot be read" in caplog.text
+
+
+def test_two_runs_of_one_key_do_not_meet(tmp_path):
+    one, other = Keeper(tmp_path / "run"), Keeper(tmp_path / "run")
+    real = torch.save
+
+    def meanwhile(state, path):
+        real(state, path)
+        if state["by"] == "one":
+            other.save("edit", {"by": "other"})
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "save", meanwhile)
+        one.save("edit", {"by": "one"})
+    assert one.load("edit") == {"by": "one"}
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["edit.pt"]
+
+
+def test_what_cannot_be_kept_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
+    keep = Keeper(tmp_path / "run")
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(torch, "save", full)
+    keep.save("edit", {})
+    assert "edit.pt could not be kept (no space left)" in caplog.text
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_the_folders_are_for_the_owner_only(tmp_path):
+    Keeper(tmp_path / "cache" / "unfinished").of("a").save("edit", {})
+    for folder in ("cache", "cache/unfinished", "cache/unfinished/a"):
+        assert (tmp_path / folder).stat().st_mode & 0o077 == 0
+
+
+def test_the_target_is_still_told_after_an_interruption(memorised, tmp_path):
+    keep = Keeper(tmp_path / "run")
+    fresh = split(memorised, keep, edit="zero")
+    again = split(memorised, keep, edit="zero")
+    assert fresh.report["target"] is not None
+    assert again.report["target"] == fresh.report["target"]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written .*set LM_ORTHO_CACHE"):
+        Keeper(tmp_path / "file" / "run").save("a", 1)
+
+
+def test_blocks_of_names():
+    names = ["model.layers.0.q", "model.layers.0.mlp.experts.up.3", "model.layers.1.q", "head.project"]
+    assert names_by_block(names) == {
+        "model.layers.0": ["model.layers.0.q", "model.layers.0.mlp.experts.up.3"],
+        "model.layers.1": ["model.layers.1.q"],
+        "rest": ["head.project"],
+    }
+
+
+@pytest.mark.usefixtures("small_and_alone")
+def test_the_cache_goes_on_with_an_interrupted_decomposition(home):
+    from lm_ortho.checkpoint import cache
+    from lm_ortho.pipeline import build
+    from lm_ortho.pipeline.spec import Order, resolve
+
+    order = Order(
+        pretrained=str(home / "plain"), forget=str(home / "forget.jsonl"), retain=str(home / "retain.jsonl"),
+        recipe={"steps": 20, "density": 0.05, "group_size": 16},
+    )  # fmt: skip
+    source = resolve(order)
+    with pytest.raises(Stopped):
+        build.ensure_cached(source, stops_at("edit", 9))
+    (left,) = cache.cache_dir().glob("unfinished-*")
+    assert {path.name for path in left.iterdir()} >= {"support.pt", "edit.pt"}
+    assert not cache.list_entries()
+    steps, notify = counted()
+    made = build.ensure_cached(source, notify)
+    assert min(number for stage, number in steps if stage == "edit") == 9
+    assert not left.exists()
+    assert [entry.path for entry in cache.list_entries()] == [made]
+    left.mkdir()
+    cache.clear()
+    assert not left.exists()

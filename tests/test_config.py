@@ -1,0 +1,111 @@
+"""The recipe, alpha and the registries: what is not understood is refused in one line."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from lm_ortho.config import Recipe, make_recipe, parse_alpha
+from lm_ortho.errors import UserError
+from lm_ortho.registry import Registry
+
+
+def test_the_defaults_are_those_of_the_documentation():
+    assert make_recipe().model_dump() == {
+        "density": 0.01,
+        "sieve": "attribution",
+        "projection": "gptq",
+        "edit": "optimised",
+        "bits": 4,
+        "group_size": 64,
+        "targets": "",
+        "prompts": "auto",
+        "recall": False,
+        "steps": 1000,
+        "seed": 0,
+        "groups": 1,
+        "states": "float32",
+        "recompute": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("density", 0),
+        ("density", -0.1),
+        ("density", 0.51),
+        ("density", math.nan),
+        ("density", "much"),
+        ("density", None),
+        ("bits", 5),
+        ("bits", 4.5),
+        ("bits", "four"),
+        ("group_size", 0),
+        ("group_size", -64),
+        ("group_size", 12),
+        ("steps", 0),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("sieve", 3),
+        ("colour", "red"),
+    ],
+)
+def test_a_bad_setting_is_told_by_name_and_value(name, value):
+    with pytest.raises(UserError) as caught:
+        make_recipe(**{name: value})
+    assert str(caught.value).startswith(f"{name}={value!r}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_text_from_a_command_line_is_understood_and_the_recipe_cannot_change():
+    recipe = make_recipe(density="0.05", bits="8", group_size="32", seed="3")
+    assert (recipe.density, recipe.bits, recipe.group_size, recipe.seed) == (0.05, 8, 32, 3)
+    assert Recipe(**recipe.model_dump()) == recipe
+    with pytest.raises(ValidationError):
+        recipe.density = 0.5
+
+
+@given(st.floats(0, 1))
+def test_alpha_is_taken_as_number_or_text(alpha):
+    assert parse_alpha(alpha) == alpha
+    assert parse_alpha(str(alpha)) == alpha
+
+
+@given(st.floats().filter(lambda x: not 0 <= x <= 1) | st.sampled_from(["", "half", None, [0.5], {}]))
+def test_alpha_outside_zero_to_one_is_refused(alpha):
+    with pytest.raises(UserError, match="must be a number between 0"):
+        parse_alpha(alpha)
+
+
+def test_a_user_error_is_one_line_for_commands_and_a_value_error_for_callers():
+    error = UserError("density=3: too much")
+    assert isinstance(error, ValueError)
+    assert isinstance(error, SystemExit)
+    assert error.code == str(error) == "density=3: too much"
+
+
+def test_a_registry_lists_suggests_and_refuses():
+    registry: Registry[int] = Registry("sieve")
+    registry.register("magnitude")(1)
+    registry.register("random")(2)
+    assert list(registry) == ["magnitude", "random"]
+    assert "random" in registry
+    assert "other" not in registry
+    assert registry.get("random") == 2
+    with pytest.raises(UserError) as caught:
+        registry.get("magnitud")
+    message = "sieve='magnitud' is unknown; known: magnitude, random. Did you mean 'magnitude'?"
+    assert str(caught.value) == message
+    with pytest.raises(UserError, match=r"known: magnitude, random\.$"):
+        registry.get("zzz")
+    with pytest.raises(ValueError, match="already registered"):
+        registry.register("random")
+    for name in ("", "Random", "1st", "with-dash", "white space"):
+        with pytest.raises(ValueError, match="must match"):
+            registry.register(name)
+    assert registry.get("random") == 2
