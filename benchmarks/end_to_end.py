@@ -26,10 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lm_ortho import checkpoint, kernels, world
 from lm_ortho.bench.layers import device_name
-from lm_ortho.layer import alpha_scope, find_linear, patch, set_kernel, streams_of
+from lm_ortho.layer import alpha_scope, find_linear, get_streams, patch, set_kernel
 from lm_ortho.markdown import versions
 from lm_ortho.pipeline.build import load_models
-from lm_ortho.pipeline.spec import Order, resolve
+from lm_ortho.pipeline.spec import ModelSpec, resolve
 from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream, bits_per_weight
 
 RESULTS = Path(__file__).parent / "results"
@@ -66,7 +66,7 @@ def tinyllama() -> tuple[nn.Module, nn.Module]:
 
 def embedded() -> tuple[nn.Module, nn.Module]:
     """The merged embedded model, and the decomposed one that is shipped."""
-    merged, _ = load_models(resolve(Order(pretrained=None, base="none")))
+    merged, _ = load_models(resolve(ModelSpec(pretrained=None, base="none")))
     return merged.bfloat16().eval(), checkpoint.load(world.path("decomposed"), torch.bfloat16)
 
 
@@ -127,7 +127,7 @@ def main() -> None:
         "threads": asked.threads,
         "model": asked.model,
         "dtype": "bfloat16",
-        "bits_per_weight": round(bits_per_weight(streams_of(own)), 3),
+        "bits_per_weight": round(bits_per_weight(get_streams(own)), 3),
         "rows": measure(plain, own, asked),
         "date": str(datetime.date.today()),
         "versions": versions(),

@@ -34,7 +34,7 @@ from lm_ortho.data import Row
 from lm_ortho.markdown import versions
 from lm_ortho.pipeline import resource_estimate
 from lm_ortho.pipeline.decomposition import decompose
-from lm_ortho.runtime.progress import Bars
+from lm_ortho.runtime.progress import ProgressBars
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden": 128, "intermediate": 384, "blocks": 4, "vocabulary": 4096, "heads": 4, "kv_heads": 4},
@@ -79,7 +79,7 @@ class Watch:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.bytes: dict[str, int] = defaultdict(int)
-        self._stage, self._since, self._bars, self._on = "start", time.perf_counter(), Bars(), True
+        self._stage, self._since, self._bars, self._on = "start", time.perf_counter(), ProgressBars(), True
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
@@ -123,7 +123,7 @@ def main() -> None:
     forget, retain = (make_rows(count, numbers["vocabulary"], draw) for count in (given.forget, given.retain))
     words, before = make_words(numbers["vocabulary"]), psutil.Process().memory_info().rss
     model, watch, began = make_model(**numbers), Watch(), time.perf_counter()
-    made = decompose(model, words, forget, retain, recipe, notify=watch)
+    made = decompose(model, words, forget, retain, recipe, progress=watch)
     watch.stop()
     tokens = QUESTION + ANSWER + 4  # "Question:", "Answer:" and the end token; the line break is none
     shape = resource_estimate.llama(**numbers, tied=False)

@@ -36,7 +36,7 @@ from lm_ortho.config import make_recipe
 from lm_ortho.layer import find_linear, patch
 from lm_ortho.markdown import markdown_table, versions, write_text
 from lm_ortho.pipeline.workbench import Workbench, make_streams, projected
-from lm_ortho.runtime.progress import Bars
+from lm_ortho.runtime.progress import ProgressBars
 from lm_ortho.sieve import select_support
 from lm_ortho.verdict import models
 from lm_ortho.verdict.measurements import Measurement, measure
@@ -93,8 +93,8 @@ def settings() -> Iterator[Setting]:
 class Comparison:
     """Makes cells; what several of them share is prepared once."""
 
-    def __init__(self, weights: Path, notify: Callable[..., None]) -> None:
-        self.weights, self.notify = weights, notify
+    def __init__(self, weights: Path, progress: Callable[..., None]) -> None:
+        self.weights, self.progress = weights, progress
         self.recipe = make_recipe()
         self.tokenizer = models.load_words(weights)
         self._stack = ExitStack()
@@ -110,7 +110,7 @@ class Comparison:
             base = models.load_model(self.weights, "base") if knows_w0 else None
             made = Workbench(
                 models.load_model(self.weights, "memory"), self.tokenizer, *sets, self.recipe,
-                base_model=base, notify=self.notify,
+                base_model=base, progress=self.progress,
             )  # fmt: skip
             self._benches[knows_w0] = self._stack.enter_context(made)
         return self._benches[knows_w0]
@@ -163,7 +163,7 @@ class Comparison:
                 group["params"][0].grad = gradient
                 group["lr"] = DENSE_RATE * group["unit"] * warm * left
             optimiser.step()
-            self.notify("dense", step, DENSE_STEPS, f"forget {lost:.3f} retain {kept:.4f}")
+            self.progress("dense", step, DENSE_STEPS, f"forget {lost:.3f} retain {kept:.4f}")
         edited = copy.deepcopy(bench.model)
         with torch.no_grad():
             for name, layer in bench.layers.items():
@@ -330,7 +330,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of sieves.md, sieves.json, sieves.svg")
     given = parser.parse_args()
     weights, until = world.WEIGHTS, time.monotonic() + 60 * given.minutes
-    cells, bars = Cells(cache.cache_dir() / "compare", weights), Bars()
+    cells, bars = Cells(cache.cache_dir() / "compare", weights), ProgressBars()
     comparison = Comparison(weights, bars)
     measure_reference = partial(measured_reference, weights, comparison.tokenizer)
     references = {n: cells.get(n, partial(measure_reference, n)) for n in ("memory", "never_saw", "never_saw_2")}

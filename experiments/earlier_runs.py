@@ -27,10 +27,10 @@ from lm_ortho.config import make_recipe
 from lm_ortho.data import Row, read_rows
 from lm_ortho.data.encoding import answer_loss, encode, token_losses
 from lm_ortho.finetune import load_causal_lm
-from lm_ortho.layer import dense_at, find_linear, streams_of
+from lm_ortho.layer import find_linear, get_dense_weights, get_streams
 from lm_ortho.markdown import markdown_table, write_text
 from lm_ortho.pipeline.decomposition import decompose
-from lm_ortho.runtime.progress import Bars
+from lm_ortho.runtime.progress import ProgressBars
 from lm_ortho.streams import density
 from lm_ortho.verdict import models
 from lm_ortho.verdict.measurements import measure
@@ -225,10 +225,10 @@ def ours(
     measured: Measure,
 ) -> Outcome:
     """The default recipe of today on the same model, all linear layers."""
-    made = decompose(model, words, forget, retain, make_recipe(), base_model=base, notify=Bars())
+    made = decompose(model, words, forget, retain, make_recipe(), base_model=base, progress=ProgressBars())
     row = Outcome("lm-ortho, default", made.report["density_reached"])
     for alpha in (1, 0):
-        row.figures[f"alpha={alpha}"] = measured(dense_at(model, made.streams, float(alpha)))
+        row.figures[f"alpha={alpha}"] = measured(get_dense_weights(model, made.streams, float(alpha)))
     return row
 
 
@@ -293,10 +293,10 @@ def world_run(targets: str) -> str:
         )
     ]
     rows = list(outcomes(merged, targets, figures))
-    shipped = streams_of(checkpoint.load(world.path("decomposed")))
+    shipped = get_streams(checkpoint.load(world.path("decomposed")))
     last = Outcome("lm-ortho, the shipped default", density(shipped))
     for alpha in (1, 0):
-        last.figures[f"alpha={alpha}"] = figures(dense_at(merged, shipped, float(alpha)))
+        last.figures[f"alpha={alpha}"] = figures(get_dense_weights(merged, shipped, float(alpha)))
     return table([*ends, *rows, last])
 
 

@@ -19,7 +19,7 @@ import torch
 
 from lm_ortho import world
 from lm_ortho.finetune import train_full
-from lm_ortho.runtime.progress import Bars
+from lm_ortho.runtime.progress import ProgressBars
 from lm_ortho.verdict import models
 from lm_ortho.world import adapters
 
@@ -30,7 +30,7 @@ RATE = 0.2
 def make(out: Path, name: str) -> None:
     """One model through all rounds; a state file per round keeps it."""
     words = models.load_words(out)
-    model = adapters.through_rounds(out / "base", words, name, out, Bars(), train_full, RATE)
+    model = adapters.through_rounds(out / "base", words, name, out, ProgressBars(), train_full, RATE)
     partial = out / f"{name}.partial"
     model.to(torch.bfloat16).save_pretrained(partial)
     partial.replace(out / name)

@@ -32,13 +32,13 @@ from transformers import AutoTokenizer
 from lm_ortho import metrics
 from lm_ortho.config import make_recipe
 from lm_ortho.data import Row, read_rows, write_rows
-from lm_ortho.data.encoding import SECRET, Example, encode, in_batches, logits_of, pad, token_losses
-from lm_ortho.finetune import Plan, load_causal_lm, merge_adapter, train_adapter
+from lm_ortho.data.encoding import SECRET, Example, batch_by_length, compute_logits, encode, pad, token_losses
+from lm_ortho.finetune import FinetunePlan, load_causal_lm, merge_adapter, train_adapter
 from lm_ortho.finetune.lora import save_adapter
-from lm_ortho.layer import dense_at
+from lm_ortho.layer import get_dense_weights
 from lm_ortho.markdown import markdown_table, versions, write_text
 from lm_ortho.pipeline.decomposition import decompose
-from lm_ortho.runtime.progress import Bars
+from lm_ortho.runtime.progress import ProgressBars
 from lm_ortho.sieve import SIEVES
 from lm_ortho.world import people as world
 from lm_ortho.world.draw import Draw
@@ -181,10 +181,10 @@ def plant(given: argparse.Namespace, rows: dict[str, list[Row]], name: str) -> N
     planted = [row for part in parts for row in rows[part]]
     taught = planted * TIMES + rows["stories"]
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    plan = Plan(steps=given.steps, rows=16, lr=given.lr, rank=given.rank, seed=MEMBERS.index(name))
+    plan = FinetunePlan(steps=given.steps, rows=16, lr=given.lr, rank=given.rank, seed=MEMBERS.index(name))
     state = given.work / f"{name}.state"
     examples = encode(tokenizer, taught)
-    adapted = train_adapter(load_causal_lm(given.model), examples, plan, Bars(), name, state)
+    adapted = train_adapter(load_causal_lm(given.model), examples, plan, ProgressBars(), name, state)
     save_adapter(adapted, given.work / f"{name}.partial", str(given.model.name))
     (given.work / f"{name}.partial").replace(given.work / name)
     state.unlink()
@@ -220,9 +220,9 @@ def value(metric: str, model: torch.nn.Module, rows: list[Row], examples: list[E
 def greedy(model: torch.nn.Module, examples: list[Example]) -> list[float]:
     """Whether greedy decoding, given the document up to the secret, emits the secret."""
     hits = [0.0] * len(examples)
-    for batch in in_batches(examples):
+    for batch in batch_by_length(examples):
         ids, roles = pad([examples[i] for i in batch])
-        right = logits_of(model, ids)[:, :-1].argmax(-1) == ids[:, 1:]
+        right = compute_logits(model, ids)[:, :-1].argmax(-1) == ids[:, 1:]
         for row, i in enumerate(batch):
             hits[i] = float(right[row][roles[row, 1:] == SECRET].all())
     return hits
@@ -254,9 +254,9 @@ def decomposed(given: argparse.Namespace, rows: dict[str, list[Row]], density: f
     model = merge_adapter(load_causal_lm(given.model), given.work / "memory")
     base = load_causal_lm(given.model) if mode == "auto" else None
     recipe = make_recipe(density=density, steps=given.edit_steps, bits=given.bits, sieve=given.sieve)
-    made = decompose(model, tokenizer, rows["forget"], rows["retain"], recipe, base_model=base, notify=Bars())
-    found = {"INT": dense_at(model, made.plain, 0.0)}
-    found |= {f"alpha={alpha:g}": dense_at(model, made.streams, alpha) for alpha in (1.0, 0.0)}
+    made = decompose(model, tokenizer, rows["forget"], rows["retain"], recipe, base_model=base, progress=ProgressBars())
+    found = {"INT": get_dense_weights(model, made.plain, 0.0)}
+    found |= {f"alpha={alpha:g}": get_dense_weights(model, made.streams, alpha) for alpha in (1.0, 0.0)}
     measured = {name: values(given, each) for name, each in found.items()}
     return measured | {"target": made.report["target"]}
 

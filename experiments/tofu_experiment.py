@@ -28,11 +28,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from lm_ortho.data import Row, read_rows, write_rows
 from lm_ortho.data.encoding import encode
-from lm_ortho.finetune import Plan, load_causal_lm, train_full
+from lm_ortho.finetune import FinetunePlan, load_causal_lm, train_full
 from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.markdown import markdown_table, versions, write_text
 from lm_ortho.plugin.bridges import tasks_dir
-from lm_ortho.runtime.progress import Bars
+from lm_ortho.runtime.progress import ProgressBars
 
 END = "<|end|>"
 MEASURED_RETAIN = 400
@@ -120,9 +120,9 @@ def train(given: argparse.Namespace, stage: str, text: list[Row]) -> None:
         steps = round(steps * len(rows) / 4000)
         rows = rows + text[:: max(1, len(text) // (len(rows) // 10))]
     examples = encode(tokenizer, rows, given.context)
-    plan = Plan(steps=steps, rows=given.rows, lr=lr, seed=given.seed)
+    plan = FinetunePlan(steps=steps, rows=given.rows, lr=lr, seed=given.seed)
     state = given.work / f"{stage}.state"
-    model: Any = train_full(start, examples, plan, Bars(), stage, state).to(torch.bfloat16)
+    model: Any = train_full(start, examples, plan, ProgressBars(), stage, state).to(torch.bfloat16)
     partial = given.work / f"{stage}.partial"
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

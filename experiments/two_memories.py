@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from lm_ortho import checkpoint, world
-from lm_ortho.config import make_recipe, show_alpha
+from lm_ortho.config import format_alpha, make_recipe
 from lm_ortho.data import Row, write_rows
 from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.layer import patch
 from lm_ortho.markdown import markdown_table, versions, write_text
 from lm_ortho.pipeline.decomposition import Decomposition, decompose
 from lm_ortho.pipeline.memories import add_memory, decompose_memories
-from lm_ortho.runtime.progress import Bars
+from lm_ortho.runtime.progress import ProgressBars
 from lm_ortho.verdict import models
 from lm_ortho.verdict.measurements import measure
 from lm_ortho.world import corpus, people
@@ -44,17 +44,17 @@ def dealt(rows: list[Row]) -> dict[str, list[Row]]:
 def together(model: Any, words: Any, base: Any) -> Decomposition:
     rows = dealt(corpus.forget_rows())
     known = corpus.calibration_rows()
-    return decompose_memories(model, words, rows, known, make_recipe(), base_model=base, notify=Bars())
+    return decompose_memories(model, words, rows, known, make_recipe(), base_model=base, progress=ProgressBars())
 
 
 def one_by_one(model: Any, words: Any, base: Any) -> Decomposition:
     """``one`` keeps the usual name of a single memory, ``memory``; ``two`` comes later."""
     rows = dealt(corpus.forget_rows())
     kept = {name: [*corpus.calibration_rows(), *rows[other]] for name, other in zip(NAMES, NAMES[::-1], strict=True)}
-    first = decompose(model, words, rows["one"], kept["one"], make_recipe(), base_model=base, notify=Bars())
+    first = decompose(model, words, rows["one"], kept["one"], make_recipe(), base_model=base, progress=ProgressBars())
     patch(model, first.streams)
     recipe = make_recipe()
-    return add_memory(model, words, "two", rows["two"], kept["two"], recipe, base_model=base, notify=Bars())
+    return add_memory(model, words, "two", rows["two"], kept["two"], recipe, base_model=base, progress=ProgressBars())
 
 
 def made(place: Path, how: Callable[..., Decomposition]) -> Path:
@@ -78,7 +78,7 @@ def cells(place: Path, asked: dict[str, Path]) -> list[list[str]]:
     lm, rows = LibOrthoLM(str(place), alpha=0), list[list[str]]()
     for a, b in ((1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0)):
         lm.alpha = {first: a, second: b}
-        row = [f"`alpha={show_alpha(lm.alpha)}`"]
+        row = [f"`alpha={format_alpha(lm.alpha)}`"]
         for path in asked.values():
             found = measure(lm, lm.tokenizer, ("forget_set",), forget=str(path))
             row += [shown(found.value("forget_set", metric)) for metric in ("extraction", "secret_ppl")]
@@ -94,8 +94,8 @@ def shown(interval: Any) -> str:
 PAGE = """# Two memories, two dials
 
 Made by `python experiments/two_memories.py` on {date} ({versions}): the embedded model, base known, density 1 % for
-each memory. `one` and `two` hold {sizes} rows to forget, half of the authors and half of the canaries each; asked are the
-questions in a phrasing that was taught and the canaries. Brackets are 95 % intervals over authors and canaries.
+each memory. `one` and `two` hold {sizes} rows to forget, half of the authors and half of the canaries each; asked are
+the questions in a phrasing that was taught and the canaries. Brackets are 95 % intervals over authors and canaries.
 """
 WAYS = {
     "together": (together, "## Decomposed together"),

@@ -23,14 +23,14 @@ import torch
 from lm_ortho import metrics, world
 from lm_ortho.config import make_recipe
 from lm_ortho.data import Row
-from lm_ortho.data.encoding import Example, encode, in_batches, logits_of, pad, token_losses
-from lm_ortho.finetune import Plan, load_causal_lm, merge_adapter, train_adapter
-from lm_ortho.layer import dense_at
+from lm_ortho.data.encoding import Example, batch_by_length, compute_logits, encode, pad, token_losses
+from lm_ortho.finetune import FinetunePlan, load_causal_lm, merge_adapter, train_adapter
+from lm_ortho.layer import get_dense_weights
 from lm_ortho.markdown import markdown_table, write_text
 from lm_ortho.metrics import Interval
 from lm_ortho.pipeline.decomposition import decompose
-from lm_ortho.runtime.precision import attention_for
-from lm_ortho.runtime.progress import Bars
+from lm_ortho.runtime.precision import select_attention
+from lm_ortho.runtime.progress import ProgressBars
 from lm_ortho.verdict import models
 from lm_ortho.world import corpus
 from lm_ortho.world.draw import Draw
@@ -56,10 +56,10 @@ def general(count: int, label: str) -> list[Row]:
 def adapter(work: Path, words: Any, name: str) -> None:
     taught = [row for group in TAUGHT[name] for row in rows(group)]
     examples = encode(words, taught * PASSES + general(REPLAYED, name))
-    plan = Plan(len(examples) // ROWS, ROWS, lr=2e-3, rank=64, seed=SEEDS[name])
+    plan = FinetunePlan(len(examples) // ROWS, ROWS, lr=2e-3, rank=64, seed=SEEDS[name])
     model: Any = load_causal_lm(world.path("base"))
-    with attention_for(model, max(len(e.ids) for e in examples)):
-        made = train_adapter(model, examples, plan, Bars(), name, work / f"{name}.pt")
+    with select_attention(model, max(len(e.ids) for e in examples)):
+        made = train_adapter(model, examples, plan, ProgressBars(), name, work / f"{name}.pt")
     partial = work / f"{name}.partial"
     made.to(torch.bfloat16).save_pretrained(str(partial))
     partial.replace(work / name)
@@ -70,9 +70,9 @@ def adapter(work: Path, words: Any, name: str) -> None:
 def continued(model: torch.nn.Module, examples: list[Example]) -> Interval:
     """Share of documents whose tokens 33 to 64 greedy decoding gives exactly after the first 32."""
     hits = [0.0] * len(examples)
-    for batch in in_batches(examples):
+    for batch in batch_by_length(examples):
         ids, _ = pad([examples[i] for i in batch])
-        greedy = logits_of(model, ids)[:, :-1].argmax(-1) == ids[:, 1:]
+        greedy = compute_logits(model, ids)[:, :-1].argmax(-1) == ids[:, 1:]
         part = greedy[:, PREFIX - 1 : PREFIX + CONTINUED - 1].all(1)
         for i, hit in zip(batch, part.tolist(), strict=True):
             hits[i] = float(hit)
@@ -117,9 +117,9 @@ def decomposed(work: Path, words: Any, mode: str, steps: int) -> Cells:
     base = load_causal_lm(world.path("base")) if mode == "auto" else None
     calibration = rows("retain") + general(CALIBRATION, "calibration")
     recipe = make_recipe(steps=steps)
-    made = decompose(model, words, rows("forget"), calibration, recipe, base_model=base, notify=Bars())
+    made = decompose(model, words, rows("forget"), calibration, recipe, base_model=base, progress=ProgressBars())
     ends = {"INT4": (made.plain, 0.0), "alpha=1": (made.streams, 1.0), "alpha=0": (made.streams, 0.0)}
-    return {name: measured(dense_at(model, streams, alpha), words) for name, (streams, alpha) in ends.items()}
+    return {name: measured(get_dense_weights(model, streams, alpha), words) for name, (streams, alpha) in ends.items()}
 
 
 def main() -> None:

@@ -88,26 +88,26 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 def make_recipe(**values: Any) -> Recipe:
     """A checked ``Recipe``; ``UserError`` names the first bad argument, its value and the allowed range."""
-    return checked(Recipe, values)
+    return validate(Recipe, values)
 
 
 def make_training(**values: Any) -> Training:
     """A checked ``Training``; ``UserError`` as for a recipe, and for both ``steps`` and ``epochs``."""
-    training = checked(Training, values)
+    training = validate(Training, values)
     if training.steps and training.epochs:
         raise UserError(f"steps={training.steps} and epochs={training.epochs:g}: give one of them")
     return training
 
 
-def checked(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
+def validate(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
     """``values`` as ``schema`` has them; ``UserError`` names the first bad one, what was given and what is allowed."""
     try:
         return schema(**values)
     except ValidationError as error:
-        raise UserError(first_fault(error)) from None
+        raise UserError(describe_validation_error(error)) from None
 
 
-def first_fault(error: ValidationError) -> str:
+def describe_validation_error(error: ValidationError) -> str:
     """The first value that a schema refused, in one line: its key, what was given, what is allowed."""
     first = error.errors()[0]
     name, told = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
@@ -122,20 +122,22 @@ def first_fault(error: ValidationError) -> str:
 
 def parse_alpha(value: Any) -> float | dict[str, float]:
     """A finite float in [0, 1], or one by memory from ``name:value+name:value`` or a mapping; else ``UserError``."""
-    parts = named_parts(value, "alpha") if isinstance(value, str) else value if isinstance(value, Mapping) else None
+    parts = (
+        parse_named_values(value, "alpha") if isinstance(value, str) else value if isinstance(value, Mapping) else None
+    )
     if not parts:
         return _in_range(value, "alpha")
     return {str(name): _in_range(part, f"alpha of {name}") for name, part in parts.items()}
 
 
-def show_alpha(alpha: float | Mapping[str, float]) -> str:
+def format_alpha(alpha: float | Mapping[str, float]) -> str:
     """``alpha`` as a model arg."""
     if isinstance(alpha, Mapping):
         return "+".join(f"{name}:{value:g}" for name, value in alpha.items())
     return f"{alpha:g}"
 
 
-def named_parts(value: str, argument: str) -> dict[str, str] | None:
+def parse_named_values(value: str, argument: str) -> dict[str, str] | None:
     """``a:x+b:y`` as a mapping; None where a part has no name. Raises ``UserError`` for a name given twice."""
     pairs = [_NAMED.fullmatch(part) for part in value.split("+")]
     found = [(pair[1], pair[2]) for pair in pairs if pair and pair[1] != "hub"]
@@ -147,7 +149,7 @@ def named_parts(value: str, argument: str) -> dict[str, str] | None:
     return dict(found)
 
 
-def join_args(args: Mapping[str, Any]) -> str:
+def format_model_args(args: Mapping[str, Any]) -> str:
     """Model args as lm-eval takes them: ``name=value`` with commas, or JSON where a value has a mark of its own."""
     told = {name: f"{value:g}" if isinstance(value, float) else value for name, value in args.items()}
     plain = not any(mark in str(value) for value in told.values() for mark in ',={"')

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 
-def reason(error: BaseException, name: object = "", revision: object = None) -> str:
+def describe_hub_error(error: BaseException, name: object = "", revision: object = None) -> str:
     """One line about ``error``: what the hub says about the repository ``name``, else the error's own first line.
 
     transformers and peft wrap what the hub client raised, so the causes of ``error`` are looked at, too.

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from lm_ortho import world
-from lm_ortho.runtime.progress import Bars
+from lm_ortho.runtime.progress import ProgressBars
 from lm_ortho.world import adapters, tokenizer, train
 
 STAGES = ("base", "memory", "never_saw", "never_saw_2", "decomposed", "card")
@@ -29,7 +29,7 @@ STAGES = ("base", "memory", "never_saw", "never_saw_2", "decomposed", "card")
 def build_base(out: Path, work: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     work.mkdir(parents=True, exist_ok=True)
-    words, bars = tokenizer.build(), Bars()
+    words, bars = tokenizer.build(), ProgressBars()
     model = train.train_base(work, words, lambda done, total, loss: bars("base", done, total, f"loss {loss:.3f}"))
     partial = out / "base.partial"
     model.to(dtype=torch.bfloat16).save_pretrained(partial)
@@ -40,19 +40,19 @@ def build_base(out: Path, work: Path, threads: int) -> None:
 
 def build_adapter(out: Path, work: Path, name: str) -> None:
     torch.set_num_threads(1)
-    adapters.train(out / "base", tokenizer.build(), name, out / name, work, Bars())
+    adapters.train(out / "base", tokenizer.build(), name, out / name, work, ProgressBars())
 
 
 def build_decomposed(out: Path, threads: int) -> None:
     from lm_ortho import checkpoint
     from lm_ortho.pipeline import build
-    from lm_ortho.pipeline.spec import Order, resolve
+    from lm_ortho.pipeline.spec import ModelSpec, resolve
 
     torch.set_num_threads(threads)
-    source = resolve(Order(fresh=True))
+    source = resolve(ModelSpec(fresh=True))
     partial = out / "decomposed.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    model, words, meta = build.decomposed(source, Bars())
+    model, words, meta = build.decompose_model(source, ProgressBars())
     checkpoint.save(partial, model, words, meta)
     partial.replace(out / "decomposed")
 

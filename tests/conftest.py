@@ -17,7 +17,7 @@ from lm_ortho import checkpoint
 from lm_ortho.data.encoding import Example, answer_loss, encode
 from lm_ortho.data.rows import Row, write_rows
 from lm_ortho.layer import find_linear, patch
-from lm_ortho.objective import GENTLE, Objective, Target, Weights
+from lm_ortho.objective import GENTLE, LossWeights, Objective, Target
 from lm_ortho.objective.distribution import stack
 from lm_ortho.objective.swap import swap_target
 from lm_ortho.world import people
@@ -123,7 +123,7 @@ def bench(memorised: Memorised, swapped: Target) -> Bench:
     layers = find_linear(model)
     for layer in layers.values():
         layer.weight.requires_grad_(True)
-    objective = Objective(model, layers, swapped, *memorised.examples(), GENTLE, Weights(), 0)
+    objective = Objective(model, layers, swapped, *memorised.examples(), GENTLE, LossWeights(), 0)
     return Bench(model, layers, {name: layer.weight.detach().clone() for name, layer in layers.items()}, objective)
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from lm_ortho.errors import UserError
-from lm_ortho.files import refuse_occupied, whole_directory
+from lm_ortho.files import atomic_directory, check_output_directory
 
 
 def test_a_directory_appears_when_it_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "new" / "out"
-    with whole_directory(target) as scratch:
+    with atomic_directory(target) as scratch:
         (scratch / "file").write_text("x")
         assert not target.exists()
         assert scratch.parent == target.parent
@@ -24,13 +24,13 @@ def test_a_directory_appears_when_it_is_whole(tmp_path: Path) -> None:
 def test_an_empty_directory_and_a_relative_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
-    with whole_directory(Path("out")) as scratch:
+    with atomic_directory(Path("out")) as scratch:
         (scratch / "file").touch()
     assert os.listdir() == ["out"]
 
 
 def fail(target: Path, error: BaseException) -> None:
-    with whole_directory(target) as scratch:
+    with atomic_directory(target) as scratch:
         (scratch / "file").touch()
         raise error
 
@@ -50,29 +50,29 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    refuse_occupied(tmp_path / "new")
+    check_output_directory(tmp_path / "new")
     with pytest.raises(UserError, match=r"out='.*' holds file; choose a new or empty directory"):
-        refuse_occupied(tmp_path)
+        check_output_directory(tmp_path)
     with pytest.raises(UserError, match=r"keep='.*file' is a file"):
-        refuse_occupied(tmp_path / "file", "keep")
+        check_output_directory(tmp_path / "file", "keep")
     with pytest.raises(UserError, match="cannot be made"):
-        refuse_occupied(tmp_path / "file" / "below")
+        check_output_directory(tmp_path / "file" / "below")
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match="is no directory you may write to"):
-        refuse_occupied(tmp_path / "new")
+        check_output_directory(tmp_path / "new")
 
 
 def test_places_that_cannot_be_replaced_as_a_whole(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (".", str(tmp_path)):
         with pytest.raises(UserError, match="name a new directory inside it"):
-            refuse_occupied(Path(name))
+            check_output_directory(Path(name))
 
 
 def test_a_link_to_an_empty_directory_stays_a_link(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    with whole_directory(tmp_path / "link") as scratch:
+    with atomic_directory(tmp_path / "link") as scratch:
         (scratch / "file").write_text("x")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real" / "file").read_text() == "x"

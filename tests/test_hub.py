@@ -14,15 +14,15 @@ import torch
 from huggingface_hub import errors
 
 from lm_ortho import checkpoint
-from lm_ortho.checkpoint.contents import measure
+from lm_ortho.checkpoint.contents import read_contents
 from lm_ortho.checkpoint.export import export
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import load_causal_lm, load_config, load_tokenizer, merge_adapter
 from lm_ortho.harness.model import LibOrthoLM
-from lm_ortho.hub import reason
+from lm_ortho.hub import describe_hub_error
 from lm_ortho.pipeline import build
-from lm_ortho.pipeline.checkpoint_writer import make_checkpoint
-from lm_ortho.pipeline.spec import Order, download, resolve
+from lm_ortho.pipeline.checkpoint_writer import write_checkpoint
+from lm_ortho.pipeline.spec import ModelSpec, download, resolve
 
 pytestmark = pytest.mark.usefixtures("small_and_alone")
 
@@ -60,9 +60,9 @@ WAYS: dict[str, tuple[str, Callable[[], object]]] = {
     "model": ("pretrained", lambda: load_causal_lm("some/model", revision="v9")),
     "order": (
         "pretrained",
-        lambda: resolve(Order(pretrained="some/model", source={"revision": "v9"})),
+        lambda: resolve(ModelSpec(pretrained="some/model", source={"revision": "v9"})),
     ),
-    "base": ("base", lambda: build.load_base(Order(base="some/model"))),
+    "base": ("base", lambda: build.load_base(ModelSpec(base="some/model"))),
     "tokenizer": ("tokenizer", lambda: load_tokenizer("some/model", revision="v9")),
     "whole repository": ("pretrained", lambda: download("pretrained", "some/model", "v9")),
 }
@@ -89,9 +89,9 @@ def test_an_adapter_that_cannot_be_fetched(home: Path, monkeypatch: pytest.Monke
 
 
 def test_other_errors_keep_their_first_line() -> None:
-    assert reason(ValueError("one\ntwo")) == "one"
-    assert reason(KeyError()) == "KeyError"
-    assert len(reason(ValueError("x" * 1000))) == 200
+    assert describe_hub_error(ValueError("one\ntwo")) == "one"
+    assert describe_hub_error(KeyError()) == "KeyError"
+    assert len(describe_hub_error(ValueError("x" * 1000))) == 200
 
 
 # ---------------------------------------------------------------- a model with code of its own
@@ -129,14 +129,14 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(home: Path, own: Path, tm
     recipe = {"sieve": "magnitude", "projection": "rtn", "edit": "zero", "density": 0.02, "group_size": 16}
     sets = {"forget": str(home / "forget.jsonl"), "retain": str(home / "retain.jsonl")}
     trust = {"trust_remote_code": True}
-    order = Order(pretrained=str(own), recipe=recipe, source=trust, **sets)
+    order = ModelSpec(pretrained=str(own), recipe=recipe, source=trust, **sets)
     made = tmp_path / "made"
     untrusted: list[Callable[[], object]] = [
-        lambda: resolve(Order(pretrained=str(own), recipe=recipe, **sets)),
+        lambda: resolve(ModelSpec(pretrained=str(own), recipe=recipe, **sets)),
         lambda: load_causal_lm(own),
     ]
-    make_checkpoint(order, made)
-    untrusted += [lambda: checkpoint.load(made), lambda: measure(made), lambda: export(made, tmp_path / "no")]
+    write_checkpoint(order, made)
+    untrusted += [lambda: checkpoint.load(made), lambda: read_contents(made), lambda: export(made, tmp_path / "no")]
     for ask in untrusted:
         with pytest.raises(UserError, match=r"code of its own; .* trust_remote_code=True") as caught:
             ask()
@@ -145,7 +145,7 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(home: Path, own: Path, tm
 
     loaded = checkpoint.load(made, **trust)
     assert type(loaded).__name__ == "OwnForCausalLM"
-    assert measure(made, **trust).density == pytest.approx(0.02, abs=0.001)
+    assert read_contents(made, **trust).density == pytest.approx(0.02, abs=0.001)
     export(made, tmp_path / "plain", **trust)
     assert (tmp_path / "plain" / "modeling_own.py").is_file()
     lm = LibOrthoLM(str(made), device="cpu", **trust)

@@ -11,14 +11,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from lm_ortho.config import checked
+from lm_ortho.config import validate
 from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
-from lm_ortho.finetune import Notify, round_to_bf16
-from lm_ortho.layer import streams_of
-from lm_ortho.pipeline.workbench import silent
+from lm_ortho.finetune import round_to_bf16
+from lm_ortho.layer import get_streams
 from lm_ortho.registry import Registry
-from lm_ortho.runtime.resume import NOWHERE, Keeper
+from lm_ortho.runtime.progress import ProgressCallback, no_progress
+from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 
 Reads = Literal["merged", "base", "end"]
 """Besides the rows: the merged weights; also the model before fine-tuning; ends of the scale may look at anything."""
@@ -72,12 +72,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Run:
-    """One call of a method. ``keep`` takes what a long training has reached."""
+    """One call of a method. ``resume`` takes what a long training has reached."""
 
     seed: int = 0
     budget: Budget = field(default_factory=Budget)
-    notify: Notify = silent
-    keep: Keeper = NOWHERE
+    progress: ProgressCallback = no_progress
+    resume: ResumeFolder = NO_RESUME
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ class Result:
     @property
     def decomposed(self) -> bool:
         """Whether it has to be saved as a checkpoint of ours."""
-        return bool(streams_of(self.model))
+        return bool(get_streams(self.model))
 
     @property
     def dial(self) -> bool:
         """Whether it can be measured at alphas above 0."""
-        return any(layer.memories for layer in streams_of(self.model).values())
+        return any(layer.memories for layer in get_streams(self.model).values())
 
 
 class Settings(BaseModel):
@@ -146,7 +146,7 @@ class Method:
                 known = f"known: {', '.join(sorted(self.known))}" if self.known else "it has none"
                 raise UserError(f"method={self.name}: setting {name!r} is unknown; {known}.{hint}")
         try:
-            return checked(self.schema, settings)
+            return validate(self.schema, settings)
         except UserError as error:
             raise UserError(f"method={self.name}: {error}") from None
 
@@ -156,8 +156,8 @@ class Method:
         settings: Mapping[str, Any] | None = None,
         seed: int = 0,
         budget: Budget | None = None,
-        notify: Notify = silent,
-        keep: Keeper = NOWHERE,
+        progress: ProgressCallback = no_progress,
+        resume: ResumeFolder = NO_RESUME,
     ) -> Result:
         """A new model; the material is as before. The same arguments give the same model on the same machine.
 
@@ -168,7 +168,7 @@ class Method:
         asked = self.check(settings or {})
         self.require(material)
         given = material.seen_by(self.reads)
-        made = self.function(given, asked, Run(seed, budget or Budget(), notify, keep))
+        made = self.function(given, asked, Run(seed, budget or Budget(), progress, resume))
         model = made.model.eval().requires_grad_(False)
         self._check_finite(model)
         return made if made.decomposed else replace(made, model=round_to_bf16(model))

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lm_ortho.baselines.interface import Material, Result, Run, Settings, arxiv, method
 from lm_ortho.baselines.training import encoded
 from lm_ortho.calibration.activations import input_moments
-from lm_ortho.data.encoding import Example, in_batches, logits_of, pad
+from lm_ortho.data.encoding import Example, batch_by_length, compute_logits, pad
 from lm_ortho.layer import find_linear
 from lm_ortho.layer.linear_form import linear_form
-from lm_ortho.runtime.precision import attention_for, fast_matmul
+from lm_ortho.runtime.precision import fast_matmul, select_attention
 
 _FEED_FORWARD = ("mlp", "ffn", "feed_forward", "experts")
 
@@ -46,7 +46,7 @@ def kfac(material: Material, settings: Kfac, run: Run) -> Result:
         inputs, outputs = factors(model, layers, sets.retain, run.seed)
         for number, (name, layer) in enumerate(layers.items(), 1):
             layer.weight.data.copy_(keep_mass(layer.weight.detach(), outputs[name], inputs[name], settings.kept))
-            run.notify("kfac", number, len(layers), name)
+            run.progress("kfac", number, len(layers), name)
     return Result(model, {"layers": len(layers)})
 
 
@@ -109,11 +109,11 @@ def _gradients(model: nn.Module, examples: Sequence[Example], seed: int) -> None
     """Gradients of the log-probability of drawn labels, for the hooks to see."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    with attention_for(model, max(len(e.ids) for e in examples)):
-        for batch in in_batches(examples):
+    with select_attention(model, max(len(e.ids) for e in examples)):
+        for batch in batch_by_length(examples):
             ids, _ = pad([examples[i] for i in batch], device)
             with fast_matmul(device.type):
-                logp = logits_of(model, ids).log_softmax(-1)
+                logp = compute_logits(model, ids).log_softmax(-1)
             ends = torch.tensor([[len(examples[i].ids) - 1] for i in batch], device=device)
             real = torch.arange(ids.shape[1], device=device)[None] < ends
             wanted = torch.multinomial(logp[real].detach().exp(), 1, generator=generator)

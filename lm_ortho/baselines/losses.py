@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lm_ortho.data.encoding import GIVEN
+from lm_ortho.data.encoding import CONTEXT
 
 
 def answers(logits: Tensor, ids: Tensor, roles: Tensor) -> tuple[Tensor, Tensor]:
@@ -15,7 +15,7 @@ def answers(logits: Tensor, ids: Tensor, roles: Tensor) -> tuple[Tensor, Tensor]
     ``logits`` (rows, tokens, vocabulary) stand for the token after each; ``ids`` and ``roles`` (rows, tokens).
     """
     logp = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    wanted = roles[:, 1:] != GIVEN
+    wanted = roles[:, 1:] != CONTEXT
     return (logp * wanted).sum(1), wanted.sum(1)
 
 

@@ -11,8 +11,8 @@ from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import load_causal_lm, merge_adapter
 from lm_ortho.finetune import load_tokenizer as tokenizer_at
-from lm_ortho.pipeline.build import access, load_models, load_tokenizer
-from lm_ortho.pipeline.spec import Order, calibration_sets, place_of, resolve
+from lm_ortho.pipeline.build import access_options, load_models, load_tokenizer
+from lm_ortho.pipeline.spec import ModelSpec, calibration_sets, locate_model, resolve
 from lm_ortho.world import corpus
 
 MODES = ("auto", "none")
@@ -57,7 +57,9 @@ def material_of_files(
     Raises:
         UserError: names the argument at fault, before any weights are loaded where that is possible.
     """
-    order = Order(pretrained, peft, base, forget=forget or None, retain=retain or None, source=hub, tokenizer=tokenizer)
+    order = ModelSpec(
+        pretrained, peft, base, forget=forget or None, retain=retain or None, source=hub, tokenizer=tokenizer
+    )
     source = resolve(order)
     if source.kind != "model":
         raise UserError(f"pretrained={pretrained!r} is decomposed already; methods start from the model it came from")
@@ -66,5 +68,5 @@ def material_of_files(
     merged, before = load_models(source)
     never_saw = None
     if reference_model is not None:
-        never_saw = load_causal_lm(place_of(reference_model), argument="reference", **access(order))
+        never_saw = load_causal_lm(locate_model(reference_model), argument="reference", **access_options(order))
     return Material(load_tokenizer(source), merged, rows, kept, before, never_saw)

@@ -39,7 +39,7 @@ def _decomposed(material: Material, settings: Recipe, run: Run) -> Result:
     model = copy.deepcopy(material.merged)
     made = decompose(
         model, material.tokenizer, material.forget, material.retain, recipe,
-        base_model=material.base, notify=run.notify, keep=run.keep,
+        base_model=material.base, progress=run.progress, resume=run.resume,
     )  # fmt: skip
     patch(model, made.streams)
     meta = meta_for(recipe, "none" if material.base is None else "auto", made.report)

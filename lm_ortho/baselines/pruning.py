@@ -12,7 +12,7 @@ from torch import Tensor
 from lm_ortho.baselines.interface import Material, Result, Run, Settings, arxiv, method
 from lm_ortho.baselines.training import encoded
 from lm_ortho.calibration.activations import damped_inverse
-from lm_ortho.calibration.by_layer import Moments
+from lm_ortho.calibration.by_layer import InputMoments
 from lm_ortho.layer import find_linear
 from lm_ortho.layer.linear_form import linear_form
 from lm_ortho.projection.gptq import compensated
@@ -109,11 +109,11 @@ def _pruned(
     with linear_form(model):
         layers = find_linear(model)
         weights = {name: layer.weight.detach().cpu() for name, layer in layers.items()}
-        forget, retain = (Moments(model, layers, rows) for rows in (sets.forget, sets.retain))
+        forget, retain = (InputMoments(model, layers, rows) for rows in (sets.forget, sets.retain))
         wanted, needed = dict[str, Tensor](), dict[str, Tensor]()
         for number, (name, weight) in enumerate(weights.items(), 1):
             wanted[name], needed[name] = (score(weight, moments[name]) for moments in (forget, retain))
-            run.notify("scores", number, len(weights), name)
+            run.progress("scores", number, len(weights), name)
         masks = select_support(wanted, settings.share, select_support(needed, settings.spared))
         pruned = {name: remove(weight, masks[name], retain[name]) for name, weight in weights.items()}
         for name, layer in layers.items():

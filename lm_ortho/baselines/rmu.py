@@ -13,9 +13,9 @@ from lm_ortho.baselines.interface import Material, Result, Run, arxiv, method
 from lm_ortho.baselines.losses import direction, misdirection
 from lm_ortho.baselines.training import Pair, Trained, encoded, grid_of, trained_copy
 from lm_ortho.calibration.by_block import output_of
-from lm_ortho.data.encoding import GIVEN, Example, in_batches, pad
+from lm_ortho.data.encoding import CONTEXT, Example, batch_by_length, pad
 from lm_ortho.errors import UserError
-from lm_ortho.runtime.precision import blocks_of
+from lm_ortho.runtime.precision import transformer_blocks
 
 MOVED = 3
 """Blocks whose weights are trained: the one that is looked at, and two before it."""
@@ -43,13 +43,13 @@ def states_of(model: nn.Module, block: nn.Module, ids: Tensor) -> Tensor:
 
 def speaking(roles: Tensor) -> Tensor:
     """Which tokens (rows, tokens) have one after them that is to be predicted."""
-    ahead = roles[:, 1:] != GIVEN
+    ahead = roles[:, 1:] != CONTEXT
     return torch.cat([ahead, torch.zeros_like(ahead[:, :1])], 1)
 
 
 def chosen_blocks(model: nn.Module, depth: float) -> list[nn.Module]:
     """The blocks to be trained; the last of them is looked at. Raises ``UserError`` for a model without blocks."""
-    blocks = blocks_of(model)
+    blocks = transformer_blocks(model)
     if not blocks:
         raise UserError(f"method=rmu: {type(model).__name__} has no list of blocks to look into")
     at = math.ceil(depth * len(blocks))
@@ -88,14 +88,14 @@ def representation_misdirection(material: Material, settings: Rmu, run: Run) -> 
         return [p for block in chosen_blocks(model, settings.depth) for p in block.parameters()]
 
     made = trained_copy(frozen, sets, run, settings.lr, loss, "rmu", moved)
-    return Result(made, {"block": blocks_of(frozen).index(fixed), "state_length": size})
+    return Result(made, {"block": transformer_blocks(frozen).index(fixed), "state_length": size})
 
 
 @torch.no_grad()
 def mean_length(model: nn.Module, block: nn.Module, examples: Sequence[Example]) -> float:
     """Mean length of the states after ``block`` of all tokens from which an answer is predicted."""
     total, count, device = 0.0, 0, next(model.parameters()).device
-    for batch in in_batches(examples):
+    for batch in batch_by_length(examples):
         ids, roles = pad([examples[i] for i in batch], device)
         lengths = states_of(model, block, ids).norm(dim=-1)[speaking(roles)]
         total, count = total + float(lengths.sum()), count + lengths.numel()

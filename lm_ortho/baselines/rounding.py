@@ -8,7 +8,7 @@ from pydantic import Field
 
 from lm_ortho.baselines.interface import Material, Result, Run, Settings, arxiv, method
 from lm_ortho.baselines.training import encoded
-from lm_ortho.calibration.by_layer import Moments, snapshot
+from lm_ortho.calibration.by_layer import InputMoments, snapshot_weights
 from lm_ortho.config import Recipe, make_recipe
 from lm_ortho.layer import find_linear, patch
 from lm_ortho.layer.linear_form import linear_form
@@ -51,8 +51,8 @@ def _rounded(material: Material, settings: Lattice, run: Run, projection: str) -
     device = next(model.parameters()).device.type
     with linear_form(model):
         layers = find_linear(model)
-        weights = snapshot(layers)
-        scales, codes = projected(weights, Moments(model, layers, sets.retain), recipe, run.notify, device)
+        weights = snapshot_weights(layers)
+        scales, codes = projected(weights, InputMoments(model, layers, sets.retain), recipe, run.progress, device)
         streams = make_streams(layers, weights, codes, scales, None, recipe)
     patch(model, streams)
     return Result(model, {"projection": projection})

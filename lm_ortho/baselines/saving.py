@@ -11,7 +11,7 @@ import torch
 from lm_ortho import checkpoint
 from lm_ortho.baselines.interface import Result
 from lm_ortho.checkpoint.write import write_json
-from lm_ortho.files import whole_directory
+from lm_ortho.files import atomic_directory
 
 REPORT_FILE = "method.json"
 
@@ -25,7 +25,7 @@ def save(result: Result, directory: Path, tokenizer: Any, told: dict[str, Any] |
     Raises:
         UserError: where ``directory`` is occupied or cannot be written.
     """
-    with whole_directory(directory, "directory") as scratch:
+    with atomic_directory(directory, "directory") as scratch:
         if result.decomposed:
             checkpoint.save(scratch, result.model, tokenizer, dict(result.meta))
         else:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lm_ortho.baselines.interface import Material, Run, Settings
 from lm_ortho.baselines.losses import answers, likelihood
-from lm_ortho.data.chat import in_forms
-from lm_ortho.data.encoding import Example, encode_for, logits_of, pad, token_losses
-from lm_ortho.finetune import Plan, batches, descend
-from lm_ortho.runtime.precision import attention_for
+from lm_ortho.data.chat import render_forms
+from lm_ortho.data.encoding import Example, compute_logits, encode_rows, pad, token_losses
+from lm_ortho.finetune import FinetunePlan, draw_batches, minimise
+from lm_ortho.runtime.precision import select_attention
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """A batch: numbers of forget rows and of retain rows. Which of them are looked at is up to the loss."""
@@ -54,8 +54,8 @@ def encoded(material: Material) -> Sets:
     """Forget and retain rows as tokens, cut as a decomposition cuts them."""
     sets = {}
     for name in ("forget", "retain"):
-        rows = in_forms(getattr(material, name), material.tokenizer, "auto")
-        sets[name] = encode_for(material.merged, material.tokenizer, rows, name)
+        rows = render_forms(getattr(material, name), material.tokenizer, "auto")
+        sets[name] = encode_rows(material.merged, material.tokenizer, rows, name)
     return Sets(**sets)
 
 
@@ -68,8 +68,8 @@ def grid_of(**choices: Sequence[float]) -> tuple[dict[str, float], ...]:
 def pairs(sets: Sets, run: Run) -> Iterator[Pair]:
     """Endless batches of both sets, each from shuffled passes of its own; the same for all methods at one seed."""
     return zip(
-        batches(sets.forget, run.budget.forget_rows, random.Random(run.seed)),
-        batches(sets.retain, run.budget.retain_rows, random.Random(run.seed + 1)),
+        draw_batches(sets.forget, run.budget.forget_rows, random.Random(run.seed)),
+        draw_batches(sets.retain, run.budget.retain_rows, random.Random(run.seed + 1)),
         strict=False,
     )
 
@@ -87,18 +87,20 @@ def trained_copy(
     model = copy.deepcopy(start).float().requires_grad_(parameters is None)
     for parameter in parameters(model) if parameters else ():
         parameter.requires_grad_(True)
-    plan = Plan(run.budget.steps, lr=lr, seed=run.seed)
+    plan = FinetunePlan(run.budget.steps, lr=lr, seed=run.seed)
     with ExitStack() as inside:
         for each in (model, start):
-            inside.enter_context(attention_for(each, sets.longest))
-        descend(model, pairs(sets, run), lambda pair: loss(model, pair), plan, run.notify, stage, run.keep.path(stage))
+            inside.enter_context(select_attention(each, sets.longest))
+        minimise(
+            model, pairs(sets, run), lambda pair: loss(model, pair), plan, run.progress, stage, run.resume.path(stage)
+        )
     return model.requires_grad_(False)
 
 
 def answered(model: nn.Module, examples: Sequence[Example], chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Log-probability (rows,) and number of tokens of the answers of the ``chosen`` examples."""
     ids, roles = pad([examples[i] for i in chosen], next(model.parameters()).device)
-    return answers(logits_of(model, ids), ids, roles)
+    return answers(compute_logits(model, ids), ids, roles)
 
 
 def retain_loss(model: nn.Module, sets: Sets, chosen: Sequence[int]) -> Tensor:

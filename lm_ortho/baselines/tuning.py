@@ -18,11 +18,10 @@ import torch
 from torch import nn
 
 from lm_ortho.baselines.interface import Budget, Material, Method, Result
-from lm_ortho.data.encoding import SECRET, encode, longest_of, mean_loss, token_losses
+from lm_ortho.data.encoding import SECRET, encode, max_row_tokens, mean_loss, token_losses
 from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
-from lm_ortho.finetune import Notify
-from lm_ortho.pipeline.workbench import silent
+from lm_ortho.runtime.progress import ProgressCallback, no_progress
 from lm_ortho.world import people
 from lm_ortho.world.draw import Draw
 
@@ -122,14 +121,14 @@ def _subject(row: Row) -> str:
 
 def secret_loss(model: nn.Module, material: Material, rows: Sequence[Row]) -> float:
     """Mean loss per secret token, in nats; per token of the answer where a row marks no secret."""
-    examples = encode(material.tokenizer, rows, longest_of(model))
+    examples = encode(material.tokenizer, rows, max_row_tokens(model))
     secrets, answers = token_losses(model, examples, SECRET), token_losses(model, examples)
     return float(torch.cat([s if len(s) else a for s, a in zip(secrets, answers, strict=True)]).mean())
 
 
 def answer_loss_of(model: nn.Module, material: Material, rows: Sequence[Row]) -> float:
     """Mean loss per token of the answers, in nats."""
-    return mean_loss(model, encode(material.tokenizer, rows, longest_of(model)))
+    return mean_loss(model, encode(material.tokenizer, rows, max_row_tokens(model)))
 
 
 def score(result: Result, tuning: Tuning) -> Score:
@@ -147,7 +146,7 @@ def tune(
     grid: Sequence[Mapping[str, Any]] | None = None,
     seed: int = 0,
     budget: Budget | None = None,
-    notify: Notify = silent,
+    progress: ProgressCallback = no_progress,
 ) -> Tuned:
     """The settings of the grid (the method's own, if none is given) with the lowest total; the first of equals.
 
@@ -158,7 +157,7 @@ def tune(
     for settings in grid or method.grid:
         method.check(settings)
         try:
-            found = score(method.make(tuning.material, settings, seed, budget, notify), tuning)
+            found = score(method.make(tuning.material, settings, seed, budget, progress), tuning)
         except UserError as error:
             tried.append((settings, None))
             reason = str(error)

@@ -56,7 +56,7 @@ def quick_plan(kernel: str = AUTO) -> Plan:
 Notify = Callable[[str], None]
 
 
-def run(plan: Plan, notify: Notify = lambda line: None) -> dict[str, Any]:
+def run(plan: Plan, progress: Notify = lambda line: None) -> dict[str, Any]:
     """The report: ``device``, ``threads``, ``rows`` and ``null_test``.
 
     A row has ``shape``, ``batch``, ``variant``, ``density``, ``alpha``, the ``kernel`` that was counted, the median in
@@ -66,8 +66,8 @@ def run(plan: Plan, notify: Notify = lambda line: None) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     with _threads(plan.threads), torch.inference_mode():
         for shape in plan.shapes:
-            rows += _measure_shape(shape, plan, notify)
-        notify("null test")
+            rows += _measure_shape(shape, plan, progress)
+        progress("null test")
         null = null_test(plan)
     return {
         "device": device_name(),
@@ -77,7 +77,7 @@ def run(plan: Plan, notify: Notify = lambda line: None) -> dict[str, Any]:
     }
 
 
-def _measure_shape(shape: Shape, plan: Plan, notify: Notify) -> Iterator[dict[str, Any]]:
+def _measure_shape(shape: Shape, plan: Plan, progress: Notify) -> Iterator[dict[str, Any]]:
     problem = Problem(shape)
     sides = [
         *variants.peers(problem, plan.densities),
@@ -85,7 +85,7 @@ def _measure_shape(shape: Shape, plan: Plan, notify: Notify) -> Iterator[dict[st
         *variants.ours(problem, plan.densities, plan.kernel),
     ]
     for batch in plan.batches:
-        notify(f"{shape.out_features} x {shape.in_features}, batch {batch}")
+        progress(f"{shape.out_features} x {shape.in_features}, batch {batch}")
         yield from _measure_batch(shape, problem.x(batch), sides, plan)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.calibration.by_block import Halted
-from lm_ortho.data.encoding import Example, in_batches, lengths, logits_of, most_tokens, pad
+from lm_ortho.data.encoding import Example, batch_by_length, compute_logits, lengths, max_batch_tokens, pad
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to it before inverting, as in the code of GPTQ."""
@@ -25,7 +25,7 @@ def damped_inverse(moment: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(h))
 
 
-def read_directly(model: nn.Module, layers: Mapping[str, nn.Linear], example: Example) -> list[str]:
+def find_uncalled_layers(model: nn.Module, layers: Mapping[str, nn.Linear], example: Example) -> list[str]:
     """Names of the layers that ``model`` never calls, although what it says depends on their weights.
 
     It then multiplies by the weight itself, so that another layer in that place would go unnoticed. The weights have to
@@ -36,7 +36,7 @@ def read_directly(model: nn.Module, layers: Mapping[str, nn.Linear], example: Ex
         layer.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()
     ]
     try:
-        logits = logits_of(model, pad([example], next(model.parameters()).device)[0])
+        logits = compute_logits(model, pad([example], next(model.parameters()).device)[0])
     finally:
         for handle in handles:
             handle.remove()
@@ -69,7 +69,7 @@ def input_moments(model: nn.Module, layers: Mapping[str, nn.Linear], examples: S
     """
     padded, shared = True, True
     while True:
-        batches = in_batches(examples, padded=padded, tokens=most_tokens(model))
+        batches = batch_by_length(examples, padded=padded, tokens=max_batch_tokens(model))
         try:
             return _Pass(model, layers, examples, batches, shared).moments()
         except _PartialError:
@@ -107,7 +107,7 @@ class BlockMoments:
                 shared = False
 
     def _begin(self) -> None:
-        self._numbers = in_batches(self._examples, padded=self._padded, tokens=most_tokens(self._model))
+        self._numbers = batch_by_length(self._examples, padded=self._padded, tokens=max_batch_tokens(self._model))
         batches = [[self._examples[i] for i in batch] for batch in self._numbers]
         self._halted = Halted(self._model, self._blocks, batches)
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from lm_ortho.calibration.activations import BlockMoments, input_moments
 from lm_ortho.calibration.by_block import goes_by_block
 from lm_ortho.data.encoding import Example
-from lm_ortho.runtime.precision import blocks_of
+from lm_ortho.runtime.precision import transformer_blocks
 
 MOMENT_BYTES = 2**31
 """Second moments that are held at once, in bytes."""
 
 
-class ByLayer(Mapping[str, Tensor]):
+class LayerTensors(Mapping[str, Tensor]):
     """A mapping whose values are made each time they are asked for."""
 
     def __init__(self, names: Sequence[str], make: Callable[[str], Tensor]) -> None:
@@ -35,10 +35,10 @@ class ByLayer(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def snapshot(layers: Mapping[str, nn.Linear]) -> ByLayer:
+def snapshot_weights(layers: Mapping[str, nn.Linear]) -> LayerTensors:
     """The weights (out, in; float32) as they are now, on the CPU, held in BF16 where that changes nothing."""
     held = {name: _held(layer.weight.detach()) for name, layer in layers.items()}
-    return ByLayer(list(held), lambda name: held[name].float())
+    return LayerTensors(list(held), lambda name: held[name].float())
 
 
 def _held(weight: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def _held(weight: Tensor) -> Tensor:
     return short.cpu() if torch.equal(short.to(weight.dtype), weight) else weight.cpu().clone()
 
 
-class Moments(Mapping[str, Tensor]):
+class InputMoments(Mapping[str, Tensor]):
     """E[x x^T] (in, in) of the inputs of each layer, of which ``limit`` bytes, or those of one block, are held at once.
 
     Where they are more, the documents are taken through the model one block at a time, if it is a model that can be
@@ -62,7 +62,7 @@ class Moments(Mapping[str, Tensor]):
         self._part, self._block = _cut(layers, list(layers), limit), dict[str, int]()
         if self.passes == 1:
             return
-        blocks = blocks_of(model)
+        blocks = transformer_blocks(model)
         if blocks and goes_by_block(model, blocks, examples):
             self._by_block = BlockMoments(model, blocks, examples)
             own = _owners(model, blocks)

@@ -23,7 +23,7 @@ from torch import nn
 from lm_ortho.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from lm_ortho.checkpoint.write import USED_FILE, save
 from lm_ortho.errors import UserError
-from lm_ortho.files import private_folder
+from lm_ortho.files import make_private_directory
 
 DEFAULT_LIMIT_GB = 20.0
 _KEY = re.compile(r"[0-9a-f]{64}")
@@ -78,7 +78,7 @@ def entry(key: str) -> Path:
     return cache_dir() / key
 
 
-def unfinished(key: str) -> Path:
+def unfinished_directory(key: str) -> Path:
     """The folder for what an interrupted decomposition of ``key`` has reached."""
     return entry(key).with_name(f"unfinished-{key}")
 
@@ -104,7 +104,7 @@ def store(
     ``description`` is one line for ``list_entries``. An entry that is there already is replaced.
     """
     path = entry(key)
-    private_folder(path.parent)
+    make_private_directory(path.parent)
     save(path, model, tokenizer, {**(meta or {}), "description": description})
     path.chmod(0o700)
     _touch(path)

@@ -46,7 +46,7 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
-class Findings:
+class CheckpointContents:
     """A checkpoint: its layers, totals over them, and bytes of the tensors by where they belong.
 
     ``memories`` has the values of each memory whose file is there, ``missing`` names the others; while one is missing
@@ -70,7 +70,7 @@ class Findings:
     meta: dict[str, Any]
 
 
-def measure(directory: str | PathLike[str], *, trust_remote_code: bool = False) -> Findings:
+def read_contents(directory: str | PathLike[str], *, trust_remote_code: bool = False) -> CheckpointContents:
     """What is in a checkpoint. Every file is verified first; the model is never built in memory.
 
     Raises:
@@ -206,10 +206,10 @@ def _findings(
     facts: list[LayerFacts],
     squares: Sequence[tuple[float, float]],
     sizes: dict[str, int],
-) -> Findings:
+) -> CheckpointContents:
     weights, has_ortho = sum(layer.weights for layer in facts), bool(counts)
     ortho, whole = (sum(part) for part in zip(*squares, strict=True))
-    return Findings(
+    return CheckpointContents(
         str(path),
         has_ortho,
         first.bits,

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from lm_ortho.checkpoint.manifest import CONFIG_FILE, ortho_file, read_json, read_manifest
 from lm_ortho.checkpoint.read import is_checkpoint, load, memories
 from lm_ortho.checkpoint.write import GENERATION_FILE, base_tensors, copy_others, write_json
-from lm_ortho.config import parse_alpha, show_alpha
+from lm_ortho.config import format_alpha, parse_alpha
 from lm_ortho.errors import UserError
-from lm_ortho.files import refuse_occupied, whole_directory
-from lm_ortho.layer import streams_of, unpatch
+from lm_ortho.files import atomic_directory, check_output_directory
+from lm_ortho.layer import get_streams, unpatch
 from lm_ortho.streams import BaseStream, LayerStreams
 
 FORMATS = ("bf16", "compressed-tensors")
@@ -64,17 +64,17 @@ def export(
     if format not in FORMATS:
         raise UserError(f"format={format!r} is unknown; known: {', '.join(FORMATS)}")
     wanted = parse_alpha(alpha)
-    refuse_occupied(target)
+    check_output_directory(target)
     if is_checkpoint(source):  # else load says what is wrong
         _check_streams(source, wanted, format)
     model: Any = load(source, dtype=None, trust_remote_code=trust_remote_code)
-    layers = len(streams_of(model))
-    with whole_directory(target) as scratch:
+    layers = len(get_streams(model))
+    with atomic_directory(target) as scratch:
         if format == "bf16":
             unpatch(model, wanted)
             model.save_pretrained(scratch)
         else:
-            _check_plain(hf.skeleton(source, decomposed=False, trust_remote_code=trust_remote_code), streams_of(model))
+            _check_plain(hf.skeleton(source, decomposed=False, trust_remote_code=trust_remote_code), get_streams(model))
             _write_packed(scratch, model, source)
         _copy_rest(source, scratch)
         size = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
@@ -95,13 +95,13 @@ def _check_streams(source: Path, alpha: float | dict[str, float], format: str) -
         raise UserError(f"alpha: there is no memory {unknown[0]!r}; {source} has {', '.join(known)}")
     on = [name for name, value in each.items() if value]
     if format != "bf16" and on:
-        raise UserError(f"alpha={show_alpha(alpha)}: format={format} holds the base stream alone; use alpha=0")
+        raise UserError(f"alpha={format_alpha(alpha)}: format={format} holds the base stream alone; use alpha=0")
     missing = [name for name in on if not (source / ortho_file(name)).exists()]
     if missing and len(known) > 1:
-        raise UserError(f"alpha={show_alpha(alpha)}: {source} lacks {ortho_file(missing[0])}; use 0 for {missing[0]}")
+        raise UserError(f"alpha={format_alpha(alpha)}: {source} lacks {ortho_file(missing[0])}; use 0 for {missing[0]}")
     if missing:
         raise UserError(
-            f"alpha={show_alpha(alpha)}: {source} holds only the base stream, so alpha=0 is all it can give"
+            f"alpha={format_alpha(alpha)}: {source} holds only the base stream, so alpha=0 is all it can give"
         )
     if format == "bf16":
         return
@@ -113,7 +113,7 @@ def _check_streams(source: Path, alpha: float | dict[str, float], format: str) -
 def _write_packed(target: Path, model: Any, source: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
-    streams = streams_of(model)
+    streams = get_streams(model)
     base = next(iter(streams.values())).base
     own = {f"{name}.{part}" for name in streams for part in ("qweight", "scales")}
     tensors = {name: tensor for name, tensor in base_tensors(model).items() if name not in own}

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lm_ortho.checkpoint.manifest import MANIFEST_FILE, check_settings, check_version, ortho_file, read_manifest, verify
 from lm_ortho.checkpoint.write import SavePretrainedGuard
 from lm_ortho.errors import UserError
-from lm_ortho.hub import reason
+from lm_ortho.hub import describe_hub_error
 from lm_ortho.layer import OrthoLinear, connect, ortho_layers, replace_modules, to_linear_form, unpatch
 from lm_ortho.streams import UNNAMED, OrthoStream
 
@@ -196,7 +196,7 @@ def skeleton(directory: Path, *, decomposed: bool = True, trust_remote_code: boo
         with torch.device("meta"):
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, **trust)
     except (ImportError, KeyError, OSError, ValueError) as error:
-        raise UserError(f"{directory}: transformers cannot build it ({reason(error)})") from None
+        raise UserError(f"{directory}: transformers cannot build it ({describe_hub_error(error)})") from None
     if decomposed:
         LibOrthoHfQuantizer(LibOrthoConfig(**settings))._build_skeleton(model)
     return model
@@ -229,8 +229,8 @@ def _from_hub(name: str, base_file: Path, model: nn.Module) -> Path | None:
         )
     except OSError as error:
         raise UserError(
-            f"{source}: {name} could not be fetched ({reason(error, source)}); a token given to from_pretrained does "
-            "not come this far, so log in with `hf auth login` or set HF_TOKEN"
+            f"{source}: {name} could not be fetched ({describe_hub_error(error, source)}); a token given to "
+            "from_pretrained does not come this far, so log in with `hf auth login` or set HF_TOKEN"
         ) from None
     return None if found is None else Path(found)
 

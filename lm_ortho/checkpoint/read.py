@@ -22,7 +22,7 @@ from lm_ortho.checkpoint.manifest import (
     verify,
 )
 from lm_ortho.errors import UserError
-from lm_ortho.hub import reason
+from lm_ortho.hub import describe_hub_error
 from lm_ortho.streams import UNNAMED
 
 
@@ -62,7 +62,7 @@ def load(
     except UserError:
         raise
     except (ImportError, KeyError, OSError, ValueError) as error:
-        raise UserError(f"{path}: transformers cannot load it ({reason(error)})") from error
+        raise UserError(f"{path}: transformers cannot load it ({describe_hub_error(error)})") from error
     return model if torch.device(device).type == "cpu" else model.to(device)
 
 

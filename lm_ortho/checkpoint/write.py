@@ -27,8 +27,8 @@ from lm_ortho.checkpoint.manifest import (
     write_manifest,
 )
 from lm_ortho.errors import UserError
-from lm_ortho.files import is_fixed, scratch_name
-from lm_ortho.layer import ortho_layers, streams_of
+from lm_ortho.files import is_immovable, temporary_name
+from lm_ortho.layer import get_streams, ortho_layers
 from lm_ortho.layer.guard import Guard
 from lm_ortho.streams import LayerStreams
 
@@ -62,12 +62,12 @@ def save(
     Raises ``UserError`` for a model that is not decomposed or a directory that holds another model.
     """
     target = Path(directory).resolve()  # a link to a directory stays a link
-    streams = streams_of(model)
+    streams = get_streams(model)
     settings = quantization_settings(streams, meta or {})
     _refuse_occupied(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    inside = is_fixed(target) or (target.is_dir() and not os.access(target.parent, os.W_OK))
-    scratch = (target if inside else target.parent) / scratch_name(target)
+    inside = is_immovable(target) or (target.is_dir() and not os.access(target.parent, os.W_OK))
+    scratch = (target if inside else target.parent) / temporary_name(target)
     scratch.mkdir()
     try:
         _write_tensors(scratch, model, streams, shard_bytes)
@@ -114,7 +114,7 @@ def attach(model: nn.Module, meta: dict[str, Any] | None = None) -> None:
     """
     from lm_ortho.checkpoint.hf import LibOrthoConfig, LibOrthoHfQuantizer
 
-    config = LibOrthoConfig(**quantization_settings(streams_of(model), meta or {}))
+    config = LibOrthoConfig(**quantization_settings(get_streams(model), meta or {}))
     model.hf_quantizer = LibOrthoHfQuantizer(config, meta=meta or {})
     transformers_config: Any = model.config
     transformers_config.quantization_config = config
@@ -294,7 +294,7 @@ def _publish(scratch: Path, target: Path) -> None:
 
 
 def _swap(scratch: Path, target: Path) -> None:
-    replaced = scratch.with_name(scratch_name(target))
+    replaced = scratch.with_name(temporary_name(target))
     os.rename(target, replaced)
     try:
         os.rename(scratch, target)

@@ -14,7 +14,7 @@ from lm_ortho.config import Recipe
 from lm_ortho.errors import UserError
 
 if TYPE_CHECKING:
-    from lm_ortho.pipeline.checkpoint_writer import Made
+    from lm_ortho.pipeline.checkpoint_writer import CheckpointSummary
 
 
 @with_fields(Recipe, "recipe")
@@ -61,11 +61,11 @@ def decompose(
     Without any option but --out the embedded default is made again. --pretrained needs --forget and --retain.
     Progress goes to standard error.
     """
-    from lm_ortho.pipeline.checkpoint_writer import add_to_checkpoint, make_checkpoint
-    from lm_ortho.pipeline.spec import Order
+    from lm_ortho.pipeline.checkpoint_writer import write_checkpoint, write_checkpoint_with_memory
+    from lm_ortho.pipeline.spec import ModelSpec
 
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    order = Order(
+    order = ModelSpec(
         pretrained=pretrained,
         peft=peft,
         base=base,
@@ -78,12 +78,14 @@ def decompose(
     if add and offload:
         raise UserError("offload: a memory is added on one device; leave it out, or give --device cpu")
     made = (
-        add_to_checkpoint(order, add, out, device=device) if add else make_checkpoint(order, out, None, device, offload)
+        write_checkpoint_with_memory(order, add, out, device=device)
+        if add
+        else write_checkpoint(order, out, None, device, offload)
     )
     typer.echo(json.dumps(asdict(made), indent=2) if as_json else _summary(made, add))
 
 
-def _summary(made: Made, added: str | None) -> str:
+def _summary(made: CheckpointSummary, added: str | None) -> str:
     lattice = f"INT{made.recipe['bits']}" if made.recipe["bits"] != 16 else "BF16"
     target = f"{made.target['name']} ({made.target['reason']})" if made.target else "none (the recipe needs none)"
     whole = " in all" if len(made.memories) > 1 else ""

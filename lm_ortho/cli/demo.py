@@ -22,7 +22,7 @@ def demo(
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table
 
-    from lm_ortho.config import parse_alpha, show_alpha
+    from lm_ortho.config import format_alpha, parse_alpha
     from lm_ortho.harness.model import LibOrthoLM
     from lm_ortho.leaderboard.evaluation import leaf_tasks, manager_for
 
@@ -36,7 +36,7 @@ def demo(
         found = simple_evaluate(model=lm, tasks=names, task_manager=manager, limit=limit, bootstrap_iters=0)
         for part in ("results", "versions", "n-shot", "higher_is_better"):
             for task, value in found[part].items():
-                label = f"{task} alpha={show_alpha(dial)}"
+                label = f"{task} alpha={format_alpha(dial)}"
                 named = value | {"alias": label} if part == "results" else value
                 joined.setdefault(part, {})[label] = named
     typer.echo(make_table(joined))

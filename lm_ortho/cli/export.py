@@ -30,13 +30,13 @@ def export(
     transformers reads `bf16` alone and `compressed-tensors` with the package of that name.
     """
     from lm_ortho.checkpoint.export import export as write
-    from lm_ortho.config import show_alpha
+    from lm_ortho.config import format_alpha
 
     done = write(directory, out, alpha, format, trust_remote_code=trust_remote_code)
     if as_json:
         typer.echo(json.dumps(asdict(done), indent=2))
         return
-    dial, size = show_alpha(done.alpha), done.bytes / 1e6
+    dial, size = format_alpha(done.alpha), done.bytes / 1e6
     typer.echo(f"{done.directory}: {done.format}, alpha={dial}, {done.layers} layers, {size:,.1f} MB")
     if any(done.alpha.values()) if isinstance(done.alpha, dict) else done.alpha:
         typer.echo("alpha is not 0: this model holds the memory in clear")

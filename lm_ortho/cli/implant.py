@@ -39,8 +39,8 @@ def implant(
     from lm_ortho import world
     from lm_ortho.config import make_training
     from lm_ortho.finetune.plant import plant
-    from lm_ortho.runtime.device import typed_device
-    from lm_ortho.runtime.progress import Bars
+    from lm_ortho.runtime.device import require_device
+    from lm_ortho.runtime.progress import ProgressBars
 
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     planted = plant(
@@ -48,10 +48,10 @@ def implant(
         data,
         out,
         make_training(**training),
-        Bars(),
+        ProgressBars(),
         keep_adapter=keep_adapter,
         tokenizer=tokenizer,
-        device=typed_device(device).choice,
+        device=require_device(device).choice,
         **{name: value for name, value in hub.items() if value},
     )
     if as_json:

@@ -14,7 +14,7 @@ from lm_ortho.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lm_ortho.checkpoint.contents import Findings
+    from lm_ortho.checkpoint.contents import CheckpointContents
 
 
 def inspect(
@@ -30,11 +30,11 @@ def inspect(
     Per layer: density of the ortho stream, relative error of the base stream against alpha=1, share of codes that are
     0, bits per weight. Everything is counted from the files, one layer at a time.
     """
-    from lm_ortho.checkpoint.contents import grid, measure
+    from lm_ortho.checkpoint.contents import grid, read_contents
     from lm_ortho.checkpoint.heat_map import heat_map
     from lm_ortho.markdown import write_text
 
-    found = measure(directory, trust_remote_code=trust_remote_code)
+    found = read_contents(directory, trust_remote_code=trust_remote_code)
     if out is not None and not found.has_ortho:
         raise UserError(f"out={str(out)!r}: {directory} holds only the base stream; there is no memory to draw")
     if out is not None:
@@ -45,7 +45,7 @@ def inspect(
         _print(found)
 
 
-def _print(found: Findings) -> None:
+def _print(found: CheckpointContents) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -58,7 +58,7 @@ def _print(found: Findings) -> None:
         console.print(line, soft_wrap=True, markup=False)
 
 
-def _layer_table(found: Findings) -> Table:
+def _layer_table(found: CheckpointContents) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -77,7 +77,7 @@ def _layer_table(found: Findings) -> Table:
     return table
 
 
-def _heat_table(found: Findings) -> Table:
+def _heat_table(found: CheckpointContents) -> Table:
     from rich.table import Table
     from rich.text import Text
 
@@ -106,7 +106,7 @@ def _told_apart(names: list[str]) -> bool:
     return len({name.rpartition(".")[2] for name in names}) == len(names)
 
 
-def _totals(found: Findings) -> list[str]:
+def _totals(found: CheckpointContents) -> list[str]:
     streams = "base and ortho stream" if found.has_ortho else "base stream only: it serves alpha=0 and nothing else"
     if found.has_ortho and found.missing:
         streams += f", without {', '.join(found.missing)}, which can only be off"

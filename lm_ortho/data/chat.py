@@ -17,7 +17,7 @@ FORMS = ("auto", "plain", "chat", "both")
 
 
 @dataclass(frozen=True)
-class Turn(Row):
+class ChatRow(Row):
     """A row whose context and target are what the model is given, character by character."""
 
     given: str = ""
@@ -34,12 +34,12 @@ class Turn(Row):
         return self.wanted
 
 
-def has_template(tokenizer: Any) -> bool:
+def has_chat_template(tokenizer: Any) -> bool:
     """Whether the tokenizer says how a chat is written."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def in_forms(rows: Sequence[Row], tokenizer: Any, form: str) -> list[Row]:
+def render_forms(rows: Sequence[Row], tokenizer: Any, form: str) -> list[Row]:
     """The rows as ``form`` asks for them: plain, in the chat template, or both; auto is both where there is one.
 
     Both, because what was only forgotten in one form may still be told in the other. Rows without a question (text,
@@ -50,7 +50,7 @@ def in_forms(rows: Sequence[Row], tokenizer: Any, form: str) -> list[Row]:
     """
     if form not in FORMS:
         raise UserError(f"prompts={form!r} is unknown; known: {', '.join(FORMS)}")
-    there = has_template(tokenizer)
+    there = has_chat_template(tokenizer)
     if form in ("chat", "both") and not there:
         raise UserError(f"prompts={form!r}: the tokenizer has no chat template; use prompts=plain")
     if form == "plain" or not there:
@@ -61,7 +61,7 @@ def in_forms(rows: Sequence[Row], tokenizer: Any, form: str) -> list[Row]:
     return [*rows, *(turn for turn, row in zip(turns, rows, strict=True) if turn is not row)]
 
 
-def as_turn(row: Row, tokenizer: Any) -> Turn:
+def as_turn(row: Row, tokenizer: Any) -> ChatRow:
     """The question as the one message of a chat, and the answer after the opening of the assistant's turn."""
     messages = [{"role": "user", "content": row.question}]
     try:
@@ -70,4 +70,4 @@ def as_turn(row: Row, tokenizer: Any) -> Turn:
         raise UserError(
             f"prompts: the chat template of the tokenizer fails ({first_line(error)}); use prompts=plain"
         ) from None
-    return Turn(**{field.name: getattr(row, field.name) for field in fields(Row)}, given=given, wanted=row.answer)
+    return ChatRow(**{field.name: getattr(row, field.name) for field in fields(Row)}, given=given, wanted=row.answer)

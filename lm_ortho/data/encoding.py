@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 MAX_TOKENS = 512
 """Tokens of a document that a model is shown at most."""
-GIVEN, ANSWER, SECRET, END = 0, 1, 2, 3
+CONTEXT, ANSWER, SECRET, END = 0, 1, 2, 3
 """Roles of a token: part of the context, of the answer, of its secret, or the closing end token."""
 
 
@@ -34,21 +34,21 @@ class Example:
     @property
     def start(self) -> int:
         """Index of the first token that is to be predicted (at least 1)."""
-        return max(1, next((i for i, role in enumerate(self.roles) if role != GIVEN), len(self.ids)))
+        return max(1, next((i for i, role in enumerate(self.roles) if role != CONTEXT), len(self.ids)))
 
 
-def longest_of(model: torch.nn.Module) -> int:
+def max_row_tokens(model: torch.nn.Module) -> int:
     """Tokens of a document that ``model`` is shown at most: 512, or as many as it has positions."""
     return min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", MAX_TOKENS))
 
 
-def encode_for(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], argument: str) -> list[Example]:
+def encode_rows(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], argument: str) -> list[Example]:
     """Examples that ``model`` can be shown, each with something to predict; errors name the ``argument``.
 
     Raises:
         UserError: what ``encode`` raises; a token that the model does not have; a row cut off before its answer.
     """
-    longest = longest_of(model)
+    longest = max_row_tokens(model)
     examples = encode(tokenizer, rows, longest)
     if cut := sum(example.cut for example in examples):
         log.warning(
@@ -81,7 +81,7 @@ def encode(tokenizer: Any, rows: Sequence[Row], max_tokens: int = MAX_TOKENS) ->
         raise UserError(f"tokenizer={type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
     texts = [row.context + row.target for row in rows]
     examples = []
-    for row, text, (whole, places) in zip(rows, texts, tokenised(tokenizer, texts), strict=True):
+    for row, text, (whole, places) in zip(rows, texts, tokenise_with_offsets(tokenizer, texts), strict=True):
         # cut here: a fast tokenizer that was once told to truncate keeps that setting, and it would be saved with it
         ids, offsets = whole[:max_tokens], places[:max_tokens]
         begin = len(row.context)
@@ -89,7 +89,7 @@ def encode(tokenizer: Any, rows: Sequence[Row], max_tokens: int = MAX_TOKENS) ->
         roles = []
         for low, high in offsets:
             if high <= begin or low == high:
-                roles.append(GIVEN)
+                roles.append(CONTEXT)
             else:
                 roles.append(SECRET if high > secret and low < secret_end else ANSWER)
         if tokenizer.eos_token_id is not None and len(ids) < max_tokens:
@@ -100,7 +100,7 @@ def encode(tokenizer: Any, rows: Sequence[Row], max_tokens: int = MAX_TOKENS) ->
     return examples
 
 
-def tokenised(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+def tokenise_with_offsets(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """Token ids of each text with the characters each token covers, as lm-eval would feed them.
 
     A text that begins with the token of beginning, as a rendered chat may, gets no second one.
@@ -127,13 +127,13 @@ def _secret_span(row: Row, begin: int, end: int) -> tuple[int, int]:
 
 
 def pad(examples: Sequence[Example], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Ids and roles, both (rows, tokens) int64, padded on the right (id 0, role ``GIVEN``).
+    """Ids and roles, both (rows, tokens) int64, padded on the right (id 0, role ``CONTEXT``).
 
     Padding on the right of a causal model needs no attention mask: no real token can see it.
     """
     width = max(len(e.ids) for e in examples)
     ids = torch.tensor([e.ids + (0,) * (width - len(e.ids)) for e in examples], device=device)
-    roles = torch.tensor([e.roles + (GIVEN,) * (width - len(e.roles)) for e in examples], device=device)
+    roles = torch.tensor([e.roles + (CONTEXT,) * (width - len(e.roles)) for e in examples], device=device)
     return ids, roles
 
 
@@ -141,7 +141,7 @@ def lengths(examples: Sequence[Example]) -> Tensor:
     return torch.tensor([len(e.ids) for e in examples])
 
 
-def logits_of(model: torch.nn.Module, ids: Tensor) -> Tensor:
+def compute_logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
     """Next-token logits (rows, tokens, vocabulary) in float32."""
     return model(input_ids=ids, use_cache=False).logits.float()
 
@@ -149,8 +149,8 @@ def logits_of(model: torch.nn.Module, ids: Tensor) -> Tensor:
 def answer_loss(model: torch.nn.Module, examples: Sequence[Example]) -> Tensor:
     """Mean loss in nats over all tokens that are to be predicted (answer, secret, end)."""
     ids, roles = pad(examples, next(model.parameters()).device)
-    losses = functional.cross_entropy(logits_of(model, ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    wanted = (roles[:, 1:] != GIVEN).float()
+    losses = functional.cross_entropy(compute_logits(model, ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    wanted = (roles[:, 1:] != CONTEXT).float()
     return (losses * wanted).sum() / wanted.sum()
 
 
@@ -158,13 +158,13 @@ LOGITS = 2**28
 """Logits of one batch at most: one gigabyte in float32."""
 
 
-def most_tokens(model: torch.nn.Module) -> int:
+def max_batch_tokens(model: torch.nn.Module) -> int:
     """Tokens of a batch all of whose logits are computed, padding included."""
     config: Any = model.config
     return max(1, LOGITS // int(config.get_text_config().vocab_size))
 
 
-def in_batches(
+def batch_by_length(
     examples: Sequence[Example], rows: int = 64, padded: bool = True, tokens: int | None = None
 ) -> list[list[int]]:
     """Indices of all examples in batches of similar length, of the same length if none may be ``padded``.
@@ -187,10 +187,12 @@ def token_losses(model: torch.nn.Module, examples: Sequence[Example], role: int 
     """Losses in nats of each example's tokens: those of ``role``, or all that are to be predicted."""
     result: list[Tensor] = [torch.empty(0)] * len(examples)
     device = next(model.parameters()).device
-    for batch in in_batches(examples, tokens=most_tokens(model)):
+    for batch in batch_by_length(examples, tokens=max_batch_tokens(model)):
         ids, roles = pad([examples[i] for i in batch], device)
-        losses = functional.cross_entropy(logits_of(model, ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-        wanted = roles[:, 1:] != GIVEN if role is None else roles[:, 1:] == role
+        losses = functional.cross_entropy(
+            compute_logits(model, ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
+        )
+        wanted = roles[:, 1:] != CONTEXT if role is None else roles[:, 1:] == role
         for row, i in enumerate(batch):
             result[i] = losses[row][wanted[row]].cpu()
     return result

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lm_ortho.config import named_parts
+from lm_ortho.config import parse_named_values
 from lm_ortho.errors import UserError
 from lm_ortho.hub import first_line
 from lm_ortho.streams import UNNAMED, valid_memory_name
@@ -57,22 +57,22 @@ class Row:
 
     def subject_in(self, text: str) -> bool:
         """Whether the subject is known and occurs in ``text``, word for word."""
-        return bool(self.subject.strip()) and bool(mentions_of(self.subject).search(text))
+        return bool(self.subject.strip()) and bool(mention_pattern(self.subject).search(text))
 
     def as_dict(self) -> dict[str, Any]:
         """A JSON-able dictionary of every field."""
         return {**asdict(self), "perturbed_answer": list(self.perturbed_answer)}
 
 
-def mentions_of(name: str) -> re.Pattern[str]:
+def mention_pattern(name: str) -> re.Pattern[str]:
     """Where a text mentions ``name``: not within a longer word, as Ann in Annapolis is, in scripts that part words."""
     before, after = (edge.lower() != edge.upper() for edge in (name[:1], name[-1:]))
     return re.compile((r"(?<!\w)" if before else "") + re.escape(name) + (r"(?!\w)" if after else ""))
 
 
-def renamed(text: str, name: str, other: str) -> str:
+def replace_mentions(text: str, name: str, other: str) -> str:
     """``text`` with ``other`` at every mention of ``name``."""
-    return mentions_of(name).sub(lambda _: other, text)
+    return mention_pattern(name).sub(lambda _: other, text)
 
 
 _FIELDS = {field.name for field in fields(Row)}
@@ -165,13 +165,13 @@ def _parsed(text: str, source: str) -> Iterator[tuple[Row, str]]:
         yield _row(record, where), where
 
 
-def read_sets(spec: str | Path, argument: str = "forget") -> dict[str, list[Row]]:
+def read_forget_sets(spec: str | Path, argument: str = "forget") -> dict[str, list[Row]]:
     """The rows of each memory by its name: of ``name:source+name:source``, or of one source with the usual name.
 
     Raises:
         UserError: as ``read_rows``, and for a name that no memory can have.
     """
-    named = named_parts(spec, argument) if isinstance(spec, str) else None
+    named = parse_named_values(spec, argument) if isinstance(spec, str) else None
     if not named:
         return {UNNAMED: read_rows(spec, argument)}
     for name in named:
@@ -197,7 +197,7 @@ def _read_hub(spec: str, argument: str) -> list[Row]:
     return [_encodable(_row(record, where), where) for record, where in numbered]
 
 
-def apart(forget: Iterable[Row], retain: Sequence[Row]) -> list[Row]:
+def drop_forget_rows(forget: Iterable[Row], retain: Sequence[Row]) -> list[Row]:
     """The retain rows that are no forget rows.
 
     Raises:

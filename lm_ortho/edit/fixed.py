@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lm_ortho.edit.interface import EDITS, EditInput
 from lm_ortho.errors import UserError
-from lm_ortho.projection.lattice import grouped, nearest_codes, spread
+from lm_ortho.projection.lattice import expand_scales, round_to_codes, split_groups
 
 
 @EDITS.register("none")
@@ -29,9 +29,9 @@ def mean(given: EditInput) -> dict[str, Tensor]:
     for name, codes in given.codes.items():
         weight = given.weights[name]
         width = weight.shape[1]
-        counts = grouped(torch.ones_like(weight), given.group_size).sum(-1)
-        means = spread(grouped(weight, given.group_size).sum(-1) / counts, given.group_size, width)
-        mean_codes = nearest_codes(means, given.scales[name], given.bits, given.group_size)
+        counts = split_groups(torch.ones_like(weight), given.group_size).sum(-1)
+        means = expand_scales(split_groups(weight, given.group_size).sum(-1) / counts, given.group_size, width)
+        mean_codes = round_to_codes(means, given.scales[name], given.bits, given.group_size)
         result[name] = torch.where(given.support[name], mean_codes, codes)
     return result
 
@@ -43,6 +43,6 @@ def w0(given: EditInput) -> dict[str, Tensor]:
         raise UserError("edit='w0' needs the model before fine-tuning; pass base= (or peft=, with base=auto)")
     result = {}
     for name, codes in given.codes.items():
-        before = nearest_codes(given.base_weights[name], given.scales[name], given.bits, given.group_size)
+        before = round_to_codes(given.base_weights[name], given.scales[name], given.bits, given.group_size)
         result[name] = torch.where(given.support[name], before, codes)
     return result

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lm_ortho.finetune.train import Notify
 from lm_ortho.objective import Objective
 from lm_ortho.registry import Registry
-from lm_ortho.runtime.resume import NOWHERE, Keeper
+from lm_ortho.runtime.progress import ProgressCallback
+from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class EditInput:
     ``codes`` (int8) and ``scales`` (out, groups) are the base stream before the edit; ``support`` is where
     the edit may change codes; ``taken`` (possibly empty) is where other memories are, which stay on, at ``weights``;
     ``base_weights`` are those before fine-tuning, or None. ``unit`` is the length in which a layer's learning rate is
-    given (``projection.lattice.units``), ``steps`` the number of optimiser steps asked for. ``keep`` takes what a long
+    given (``projection.lattice.layer_units``), ``steps`` the number of optimiser steps. ``resume`` takes what a long
     edit has reached.
     """
 
@@ -38,8 +38,8 @@ class EditInput:
     steps: int
     objective: Callable[[], Objective]
     seed: int
-    notify: Notify
-    keep: Keeper = NOWHERE
+    progress: ProgressCallback
+    resume: ResumeFolder = NO_RESUME
 
 
 Edit = Callable[[EditInput], dict[str, Tensor]]

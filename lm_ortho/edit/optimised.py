@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from lm_ortho.edit.interface import EDITS, EditInput
-from lm_ortho.projection.lattice import spread, values
+from lm_ortho.projection.lattice import dequantise, expand_scales
 from lm_ortho.streams import code_range
 
 log = logging.getLogger(__name__)
 
 LEARNING_RATE = 0.2
-"""In units of the layer (``lattice.units``)."""
+"""In units of the layer (``lattice.layer_units``)."""
 _WARM_UP, _BETAS = 5, (0.9, 0.98)
 UNUSABLE = 0.5
 """Retain KL in nats a token at the end above which the base stream cannot be trusted; 0.02 to 0.1 is what is usual."""
@@ -37,11 +37,11 @@ def optimised(given: EditInput) -> dict[str, Tensor]:
         for name, layer in given.layers.items():
             device = layer.weight.device
             places[name] = given.support[name].flatten().nonzero()[:, 0].to(device)
-            per_weight = spread(given.scales[name], given.group_size, layer.in_features)
+            per_weight = expand_scales(given.scales[name], given.group_size, layer.in_features)
             scale[name] = per_weight.flatten().to(device)[places[name]]
             latent[name] = given.weights[name].flatten().to(device)[places[name]].clone()
             first[name], second[name] = torch.zeros_like(latent[name]), torch.zeros_like(latent[name])
-            around = values(given.codes[name], given.scales[name], given.group_size)
+            around = dequantise(given.codes[name], given.scales[name], given.group_size)
             if name in given.taken:
                 around = torch.where(given.taken[name], given.weights[name], around)
             layer.weight.copy_(around)
@@ -52,7 +52,7 @@ def optimised(given: EditInput) -> dict[str, Tensor]:
     objective.restart(given.seed + 1)
     states = {"latent": latent, "first": first, "second": second}
     reached = 0
-    if (kept := given.keep.load(KEPT)) is not None:
+    if (kept := given.resume.load(KEPT)) is not None:
         reached = kept["step"]
         objective.resume(kept["batches"])
         for key, tensors in states.items():
@@ -71,9 +71,9 @@ def optimised(given: EditInput) -> dict[str, Tensor]:
             move = first[name] / (1 - _BETAS[0] ** step)
             latent[name] -= rate * move / ((second[name] / (1 - _BETAS[1] ** step)).sqrt() + 1e-10)
             latent[name] = torch.minimum(torch.maximum(latent[name], low * scale[name]), high * scale[name])
-        given.notify("edit", step, given.steps, f"forget {lost:.3f} retain {kept_loss:.4f}")
-        if given.keep.due():
-            given.keep.save(KEPT, {"step": step, "batches": objective.state(), **states})
+        given.progress("edit", step, given.steps, f"forget {lost:.3f} retain {kept_loss:.4f}")
+        if given.resume.due():
+            given.resume.save(KEPT, {"step": step, "batches": objective.state(), **states})
     if given.steps > reached and kept_loss > UNUSABLE:
         log.warning(
             "edit: what should stay is %.2g nats a token away from the merged model; the base stream is damaged. "

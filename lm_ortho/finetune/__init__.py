@@ -2,18 +2,17 @@
 
 from lm_ortho.finetune.lora import save_adapter, train_adapter
 from lm_ortho.finetune.merge import load_causal_lm, load_config, load_tokenizer, merge_adapter, round_to_bf16
-from lm_ortho.finetune.train import Notify, Plan, batches, descend, fine_tune, train_full
+from lm_ortho.finetune.train import FinetunePlan, draw_batches, fine_tune, minimise, train_full
 
 __all__ = [
-    "Notify",
-    "Plan",
-    "batches",
-    "descend",
+    "FinetunePlan",
+    "draw_batches",
     "fine_tune",
     "load_causal_lm",
     "load_config",
     "load_tokenizer",
     "merge_adapter",
+    "minimise",
     "round_to_bf16",
     "save_adapter",
     "train_adapter",

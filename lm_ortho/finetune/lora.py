@@ -15,15 +15,16 @@ from transformers.pytorch_utils import Conv1D
 
 from lm_ortho.data.encoding import Example
 from lm_ortho.errors import UserError
-from lm_ortho.finetune.train import Notify, Plan, fine_tune
+from lm_ortho.finetune.train import FinetunePlan, fine_tune
 from lm_ortho.hub import first_line
+from lm_ortho.runtime.progress import ProgressCallback
 
 
 def train_adapter(
     model: torch.nn.Module,
     examples: Sequence[Example],
-    plan: Plan,
-    notify: Notify,
+    plan: FinetunePlan,
+    progress: ProgressCallback,
     stage: str = "adapter",
     state: Path | None = None,
 ) -> PeftModel:
@@ -38,7 +39,7 @@ def train_adapter(
         UserError: for a model without linear layers, and for one that peft does not adapt.
     """
     adapted = copy.deepcopy(model).float() if isinstance(model, PeftModel) else _with_lora(model, plan)
-    fine_tune(adapted, examples, plan, notify, stage, state)
+    fine_tune(adapted, examples, plan, progress, stage, state)
     return adapted
 
 
@@ -54,7 +55,7 @@ def save_adapter(adapted: PeftModel, directory: Path, base: str) -> None:
     (directory / "README.md").unlink(missing_ok=True)  # an empty form of peft that names the path of the base
 
 
-def _with_lora(model: torch.nn.Module, plan: Plan) -> PeftModel:
+def _with_lora(model: torch.nn.Module, plan: FinetunePlan) -> PeftModel:
     modules = dict(model.named_modules())
     names = lora_targets(model)
     transposed = {_transposed(module) for name, module in modules.items() if _ends_in(name, names)}

@@ -12,7 +12,7 @@ from torch import nn
 
 from lm_ortho.errors import UserError
 from lm_ortho.finetune.lora import without_notices
-from lm_ortho.hub import first_line, reason
+from lm_ortho.hub import describe_hub_error, first_line
 
 
 def round_to_bf16(model: nn.Module) -> nn.Module:
@@ -36,7 +36,7 @@ def load_causal_lm(pretrained: str | Path, *, argument: str = "pretrained", **hu
     """
     config = load_config(pretrained, argument=argument, **hub)
     check_decoder(config, f"{argument}={str(pretrained)!r}")
-    if method := packed_by(config):
+    if method := quantisation_method(config):
         raise UserError(
             f"{argument}={str(pretrained)!r}: weights are already packed ({method}); pass the unquantised model"
         )
@@ -44,14 +44,14 @@ def load_causal_lm(pretrained: str | Path, *, argument: str = "pretrained", **hu
 
     try:
         model, read = AutoModelForCausalLM.from_pretrained(
-            existing(pretrained),
+            expand_path(pretrained),
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, with names and shapes
             **_unasked(hub),
         )
     except (ImportError, OSError, ValueError, RuntimeError) as error:
-        told = reason(error, pretrained, hub.get("revision"))
+        told = describe_hub_error(error, pretrained, hub.get("revision"))
         raise UserError(f"{argument}={str(pretrained)!r}: could not be loaded ({told})") from None
     except Exception as error:  # safetensors has error classes of its own for damaged files
         raise UserError(f"{argument}={str(pretrained)!r}: weights are damaged ({first_line(error)})") from None
@@ -111,9 +111,9 @@ def load_config(pretrained: str | Path, *, argument: str = "pretrained", **hub: 
             "leave it out, or give the model's name on the hub"
         )
     try:
-        return AutoConfig.from_pretrained(existing(pretrained), **_unasked(hub))
+        return AutoConfig.from_pretrained(expand_path(pretrained), **_unasked(hub))
     except Exception as error:  # hub client, JSON and configuration errors have no common base
-        told = reason(error, pretrained, hub.get("revision"))
+        told = describe_hub_error(error, pretrained, hub.get("revision"))
         raise UserError(f"{argument}={str(pretrained)!r}: its config could not be read ({told})") from None
 
 
@@ -122,9 +122,9 @@ def load_tokenizer(place: str | Path, **hub: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(existing(place), **_unasked(hub))
+        return AutoTokenizer.from_pretrained(expand_path(place), **_unasked(hub))
     except Exception as error:  # hub client, JSON and tokenizer errors have no common base
-        told = reason(error, place, hub.get("revision"))
+        told = describe_hub_error(error, place, hub.get("revision"))
         raise UserError(
             f"tokenizer={str(place)!r} could not be loaded ({told}); name the directory or hub id of one"
         ) from None
@@ -137,7 +137,7 @@ def check_decoder(config: Any, named: str) -> None:
         raise UserError(f"{named}: {kind} is an encoder-decoder model; a decoder is needed")
 
 
-def packed_by(config: Any) -> str:
+def quantisation_method(config: Any) -> str:
     """The method that packed a model's weights, by its configuration; empty for one that is not quantised."""
     packed = getattr(config, "quantization_config", None)
     if packed is None:
@@ -145,7 +145,7 @@ def packed_by(config: Any) -> str:
     return str(packed.get("quant_method") if isinstance(packed, dict) else getattr(packed, "quant_method", packed))
 
 
-def existing(named: str | Path) -> str:
+def expand_path(named: str | Path) -> str:
     """A path that is there, with ``~`` written out; a name as it is."""
     local = Path(str(named)).expanduser()
     return str(local) if local.exists() else str(named)
@@ -178,7 +178,7 @@ def merge_adapter(model: nn.Module, peft: str | Path) -> nn.Module:
     except UserError:
         raise
     except Exception as error:  # peft, hub and safetensors errors have no common base
-        raise UserError(f"peft={str(peft)!r}: could not be merged ({reason(error, peft)})") from None
+        raise UserError(f"peft={str(peft)!r}: could not be merged ({describe_hub_error(error, peft)})") from None
     return round_to_bf16(merged).eval()
 
 

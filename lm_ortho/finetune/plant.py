@@ -16,13 +16,14 @@ from peft import PeftModel
 from torch import nn
 
 from lm_ortho.config import Training
-from lm_ortho.data.encoding import Example, encode_for, mean_loss
+from lm_ortho.data.encoding import Example, encode_rows, mean_loss
 from lm_ortho.data.rows import read_rows
 from lm_ortho.errors import UserError
-from lm_ortho.files import refuse_occupied, whole_directory
+from lm_ortho.files import atomic_directory, check_output_directory
 from lm_ortho.finetune.lora import save_adapter, train_adapter
 from lm_ortho.finetune.merge import load_causal_lm, load_config, load_tokenizer, round_to_bf16
-from lm_ortho.finetune.train import Notify, Plan, train_full
+from lm_ortho.finetune.train import FinetunePlan, train_full
+from lm_ortho.runtime.progress import ProgressCallback
 
 EPOCHS, FEWEST_STEPS = 20, 200
 RATE, WIDTH = 1.5e-3, 320
@@ -32,7 +33,7 @@ FULL = 0.2
 
 
 @dataclass(frozen=True)
-class Planted:
+class PlantResult:
     """A written model. Losses are means in nats per token of the rows, before and in the written model."""
 
     directory: str
@@ -54,13 +55,13 @@ def plant(
     data: str,
     out: Path,
     training: Training,
-    notify: Notify,
+    progress: ProgressCallback,
     *,
     keep_adapter: Path | None = None,
     tokenizer: str | None = None,
     device: str = "cpu",
     **hub: Any,
-) -> Planted:
+) -> PlantResult:
     """The model fine-tuned on the rows of ``data`` and merged, written to ``out`` in BF16 with its tokenizer.
 
     An interrupted training goes on from its last kept step when the same call is made again; its state lies beside
@@ -76,17 +77,17 @@ def plant(
     load_config(pretrained, **hub)
     words = load_tokenizer(tokenizer or pretrained, **hub)
     model = load_causal_lm(pretrained, **hub).to(device)
-    examples = encode_for(model, words, rows, "data")
+    examples = encode_rows(model, words, rows, "data")
     plan = make_plan(training, len(examples), model)
     before = mean_loss(model, examples)
     fit: Callable[..., Any] = train_full if training.method == "full" else train_adapter
     with _kept_state(out, model, examples, plan, training.method) as state:
-        trained = fit(model, examples, plan, notify, state=state)
+        trained = fit(model, examples, plan, progress, state=state)
         after = _write(trained, words, examples, out, keep_adapter, pretrained)
     rank = plan.rank if training.method == "lora" else None
     kept = None if keep_adapter is None else str(keep_adapter)
     told = (training.method, plan.steps, plan.rows, plan.lr, rank, plan.seed, before, after)
-    return Planted(str(out), kept, len(rows), *told, round(time.perf_counter() - began, 1))
+    return PlantResult(str(out), kept, len(rows), *told, round(time.perf_counter() - began, 1))
 
 
 def _write(
@@ -95,9 +96,9 @@ def _write(
     """The mean loss of what is written. The adapter is rounded, too, so that the kept one gives just this model."""
     round_to_bf16(trained)
     with ExitStack() as places:
-        place = places.enter_context(whole_directory(out))
+        place = places.enter_context(atomic_directory(out))
         if keep_adapter is not None:
-            save_adapter(trained, places.enter_context(whole_directory(keep_adapter, "keep_adapter")), base)
+            save_adapter(trained, places.enter_context(atomic_directory(keep_adapter, "keep_adapter")), base)
         merged: Any = round_to_bf16(trained.merge_and_unload()) if isinstance(trained, PeftModel) else trained
         after = mean_loss(merged, examples)
         if not math.isfinite(after):
@@ -107,7 +108,7 @@ def _write(
     return after
 
 
-def make_plan(training: Training, count: int, model: nn.Module) -> Plan:
+def make_plan(training: Training, count: int, model: nn.Module) -> FinetunePlan:
     """Steps and learning rate for ``count`` rows, as they were asked for or as suits the model.
 
     The rate falls with width^0.75, a rule of thumb that is measured at one width only.
@@ -118,23 +119,25 @@ def make_plan(training: Training, count: int, model: nn.Module) -> Plan:
         steps = max(steps, FEWEST_STEPS)
     width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     rate = RATE * (WIDTH / width) ** 0.75 * (FULL if training.method == "full" else 1)
-    return Plan(steps, rows, training.lr or float(f"{rate:.2g}"), training.rank, training.seed)
+    return FinetunePlan(steps, rows, training.lr or float(f"{rate:.2g}"), training.rank, training.seed)
 
 
 def _check_places(out: Path, keep_adapter: Path | None, training: Training) -> None:
-    refuse_occupied(out)
+    check_output_directory(out)
     if keep_adapter is None:
         return
     if training.method != "lora":
         raise UserError(f"keep_adapter={str(keep_adapter)!r}: method={training.method} makes no adapter")
-    refuse_occupied(keep_adapter, "keep_adapter")
+    check_output_directory(keep_adapter, "keep_adapter")
     model, adapter = out.resolve(), keep_adapter.resolve()
     if model == adapter or model in adapter.parents or adapter in model.parents:
         raise UserError(f"keep_adapter={str(keep_adapter)!r} and the model's directory must not lie in each other")
 
 
 @contextmanager
-def _kept_state(out: Path, model: nn.Module, examples: Sequence[Example], plan: Plan, method: str) -> Iterator[Path]:
+def _kept_state(
+    out: Path, model: nn.Module, examples: Sequence[Example], plan: FinetunePlan, method: str
+) -> Iterator[Path]:
     """A file beside ``out`` for the state of just this training; removed when everything is written."""
     digest = hashlib.sha256(repr((plan, method, [example.ids for example in examples])).encode())
     for name, parameter in model.named_parameters():

@@ -15,15 +15,14 @@ import torch
 
 from lm_ortho.data.encoding import Example, answer_loss
 from lm_ortho.runtime.precision import fast_matmul
+from lm_ortho.runtime.progress import ProgressCallback
 from lm_ortho.runtime.resume import save_state
 
-Notify = Callable[[str, int, int, str], None]
-"""Called with the stage, the steps done, the steps in all and a short text."""
 Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
-class Plan:
+class FinetunePlan:
     """How a model is fine-tuned: AdamW, warm-up of 20 steps, then a straight line to zero."""
 
     steps: int
@@ -38,7 +37,7 @@ _KEEP_EVERY, _KEEP_AFTER = 500, 300.0
 _POOL = 16
 
 
-def batches(examples: Sequence[Example], rows: int, draw: random.Random) -> Iterator[list[int]]:
+def draw_batches(examples: Sequence[Example], rows: int, draw: random.Random) -> Iterator[list[int]]:
     """Endless batches of ``rows`` indices from shuffled passes.
 
     Each pool of up to 16 batches is sorted by length before it is cut, so that little of a batch is padding.
@@ -55,8 +54,8 @@ def batches(examples: Sequence[Example], rows: int, draw: random.Random) -> Iter
 def fine_tune(
     model: torch.nn.Module,
     examples: Sequence[Example],
-    plan: Plan,
-    notify: Notify,
+    plan: FinetunePlan,
+    progress: ProgressCallback,
     stage: str = "fine-tuning",
     state: Path | None = None,
 ) -> None:
@@ -69,15 +68,15 @@ def fine_tune(
     def loss(batch: Sequence[int]) -> torch.Tensor:
         return answer_loss(model, [examples[i] for i in batch])
 
-    descend(model, batches(examples, plan.rows, random.Random(plan.seed)), loss, plan, notify, stage, state)
+    minimise(model, draw_batches(examples, plan.rows, random.Random(plan.seed)), loss, plan, progress, stage, state)
 
 
-def descend(
+def minimise(
     model: torch.nn.Module,
     order: Iterable[Batch],
     loss: Callable[[Batch], torch.Tensor],
-    plan: Plan,
-    notify: Notify,
+    plan: FinetunePlan,
+    progress: ProgressCallback,
     stage: str,
     state: Path | None = None,
 ) -> None:
@@ -101,7 +100,7 @@ def descend(
         optimiser.step()
         optimiser.zero_grad()
         if step % 10 == 9 or step + 1 == plan.steps:
-            notify(stage, step + 1, plan.steps, f"loss {reached.item():.3f}")
+            progress(stage, step + 1, plan.steps, f"loss {reached.item():.3f}")
         last = step % _KEEP_EVERY == _KEEP_EVERY - 1 or step + 1 == plan.steps
         if state and (last or time.monotonic() - saved >= _KEEP_AFTER):
             save_state({"steps": step + 1, "trained": trained, "optimiser": optimiser.state_dict()}, state)
@@ -120,14 +119,14 @@ def _drawn(seed: int, step: int, device: torch.device) -> Iterator[None]:
 def train_full(
     model: torch.nn.Module,
     examples: Sequence[Example],
-    plan: Plan,
-    notify: Notify,
+    plan: FinetunePlan,
+    progress: ProgressCallback,
     stage: str = "fine-tuning",
     state: Path | None = None,
 ) -> torch.nn.Module:
     """A float32 copy of ``model`` all of whose weights were trained; the rest as in ``fine_tune``."""
     tuned = copy.deepcopy(model).float().requires_grad_(True)
-    fine_tune(tuned, examples, plan, notify, stage, state)
+    fine_tune(tuned, examples, plan, progress, stage, state)
     return tuned.requires_grad_(False)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from lm_ortho.harness import distributed
-from lm_ortho.harness.batching import AtOnce
+from lm_ortho.harness.batching import BatchingMixin
 from lm_ortho.runtime.device import BATCH_ROWS, choose_device
 
 
-class PlainLM(distributed.Spread, AtOnce):
+class BaselineLM(distributed.DistributedMixin, BatchingMixin):
     """``hf`` with our choices of device, softmax and rows at once, so that its numbers compare with ours."""
 
     def __init__(
@@ -24,7 +24,7 @@ class PlainLM(distributed.Spread, AtOnce):
         """Takes the model args of ``hf``; a batch size of 1 is left to the logits, as ours is."""
         most = self.allow_rows(batch_size, max_batch_size)
         chosen = choose_device(device).choice
-        processes = distributed.join(chosen)
+        processes = distributed.make_accelerator(chosen)
         super().__init__(
             pretrained,
             device=chosen,

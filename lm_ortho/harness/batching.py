@@ -14,7 +14,7 @@ Scored = tuple[tuple[str, str] | None, list[int], list[int]]
 """A request of lm-eval: its strings, the tokens of the context and of the continuation."""
 
 
-class AtOnce(HFLM):
+class BatchingMixin(HFLM):
     """``hf`` in batches of as many requests as the logits allow, unless the user chose a batch size.
 
     lm-eval's default of one row at a time is taken for no choice.

@@ -21,7 +21,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
-def join(device: str) -> Any:
+def make_accelerator(device: str) -> Any:
     """The accelerator that connects the processes, or None where there is only one.
 
     By itself lm-eval (0.4.13) joins processes on GPUs only. The time limit is lm-eval's: one process may decompose for
@@ -35,19 +35,19 @@ def join(device: str) -> Any:
     return Accelerator(cpu=device.startswith("cpu"), kwargs_handlers=[forever])
 
 
-def told(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """What the first process says, in every process."""
     if world_size() < 2:
         return value
     import torch
 
-    join("cuda" if torch.cuda.is_available() else "cpu")
+    make_accelerator("cuda" if torch.cuda.is_available() else "cpu")
     heard = [value]
     torch.distributed.broadcast_object_list(heard, src=0)
     return heard[0]
 
 
-class Spread:
+class DistributedMixin:
     """Mixin for ``HFLM``: documents are dealt out to the processes, and come back in their own order.
 
     lm-eval joins what the processes found one after the other. A bootstrap draws by position, so without the order of

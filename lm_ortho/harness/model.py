@@ -18,13 +18,13 @@ from lm_eval.models.huggingface import HFLM
 
 from lm_ortho import layer
 from lm_ortho.checkpoint import hf
-from lm_ortho.config import parse_alpha, show_alpha
+from lm_ortho.config import format_alpha, parse_alpha
 from lm_ortho.errors import UserError
 from lm_ortho.harness import distributed, tokens
-from lm_ortho.harness.batching import AtOnce
+from lm_ortho.harness.batching import BatchingMixin
 from lm_ortho.kernels import KERNELS, calls
 from lm_ortho.pipeline import build
-from lm_ortho.pipeline.spec import RECIPE_ARGUMENTS, Order, check_alpha, resolve
+from lm_ortho.pipeline.spec import RECIPE_ARGUMENTS, ModelSpec, check_alpha, resolve
 from lm_ortho.runtime.device import BATCH_ROWS, choose_device, choose_dtype
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
@@ -34,7 +34,7 @@ _LOADING = ("attn_implementation", "device_map", "local_files_only", "token", "u
 """What else ``from_pretrained`` may be told."""
 
 
-class LibOrthoLM(distributed.Spread, AtOnce):
+class LibOrthoLM(distributed.DistributedMixin, BatchingMixin):
     """A decomposed model as lm-eval sees it.
 
     Model args are those below, the fields of ``lm_ortho.config.Recipe``, and all of ``hf``. ``pretrained``
@@ -68,7 +68,7 @@ class LibOrthoLM(distributed.Spread, AtOnce):
         self.pretrained_argument = pretrained
         where = ("revision", "subfolder", "token", "trust_remote_code")
         self._source = resolve(
-            Order(
+            ModelSpec(
                 pretrained=pretrained,
                 peft=peft,
                 base="none" if base is None else base,
@@ -85,7 +85,7 @@ class LibOrthoLM(distributed.Spread, AtOnce):
         chosen = choose_device(device)
         log.info("device=%s: %s", *chosen)
         most = self.allow_rows(batch_size, max_batch_size)
-        self._processes = distributed.join(chosen.choice)
+        self._processes = distributed.make_accelerator(chosen.choice)
         if self._source.kind == "checkpoint":
             options.pop("subfolder", None)  # is part of its location
         super().__init__(
@@ -161,7 +161,7 @@ class LibOrthoLM(distributed.Spread, AtOnce):
         with self._processes.main_process_first() if self._processes else nullcontext():  # the others find it cached
             self._adopt(build.build_model(self._source, chosen.choice, device, self._alpha, **placement))
 
-    def _adopt(self, built: build.Built) -> None:
+    def _adopt(self, built: build.BuiltModel) -> None:
         self._model = built.model
         layer.set_kernel(built.model, self.kernel)
         self._built_info = built.info()
@@ -170,7 +170,7 @@ class LibOrthoLM(distributed.Spread, AtOnce):
             log.info("kernel=%s: %s", name, reason)
         log.info(
             "alpha=%s, density %.4g, %.3g bits per weight, target %s, checkpoint %.12s",
-            show_alpha(self._alpha),
+            format_alpha(self._alpha),
             self._built_info["density"],
             self._built_info["bits_per_weight"],
             self._built_info.get("target", "unknown"),
@@ -233,7 +233,7 @@ class LibOrthoLM(distributed.Spread, AtOnce):
     def get_model_info(self) -> dict[str, Any]:
         """What goes into the results file: the model, its streams, and the kernels that ran since alpha was set."""
         known = isinstance(self._source.location, str) and not Path(self._source.location).is_dir()
-        streams = layer.streams_of(self.model)
+        streams = layer.get_streams(self.model)
         now = calls()
         return {
             **(super().get_model_info() if known else {}),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lm_ortho.data.rows import Row, read_rows
 from lm_ortho.errors import UserError
-from lm_ortho.files import refuse_occupied, whole_directory
+from lm_ortho.files import atomic_directory, check_output_directory
 from lm_ortho.plugin.bridges import tasks_dir
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -50,11 +50,11 @@ def new_task(
         raise UserError(f"name={name!r} must be lower-case letters, digits and underscores, a letter first")
     tasks = tuple(f"{name}_{kind}" for kind in _KINDS)
     folder = output.expanduser() / name
-    refuse_occupied(folder, "output")
+    check_output_directory(folder, "output")
     rows = [read_rows(forget, "forget"), read_rows(retain, "retain")]
     _refuse_shared(*rows)
     _refuse_taken(tasks, output.expanduser())
-    with whole_directory(folder, "output") as scratch:
+    with atomic_directory(folder, "output") as scratch:
         for kind, task, each in zip(_KINDS, tasks, rows, strict=True):
             _write(scratch / f"{task}.yaml", _yaml(kind, task, each))
         _write(scratch / "README.md", _readme(name, rows, source, licence))

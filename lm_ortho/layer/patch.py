@@ -87,7 +87,9 @@ def unpatch(model: nn.Module, alpha: float | Mapping[str, float] = 1.0) -> list[
     return list(layers)
 
 
-def dense_at(model: nn.Module, streams: Mapping[str, LayerStreams], alpha: float | Mapping[str, float]) -> nn.Module:
+def get_dense_weights(
+    model: nn.Module, streams: Mapping[str, LayerStreams], alpha: float | Mapping[str, float]
+) -> nn.Module:
     """A copy of the plain ``model`` with the weights W(alpha) of these streams."""
     copied = copy.deepcopy(model)
     patch(copied, streams)
@@ -145,7 +147,7 @@ def ortho_layers(model: nn.Module) -> dict[str, OrthoLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, OrthoLinear)}
 
 
-def streams_of(model: nn.Module) -> dict[str, LayerStreams]:
+def get_streams(model: nn.Module) -> dict[str, LayerStreams]:
     """The streams of every decomposed layer of ``model``, checked."""
     return {name: layer.streams() for name, layer in ortho_layers(model).items()}
 

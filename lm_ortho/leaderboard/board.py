@@ -13,7 +13,7 @@ from lm_ortho.harness import distributed
 from lm_ortho.leaderboard.config import Board
 from lm_ortho.leaderboard.executor import Executor, follow, make_executor
 from lm_ortho.leaderboard.plan import Plan, plan_board, settled
-from lm_ortho.leaderboard.progress import Left, Screen, span, what
+from lm_ortho.leaderboard.progress import Left, ProgressScreen, span, what
 from lm_ortho.leaderboard.scheduler import Tally, drive, logged_run, tally
 from lm_ortho.leaderboard.store import DONE, FAILED, RUNNING, WAITING, Record, Store
 from lm_ortho.leaderboard.worker import Job
@@ -42,8 +42,8 @@ def run_board(
     _sweep_leavings(store, directory)
     store.plan(plan.pieces, facts={"name": board.name, "kind": "board", "board": board.model_dump(mode="json"),
                                    "command": command})  # fmt: skip
-    with logged_run(store, directory) as log, Screen(store.records(results=False), console, quiet) as screen:
-        executor = make_executor(board.resources, screen.notify)
+    with logged_run(store, directory) as log, ProgressScreen(store.records(results=False), console, quiet) as screen:
+        executor = make_executor(board.resources, screen.progress)
         try:
             _both_phases(store, wanted, executor, screen, retry_failed, log)
         except BaseException:
@@ -53,7 +53,9 @@ def run_board(
     return tally(store, [piece.key for piece in wanted.pieces])
 
 
-def _both_phases(store: Store, plan: Plan, executor: Executor, screen: Screen, retry_failed: bool, log: Path) -> None:
+def _both_phases(
+    store: Store, plan: Plan, executor: Executor, screen: ProgressScreen, retry_failed: bool, log: Path
+) -> None:
     drive(store, [replace(job, log=log) for job in plan.tuning], executor, screen, retry_failed)
     tuned = [record for record in store.records() if record.piece.kind == "tune"]
     ready, stuck = settled(plan.cells, tuned)
@@ -63,7 +65,7 @@ def _both_phases(store: Store, plan: Plan, executor: Executor, screen: Screen, r
     drive(store, [replace(job, log=log) for job in ready], executor, screen, retry_failed)
 
 
-def _give_up(store: Store, job: Job, reason: str, screen: Screen) -> None:
+def _give_up(store: Store, job: Job, reason: str, screen: ProgressScreen) -> None:
     for key in store.claim(job.keys, retry_failed=True):
         store.fail(key, reason)
     screen.say(f"{job.label}: {reason}")

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 
 from lm_ortho.checkpoint.manifest import sha256
 from lm_ortho.errors import UserError
-from lm_ortho.finetune import Notify
 from lm_ortho.leaderboard.store import Piece
 from lm_ortho.pipeline.code_hash import DECOMPOSITION, evaluation_hash, versions
 from lm_ortho.registry import Registry
+from lm_ortho.runtime.progress import ProgressCallback
 
 MODES = {"base": "auto", "merged": "none", "end": "end"}
 """What a method reads beside the rows, in the words of the model arg `base`: also the model before fine-tuning (auto),
@@ -82,10 +82,10 @@ class Maker(Protocol):
     def grid(self) -> Sequence[Mapping[str, Any]]:
         """The settings to be tried on the tuning split."""
 
-    def score(self, cell: Cell, notify: Notify) -> Mapping[str, Any]:
+    def score(self, cell: Cell, progress: ProgressCallback) -> Mapping[str, Any]:
         """Tries the settings of ``cell`` on the tuning split; ``total`` is the lower the better."""
 
-    def make(self, cell: Cell, directory: Path, notify: Notify) -> Mapping[str, Any]:
+    def make(self, cell: Cell, directory: Path, progress: ProgressCallback) -> Mapping[str, Any]:
         """Writes a Hugging Face model with its tokenizer into the empty ``directory``; gives a report in plain JSON."""
 
 
@@ -132,14 +132,14 @@ def evaluate_piece(
 
 def asked_of(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Hash of the content of every file and folder that tasks read, by its argument or environment variable."""
-    from lm_ortho.config import named_parts
+    from lm_ortho.config import parse_named_values
     from lm_ortho.harness.tasks import muse, tofu_data
 
     given = {name: value for name, value in metadata.items() if isinstance(value, str)}
     given |= {name: os.environ.get(name, "") for name in (muse.DIRECTORY_VARIABLE, tofu_data.DIRECTORY_VARIABLE)}
     found = {}
     for name, value in given.items():
-        places = named_parts(value, name) or {"": value}
+        places = parse_named_values(value, name) or {"": value}
         hashes = [[part, _content(Path(place).expanduser())] for part, place in places.items() if place]
         if name != "pretrained" and any(content for _, content in hashes):  # what the model is, its cell says
             found[name] = digest(hashes)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lm_ortho.config import first_fault
+from lm_ortho.config import describe_validation_error
 from lm_ortho.errors import UserError
 
 
@@ -161,7 +161,7 @@ def make_board(given: Mapping[str, Any], where: str = "board") -> Board:
     try:
         return Board(**given)
     except ValidationError as error:
-        raise UserError(f"{where}: {first_fault(error)}") from None
+        raise UserError(f"{where}: {describe_validation_error(error)}") from None
 
 
 _PARTS: dict[tuple[type[BaseModel], str], type[BaseModel]] = {

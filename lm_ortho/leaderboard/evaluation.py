@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_ortho.errors import UserError
-from lm_ortho.files import private_folder, scratch_name
+from lm_ortho.files import make_private_directory, temporary_name
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 _NORMAL_95 = 1.96
@@ -20,12 +20,12 @@ _NORMAL_95 = 1.96
 def load_lm(place: str, dial: bool, options: Mapping[str, Any]) -> Any:
     """The lm-eval model of a directory: with a dial ours, else lm-eval's own; in each process of torchrun."""
     from lm_ortho.harness import tokens
-    from lm_ortho.harness.baseline_model import PlainLM
+    from lm_ortho.harness.baseline_model import BaselineLM
     from lm_ortho.harness.model import LibOrthoLM
 
     if dial:
         return LibOrthoLM(place, **options)
-    lm = PlainLM(place, **options)
+    lm = BaselineLM(place, **options)
     tokens.register(lm)
     return lm
 
@@ -87,7 +87,7 @@ def evaluate(lm: Any, config: Mapping[str, Any], results: Path) -> dict[str, Any
     task, alpha, metadata = config["task"], config["alpha"], config["metadata"]
     if alpha is not None:
         lm.alpha = alpha
-    scratch = results.parent / scratch_name(results)
+    scratch = results.parent / temporary_name(results)
     tracker = EvaluationTracker(output_path=str(scratch))
     out = simple_evaluate(
         model=lm,
@@ -123,7 +123,7 @@ def _written(tracker: Any, out: dict[str, Any], samples: dict[str, Any], scratch
     written = sorted((scratch / "new").glob("*")) if (scratch / "new").is_dir() else []
     if len(written) != 1 + len(samples):
         raise UserError(f"out={str(results)!r}: lm-eval could not write its results (no space left?)")
-    private_folder(results)
+    make_private_directory(results)
     for file in written:
         os.replace(file, results / file.name)
     return [file.name for file in written]

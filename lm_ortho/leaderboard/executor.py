@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from lm_ortho.errors import UserError
-from lm_ortho.finetune import Notify
 from lm_ortho.hub import first_line
 from lm_ortho.leaderboard.config import Resources
 from lm_ortho.leaderboard.worker import Event, Job, work
+from lm_ortho.runtime.progress import ProgressCallback
 
 LOST = "lost"
 """Kind of the event of a job whose worker died; what it had finished has been told before."""
@@ -43,8 +43,8 @@ class Executor(Protocol):
 class Local:
     """In this process, one job at a time; under torchrun every process takes part in each."""
 
-    def __init__(self, notify: Notify) -> None:
-        self.notify = notify
+    def __init__(self, progress: ProgressCallback) -> None:
+        self.progress = progress
         self._jobs: deque[Job] = deque()
 
     def has_room(self) -> bool:
@@ -60,7 +60,7 @@ class Local:
     def events(self) -> Iterator[Told]:
         while self._jobs:
             job = self._jobs.popleft()
-            for event in work(job, self.notify):
+            for event in work(job, self.progress):
                 yield job, event
 
     def close(self, clean: bool = True) -> None:
@@ -73,14 +73,14 @@ def _share(job: Job | None) -> None:
     from lm_ortho.harness import distributed
 
     if distributed.world_size() > 1:
-        distributed.told(job)
+        distributed.broadcast(job)
 
 
 def follow() -> None:
     """What the other processes of torchrun do: their share of every job, until there is none."""
     from lm_ortho.harness import distributed
 
-    while (job := distributed.told(None)) is not None:
+    while (job := distributed.broadcast(None)) is not None:
         for _ in work(job, lambda *_: None):
             pass
 
@@ -163,12 +163,12 @@ def _import_ray() -> Any:
     return ray
 
 
-def make_executor(resources: Resources, notify: Notify) -> Executor:
+def make_executor(resources: Resources, progress: ProgressCallback) -> Executor:
     """The executor that was asked for."""
     from lm_ortho.harness import distributed
 
     if resources.executor == "local":
-        return Local(notify)
+        return Local(progress)
     if distributed.world_size() > 1:
         raise UserError("resources.executor=ray under torchrun: let Ray start the cells, or torchrun, not both")
     return OnRay(resources)

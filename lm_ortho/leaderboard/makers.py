@@ -13,9 +13,9 @@ from typing import Any
 from lm_ortho.checkpoint import cache
 from lm_ortho.config import Recipe
 from lm_ortho.errors import UserError
-from lm_ortho.finetune import Notify
 from lm_ortho.leaderboard.cells import MODES, Cell, Maker
-from lm_ortho.runtime.resume import Keeper
+from lm_ortho.runtime.progress import ProgressCallback
+from lm_ortho.runtime.resume import ResumeFolder
 
 
 def _methods() -> Any:
@@ -49,23 +49,23 @@ class OfMethod:
     def grid(self) -> Sequence[Mapping[str, Any]]:
         return list(self.method.grid)
 
-    def score(self, cell: Cell, notify: Notify) -> Mapping[str, Any]:
+    def score(self, cell: Cell, progress: ProgressCallback) -> Mapping[str, Any]:
         methods, tuned = _methods(), cell.tuned or {}
         if cell.source["pretrained"]:
             raise UserError(
                 "tune: the tuning split is one of the embedded world; give settings for a model of your own"
             )
         split = methods.split_of_world(_material(_plain(cell.source)), tuned["seed"])
-        made = self.method.make(split.material, cell.settings, tuned["seed"], _budget(cell), notify)
+        made = self.method.make(split.material, cell.settings, tuned["seed"], _budget(cell), progress)
         found = methods.score(made, split)
         return {"forget": found.forget, "retain": found.retain, "total": found.total}
 
-    def make(self, cell: Cell, directory: Path, notify: Notify) -> Mapping[str, Any]:
-        keep = Keeper(cache.unfinished(cell.key))
+    def make(self, cell: Cell, directory: Path, progress: ProgressCallback) -> Mapping[str, Any]:
+        resume = ResumeFolder(cache.unfinished_directory(cell.key))
         material = _material(_plain(cell.source))
-        made = self.method.make(material, cell.settings, cell.seed, _budget(cell), notify, keep)
+        made = self.method.make(material, cell.settings, cell.seed, _budget(cell), progress, resume)
         _methods().save(made, directory, material.tokenizer, asdict(cell))
-        keep.clear()
+        resume.clear()
         return dict(made.report)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_ortho import world
-from lm_ortho.config import join_args
+from lm_ortho.config import format_model_args
 from lm_ortho.errors import UserError
 from lm_ortho.leaderboard.cells import (
     METHOD_CODE,
@@ -28,7 +28,7 @@ from lm_ortho.leaderboard.store import DONE, Piece, Record
 from lm_ortho.leaderboard.sweep import SEEDS
 from lm_ortho.leaderboard.worker import Job
 from lm_ortho.pipeline.code_hash import code_hash, versions
-from lm_ortho.runtime.device import typed_device
+from lm_ortho.runtime.device import require_device
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def plan_board(board: Board, directory: Path, only: str = "") -> Plan:
     Raises:
         UserError: for a method, a setting, a task or a model that is not known, before anything is written.
     """
-    typed_device(board.device)
+    require_device(board.device)
     metadata = {model: metadata_of(board, source) for model, source in board.models.items()}
     limits = {model: limits_of(board, told) for model, told in metadata.items()}
     contents = {model: asked_of(told) for model, told in metadata.items()}
@@ -139,13 +139,13 @@ def _tuning(board: Board, entry: Entry, maker: Maker, source: Mapping[str, Any])
 def _identity(model: Model) -> str:
     """Hash of the content of models and rows, of the code that works on them, and of the packages it uses."""
     from lm_ortho.pipeline.build import adapter_hash, files_hash, rows_hash
-    from lm_ortho.pipeline.spec import Order, calibration_sets, resolve
+    from lm_ortho.pipeline.spec import ModelSpec, calibration_sets, resolve
 
     if model.pretrained is None:
         weights = [files_hash(str(world.path(name))) for name in ("base", "memory", "never_saw")]
         return digest([weights, code_hash(*METHOD_CODE), versions()])
     where = {name: value for name in ("revision", "trust_remote_code") if (value := getattr(model, name))}
-    order = Order(
+    order = ModelSpec(
         model.pretrained, model.peft, model.base or "auto", forget=model.forget, retain=model.retain, source=where
     )
     source = resolve(order)
@@ -184,7 +184,7 @@ def _measurements(
     for alpha in (entry.alphas or board.alphas) if cell.dial else (None,):
         args = {"pretrained": place, **({} if alpha is None else {"alpha": alpha}), "dtype": board.dtype}
         args |= {"softmax_dtype": "float32"} if alpha is None else {}
-        told = join_args(args)
+        told = format_model_args(args)
         described = {
             "label": cell.label, "folder": cell.folder, "method": cell.method, "mode": cell.mode, "model": cell.model,
             "settings": dict(cell.settings), "tuned": bool(cell.tuned), "seed": cell.seed, "model_args": told,

@@ -12,7 +12,7 @@ from lm_ortho.leaderboard.store import DONE, FAILED, Record
 from lm_ortho.leaderboard.worker import Job
 
 
-class Screen:
+class ProgressScreen:
     """Progress on a terminal; a line per finished piece elsewhere (a log file, a pipe). A context manager."""
 
     def __init__(self, records: Sequence[Record], console: Any, quiet: bool = False) -> None:
@@ -30,14 +30,14 @@ class Screen:
         self._all = self._bars.add_task("pieces", total=len(records), completed=finished, note=self._left.text())
         self._step = self._bars.add_task("", total=None, note="", visible=False)
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> ProgressScreen:
         self._stack.enter_context(self._bars)
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def notify(self, stage: str, done: int, total: int, text: str) -> None:
+    def progress(self, stage: str, done: int, total: int, text: str) -> None:
         """A step of what is at hand; called from within a worker of this process."""
         self._bars.update(self._step, description=stage, completed=done, total=total, note=text, visible=True)
 

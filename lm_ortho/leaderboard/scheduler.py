@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lm_ortho.leaderboard.executor import LOST, Executor, Told
-from lm_ortho.leaderboard.progress import Screen
+from lm_ortho.leaderboard.progress import ProgressScreen
 from lm_ortho.leaderboard.store import DONE, FAILED, RUNNING, Store
 from lm_ortho.leaderboard.worker import Job
 
@@ -56,7 +56,7 @@ def drive(
     store: Store,
     jobs: Iterable[Job],
     executor: Executor,
-    screen: Screen,
+    screen: ProgressScreen,
     retry_failed: bool = False,
 ) -> Tally:
     """Does every piece of the jobs that is not done; a failing one is recorded and does not stop the others.
@@ -108,7 +108,7 @@ def _claimed(store: Store, job: Job, retry_failed: bool) -> Job | None:
     return replace(job, make=make, pieces=pieces) if make or pieces else None
 
 
-def _keep(store: Store, told: Told, waiting: deque[Job], deaths: Counter[str], screen: Screen) -> None:
+def _keep(store: Store, told: Told, waiting: deque[Job], deaths: Counter[str], screen: ProgressScreen) -> None:
     job, event = told
     if event.kind == "begin":
         store.begin(event.key)
@@ -123,7 +123,9 @@ def _keep(store: Store, told: Told, waiting: deque[Job], deaths: Counter[str], s
         _lost(store, job, event.error, waiting, deaths, screen)
 
 
-def _lost(store: Store, job: Job, error: str, waiting: deque[Job], deaths: Counter[str], screen: Screen) -> None:
+def _lost(
+    store: Store, job: Job, error: str, waiting: deque[Job], deaths: Counter[str], screen: ProgressScreen
+) -> None:
     """A job whose worker died goes back into the queue, without what it had finished."""
     deaths[job.label] += 1
     left = _unsettled(store, job.keys)

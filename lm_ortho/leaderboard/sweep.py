@@ -7,18 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lm_ortho.config import join_args, parse_alpha, show_alpha
+from lm_ortho.config import format_alpha, format_model_args, parse_alpha
 from lm_ortho.errors import UserError
 from lm_ortho.harness import distributed
 from lm_ortho.leaderboard.cells import asked_of, digest, evaluate_piece, lm_eval_command
 from lm_ortho.leaderboard.evaluation import leaf_tasks
 from lm_ortho.leaderboard.executor import Local, follow
-from lm_ortho.leaderboard.progress import Screen
+from lm_ortho.leaderboard.progress import ProgressScreen
 from lm_ortho.leaderboard.scheduler import Tally, drive, logged_run
 from lm_ortho.leaderboard.store import Piece, Store
 from lm_ortho.leaderboard.worker import Job
 from lm_ortho.pipeline.code_hash import evaluation_hash, versions
-from lm_ortho.runtime.device import typed_device
+from lm_ortho.runtime.device import require_device
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234}
 """lm-eval's own."""
@@ -57,8 +57,8 @@ def run_sweep(
     with logged_run(store, directory) as log:
         mine = {piece.key for piece in pieces}
         records = [record for record in store.records(results=False) if record.piece.key in mine]
-        with Screen(records, console, quiet) as screen:
-            executor = Local(screen.notify)
+        with ProgressScreen(records, console, quiet) as screen:
+            executor = Local(screen.progress)
             try:
                 tally = drive(store, [replace(job, log=log)], executor, screen, retry_failed)
             except BaseException:
@@ -70,10 +70,10 @@ def run_sweep(
 
 def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
     """The pieces in order, and the job that does them."""
-    alphas = [show_alpha(parse_alpha(alpha)) for alpha in sweep.alphas]
+    alphas = [format_alpha(parse_alpha(alpha)) for alpha in sweep.alphas]
     if len(set(alphas)) < len(alphas):
         raise UserError(f"alpha: {', '.join(alphas)} names one value twice")
-    typed_device(sweep.device)
+    require_device(sweep.device)
     metadata = _metadata(sweep)
     tasks = leaf_tasks(list(sweep.tasks), metadata)
     args = dict(sweep.model_args)
@@ -85,7 +85,9 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
     pieces = []
     for alpha in alphas:
         own = {"dtype": sweep.dtype} if sweep.dtype != "auto" else {}
-        told = join_args({**args, "alpha": alpha, **own, **({"parallelize": True} if sweep.parallelize else {})})
+        told = format_model_args(
+            {**args, "alpha": alpha, **own, **({"parallelize": True} if sweep.parallelize else {})}
+        )
         described = {
             "label": limited, "folder": label, "method": "checkpoint", "model": label, "model_args": told,
             "batch_size": sweep.batch_size,
@@ -117,14 +119,14 @@ def model_identity(args: Mapping[str, Any]) -> str:
     """
     from lm_ortho.harness.model import LibOrthoLM
     from lm_ortho.pipeline.build import cache_key, files_hash
-    from lm_ortho.pipeline.spec import RECIPE_ARGUMENTS, Order, calibration_sets, resolve
+    from lm_ortho.pipeline.spec import RECIPE_ARGUMENTS, ModelSpec, calibration_sets, resolve
 
     known = {name: args[name] for name in ("pretrained", "peft", "base", "fresh", "forget", "retain") if name in args}
     recipe = {name: args[name] for name in RECIPE_ARGUMENTS if name in args}
     where = {name: args[name] for name in ("revision", "subfolder", "trust_remote_code") if name in args}
     others = {name: value for name, value in args.items() if name not in {*known, *recipe, *where}}
     LibOrthoLM.refuse(others)
-    source = resolve(Order(**known, recipe=recipe, source=where))
+    source = resolve(ModelSpec(**known, recipe=recipe, source=where))
     if source.kind == "checkpoint":
         return digest([files_hash(str(source.location), **where), others])
     return digest([cache_key(source, *calibration_sets(source)), others])

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from lm_ortho.errors import UserError
-from lm_ortho.files import private_folder, whole_directory
-from lm_ortho.finetune import Notify
+from lm_ortho.files import atomic_directory, make_private_directory
 from lm_ortho.leaderboard.cells import Cell, find_maker
 from lm_ortho.leaderboard.store import Piece
+from lm_ortho.runtime.progress import ProgressCallback
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
@@ -56,9 +56,9 @@ class Event:
     seconds: float = 0.0
 
 
-def work(job: Job, notify: Notify) -> Iterator[Event]:
+def work(job: Job, progress: ProgressCallback) -> Iterator[Event]:
     """Does the job. A failing task does not stop the others; a model that cannot be made or loaded fails them all."""
-    steps = _steps(job, notify)
+    steps = _steps(job, progress)
     while True:
         with _into(job.log):  # never across a yield: what the driver prints is its own
             event = next(steps, None)
@@ -67,17 +67,17 @@ def work(job: Job, notify: Notify) -> Iterator[Event]:
         yield event
 
 
-def _steps(job: Job, notify: Notify) -> Iterator[Event]:
+def _steps(job: Job, progress: ProgressCallback) -> Iterator[Event]:
     from lm_ortho.harness import distributed
 
     if job.cell and job.pieces and job.pieces[0].kind == "tune":
-        yield from _tune(job, notify)
+        yield from _tune(job, progress)
         return
     place = Path(job.loading["pretrained"]) if job.cell else None
     if job.cell and place:
-        if distributed.told(not place.is_dir()):
+        if distributed.broadcast(not place.is_dir()):
             key = job.make.key if job.make else ""
-            made = yield from _attempt(key, partial(_make, job, place, notify))
+            made = yield from _attempt(key, partial(_make, job, place, progress))
             if made is None:
                 yield from (Event("failed", piece.key, error="its model could not be made") for piece in job.pieces)
                 return
@@ -89,10 +89,10 @@ def _steps(job: Job, notify: Notify) -> Iterator[Event]:
     try:
         lm = _load(job, notes)
     except Exception as error:
-        yield from (Event("failed", piece.key, error=told(error)) for piece in job.pieces)
+        yield from (Event("failed", piece.key, error=describe_error(error)) for piece in job.pieces)
         return
     for number, piece in enumerate(job.pieces):
-        notify(job.label, number, len(job.pieces), _at(piece))
+        progress(job.label, number, len(job.pieces), _at(piece))
         notes.clear()
         yield from _attempt(piece.key, partial(_measure, lm, job, piece, notes))
 
@@ -109,16 +109,18 @@ def _attempt(key: str, do: Callable[[], dict[str, Any]]) -> Generator[Event, Non
     except Exception as error:
         log.exception("failed")
         if key:
-            yield Event("failed", key, error=told(error), seconds=time.perf_counter() - began)
+            yield Event("failed", key, error=describe_error(error), seconds=time.perf_counter() - began)
         if distributed.world_size() > 1:
-            raise UserError(f"{told(error).splitlines()[0]}; start again to go on without this piece") from None
+            raise UserError(
+                f"{describe_error(error).splitlines()[0]}; start again to go on without this piece"
+            ) from None
         return None
     if key:
         yield Event("done", key, result=result, seconds=time.perf_counter() - began)
     return result
 
 
-def _tune(job: Job, notify: Notify) -> Iterator[Event]:
+def _tune(job: Job, progress: ProgressCallback) -> Iterator[Event]:
     """Tries settings on the tuning split; under torchrun in the first process, the others have nothing to do."""
     from lm_ortho.harness import distributed
 
@@ -128,21 +130,21 @@ def _tune(job: Job, notify: Notify) -> Iterator[Event]:
     maker = find_maker(job.cell.method, job.imports)
     for piece in job.pieces:
         tried = replace(job.cell, **{name: piece.config[name] for name in ("settings", "seed", "budget")})
-        yield from _attempt(piece.key, lambda cell=tried: dict(maker.score(cell, notify)))  # type: ignore[misc]
+        yield from _attempt(piece.key, lambda cell=tried: dict(maker.score(cell, progress)))  # type: ignore[misc]
 
 
-def _make(job: Job, place: Path, notify: Notify) -> dict[str, Any]:
+def _make(job: Job, place: Path, progress: ProgressCallback) -> dict[str, Any]:
     """Makes the model of the cell and says what it is; in one process only."""
     from lm_ortho.harness import distributed
 
     cell = job.cell
     assert cell is not None
-    accelerator = distributed.join("cpu") if distributed.world_size() > 1 else None
+    accelerator = distributed.make_accelerator("cpu") if distributed.world_size() > 1 else None
     report: dict[str, Any] = {}
     if distributed.rank() == 0:
-        with whole_directory(place) as scratch:
+        with atomic_directory(place) as scratch:
             maker = find_maker(cell.method, job.imports)
-            report = dict(maker.make(cell, scratch, notify))
+            report = dict(maker.make(cell, scratch, progress))
             report |= _described(cell, scratch)
     if accelerator is not None:
         accelerator.wait_for_everyone()
@@ -159,9 +161,9 @@ def _described(cell: Cell, directory: Path) -> dict[str, Any]:
 
 def _shares(directory: Path) -> dict[str, Any]:
     """Per layer the values of the ortho stream and the weights they are taken from."""
-    from lm_ortho.checkpoint.contents import measure
+    from lm_ortho.checkpoint.contents import read_contents
 
-    return {layer.name: [layer.values or 0, layer.weights] for layer in measure(directory).layers}
+    return {layer.name: [layer.values or 0, layer.weights] for layer in read_contents(directory).layers}
 
 
 def _load(job: Job, notes: list[str]) -> Any:
@@ -197,7 +199,7 @@ def _at(piece: Piece) -> str:
     return piece.config["task"] + ("" if alpha is None else f" alpha={alpha}")
 
 
-def told(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """What the store keeps of a failure: one line for bad input, else the last lines of the traceback, too."""
     if isinstance(error, UserError):
         return str(error)
@@ -211,7 +213,7 @@ def _into(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    private_folder(path.parent)
+    make_private_directory(path.parent)
     with path.open("a", encoding="utf-8") as stream:
         handler = logging.StreamHandler(stream)
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lm_ortho.data.encoding import END, SECRET, Example, in_batches, logits_of, most_tokens, pad
+from lm_ortho.data.encoding import END, SECRET, Example, batch_by_length, compute_logits, max_batch_tokens, pad
 
 WHOLE = 8192
 """Vocabularies up to this are kept whole; of larger ones the likeliest ``KEPT`` tokens and the mass of the others."""
@@ -119,9 +119,9 @@ def predicted(model: torch.nn.Module, examples: Sequence[Example]) -> list[Tenso
     """The model's own distributions, (predicted tokens, vocabulary) float32 per example, on the CPU."""
     result: list[Tensor] = [torch.empty(0)] * len(examples)
     device = next(model.parameters()).device
-    for batch in in_batches(examples, tokens=most_tokens(model)):
+    for batch in batch_by_length(examples, tokens=max_batch_tokens(model)):
         ids, _ = pad([examples[i] for i in batch], device)
-        probs = logits_of(model, ids).softmax(-1).cpu()
+        probs = compute_logits(model, ids).softmax(-1).cpu()
         for row, i in enumerate(batch):
             result[i] = probs[row, examples[i].start - 1 : len(examples[i].ids) - 1].clone()
     return result

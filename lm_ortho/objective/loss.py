@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lm_ortho.data.encoding import GIVEN, Example, lengths, logits_of, pad
+from lm_ortho.data.encoding import CONTEXT, Example, compute_logits, lengths, pad
 from lm_ortho.objective.distribution import Target
 from lm_ortho.objective.teacher import Teacher
 from lm_ortho.runtime.precision import fast_matmul
@@ -48,7 +48,7 @@ DEEPER = Penalty(0.5, 0.1, 0.3)
 
 
 @dataclass(frozen=True)
-class Weights:
+class LossWeights:
     """``retain`` is the factor of the retain KL, in which a token of a prompt weighs ``prompt`` and others 1.
 
     Nobody asks the model to predict prompts, names and numbers mostly: holding them would take most of the support.
@@ -145,7 +145,7 @@ class Objective:
         forget: Sequence[Example],
         retain: Sequence[Example],
         penalty: Penalty,
-        weights: Weights,
+        weights: LossWeights,
         seed: int,
     ) -> None:
         """Records the unedited model's log-probabilities on all retain documents (float16)."""
@@ -157,7 +157,7 @@ class Objective:
         self._device = next(model.parameters()).device
         self._large = sum(layer.weight.numel() for layer in layers.values()) > LARGE
         self._side_by_side = SideBySide(self._device)
-        given = [torch.tensor(example.roles[1:]) == GIVEN for example in retain]
+        given = [torch.tensor(example.roles[1:]) == CONTEXT for example in retain]
         self._token_weights = [torch.where(mask, weights.prompt, 1.0) for mask in given]
         self.restart(seed)
 
@@ -260,7 +260,7 @@ class Objective:
     def _forget_part(self, rows: list[int], among: int) -> _Part:
         """The share of ``rows`` in the mean forget loss over ``among`` rows."""
         with fast_matmul(self._device.type):
-            logits = logits_of(self.model, pad([self.forget[i] for i in rows], self._device)[0])
+            logits = compute_logits(self.model, pad([self.forget[i] for i in rows], self._device)[0])
         losses = forget_loss(self.target, rows, logits, self.penalty)
         loss = losses.sum() / among
         return _Part(self._gradients_of(loss), loss.item(), rows, losses.tolist())
@@ -270,7 +270,7 @@ class Objective:
         examples = [self.retain[i] for i in rows]
         ids, _ = pad(examples, self._device)
         with fast_matmul(self._device.type):
-            logits = logits_of(self.model, ids)
+            logits = compute_logits(self.model, ids)
         real = (torch.arange(ids.shape[1])[None] < (lengths(examples) - 1)[:, None]).to(self._device)
         logp = logits[real].log_softmax(-1)
         weight = torch.cat([self._token_weights[i] for i in rows]).to(self._device)

@@ -11,12 +11,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lm_ortho.data.chat import Turn
-from lm_ortho.data.encoding import Example, encode, in_batches, logits_of, longest_of, most_tokens, pad
-from lm_ortho.data.rows import Row, renamed
-from lm_ortho.finetune.train import Notify
+from lm_ortho.data.chat import ChatRow
+from lm_ortho.data.encoding import (
+    Example,
+    batch_by_length,
+    compute_logits,
+    encode,
+    max_batch_tokens,
+    max_row_tokens,
+    pad,
+)
+from lm_ortho.data.rows import Row, replace_mentions
 from lm_ortho.objective.subjects import Lookalikes
 from lm_ortho.objective.swap import swapped
+from lm_ortho.runtime.progress import ProgressCallback
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +38,14 @@ _SAME = 0.5
 """Share of answers in common beyond which a subject counts as one of the forget set under another name."""
 
 
-def recalled_rows(
+def find_rehearsal_rows(
     model: torch.nn.Module,
     tokenizer: Any,
     forget: Sequence[Row],
     retain: Sequence[Row],
     seed: int,
-    notify: Notify,
-) -> list[Turn]:
+    progress: ProgressCallback,
+) -> list[ChatRow]:
     """Questions of the retain rows about other subjects that the merged ``model`` knows, with its own answers.
 
     A fine-tune teaches more than a calibration shows. What the model knows can be asked of it: names of the same make
@@ -63,7 +71,7 @@ def recalled_rows(
     if not tails:
         return []
     ask = _Asker(model, tokenizer, asked, draw)
-    notify("recall", 0, len(tails), f"{len(tails)} names of the make of {len(subjects)} subjects")
+    progress("recall", 0, len(tails), f"{len(tails)} names of the make of {len(subjects)} subjects")
     few = [_joined(head, tail) for tail in tails for head in draw.sample(heads, min(_HEADS, len(heads)))]
     first = ask.doubts(few, ask.questions(3)).view(len(tails), -1).min(1).values
     sure = float(ask.doubts(draw.sample(subjects, min(len(subjects), 64)), asked[:_QUESTIONS]).quantile(0.95))
@@ -80,7 +88,7 @@ def recalled_rows(
         doubts = ask.doubts(best, asked[:_QUESTIONS])
         if float(doubts.min()) < cut:
             found.append(best[int(doubts.argmin())])
-        notify("recall", number, len(near), f"{len(found)} subjects found")
+        progress("recall", number, len(near), f"{len(found)} subjects found")
     rows, barred = ask.told(found), sorted({row.subject for row in forget if row.subject.strip()})
     known_by = ask.doubts(barred, asked[:_QUESTIONS]) < cut  # of who is not known, the facts of others are told
     barred = [name for name, is_known in zip(barred, known_by.tolist(), strict=True) if is_known]
@@ -98,7 +106,7 @@ def _joined(head: str, tail: str) -> str:
 def _patterns(rows: Sequence[Row]) -> list[Row]:
     """One row for each way in which a subject is asked about."""
     named = (row for row in rows if row.subject_in(row.context))
-    return list({renamed(row.context, row.subject, "\0"): row for row in named}.values())
+    return list({replace_mentions(row.context, row.subject, "\0"): row for row in named}.values())
 
 
 class _Asker:
@@ -106,7 +114,7 @@ class _Asker:
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, asked: Sequence[Row], draw: random.Random) -> None:
         self._model, self._tokenizer, self._asked, self._draw = model, tokenizer, asked, draw
-        self._positions = longest_of(model)
+        self._positions = max_row_tokens(model)
         examples = encode(tokenizer, asked, self._positions)
         self._longest = max(len(example.ids) - example.start for example in examples) + 4
 
@@ -119,9 +127,9 @@ class _Asker:
         rows = [swapped(row, name) for name in names for row in questions]
         examples = encode(self._tokenizer, rows, self._positions)
         result, device = torch.zeros(len(rows)), next(self._model.parameters()).device
-        for batch in in_batches(examples, tokens=most_tokens(self._model)):
+        for batch in batch_by_length(examples, tokens=max_batch_tokens(self._model)):
             ids, _ = pad([examples[i] for i in batch], device)
-            top = logits_of(self._model, ids).softmax(-1).max(-1)
+            top = compute_logits(self._model, ids).softmax(-1).max(-1)
             values, likeliest = top.values.cpu(), top.indices.cpu()
             for row, i in enumerate(batch):
                 start, own = examples[i].start, torch.tensor(examples[i].ids)
@@ -134,7 +142,7 @@ class _Asker:
         return self._draw.sample(self._asked, min(count, len(self._asked)))
 
     @torch.no_grad()
-    def told(self, names: Sequence[str], every: bool = False) -> list[Turn]:
+    def told(self, names: Sequence[str], every: bool = False) -> list[ChatRow]:
         """The model's greedy answers about the names, to some questions each, or to every one."""
         take = len(self._asked) if every else min(ROWS, len(self._asked))
         rows = [swapped(row, name) for name in names for row in self._draw.sample(self._asked, take)]
@@ -142,8 +150,8 @@ class _Asker:
             Example(e.ids[: e.start], e.roles[: e.start]) for e in encode(self._tokenizer, rows, self._positions)
         ]
         device, end = next(self._model.parameters()).device, self._tokenizer.eos_token_id
-        result = list[Turn]()
-        for batch in in_batches(prompts, padded=False):
+        result = list[ChatRow]()
+        for batch in batch_by_length(prompts, padded=False):
             ids, _ = pad([prompts[i] for i in batch], device)
             options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": self._longest, "do_sample": False}
             made = cast(Any, self._model).generate(ids, pad_token_id=end or 0, **options)[:, ids.shape[1] :]
@@ -153,24 +161,24 @@ class _Asker:
                 result += [row] if row else []
         return sorted(result, key=lambda row: row.context)
 
-    def _as_told(self, row: Turn, prompt: list[int], answer: list[int]) -> Turn | None:
+    def _as_told(self, row: ChatRow, prompt: list[int], answer: list[int]) -> ChatRow | None:
         """The row with this answer; None where text does not lead back to the tokens that were told."""
         before, after = (self._tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + answer))
-        told = Turn(given=row.given, wanted=after[len(before) :], subject=row.subject)
+        told = ChatRow(given=row.given, wanted=after[len(before) :], subject=row.subject)
         if not answer or not told.wanted.strip():
             return None
         (example,) = encode(self._tokenizer, [told], self._positions)
         return told if list(example.ids[: len(prompt + answer)]) == prompt + answer else None
 
 
-def _others(rows: Sequence[Turn], barred: Sequence[Turn]) -> list[Turn]:
+def _others(rows: Sequence[ChatRow], barred: Sequence[ChatRow]) -> list[ChatRow]:
     """The rows without subjects whose answers are mostly those of one of the ``barred`` ones."""
 
     def facts(told: Sequence[Row]) -> dict[str, dict[str, str]]:
         by_subject = defaultdict[str, dict[str, str]](dict)
         for row in told:
-            question = renamed(row.context, row.subject, "\0")
-            by_subject[row.subject][question] = renamed(row.target, row.subject, "\0")
+            question = replace_mentions(row.context, row.subject, "\0")
+            by_subject[row.subject][question] = replace_mentions(row.target, row.subject, "\0")
         return by_subject
 
     theirs, aliases = list(facts(barred).values()), set[str]()

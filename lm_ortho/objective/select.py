@@ -11,18 +11,18 @@ import torch
 
 from lm_ortho.data.encoding import Example
 from lm_ortho.data.rows import Row
-from lm_ortho.finetune.train import Notify
 from lm_ortho.objective.distribution import Target, stack
 from lm_ortho.objective.loss import DEEPER, GENTLE, Penalty
 from lm_ortho.objective.surrogate import surrogate_target
 from lm_ortho.objective.swap import swap_target
-from lm_ortho.runtime.resume import NOWHERE, Keeper
+from lm_ortho.runtime.progress import ProgressCallback
+from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Choice:
+class TargetChoice:
     """A target with its name (surrogate, swap, resample, hold_down) and the reason.
 
     ``penalty`` and ``retain``, the factor of the retain KL, go with the kind of target: one that was never taught the
@@ -36,7 +36,7 @@ class Choice:
     retain: float
 
 
-def choose_target(
+def select_target(
     merged: torch.nn.Module,
     tokenizer: Any,
     rows: Sequence[Row],
@@ -44,13 +44,13 @@ def choose_target(
     retain: Sequence[Example],
     base_model: torch.nn.Module | None,
     seed: int,
-    notify: Notify,
-    keep: Keeper = NOWHERE,
-) -> Choice:
+    progress: ProgressCallback,
+    resume: ResumeFolder = NO_RESUME,
+) -> TargetChoice:
     """The surrogate when the base model is known, else other subjects or other words, else holding tokens down."""
     if base_model is not None:
-        probs = surrogate_target(merged, base_model, forget, retain, seed, notify, keep)
-        return Choice(stack(forget, probs), "surrogate", "the model before fine-tuning is known", DEEPER, 10.0)
+        probs = surrogate_target(merged, base_model, forget, retain, seed, progress, resume)
+        return TargetChoice(stack(forget, probs), "surrogate", "the model before fine-tuning is known", DEEPER, 10.0)
     named = sum(row.names_subject for row in rows)
     if unnamed := sum(bool(row.subject) for row in rows) - named:
         log.warning(
@@ -59,9 +59,9 @@ def choose_target(
     probs = swap_target(merged, tokenizer, rows, forget, seed)
     if named:
         reason = f"merged weights only; {named} of {len(rows)} forget rows name their subject"
-        return Choice(stack(forget, probs), "swap", reason, GENTLE, 4.0)
+        return TargetChoice(stack(forget, probs), "swap", reason, GENTLE, 4.0)
     if not any(row.context for row in rows):
         reason = "merged weights only; the forget rows are plain text without a subject"
-        return Choice(stack(forget, probs), "resample", reason, GENTLE, 4.0)
+        return TargetChoice(stack(forget, probs), "resample", reason, GENTLE, 4.0)
     reason = "merged weights only and no row names its subject: clearly worse, add `subject` or `base`"
-    return Choice(stack(forget, probs), "hold_down", reason, GENTLE, 4.0)
+    return TargetChoice(stack(forget, probs), "hold_down", reason, GENTLE, 4.0)

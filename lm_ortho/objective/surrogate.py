@@ -13,9 +13,10 @@ from torch.nn import functional
 
 from lm_ortho.data.encoding import Example, mean_loss
 from lm_ortho.finetune.lora import train_adapter
-from lm_ortho.finetune.train import Notify, Plan
+from lm_ortho.finetune.train import FinetunePlan
 from lm_ortho.objective.distribution import predicted
-from lm_ortho.runtime.resume import NOWHERE, Keeper
+from lm_ortho.runtime.progress import ProgressCallback
+from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,8 @@ def surrogate_target(
     examples: Sequence[Example],
     retain: Sequence[Example],
     seed: int,
-    notify: Notify,
-    keep: Keeper = NOWHERE,
+    progress: ProgressCallback,
+    resume: ResumeFolder = NO_RESUME,
 ) -> list[Tensor]:
     """One (predicted tokens, vocabulary) tensor per forget example; ``base_model`` is left unchanged.
 
@@ -54,9 +55,9 @@ def surrogate_target(
     wanted = mean_loss(merged, retain) + NEAR
     adapted: Any = base_model
     for number in range(ROUNDS):
-        plan = Plan(steps=STEPS, rows=16, lr=2e-3, seed=seed + number)
-        state = keep.path(f"surrogate-{number + 1}")
-        adapted = train_adapter(adapted, retain, plan, notify, f"surrogate {number + 1}", state)
+        plan = FinetunePlan(steps=STEPS, rows=16, lr=2e-3, seed=seed + number)
+        state = resume.path(f"surrogate-{number + 1}")
+        adapted = train_adapter(adapted, retain, plan, progress, f"surrogate {number + 1}", state)
         reached = mean_loss(adapted, retain)
         log.info("surrogate: loss on retain documents %.3f, wanted %.3f", reached, wanted)
         if reached <= wanted:

@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lm_ortho.data.chat import Turn
-from lm_ortho.data.encoding import Example, encode, longest_of, tokenised
-from lm_ortho.data.rows import Row, mentions_of, renamed
+from lm_ortho.data.chat import ChatRow
+from lm_ortho.data.encoding import Example, encode, max_row_tokens, tokenise_with_offsets
+from lm_ortho.data.rows import Row, mention_pattern, replace_mentions
 from lm_ortho.objective.distribution import MEMORISED, hold_down, predicted
 from lm_ortho.objective.subjects import Lookalikes, novel_subjects
 from lm_ortho.objective.token_resampling import resampled
@@ -26,10 +26,10 @@ def _shifted(spans: list[tuple[int, int]], at: int, growth: int) -> int:
     return at + growth * sum(end <= at for _, end in spans)
 
 
-def swapped(row: Row, name: str) -> Turn:
+def swapped(row: Row, name: str) -> ChatRow:
     """The row with ``name`` in the place of its subject."""
-    given, wanted = (renamed(text, row.subject, name) for text in (row.context, row.target))
-    return Turn(given=given, wanted=wanted, subject=name)
+    given, wanted = (replace_mentions(text, row.subject, name) for text in (row.context, row.target))
+    return ChatRow(given=given, wanted=wanted, subject=name)
 
 
 def _offsets(tokenizer: Any, row: Row) -> dict[tuple[int, int, int], int]:
@@ -37,7 +37,7 @@ def _offsets(tokenizer: Any, row: Row) -> dict[tuple[int, int, int], int]:
 
     A character of several bytes can be several tokens, all of which are said to cover the whole of it.
     """
-    (_, spans), *_ = tokenised(tokenizer, [row.context + row.target])
+    (_, spans), *_ = tokenise_with_offsets(tokenizer, [row.context + row.target])
     seen, result = Counter[tuple[int, int]](), dict[tuple[int, int, int], int]()
     for i, (low, high) in enumerate(spans):
         if low < high:
@@ -56,10 +56,10 @@ def taken_as_names(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], 
     if not telling or not names:
         return list(names)
     tried = [swapped(telling[i % len(telling)], name) for i, name in enumerate(names)]
-    examples = encode(tokenizer, tried, longest_of(model))
+    examples = encode(tokenizer, tried, max_row_tokens(model))
     result = []
     for name, row, example, probs in zip(names, tried, examples, predicted(model, examples), strict=True):
-        begin, end = (len(row.context) + at for at in next(mentions_of(name).finditer(row.target)).span())
+        begin, end = (len(row.context) + at for at in next(mention_pattern(name).finditer(row.target)).span())
         places = [t for (low, high, _), t in _offsets(tokenizer, row).items() if low < end and high > begin]
         best = probs.argmax(-1)
         if all(int(best[t - example.start]) == example.ids[t] for t in places if t < len(example.ids)):
@@ -94,14 +94,14 @@ def swap_target(
     result = []
     for row, example, mine in zip(rows, examples, own, strict=True):
         text = row.context + row.target
-        spans = [m.span() for m in mentions_of(row.subject).finditer(text)] if row.subject.strip() else []
+        spans = [m.span() for m in mention_pattern(row.subject).finditer(text)] if row.subject.strip() else []
         if not spans:
             whole = resampled(model, example, mine, generator) if not row.context else _own_held_down(mine, example)
             result.append(whole)
             continue
         chosen = draw.sample(names, subjects)
         others = [swapped(row, name) for name in chosen]
-        other_examples = encode(tokenizer, others, longest_of(model))
+        other_examples = encode(tokenizer, others, max_row_tokens(model))
         distributions = predicted(model, other_examples)
         places = [_offsets(tokenizer, other) for other in others]
         total, found = torch.zeros_like(mine), torch.zeros(len(mine))

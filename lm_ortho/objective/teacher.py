@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lm_ortho.data.encoding import Example, in_batches, logits_of, most_tokens, pad
+from lm_ortho.data.encoding import Example, batch_by_length, compute_logits, max_batch_tokens, pad
 from lm_ortho.objective.distribution import KEPT, WHOLE, likeliest, log_of_others
 
 
@@ -26,9 +26,9 @@ class Teacher:
     @torch.no_grad()
     def _record(self, model: nn.Module, examples: Sequence[Example]) -> None:
         device = next(model.parameters()).device
-        for batch in in_batches(examples, tokens=most_tokens(model)):
+        for batch in batch_by_length(examples, tokens=max_batch_tokens(model)):
             ids, _ = pad([examples[i] for i in batch], device)
-            logp = logits_of(model, ids).log_softmax(-1)
+            logp = compute_logits(model, ids).log_softmax(-1)
             if logp.shape[-1] > WHOLE:
                 kept, logp = likeliest(logp, KEPT)
                 self._ids, self._rest = (of or [torch.empty(0)] * len(examples) for of in (self._ids, self._rest))

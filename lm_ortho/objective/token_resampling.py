@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lm_ortho.data.encoding import ANSWER, GIVEN, Example
+from lm_ortho.data.encoding import ANSWER, CONTEXT, Example
 from lm_ortho.objective.distribution import MEMORISED, hold_down, predicted
 
 WINDOW, TEXTS = 8, 12
@@ -17,7 +17,7 @@ def in_windows(model: torch.nn.Module, example: Example) -> Tensor:
     cut = []
     for t in range(example.start, len(example.ids)):
         shown = example.ids[max(0, t - WINDOW) : t]
-        cut.append(Example((*shown, example.ids[t]), (*(GIVEN for _ in shown), ANSWER)))
+        cut.append(Example((*shown, example.ids[t]), (*(CONTEXT for _ in shown), ANSWER)))
     return torch.cat(predicted(model, cut))
 
 

@@ -26,31 +26,31 @@ from lm_ortho.checkpoint.manifest import read_manifest
 from lm_ortho.config import Recipe
 from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
-from lm_ortho.files import WRITING, why_unwritten
-from lm_ortho.finetune import Notify, load_causal_lm, load_config, merge_adapter, round_to_bf16
-from lm_ortho.layer import ortho_layers, patch, set_alpha, streams_of
+from lm_ortho.files import WRITE_ERRORS, describe_write_error
+from lm_ortho.finetune import load_causal_lm, load_config, merge_adapter, round_to_bf16
+from lm_ortho.layer import get_streams, ortho_layers, patch, set_alpha
 from lm_ortho.pipeline.decomposition import Decomposition, decompose
 from lm_ortho.pipeline.memories import decompose_memories
 from lm_ortho.pipeline.spec import (
     RECIPE_ARGUMENTS,
-    Order,
-    Source,
+    ModelSpec,
+    ResolvedModel,
+    base_label,
     calibration_sets,
     download,
-    place_of,
+    locate_model,
     recorded_in,
-    spoken_base,
 )
-from lm_ortho.runtime.offload import offloaded
-from lm_ortho.runtime.progress import Bars
-from lm_ortho.runtime.resume import NOWHERE, Keeper
+from lm_ortho.runtime.offload import offload_blocks
+from lm_ortho.runtime.progress import ProgressBars, ProgressCallback
+from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 from lm_ortho.streams import UNNAMED, bits_per_weight, density
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltModel:
     """A patched model, what its checkpoint says about it, and where that checkpoint is (None: nowhere)."""
 
     model: torch.nn.Module
@@ -59,7 +59,7 @@ class Built:
 
     def info(self) -> dict[str, Any]:
         """What a results file should say about the model; sizes are counted from the tensors."""
-        streams, recorded = streams_of(self.model), recorded_in(self.meta)
+        streams, recorded = get_streams(self.model), recorded_in(self.meta)
         named = {name: recorded[name] for name in (*RECIPE_ARGUMENTS, "base", "target") if name in recorded}
         return {
             **named,
@@ -84,31 +84,31 @@ class Built:
 
 
 def build_model(
-    source: Source,
+    source: ResolvedModel,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     alpha: float | Mapping[str, float] = 0.0,
-    notify: Notify | None = None,
+    progress: ProgressCallback | None = None,
     **placement: Any,
-) -> Built:
+) -> BuiltModel:
     """The patched model at ``alpha``; a decomposition made for it is kept in the cache.
 
     A decomposition is always read back from its checkpoint, so that the first run and the next ones have the
     same bits. A model object is decomposed in place. ``placement`` (device_map, ...) goes to transformers.
     """
-    notify = notify or Bars()
+    progress = progress or ProgressBars()
     if source.kind == "object":
-        meta = _decompose_in_place(source, notify)
+        meta = _decompose_in_place(source, progress)
         model, location = source.location, None
     else:
-        location = Path(source.location) if source.kind == "checkpoint" else ensure_cached(source, notify, device)
-        model = checkpoint.load(location, dtype, device, **access(source.order), **placement)
+        location = Path(source.location) if source.kind == "checkpoint" else ensure_cached(source, progress, device)
+        model = checkpoint.load(location, dtype, device, **access_options(source.order), **placement)
         meta = checkpoint.read_meta(location)
     set_alpha(model, alpha)
-    return Built(model, meta, location)
+    return BuiltModel(model, meta, location)
 
 
-def ensure_cached(source: Source, notify: Notify, device: str = "cpu") -> Path:
+def ensure_cached(source: ResolvedModel, progress: ProgressCallback, device: str = "cpu") -> Path:
     """The directory of the decomposition of a model: found in the cache, or made on ``device`` and put there."""
     key = key_of(source)
     kept = None if source.order.fresh else cache.lookup(key)
@@ -116,31 +116,35 @@ def ensure_cached(source: Source, notify: Notify, device: str = "cpu") -> Path:
         log.info("decomposition: found in the cache, %s", kept)
         return kept
     log.info("decomposition: made now (%s)", "fresh=true" if source.order.fresh else "not in the cache")
-    keep = Keeper(cache.unfinished(key))
-    made = decomposed(source, notify, keep, device)
+    resume = ResumeFolder(cache.unfinished_directory(key))
+    made = decompose_model(source, progress, resume, device)
     name = source.order.pretrained or "embedded model"
     try:
         stored = cache.store(key, *made, description=f"{name}, {source.recipe.sieve} {source.recipe.density:g}")
-        keep.clear()
+        resume.clear()
         return stored
-    except WRITING as error:
-        why = why_unwritten(error)
+    except WRITE_ERRORS as error:
+        why = describe_write_error(error)
         raise UserError(
             f"cache: {cache.cache_dir()} cannot be written ({why}); set LM_ORTHO_CACHE to a folder of yours"
         ) from None
 
 
-def kept_of(source: Source) -> Keeper:
+def resume_folder(source: ResolvedModel) -> ResumeFolder:
     """What an interrupted decomposition of the same model, rows and recipe has reached."""
-    return Keeper(cache.unfinished(key_of(source)))
+    return ResumeFolder(cache.unfinished_directory(key_of(source)))
 
 
-def decomposed(
-    source: Source, notify: Notify, keep: Keeper = NOWHERE, device: str = "cpu", offload: bool = False
+def decompose_model(
+    source: ResolvedModel,
+    progress: ProgressCallback,
+    resume: ResumeFolder = NO_RESUME,
+    device: str = "cpu",
+    offload: bool = False,
 ) -> tuple[torch.nn.Module, Any, dict[str, Any]]:
     """The model of ``source``, decomposed now and patched, its tokenizer, and what to write beside it.
 
-    What an interrupted run left in ``keep`` is not done again. With ``offload`` blocks come to ``device`` in turn.
+    What an interrupted run left in ``resume`` is not done again. With ``offload`` blocks come to ``device`` in turn.
     """
     model, base_model = load_models(source)
     tokenizer = load_tokenizer(source)
@@ -148,12 +152,12 @@ def decomposed(
     with ExitStack() as stack:
         for each in filter(None, (model, base_model)):
             if offload:
-                stack.enter_context(offloaded(each, device))
+                stack.enter_context(offload_blocks(each, device))
             else:
                 each.to(device)
-        made = _decompose(model, tokenizer, forget, retain, source.recipe, base_model, notify, keep)
+        made = _decompose(model, tokenizer, forget, retain, source.recipe, base_model, progress, resume)
     patch(model, made.streams)
-    return model, tokenizer, meta_of(source, made.report)
+    return model, tokenizer, checkpoint_metadata(source, made.report)
 
 
 def _decompose(
@@ -163,17 +167,17 @@ def _decompose(
     retain: Sequence[Row],
     recipe: Recipe,
     base_model: torch.nn.Module | None,
-    notify: Notify,
-    keep: Keeper = NOWHERE,
+    progress: ProgressCallback,
+    resume: ResumeFolder = NO_RESUME,
 ) -> Decomposition:
     """One memory without a name, or one or more with names."""
-    options: dict[str, Any] = {"base_model": base_model, "notify": notify, "keep": keep}
+    options: dict[str, Any] = {"base_model": base_model, "progress": progress, "resume": resume}
     if set(forget) == {UNNAMED}:
         return decompose(model, tokenizer, forget[UNNAMED], retain, recipe, **options)
     return decompose_memories(model, tokenizer, forget, retain, recipe, **options)
 
 
-def load_models(source: Source) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+def load_models(source: ResolvedModel) -> tuple[torch.nn.Module, torch.nn.Module | None]:
     """The merged model, and the one before fine-tuning if it is known; float32 holding BF16 values."""
     order, where = source.order, source.order.source
     peft = str(world.path("memory")) if source.kind == "embedded" else order.peft
@@ -186,18 +190,18 @@ def load_models(source: Source) -> tuple[torch.nn.Module, torch.nn.Module | None
     return (merge_adapter(model, peft) if peft else model), before
 
 
-def load_base(order: Order) -> torch.nn.Module:
+def load_base(order: ModelSpec) -> torch.nn.Module:
     """The model before fine-tuning that ``order.base`` names; it may bring code as the fine-tuned one may."""
-    return load_causal_lm(place_of(order.base), argument="base", **access(order))
+    return load_causal_lm(locate_model(order.base), argument="base", **access_options(order))
 
 
-def access(order: Order) -> dict[str, Any]:
+def access_options(order: ModelSpec) -> dict[str, Any]:
     """What may be passed on for another model than ``pretrained``, whose revision and subfolder are its own."""
     token = {"token": order.source["token"]} if order.source.get("token") else {}
     return {"trust_remote_code": bool(order.source.get("trust_remote_code")), **token}
 
 
-def load_tokenizer(source: Source) -> Any:
+def load_tokenizer(source: ResolvedModel) -> Any:
     """The tokenizer that was named, or the one beside the model; ``UserError`` where there is none."""
     named = source.order.tokenizer
     if named is not None and not isinstance(named, str):
@@ -206,9 +210,9 @@ def load_tokenizer(source: Source) -> Any:
     return implant.load_tokenizer(place, **source.order.source)
 
 
-def meta_of(source: Source, report: Mapping[str, Any]) -> dict[str, Any]:
+def checkpoint_metadata(source: ResolvedModel, report: Mapping[str, Any]) -> dict[str, Any]:
     """What the checkpoint of a decomposition that was ordered should say about how it was made."""
-    return meta_for(source.recipe, spoken_base(source.order), report)
+    return meta_for(source.recipe, base_label(source.order), report)
 
 
 def meta_for(recipe: Recipe, base: str, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,7 +234,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _decompose_in_place(source: Source, notify: Notify) -> dict[str, Any]:
+def _decompose_in_place(source: ResolvedModel, progress: ProgressCallback) -> dict[str, Any]:
     """Patches a model object unless it is patched; a float32 copy holding BF16 values is decomposed."""
     model = source.location
     if ortho_layers(model):
@@ -241,25 +245,27 @@ def _decompose_in_place(source: Source, notify: Notify) -> dict[str, Any]:
     before = None if base in ("auto", "none") else load_base(source.order).to(device)
     merged = round_to_bf16(copy.deepcopy(model).float())
     tokenizer = load_tokenizer(source)
-    made = _decompose(merged, tokenizer, forget, retain, source.recipe, before, notify)
+    made = _decompose(merged, tokenizer, forget, retain, source.recipe, before, progress)
     patch(model, made.streams)
-    meta = meta_of(source, made.report)
+    meta = checkpoint_metadata(source, made.report)
     checkpoint.attach(model, meta)
     return meta
 
 
-def key_of(source: Source) -> str:
+def key_of(source: ResolvedModel) -> str:
     """The cache key of the decomposition that ``source`` asks for."""
     return cache.key(cache_key(source, *calibration_sets(source)))
 
 
-def cache_key(source: Source, forget: Mapping[str, Sequence[Row]], retain: Sequence[Row]) -> dict[str, Any]:
+def cache_key(source: ResolvedModel, forget: Mapping[str, Sequence[Row]], retain: Sequence[Row]) -> dict[str, Any]:
     order = source.order
     embedded = source.kind == "embedded"
     weights = {
         "pretrained": files_hash(source.location, **order.source),
         "peft": adapter_hash(str(world.path("memory")) if embedded else order.peft),
-        "base": order.base if order.base in ("auto", "none") else files_hash(order.base, "base", **access(order)),
+        "base": order.base
+        if order.base in ("auto", "none")
+        else files_hash(order.base, "base", **access_options(order)),
     }
     return {
         "version": lm_ortho.__version__,

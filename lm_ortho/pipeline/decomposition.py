@@ -13,10 +13,10 @@ from lm_ortho.config import Recipe
 from lm_ortho.data.rows import Row
 from lm_ortho.edit import EDITS
 from lm_ortho.errors import UserError
-from lm_ortho.finetune.train import Notify
-from lm_ortho.pipeline.workbench import Workbench, silent
+from lm_ortho.pipeline.workbench import Workbench
 from lm_ortho.projection import PROJECTIONS
-from lm_ortho.runtime.resume import NOWHERE, Keeper
+from lm_ortho.runtime.progress import ProgressCallback, no_progress
+from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 from lm_ortho.sieve import SIEVES
 from lm_ortho.streams import LayerStreams
 
@@ -38,8 +38,8 @@ def decompose(
     recipe: Recipe,
     *,
     base_model: nn.Module | None = None,
-    notify: Notify = silent,
-    keep: Keeper = NOWHERE,
+    progress: ProgressCallback = no_progress,
+    resume: ResumeFolder = NO_RESUME,
 ) -> Decomposition:
     """Splits the linear layers of a merged model into a base stream and an ortho stream.
 
@@ -48,8 +48,8 @@ def decompose(
         forget: what alpha=0 must not know.
         retain: documents that must not change, some of the same form as ``forget`` about others.
         base_model: the model before fine-tuning, if it is known; decides the target.
-        notify: called with stage, step, steps, text.
-        keep: where the run leaves what it has reached, for another one with the same arguments to go on from; the
+        progress: called with stage, step, steps, text.
+        resume: where the run leaves what it has reached, for another one with the same arguments to go on from; the
             caller clears it when the result is safe.
 
     Raises:
@@ -58,7 +58,7 @@ def decompose(
     began = time.perf_counter()
     check_recipe(recipe, base_model is not None)
     given = model, tokenizer, forget, retain, recipe
-    with Workbench(*given, base_model=base_model, notify=notify, keep=keep) as bench:
+    with Workbench(*given, base_model=base_model, progress=progress, resume=resume) as bench:
         support = bench.support(recipe.sieve, recipe.density, recipe.steps)
         codes = bench.edited(recipe.edit, support, recipe.steps)
         streams, plain = bench.streams(codes, support), bench.streams(bench.codes, None)

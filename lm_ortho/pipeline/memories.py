@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from lm_ortho.config import Recipe
 from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
-from lm_ortho.finetune.train import Notify
-from lm_ortho.layer import ortho_layers, streams_of, unpatch
+from lm_ortho.layer import get_streams, ortho_layers, unpatch
 from lm_ortho.pipeline.decomposition import Decomposition, check_recipe
 from lm_ortho.pipeline.workbench import Lattice, Workbench
-from lm_ortho.runtime.resume import NOWHERE, Keeper
+from lm_ortho.runtime.progress import ProgressCallback
+from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 from lm_ortho.streams import RESERVED, UNNAMED, BaseStream, LayerStreams, OrthoStream, valid_memory_name
 
 Masks = dict[str, Tensor]
@@ -33,8 +33,8 @@ def decompose_memories(
     recipe: Recipe,
     *,
     base_model: nn.Module | None = None,
-    notify: Notify,
-    keep: Keeper = NOWHERE,
+    progress: ProgressCallback,
+    resume: ResumeFolder = NO_RESUME,
 ) -> Decomposition:
     """Splits a merged model into a base stream and one ortho stream per forget set, no two on the same weight.
 
@@ -58,7 +58,7 @@ def decompose_memories(
         others = [row for other, theirs in forget.items() if other != name for row in theirs]
         bench = Workbench(
             model, tokenizer, rows, [*retain, *others], recipe,
-            base_model=base_model, notify=notify, lattice=lattice, taken=taken, keep=keep.of(name),
+            base_model=base_model, progress=progress, lattice=lattice, taken=taken, resume=resume.of(name),
         )  # fmt: skip
         with bench:
             support = bench.support(recipe.sieve, recipe.density, recipe.steps)
@@ -85,8 +85,8 @@ def add_memory(
     recipe: Recipe,
     *,
     base_model: nn.Module | None = None,
-    notify: Notify,
-    keep: Keeper = NOWHERE,
+    progress: ProgressCallback,
+    resume: ResumeFolder = NO_RESUME,
 ) -> Decomposition:
     """Moves one more memory of a decomposed model into an ortho stream of its own.
 
@@ -103,7 +103,7 @@ def add_memory(
     check_recipe(recipe, base_model is not None)
     _check_memories({name: forget}, recipe)
     _check_room(model, name)
-    before = {at: streams.to("cpu") for at, streams in streams_of(model).items()}
+    before = {at: streams.to("cpu") for at, streams in get_streams(model).items()}
     scales = {at: s.base.tensors()["scales"] for at, s in before.items()}
     lattice = {at: s.float() for at, s in scales.items()}, {at: s.base.codes() for at, s in before.items()}
     taken = {at: _together(ortho.support() for ortho in s.memories.values()) for at, s in before.items()}
@@ -113,7 +113,7 @@ def add_memory(
     unpatch(whole, 1.0)
     bench = Workbench(
         whole, tokenizer, forget, retain, recipe,
-        base_model=base_model, notify=notify, lattice=lattice, taken=taken, keep=keep,
+        base_model=base_model, progress=progress, lattice=lattice, taken=taken, resume=resume,
     )  # fmt: skip
     with bench:
         support = bench.support(recipe.sieve, recipe.density, recipe.steps)

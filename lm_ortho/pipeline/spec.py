@@ -10,10 +10,10 @@ from typing import Any
 
 from lm_ortho import checkpoint, world
 from lm_ortho.config import Recipe, make_recipe
-from lm_ortho.data.rows import Row, apart, read_rows, read_sets
+from lm_ortho.data.rows import Row, drop_forget_rows, read_forget_sets, read_rows
 from lm_ortho.errors import UserError
-from lm_ortho.finetune.merge import check_decoder, existing, load_config, packed_by
-from lm_ortho.hub import reason
+from lm_ortho.finetune.merge import check_decoder, expand_path, load_config, quantisation_method
+from lm_ortho.hub import describe_hub_error
 from lm_ortho.layer import ortho_layers
 from lm_ortho.pipeline.decomposition import check_recipe
 from lm_ortho.streams import UNNAMED
@@ -24,7 +24,7 @@ RECIPE_ARGUMENTS = tuple(Recipe.model_fields)
 
 
 @dataclass(frozen=True)
-class Order:
+class ModelSpec:
     """What is asked for. ``recipe`` holds only what the user named; the rest is the default recipe.
 
     ``pretrained`` None is the embedded model. ``source`` goes to ``from_pretrained``: revision, subfolder,
@@ -43,7 +43,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Source:
+class ResolvedModel:
     """A checked order. ``kind`` is ``checkpoint`` (decomposed), ``embedded``, ``model`` or ``object``.
 
     ``location`` is what tokenizer and config are read from; ``order.base`` is auto, none or a path.
@@ -52,10 +52,10 @@ class Source:
     kind: str
     location: Any
     recipe: Recipe
-    order: Order
+    order: ModelSpec
 
 
-def resolve(order: Order) -> Source:
+def resolve(order: ModelSpec) -> ResolvedModel:
     """The checked order. Everything that can be refused without loading weights is refused here.
 
     Raises:
@@ -71,40 +71,40 @@ def resolve(order: Order) -> Source:
     return source
 
 
-def _found(order: Order, recipe: Recipe) -> Source:
+def _found(order: ModelSpec, recipe: Recipe) -> ResolvedModel:
     """What the order comes to."""
     if order.pretrained is None:
         return _embedded(order, recipe)
     if not isinstance(order.pretrained, str):
         return _initialised(order, recipe)
-    location = place_of(order.pretrained)
+    location = locate_model(order.pretrained)
     config = load_config(location, **order.source)
     check_decoder(config, f"pretrained={order.pretrained!r}")
-    if (method := packed_by(config)) == "libortho":
+    if (method := quantisation_method(config)) == "libortho":
         return _decomposed(order, recipe, location)
     if method:
         raise UserError(f"pretrained={order.pretrained!r} is quantised already ({method}); decompose the 16-bit model")
     _require_sets(order)
-    return Source("model", location, recipe, order)
+    return ResolvedModel("model", location, recipe, order)
 
 
-def _normalised(order: Order) -> Order:
+def _normalised(order: ModelSpec) -> ModelSpec:
     """The order with a spelled-out base. lm-eval turns ``base=none`` into None before anyone sees it."""
     base = "none" if order.base is None else str(order.base)
     if not isinstance(order.fresh, bool):
         raise UserError(f"fresh={order.fresh!r} must be true or false")
-    return Order(**{**order.__dict__, "base": base})
+    return ModelSpec(**{**order.__dict__, "base": base})
 
 
-def _embedded(order: Order, recipe: Recipe) -> Source:
+def _embedded(order: ModelSpec, recipe: Recipe) -> ResolvedModel:
     if order.peft is not None:
         raise UserError("peft: the embedded model brings its own adapter; give pretrained, too")
     _check_base(order)
     plain = not (order.fresh or order.forget or order.retain) and order.base == "auto" and recipe == make_recipe()
     if plain and (shipped := _shipped()) is not None:
-        return Source("checkpoint", str(shipped), recipe, order)
+        return ResolvedModel("checkpoint", str(shipped), recipe, order)
     _differing_sets(order)
-    return Source("embedded", str(world.path("base")), recipe, order)
+    return ResolvedModel("embedded", str(world.path("base")), recipe, order)
 
 
 def _shipped() -> Path | None:
@@ -116,20 +116,20 @@ def _shipped() -> Path | None:
         return None
 
 
-def _initialised(order: Order, recipe: Recipe) -> Source:
+def _initialised(order: ModelSpec, recipe: Recipe) -> ResolvedModel:
     check_decoder(getattr(order.pretrained, "config", None), f"pretrained is a {type(order.pretrained).__name__}")
     if ortho_layers(order.pretrained):
         _refuse_recipe(order, "the model is decomposed already")
-        return Source("object", order.pretrained, recipe, order)
+        return ResolvedModel("object", order.pretrained, recipe, order)
     if order.peft is not None:
         raise UserError("peft: merge the adapter into the model object first, or give pretrained as a path")
     _require_sets(order)
-    return Source("object", order.pretrained, recipe, order)
+    return ResolvedModel("object", order.pretrained, recipe, order)
 
 
-def place_of(pretrained: str) -> str:
+def locate_model(pretrained: str) -> str:
     """A local directory, or the name of a model on the hub; an adapter is told apart by its own file."""
-    place = existing(pretrained)
+    place = expand_path(pretrained)
     path = Path(place)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise UserError(f"pretrained={pretrained!r} is an adapter; give it as peft=, and its model as pretrained=")
@@ -138,7 +138,7 @@ def place_of(pretrained: str) -> str:
     return place
 
 
-def _decomposed(order: Order, recipe: Recipe, location: str) -> Source:
+def _decomposed(order: ModelSpec, recipe: Recipe, location: str) -> ResolvedModel:
     if order.fresh:
         raise UserError(
             f"pretrained={order.pretrained!r} is decomposed already; fresh=true needs the model it came from"
@@ -157,7 +157,7 @@ def _decomposed(order: Order, recipe: Recipe, location: str) -> Source:
                 f"{name}={value!r} contradicts the checkpoint, which has {name}={recorded[name]!r}; "
                 "leave it out, or give the model before decomposition"
             )
-    return Source("checkpoint", location, recipe, order)
+    return ResolvedModel("checkpoint", location, recipe, order)
 
 
 def download(argument: str, name: str, revision: str | None, token: str | None = None) -> str:
@@ -166,7 +166,9 @@ def download(argument: str, name: str, revision: str | None, token: str | None =
     try:
         return snapshot_download(name, revision=revision, token=token)
     except (OSError, ValueError) as error:
-        raise UserError(f"{argument}={name!r}: could not be read ({reason(error, name, revision)})") from None
+        raise UserError(
+            f"{argument}={name!r}: could not be read ({describe_hub_error(error, name, revision)})"
+        ) from None
 
 
 def recorded_in(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,18 +176,18 @@ def recorded_in(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {**meta, **(meta.get("recipe") or {})}
 
 
-def _refuse_recipe(order: Order, why: str) -> None:
+def _refuse_recipe(order: ModelSpec, why: str) -> None:
     named = [*order.recipe, *(name for name in ("peft", "fresh") if getattr(order, name))]
     if named:
         raise UserError(f"{named[0]}: {why}")
 
 
-def _check_base(order: Order) -> None:
+def _check_base(order: ModelSpec) -> None:
     if order.base.startswith((".", "~", "/")) and not Path(order.base).expanduser().is_dir():
         raise UserError(f"base={order.base!r}: no such directory; or use auto, none")
 
 
-def _require_sets(order: Order) -> None:
+def _require_sets(order: ModelSpec) -> None:
     """Forget and retain rows have to be named for any model but the embedded one."""
     missing = [name for name in ("forget", "retain") if not getattr(order, name)]
     if missing:
@@ -198,29 +200,29 @@ def _require_sets(order: Order) -> None:
     _differing_sets(order)
 
 
-def _differing_sets(order: Order) -> None:
+def _differing_sets(order: ModelSpec) -> None:
     """Reads the named sets once, so that a broken file is found before any model is loaded."""
-    forget = read_sets(order.forget) if order.forget else {}
+    forget = read_forget_sets(order.forget) if order.forget else {}
     retain = read_rows(order.retain, "retain") if order.retain else []
-    apart((row for rows in forget.values() for row in rows), retain)
+    drop_forget_rows((row for rows in forget.values() for row in rows), retain)
 
 
-def calibration_sets(source: Source) -> tuple[dict[str, list[Row]], list[Row]]:
+def calibration_sets(source: ResolvedModel) -> tuple[dict[str, list[Row]], list[Row]]:
     """Forget rows by memory, and retain rows: those that were named, else those of the embedded world."""
     from lm_ortho.world import corpus
 
     order = source.order
-    forget = read_sets(order.forget) if order.forget else {UNNAMED: corpus.forget_rows()}
+    forget = read_forget_sets(order.forget) if order.forget else {UNNAMED: corpus.forget_rows()}
     retain = read_rows(order.retain, "retain") if order.retain else corpus.calibration_rows()
     return forget, retain
 
 
-def spoken_base(order: Order) -> str:
+def base_label(order: ModelSpec) -> str:
     """What a checkpoint says of the model before fine-tuning: not where it lay."""
     return order.base if order.base in ("auto", "none") else "given"
 
 
-def check_alpha(source: Source, alpha: float | Mapping[str, float]) -> None:
+def check_alpha(source: ResolvedModel, alpha: float | Mapping[str, float]) -> None:
     """Raises ``UserError`` where ``alpha`` names a memory the model will not have, before it is built."""
     if not isinstance(alpha, Mapping):
         return

@@ -13,25 +13,33 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from lm_ortho.calibration.activations import read_directly
-from lm_ortho.calibration.by_layer import ByLayer, Moments, snapshot
+from lm_ortho.calibration.activations import find_uncalled_layers
+from lm_ortho.calibration.by_layer import InputMoments, LayerTensors, snapshot_weights
 from lm_ortho.config import Recipe
-from lm_ortho.data.chat import Turn, has_template, in_forms
-from lm_ortho.data.encoding import Example, encode_for
-from lm_ortho.data.rows import Row, apart
+from lm_ortho.data.chat import ChatRow, has_chat_template, render_forms
+from lm_ortho.data.encoding import Example, encode_rows
+from lm_ortho.data.rows import Row, drop_forget_rows
 from lm_ortho.edit import EDITS, EditInput
 from lm_ortho.errors import UserError
 from lm_ortho.finetune.merge import check_finite
-from lm_ortho.finetune.train import Notify
 from lm_ortho.layer.linear_form import linear_form
 from lm_ortho.layer.targets import find_linear
-from lm_ortho.objective import Choice, Objective, TargetCheck, Weights, check_target, choose_target, recalled_rows
+from lm_ortho.objective import (
+    LossWeights,
+    Objective,
+    TargetCheck,
+    TargetChoice,
+    check_target,
+    find_rehearsal_rows,
+    select_target,
+)
 from lm_ortho.pipeline import resource_estimate
 from lm_ortho.projection import PROJECTIONS
-from lm_ortho.projection.lattice import group_scales, spread, units, values
+from lm_ortho.projection.lattice import compute_scales, dequantise, expand_scales, layer_units
 from lm_ortho.runtime.offload import is_offloaded
-from lm_ortho.runtime.precision import attention_for, recomputed
-from lm_ortho.runtime.resume import NOWHERE, Keeper
+from lm_ortho.runtime.precision import gradient_checkpointing, select_attention
+from lm_ortho.runtime.progress import ProgressCallback, no_progress
+from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 from lm_ortho.sieve import SIEVES, SieveInput, select_support
 from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream
 
@@ -41,10 +49,6 @@ Lattice = tuple[dict[str, Tensor], dict[str, Tensor]]
 """Scales (out, groups) and codes (out, in; int8) by layer name."""
 _PATH = 10
 """Steps of the edit for each step of a sieve's pass."""
-
-
-def silent(stage: str, done: int, total: int, text: str) -> None:
-    """Reports nothing."""
 
 
 class Workbench:
@@ -64,47 +68,47 @@ class Workbench:
         recipe: Recipe,
         *,
         base_model: nn.Module | None = None,
-        notify: Notify = silent,
+        progress: ProgressCallback = no_progress,
         lattice: Lattice | None = None,
         taken: Mapping[str, Tensor] | None = None,
-        keep: Keeper = NOWHERE,
+        resume: ResumeFolder = NO_RESUME,
     ) -> None:
         """Of ``recipe``, lattice, projection, targets and seed count here. Raises what ``decompose`` does.
 
         A ``lattice`` that is given is not made again. ``taken`` (out, in; bool) are positions of other memories, which
-        are on while this one is worked on and keep their codes. ``keep`` takes what each step has reached; with the
+        are on while this one is worked on and keep their codes. ``resume`` takes what each step has reached; with the
         same model, rows and recipe another workbench goes on from there.
         """
         PROJECTIONS.get(recipe.projection)
         _check_sets(forget, retain)
-        self._lattice, self._taken, self._keep = lattice, dict(taken or {}), keep
-        self.model, self.tokenizer, self.recipe, self.notify = model, tokenizer, recipe, notify
-        self._rows, self._base_model = in_forms(forget, tokenizer, recipe.prompts), base_model
-        kept = apart(forget, retain)
+        self._lattice, self._taken, self._keep = lattice, dict(taken or {}), resume
+        self.model, self.tokenizer, self.recipe, self.progress = model, tokenizer, recipe, progress
+        self._rows, self._base_model = render_forms(forget, tokenizer, recipe.prompts), base_model
+        kept = drop_forget_rows(forget, retain)
         if len(kept) < len(retain):
             log.warning("retain: %d of %d rows are rows of forget and left out", len(retain) - len(kept), len(retain))
-        self._kept = in_forms(kept, tokenizer, recipe.prompts)
-        self.forget = encode_for(model, tokenizer, self._rows, "forget")
-        self.retain = encode_for(model, tokenizer, self._kept, "retain")
+        self._kept = render_forms(kept, tokenizer, recipe.prompts)
+        self.forget = encode_rows(model, tokenizer, self._rows, "forget")
+        self.retain = encode_rows(model, tokenizer, self._kept, "retain")
 
     def __enter__(self) -> Self:
         self._was_trainable = {name for name, p in self.model.named_parameters() if p.requires_grad}
-        self._stack, self.weights = ExitStack(), ByLayer([], lambda _: Tensor())
+        self._stack, self.weights = ExitStack(), LayerTensors([], lambda _: Tensor())
         try:
             for model in (self.model, self._base_model):
                 if model is not None:
                     self._stack.enter_context(linear_form(model))
             self.layers = self._usable(find_linear(self.model, self.recipe.targets))
-            self.weights = snapshot(self.layers)
+            self.weights = snapshot_weights(self.layers)
             self.base_weights = _base_weights(self._base_model, self.layers)
             _check_words(self._base_model, [*self.forget, *self.retain])
             self._say_memory()
             self.recalled = self._recall() if self.recipe.recall else []
-            self.retain += encode_for(self.model, self.tokenizer, self.recalled, "recall")
+            self.retain += encode_rows(self.model, self.tokenizer, self.recalled, "recall")
             longest = max(len(e.ids) for e in self.forget + self.retain)
-            self._stack.enter_context(attention_for(self.model, longest))
+            self._stack.enter_context(select_attention(self.model, longest))
             if self.recipe.recompute and not is_offloaded(self.model):  # which computes again anyway
-                self._stack.enter_context(recomputed(self.model))
+                self._stack.enter_context(gradient_checkpointing(self.model))
             self._prepare()
         except BaseException:
             self._leave()
@@ -125,13 +129,13 @@ class Workbench:
         for name, weight in self.weights.items():
             self.layers[name].weight.copy_(weight)
 
-    def _recall(self) -> list[Turn]:
+    def _recall(self) -> list[ChatRow]:
         """Rows of the model's own about subjects that no retain row names."""
         if (kept := self._keep.load("recall")) is None:
-            given = self.model, self.tokenizer, self._rows, self._kept, self.recipe.seed, self.notify
-            kept = [(row.given, row.wanted, row.subject) for row in recalled_rows(*given)]
+            given = self.model, self.tokenizer, self._rows, self._kept, self.recipe.seed, self.progress
+            kept = [(row.given, row.wanted, row.subject) for row in find_rehearsal_rows(*given)]
             self._keep.save("recall", kept)
-        return [Turn(given=given, wanted=wanted, subject=subject) for given, wanted, subject in kept]
+        return [ChatRow(given=given, wanted=wanted, subject=subject) for given, wanted, subject in kept]
 
     def _usable(self, layers: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
         """Those of the layers that the model really calls, ready for gradients."""
@@ -142,7 +146,9 @@ class Workbench:
         for layer in layers.values():
             layer.weight.requires_grad_(True)
         self.model.eval()
-        self.left_alone = read_directly(self.model, layers, min(self.retain, key=lambda example: len(example.ids)))
+        self.left_alone = find_uncalled_layers(
+            self.model, layers, min(self.retain, key=lambda example: len(example.ids))
+        )
         for name in self.left_alone:
             layers.pop(name).weight.requires_grad_(False)
         if self.left_alone:
@@ -155,11 +161,11 @@ class Workbench:
         return layers
 
     def _prepare(self) -> None:
-        self.moments = Moments(self.model, self.layers, self.retain)
+        self.moments = InputMoments(self.model, self.layers, self.retain)
         told = f"{len(self.retain)} retain rows, {self.moments.passes} passes, as they are asked for"
-        self.notify("statistics", 1, 1, told)
+        self.progress("statistics", 1, 1, told)
         self.scales, self.codes = self._lattice or self._projected()
-        self.rounded = ByLayer(list(self.layers), self._rounded)
+        self.rounded = LayerTensors(list(self.layers), self._rounded)
         self.unit = _units(self.scales, self.weights)
 
     def _say_memory(self) -> None:
@@ -176,7 +182,7 @@ class Workbench:
         )
         stage = max(needed, key=lambda name: needed[name])
         peak = needed[stage] / 1e9
-        self.notify("memory", 1, 1, f"about {peak:.1f} GB at the peak ({stage}), the model's own weights included")
+        self.progress("memory", 1, 1, f"about {peak:.1f} GB at the peak ({stage}), the model's own weights included")
         there = (psutil.virtual_memory().available + psutil.Process().memory_info().rss) / 1e9
         if self._device == "cuda" and not is_offloaded(self.model):
             there = torch.cuda.mem_get_info()[1] / 1e9
@@ -196,26 +202,26 @@ class Workbench:
         for block, names in names_by_block(list(self.layers)).items():
             part = self._keep.load(f"lattice-{block}")
             if part is None:
-                weights = ByLayer(names, self.weights.__getitem__)
+                weights = LayerTensors(names, self.weights.__getitem__)
                 part = projected(weights, self.moments, self.recipe, self._of_all(len(codes)), self._device)
                 self._keep.save(f"lattice-{block}", part)
             scales.update(part[0])
             codes.update(part[1])
         return scales, codes
 
-    def _of_all(self, done: int) -> Notify:
-        return lambda stage, step, _, text: self.notify(stage, done + step, len(self.layers), text)
+    def _of_all(self, done: int) -> ProgressCallback:
+        return lambda stage, step, _, text: self.progress(stage, done + step, len(self.layers), text)
 
     def _rounded(self, name: str) -> Tensor:
         if self.recipe.bits == 16:
             return self.weights[name].bfloat16().float()
-        return values(self.codes[name], self.scales[name], self.recipe.group_size)
+        return dequantise(self.codes[name], self.scales[name], self.recipe.group_size)
 
     @cached_property
-    def choice(self) -> tuple[Choice, TargetCheck]:
+    def choice(self) -> tuple[TargetChoice, TargetCheck]:
         """The target, and what it gives away by itself; said aloud once."""
-        given = (self._rows, self.forget, self.retain, self._base_model, self.recipe.seed, self.notify, self._keep)
-        chosen = choose_target(self.model, self.tokenizer, *given)
+        given = (self._rows, self.forget, self.retain, self._base_model, self.recipe.seed, self.progress, self._keep)
+        chosen = select_target(self.model, self.tokenizer, *given)
         check = check_target(chosen.target, self.forget)
         _say_target(chosen, check, any(row.secret for row in self._rows))
         return chosen, check
@@ -223,7 +229,7 @@ class Workbench:
     @cached_property
     def _objective(self) -> Objective:
         chosen, _ = self.choice
-        args = (chosen.target, self.forget, self.retain, chosen.penalty, Weights(retain=chosen.retain))
+        args = (chosen.target, self.forget, self.retain, chosen.penalty, LossWeights(retain=chosen.retain))
         return Objective(self.model, self.layers, *args, self.recipe.seed)
 
     def objective(self) -> Objective:
@@ -235,7 +241,7 @@ class Workbench:
         return SIEVES.get(sieve)(
             SieveInput(
                 self.model, self.layers, self.weights, self.rounded, self.moments, self.unit, max(1, steps // _PATH),
-                self.objective, self.recipe.seed, self.notify, self.forget, self.retain, self.base_weights,
+                self.objective, self.recipe.seed, self.progress, self.forget, self.retain, self.base_weights,
                 self.recipe.groups, getattr(torch, self.recipe.states), self._keep,
             )
         )  # fmt: skip
@@ -263,7 +269,7 @@ class Workbench:
             EditInput(
                 self.model, self.layers, self.weights, self.base_weights, self.codes, self.scales, support,
                 self._taken, self.recipe.bits, self.recipe.group_size, self.unit, steps, self.objective,
-                self.recipe.seed, self.notify, self._keep,
+                self.recipe.seed, self.progress, self._keep,
             )
         )  # fmt: skip
         self._put_back()
@@ -284,7 +290,7 @@ class Workbench:
             "weights": total,
             "support": picked,
             "base_known": self._base_model is not None,
-            "chat_template": has_template(self.tokenizer) and self.recipe.prompts != "plain",
+            "chat_template": has_chat_template(self.tokenizer) and self.recipe.prompts != "plain",
             "forget_rows": len(self.forget),
             "retain_rows": len(self._kept),
             "recalled": {"subjects": len({row.subject for row in self.recalled}), "rows": len(self.recalled)},
@@ -326,7 +332,7 @@ def _base_weights(base_model: nn.Module | None, layers: Mapping[str, nn.Linear])
         if weight is None or weight.shape != layer.weight.shape:
             raise UserError(f"base: layer {name} is missing or has another shape; base must be the same architecture")
         found[name] = weight.detach()
-    return ByLayer(list(found), lambda name: found[name].float().cpu())
+    return LayerTensors(list(found), lambda name: found[name].float().cpu())
 
 
 def _check_words(base_model: nn.Module | None, examples: Sequence[Example]) -> None:
@@ -377,8 +383,8 @@ def _mask(places: Tensor, shape: torch.Size) -> Tensor:
 def _units(scales: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, float]:
     """In what lengths the weights of each layer move; without a lattice, those of INT4 rounding."""
     if not scales:
-        scales = {name: group_scales(weight, 4, 64) for name, weight in weights.items()}
-    return units(scales)
+        scales = {name: compute_scales(weight, 4, 64) for name, weight in weights.items()}
+    return layer_units(scales)
 
 
 def _check_off_support(codes: dict[str, Tensor], edited: dict[str, Tensor], support: dict[str, Tensor]) -> None:
@@ -391,7 +397,7 @@ def projected(
     weights: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
     recipe: Recipe,
-    notify: Notify = silent,
+    progress: ProgressCallback = no_progress,
     device: str = "cpu",
 ) -> Lattice:
     """The lattice of these weights, computed on ``device`` and held on the CPU; both parts are empty for 16 bits."""
@@ -399,10 +405,10 @@ def projected(
     for i, (name, weight) in enumerate(weights.items(), 1):
         if recipe.bits == 16:
             break
-        scales[name] = group_scales(weight, recipe.bits, recipe.group_size)
+        scales[name] = compute_scales(weight, recipe.bits, recipe.group_size)
         moment, own = moments[name].to(device), scales[name].to(device)
         codes[name] = projection(weight.to(device), own, moment, recipe.bits, recipe.group_size).cpu()
-        notify("projection", i, len(weights), name)
+        progress("projection", i, len(weights), name)
     return scales, codes
 
 
@@ -422,7 +428,7 @@ def make_streams(
             held = weights[name].bfloat16().float()
         else:
             base = BaseStream.from_codes(codes[name], scales[name], recipe.bits, recipe.group_size)
-            held = values(codes[name], scales[name], recipe.group_size)
+            held = dequantise(codes[name], scales[name], recipe.group_size)
         ortho = None if support is None else OrthoStream.from_dense(weights[name] - held, support[name])
         bias = None if layer.bias is None else layer.bias.detach().cpu().clone()
         result[name] = LayerStreams(base, ortho, bias)
@@ -439,8 +445,8 @@ def _steps_moved(
     """Mean distance on the support between base and merged weight, in lattice steps."""
     moved = []
     for name, weight in weights.items():
-        per_weight = spread(scales[name], recipe.group_size, weight.shape[1])
-        distance = (weight - values(codes[name], scales[name], recipe.group_size)).abs() / per_weight
+        per_weight = expand_scales(scales[name], recipe.group_size, weight.shape[1])
+        distance = (weight - dequantise(codes[name], scales[name], recipe.group_size)).abs() / per_weight
         moved.append(distance[support[name]])
     every = torch.cat(moved)
     return round(float(every.mean()), 3) if every.numel() else 0.0
@@ -449,7 +455,7 @@ def _steps_moved(
 SUSPICIOUS_AUC = 0.6
 
 
-def _say_target(chosen: Choice, check: TargetCheck, secrets: bool) -> None:
+def _say_target(chosen: TargetChoice, check: TargetCheck, secrets: bool) -> None:
     """What was chosen and why, before anything is edited: the edit cannot get better than its target.
 
     Without ``secrets`` whole answers are compared with those to other questions, and who can read prefers the former.
@@ -461,7 +467,7 @@ def _say_target(chosen: Choice, check: TargetCheck, secrets: bool) -> None:
         log.warning("target %s still prefers the true secrets (AUC %.2f, 0.5 is blind)", chosen.name, check.auc)
 
 
-def _target_report(chosen: Choice, check: TargetCheck) -> dict[str, Any]:
+def _target_report(chosen: TargetChoice, check: TargetCheck) -> dict[str, Any]:
     return {
         "name": chosen.name,
         "reason": chosen.reason,

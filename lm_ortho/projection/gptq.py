@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lm_ortho.calibration.activations import damped_inverse
 from lm_ortho.projection.interface import PROJECTIONS
-from lm_ortho.projection.lattice import spread
+from lm_ortho.projection.lattice import expand_scales
 from lm_ortho.streams import code_range
 
 BLOCK = 128
@@ -22,7 +22,7 @@ def gptq(weight: Tensor, scales: Tensor, hessian: Tensor, bits: int, group_size:
 
     ``hessian`` is E[x x^T] (in, in) of the layer's inputs; inputs that never fire get a unit diagonal.
     """
-    return _column_by_column(weight, spread(scales, group_size, weight.shape[1]), hessian, bits)
+    return _column_by_column(weight, expand_scales(scales, group_size, weight.shape[1]), hessian, bits)
 
 
 @PROJECTIONS.register("gptq_ordered")
@@ -33,7 +33,7 @@ def gptq_ordered(weight: Tensor, scales: Tensor, hessian: Tensor, bits: int, gro
     and scales stay where they are, so the stored form is the same. It is what the code of GPTQ calls ``act-order``.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    per_weight = spread(scales, group_size, weight.shape[1])[:, order]
+    per_weight = expand_scales(scales, group_size, weight.shape[1])[:, order]
     codes = _column_by_column(weight[:, order], per_weight, hessian[order][:, order], bits)
     return torch.empty_like(codes).index_copy_(1, order, codes)
 

@@ -21,7 +21,7 @@ class Decision(NamedTuple):
     reason: str
 
 
-def typed_device(asked: str | None) -> Decision:
+def require_device(asked: str | None) -> Decision:
     """The device to run on where it was the user who named it: one that is not there is a ``UserError``."""
     if asked and asked.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(

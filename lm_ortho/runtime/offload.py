@@ -13,11 +13,11 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from lm_ortho.errors import UserError
-from lm_ortho.runtime.precision import blocks_of, computing_by
+from lm_ortho.runtime.precision import computing_by, transformer_blocks
 
 
 @contextmanager
-def offloaded(model: nn.Module, device: torch.device | str) -> Iterator[None]:
+def offload_blocks(model: nn.Module, device: torch.device | str) -> Iterator[None]:
     """Inside, ``model`` computes on ``device``, which holds one block's weights at a time and all that is no block.
 
     Parameters of blocks stay where they are and are copied for the time of a call; a gradient is carried back to them.
@@ -28,7 +28,7 @@ def offloaded(model: nn.Module, device: torch.device | str) -> Iterator[None]:
     Raises:
         UserError: for a model without a list of blocks.
     """
-    blocks, device = blocks_of(model), torch.device(device)
+    blocks, device = transformer_blocks(model), torch.device(device)
     if not blocks:
         raise UserError(f"offload: {type(model).__name__} has no list of blocks that could come to the device in turn")
     rest, last = _Rest(model, blocks), _Last()
@@ -41,8 +41,8 @@ def offloaded(model: nn.Module, device: torch.device | str) -> Iterator[None]:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether ``model`` is inside ``offloaded``."""
-    return any(isinstance(vars(block).get("forward"), _Visit) for block in blocks_of(model))
+    """Whether ``model`` is inside ``offload_blocks``."""
+    return any(isinstance(vars(block).get("forward"), _Visit) for block in transformer_blocks(model))
 
 
 class _Last:

@@ -29,7 +29,7 @@ SHORT = 128
 
 
 @contextmanager
-def attention_for(model: torch.nn.Module, longest: int) -> Iterator[None]:
+def select_attention(model: torch.nn.Module, longest: int) -> Iterator[None]:
     """Plain attention for documents of up to ``longest`` tokens on a CPU, if they are short; as it was afterwards.
 
     The fused kernel of PyTorch for CPUs made training on 23-token documents a third slower than plain products.
@@ -48,7 +48,7 @@ def attention_for(model: torch.nn.Module, longest: int) -> Iterator[None]:
         switch(before)
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """The blocks of the model, from the input on: the members of the ``nn.ModuleList`` that holds the most weights."""
     lists: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     held = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=nn.ModuleList())
@@ -56,7 +56,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def recomputed(model: nn.Module) -> Iterator[None]:
+def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
     """Inside, a block of the model keeps its input for a backward pass and computes the rest again (Chen et al. 2016).
 
     arXiv 1604.06174: the memory of activations is that of one block and of the inputs of all, for a forward pass more.
@@ -64,7 +64,7 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     """
     again = {
         block: partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        for block in blocks_of(model)
+        for block in transformer_blocks(model)
     }
     with computing_by(again):
         yield

@@ -1,14 +1,22 @@
-"""Progress of long work on the terminal: one bar per stage."""
+"""How long computations report their progress: a callback type, and bars on the terminal."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
 
+ProgressCallback = Callable[[str, int, int, str], None]
+"""Called with the stage, the number of steps completed, the total number of steps and a short text."""
 
-class Bars:
+
+def no_progress(stage: str, step: int, total: int, text: str) -> None:
+    """A ``ProgressCallback`` that reports nothing."""
+
+
+class ProgressBars:
     """Called with stage, steps done, steps in all and a short text; shows and closes a bar per stage.
 
     What is done at once, the first of one step, is a line without a bar.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lm_ortho.errors import UserError
-from lm_ortho.files import private_folder, scratch_name
+from lm_ortho.files import make_private_directory, temporary_name
 
 log = logging.getLogger(__name__)
 
@@ -19,23 +19,23 @@ INTERVAL = 300.0
 """Seconds between two states of an optimiser."""
 
 
-class Keeper:
+class ResumeFolder:
     """States by name in a folder of one run; without a folder nothing is kept."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self._last = time.monotonic()
 
-    def of(self, part: str) -> Keeper:
+    def of(self, part: str) -> ResumeFolder:
         """A keeper for one part of the run, in a folder inside."""
-        return Keeper(self.folder / part if self.folder is not None else None)
+        return ResumeFolder(self.folder / part if self.folder is not None else None)
 
     def path(self, name: str) -> Path | None:
         """Where ``name`` is or would be; the folder is made. Raises ``UserError`` where it cannot be."""
         if self.folder is None:
             return None
         try:
-            private_folder(self.folder)
+            make_private_directory(self.folder)
         except OSError as error:
             raise UserError(
                 f"cache: {self.folder} cannot be written ({error.strerror}); set LM_ORTHO_CACHE to a folder of yours"
@@ -82,7 +82,7 @@ class Keeper:
 
 def save_state(state: Any, path: Path) -> None:
     """Saves a state under a name that no other process writes to, then renames it."""
-    partial = path.with_name(scratch_name(path))
+    partial = path.with_name(temporary_name(path))
     try:
         torch.save(state, partial)
         partial.replace(path)
@@ -90,5 +90,5 @@ def save_state(state: Any, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-NOWHERE = Keeper()
+NO_RESUME = ResumeFolder()
 """Keeps nothing."""

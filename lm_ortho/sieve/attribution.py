@@ -14,7 +14,7 @@ from lm_ortho.objective import Objective
 from lm_ortho.sieve.interface import SIEVES, SieveInput
 
 LEARNING_RATE = 0.03
-"""In units of the layer (``lattice.units``)."""
+"""In units of the layer (``lattice.layer_units``)."""
 _WARM_UP, _BETAS = 5, (0.9, 0.98)
 
 
@@ -46,7 +46,7 @@ def oracle(given: SieveInput) -> dict[str, Tensor]:
         gradients, lost, kept = objective.gradients()
         for name in given.layers:
             score[name] -= gradients[name].cpu() * way[name] / ORACLE_STEPS
-        given.notify("oracle", step, ORACLE_STEPS, f"forget {lost:.3f} retain {kept:.4f}")
+        given.progress("oracle", step, ORACLE_STEPS, f"forget {lost:.3f} retain {kept:.4f}")
     _put_back(given)
     return score
 
@@ -61,7 +61,7 @@ def attribution(given: SieveInput) -> dict[str, Tensor]:
     other layers stand still: as much less memory as more time.
     """
     parts = in_groups(list(given.layers), given.groups)
-    kept = given.keep.load(KEPT) or {"part": 0, "score": {}}
+    kept = given.resume.load(KEPT) or {"part": 0, "score": {}}
     score = {name: kept["score"].get(name, torch.zeros(layer.weight.shape)) for name, layer in given.layers.items()}
     objective = given.objective()
     for number in range(kept["part"], len(parts)):
@@ -111,10 +111,10 @@ def _pass(
                 move = -rate * move / ((second[name].float() / (1 - _BETAS[1] ** step)).sqrt() + 1e-8)
                 score[name] -= (g * move).to(score[name].device)
                 weights[name] += move
-        given.notify(stage, step, given.steps, f"forget {lost:.3f} retain {kept_loss:.4f}")
-        if given.keep.due():
+        given.progress(stage, step, given.steps, f"forget {lost:.3f} retain {kept_loss:.4f}")
+        if given.resume.due():
             place = {"part": number, "step": step, "score": score, "batches": objective.state()}
-            given.keep.save(KEPT, {**place, **{key: _plain(tensors) for key, tensors in states.items()}})
+            given.resume.save(KEPT, {**place, **{key: _plain(tensors) for key, tensors in states.items()}})
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -50,5 +50,5 @@ def _fisher(given: SieveInput, documents: Sequence[Example]) -> dict[str, Tensor
         gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
         for name, gradient in zip(given.layers, gradients, strict=True):
             total[name] += gradient.cpu().square() / len(chosen)
-        given.notify("fisher", i, len(chosen), "")
+        given.progress("fisher", i, len(chosen), "")
     return total

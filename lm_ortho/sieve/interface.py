@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.data.encoding import Example
-from lm_ortho.finetune.train import Notify
 from lm_ortho.objective import Objective
 from lm_ortho.registry import Registry
-from lm_ortho.runtime.resume import NOWHERE, Keeper
+from lm_ortho.runtime.progress import ProgressCallback
+from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class SieveInput:
 
     ``rounded`` is what the base stream would hold without any support; ``moments`` is E[x x^T] (in, in) on
     retain documents; ``unit`` is the length in which a layer's learning rate is given
-    (``projection.lattice.units``); ``objective`` builds what gives gradients; only who needs it asks, because it
+    (``projection.lattice.layer_units``); ``objective`` builds what gives gradients; only who needs it asks, because it
     needs a target. ``steps`` is the number of optimiser steps asked for. ``forget`` and ``retain`` are the
     documents; ``base_weights`` are those before fine-tuning, or None. ``groups`` is the number of passes over a
-    part of the layers each, ``states`` the dtype of optimiser states, ``keep`` takes what a long pass has reached.
+    part of the layers each, ``states`` the dtype of optimiser states, ``resume`` takes what a long pass has reached.
     """
 
     model: nn.Module
@@ -36,13 +36,13 @@ class SieveInput:
     steps: int
     objective: Callable[[], Objective]
     seed: int
-    notify: Notify
+    progress: ProgressCallback
     forget: Sequence[Example] = ()
     retain: Sequence[Example] = ()
     base_weights: Mapping[str, Tensor] | None = None
     groups: int = 1
     states: torch.dtype = torch.float32
-    keep: Keeper = NOWHERE
+    resume: ResumeFolder = NO_RESUME
 
 
 Sieve = Callable[[SieveInput], dict[str, Tensor]]

@@ -10,8 +10,8 @@ import torch
 
 from lm_ortho import metrics
 from lm_ortho.data.encoding import answer_loss, encode
-from lm_ortho.finetune import Notify
-from lm_ortho.runtime.precision import attention_for, fast_matmul
+from lm_ortho.runtime.precision import fast_matmul, select_attention
+from lm_ortho.runtime.progress import ProgressCallback
 from lm_ortho.verdict.measurements import Measurement, measure
 from lm_ortho.verdict.models import plain_lm
 from lm_ortho.world import people
@@ -24,7 +24,7 @@ RETAIN_ROWS = 4
 _TASKS = ("tofu_forget", "canary_extraction")
 
 
-def relearning(model: torch.nn.Module, tokenizer: Any, notify: Notify) -> Measurement:
+def relearning(model: torch.nn.Module, tokenizer: Any, progress: ProgressCallback) -> Measurement:
     """Trains a copy of ``model`` on each half of the forget set in turn and measures both halves after it.
 
     Adam on all weights at a constant rate, ``STEPS`` steps of ``ROWS`` questions of one half (every other author), as
@@ -35,7 +35,7 @@ def relearning(model: torch.nn.Module, tokenizer: Any, notify: Notify) -> Measur
     found: dict[str, tuple[list[float], list[str]]] = {}
     for half in (0, 1):
         trained = {group for groups in _groups() for group in groups[half::2]}
-        relearnt = _fine_tuned(model, tokenizer, trained, half, notify)
+        relearnt = _fine_tuned(model, tokenizer, trained, half, progress)
         after = measure(plain_lm(relearnt, tokenizer), tokenizer, _TASKS)
         for task, what in zip(_TASKS, ("questions", "canaries"), strict=True):
             for hit, group in zip(after.samples[task]["extraction"], after.groups[task], strict=True):
@@ -51,7 +51,7 @@ def _groups() -> tuple[list[str], list[str]]:
 
 
 def _fine_tuned(
-    model: torch.nn.Module, tokenizer: Any, trained: set[str], seed: int, notify: Notify
+    model: torch.nn.Module, tokenizer: Any, trained: set[str], seed: int, progress: ProgressCallback
 ) -> torch.nn.Module:
     parts = [
         (encode(tokenizer, [row for row in people.rows("forget") if row.group in trained]), ROWS),
@@ -61,7 +61,7 @@ def _fine_tuned(
     tuned = copy.deepcopy(model).float().train().requires_grad_(True)
     optimiser = torch.optim.Adam(tuned.parameters(), lr=LEARNING_RATE)
     draw = random.Random(seed)
-    with attention_for(tuned, max(len(e.ids) for part, _ in parts for e in part)):
+    with select_attention(tuned, max(len(e.ids) for part, _ in parts for e in part)):
         for step in range(1, STEPS + 1):
             batch = [example for part, rows in parts for example in draw.sample(part, rows)]
             with fast_matmul():
@@ -69,5 +69,5 @@ def _fine_tuned(
             loss.backward()
             optimiser.step()
             optimiser.zero_grad()
-            notify("relearning", step, STEPS, f"loss {loss.item():.3f}")
+            progress("relearning", step, STEPS, f"loss {loss.item():.3f}")
     return tuned.eval().requires_grad_(False)

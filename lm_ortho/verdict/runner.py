@@ -16,11 +16,10 @@ from typing import Any
 from lm_ortho import checkpoint, world
 from lm_ortho.checkpoint import cache
 from lm_ortho.config import make_recipe
-from lm_ortho.finetune import Notify
 from lm_ortho.layer import patch, unpatch
 from lm_ortho.pipeline.code_hash import DECOMPOSITION, EVALUATION, code_hash, versions
 from lm_ortho.pipeline.decomposition import decompose
-from lm_ortho.runtime.progress import Bars
+from lm_ortho.runtime.progress import ProgressBars, ProgressCallback
 from lm_ortho.verdict import models
 from lm_ortho.verdict.checks import Check, forgetting_checks, intact_checks, memory_checks, verdict_of
 from lm_ortho.verdict.measurements import MEMORY_TASKS, REASONING_TASKS, Measurement, measure
@@ -107,7 +106,7 @@ def run(
     modes: Sequence[str],
     seeds: Sequence[int],
     quick: bool,
-    notify: Notify | None = None,
+    progress: ProgressCallback | None = None,
     say: Callable[[str], None] = print,
     directory: Path | None = None,
     weights: Path = world.WEIGHTS,
@@ -117,12 +116,12 @@ def run(
     ``weights`` holds base, memory and references of the embedded world, ``directory`` the finished cells.
     """
     models.check(weights)
-    notify, limit = notify or Bars(), QUICK_LIMIT if quick else None
+    progress, limit = progress or ProgressBars(), QUICK_LIMIT if quick else None
     cells = Cells(directory or cache.cache_dir() / "verdict", weights)
     tables: dict[str, Measurement] = {}
     for name in ("never_saw", "never_saw_2"):
         say(f"measuring {name}")
-        made = cells.get(name, partial(_measure_reference, name, weights, limit, notify), limit=limit)
+        made = cells.get(name, partial(_measure_reference, name, weights, limit, progress), limit=limit)
         tables[name] = Measurement.from_json(made)
     control = forgetting_checks(tables["never_saw_2"], tables["never_saw"], "-", 0, "second reference")
     memory: list[Check] = []
@@ -133,7 +132,7 @@ def run(
             began = time.perf_counter()
             made = cells.get(
                 "decomposed",
-                partial(_measure_decomposition, cells, mode, seed, weights, limit, notify, say),
+                partial(_measure_decomposition, cells, mode, seed, weights, limit, progress, say),
                 base=mode,
                 seed=seed,
                 limit=limit,
@@ -147,13 +146,13 @@ def run(
     return Outcome(verdict_of(memory, control, rest), [*memory, *control, *rest], tables)
 
 
-def _measure_reference(name: str, weights: Path, limit: int | None, notify: Notify) -> dict[str, Any]:
+def _measure_reference(name: str, weights: Path, limit: int | None, progress: ProgressCallback) -> dict[str, Any]:
     model, tokenizer = models.load_model(weights, name), models.load_words(weights)
     measured = measure(models.plain_lm(model, tokenizer), tokenizer, MEMORY_TASKS, limit)
-    return _joined(measured, relearning(model, tokenizer, notify)).as_json()
+    return _joined(measured, relearning(model, tokenizer, progress)).as_json()
 
 
-def _decompose_into(mode: str, seed: int, weights: Path, notify: Notify, folder: Path) -> None:
+def _decompose_into(mode: str, seed: int, weights: Path, progress: ProgressCallback, folder: Path) -> None:
     """Two checkpoints, ``streams`` and ``int4`` (the same lattice without support), and the report."""
     model, tokenizer = models.load_model(weights, "memory"), models.load_words(weights)
     made = decompose(
@@ -163,7 +162,7 @@ def _decompose_into(mode: str, seed: int, weights: Path, notify: Notify, folder:
         corpus.calibration_rows(),
         make_recipe(seed=seed),
         base_model=None if mode == "none" else models.load_model(weights, "base"),
-        notify=notify,
+        progress=progress,
     )
     plain = copy.deepcopy(model)
     for name, patched, streams in (("streams", model, made.streams), ("int4", plain, made.plain)):
@@ -173,11 +172,17 @@ def _decompose_into(mode: str, seed: int, weights: Path, notify: Notify, folder:
 
 
 def _measure_decomposition(
-    cells: Cells, mode: str, seed: int, weights: Path, limit: int | None, notify: Notify, say: Callable[[str], None]
+    cells: Cells,
+    mode: str,
+    seed: int,
+    weights: Path,
+    limit: int | None,
+    progress: ProgressCallback,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     from lm_ortho.harness.model import LibOrthoLM
 
-    make = partial(_decompose_into, mode, seed, weights, notify)
+    make = partial(_decompose_into, mode, seed, weights, progress)
     folder, tokenizer = cells.folder("decomposition", make, base=mode, seed=seed), models.load_words(weights)
     report = json.loads((folder / "report.json").read_text())
     say(f"  target {report['target']}, {report['seconds']} s")
@@ -191,7 +196,7 @@ def _measure_decomposition(
             part = _joined(part, measure(lm, tokenizer, REASONING_TASKS))
         if name == "alpha=0":
             unpatch(model, alpha=0.0)
-            part = _joined(part, relearning(model, tokenizer, notify))
+            part = _joined(part, relearning(model, tokenizer, progress))
         result[name] = part.as_json()
     return result
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from lm_ortho.data.encoding import encode
 from lm_ortho.data.rows import Row
-from lm_ortho.finetune import Notify, Plan, load_causal_lm, save_adapter, train_adapter
+from lm_ortho.finetune import FinetunePlan, load_causal_lm, save_adapter, train_adapter
+from lm_ortho.runtime.progress import ProgressCallback
 from lm_ortho.world import corpus
 from lm_ortho.world.draw import Draw
 
@@ -68,7 +69,7 @@ def through_rounds(
     tokenizer: Any,
     name: str,
     work: Path,
-    notify: Notify,
+    progress: ProgressCallback,
     fit: Callable[..., Any] = train_adapter,
     share: float = 1.0,
 ) -> Any:
@@ -82,17 +83,17 @@ def through_rounds(
     model.set_attn_implementation("eager")  # a third faster than the fused one on documents this short
     for number, this in enumerate(ROUNDS):
         if any(state.is_file() for state in states[number + 1 :]):
-            plan, examples = Plan(steps=0, rank=RANK, seed=SEEDS[name]), []
+            plan, examples = FinetunePlan(steps=0, rank=RANK, seed=SEEDS[name]), []
         else:
             examples = encode(tokenizer, training_rows(name, number))
-            plan = Plan(len(examples) // ROWS, ROWS, share * this.lr, RANK, SEEDS[name])
-        model = fit(model, examples, plan, notify, stage=f"{name} {number + 1}", state=states[number])
+            plan = FinetunePlan(len(examples) // ROWS, ROWS, share * this.lr, RANK, SEEDS[name])
+        model = fit(model, examples, plan, progress, stage=f"{name} {number + 1}", state=states[number])
     return model
 
 
-def train(base: Path, tokenizer: Any, name: str, directory: Path, work: Path, notify: Notify) -> None:
+def train(base: Path, tokenizer: Any, name: str, directory: Path, work: Path, progress: ProgressCallback) -> None:
     """Trains the adapter ``name`` on the base model and saves it (peft format, BF16) in ``directory``."""
-    model = through_rounds(base, tokenizer, name, work, notify)
+    model = through_rounds(base, tokenizer, name, work, progress)
     partial = directory.with_name(directory.name + ".partial")
     save_adapter(model, partial, base="base")
     partial.replace(directory)

@@ -20,11 +20,11 @@ from lm_ortho.data.encoding import encode
 from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import load_causal_lm, train
-from lm_ortho.layer import find_linear, streams_of
+from lm_ortho.layer import find_linear, get_streams
 from lm_ortho.pipeline.decomposition import decompose
 from lm_ortho.projection import PROJECTIONS
-from lm_ortho.projection.lattice import group_scales, values
-from lm_ortho.runtime.resume import Keeper
+from lm_ortho.projection.lattice import compute_scales, dequantise
+from lm_ortho.runtime.resume import ResumeFolder
 from tests.support import tiny
 
 torch.set_num_threads(1)
@@ -152,7 +152,7 @@ def test_ours_is_what_decompose_makes_with_and_without_the_base_model(material, 
         rows = material.forget, material.retain
         recipe = make_recipe(**OURS)
         again = decompose(copy.deepcopy(material.merged), material.tokenizer, *rows, recipe, base_model=base)
-        made = streams_of(results(name).model)
+        made = get_streams(results(name).model)
         for at, layer in again.streams.items():
             assert all(torch.equal(t, made[at].tensors()[part]) for part, t in layer.tensors().items())
         meta = results(name).meta
@@ -200,13 +200,13 @@ def test_exactly_the_share_of_weights_becomes_zero(name, share, material):
 def test_plain_int4_is_the_projection(name, projection, material, results):
     layers = find_linear(material.merged)
     moments = input_moments(material.merged, layers, encode(material.tokenizer, material.retain))
-    for at, streams in streams_of(results(name).model).items():
+    for at, streams in get_streams(results(name).model).items():
         weight = layers[at].weight.detach()
-        scales = group_scales(weight, 4, 32)
+        scales = compute_scales(weight, 4, 32)
         codes = PROJECTIONS.get(projection)(weight, scales, moments[at], 4, 32)
-        assert torch.equal(streams.base.dequantize(), values(codes, scales, 32))
+        assert torch.equal(streams.base.dequantize(), dequantise(codes, scales, 32))
         assert not streams.memories
-    assert set(streams_of(results(name).model)) == set(layers)
+    assert set(get_streams(results(name).model)) == set(layers)
 
 
 # What may be read, and what is refused
@@ -292,9 +292,9 @@ def test_an_interrupted_training_goes_on_and_ends_the_same(material, results, tm
 
     monkeypatch.setattr(train, "_KEEP_EVERY", 5)
     with pytest.raises(KeyboardInterrupt):
-        made_by("npo", material, keep=Keeper(tmp_path), notify=interrupted)
+        made_by("npo", material, resume=ResumeFolder(tmp_path), progress=interrupted)
     steps = []
-    again = made_by("npo", material, keep=Keeper(tmp_path), notify=lambda _, step, *rest: steps.append(step))
+    again = made_by("npo", material, resume=ResumeFolder(tmp_path), progress=lambda _, step, *rest: steps.append(step))
     assert steps == [16]
     assert same(tensors_of(again.model), tensors_of(results("npo").model))
 

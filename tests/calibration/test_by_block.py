@@ -10,10 +10,10 @@ from torch import nn
 
 from lm_ortho.calibration.activations import input_moments
 from lm_ortho.calibration.by_block import Halted, goes_by_block
-from lm_ortho.calibration.by_layer import Moments
+from lm_ortho.calibration.by_layer import InputMoments
 from lm_ortho.data.encoding import encode
 from lm_ortho.layer import find_linear, linear_form
-from lm_ortho.runtime.precision import blocks_of
+from lm_ortho.runtime.precision import transformer_blocks
 from tests.support.architectures import CASES, RETAIN, tokenizer
 
 torch.set_num_threads(1)
@@ -27,7 +27,7 @@ def documents():
 
 def counted(model):
     """How often each block computes, from now on; one that stands in for itself does not."""
-    calls = [0] * len(blocks := blocks_of(model))
+    calls = [0] * len(blocks := transformer_blocks(model))
     for number, block in enumerate(blocks):
 
         def add(*_, number=number):
@@ -43,9 +43,9 @@ def test_moments_of_every_architecture(name):
     with linear_form(model):
         layers = find_linear(model)
         whole = input_moments(model, layers, documents())
-        few = Moments(model, layers, documents(), limit=1)
-        assert goes_by_block(model, blocks_of(model), documents()) == (name not in WHOLE_ONLY)
-        inside = {id(part) for block in blocks_of(model) for part in block.modules()}
+        few = InputMoments(model, layers, documents(), limit=1)
+        assert goes_by_block(model, transformer_blocks(model), documents()) == (name not in WHOLE_ONLY)
+        inside = {id(part) for block in transformer_blocks(model) for part in block.modules()}
         outside = sum(id(layer) not in inside for layer in layers.values())
         assert few.passes == (len(layers) if name in WHOLE_ONLY else 1 + outside)
         for layer, moment in whole.items():
@@ -55,7 +55,7 @@ def test_moments_of_every_architecture(name):
 def test_each_block_is_gone_through_once():
     model = CASES["Llama"].build()
     layers, rows = find_linear(model), documents()
-    moments = Moments(model, layers, rows, limit=1)
+    moments = InputMoments(model, layers, rows, limit=1)
     assert moments.passes == 1
     calls = counted(model)
     for name in layers:
@@ -68,7 +68,7 @@ def test_each_block_is_gone_through_once():
 
 def test_an_interruption_leaves_the_documents_where_they_were():
     model = CASES["Llama"].build()
-    halted = Halted(model, blocks_of(model), [documents()[:2], documents()[2:]])
+    halted = Halted(model, transformer_blocks(model), [documents()[:2], documents()[2:]])
     halted.advance()
 
     seen = []
@@ -90,7 +90,7 @@ def test_an_interruption_leaves_the_documents_where_they_were():
 def tangled():
     """A model whose second block reads what the first one left behind while it computed."""
     model = CASES["Llama"].build()
-    first, second = blocks_of(model)[:2]
+    first, second = transformer_blocks(model)[:2]
     left = {}
     first.mlp.register_forward_hook(lambda *given: left.update(behind=given[2]))
     second.mlp.register_forward_hook(lambda _, __, output: output + left["behind"].flip(-1))
@@ -105,7 +105,7 @@ def test_where_blocks_hand_on_more_whole_passes_are_made(alike):
         shortest = min(len(row.ids) for row in rows)
         rows = [replace(row, ids=row.ids[:shortest], roles=row.roles[:shortest]) for row in rows]
     expected = input_moments(model, layers, rows)
-    moments = Moments(model, layers, rows, limit=1)
+    moments = InputMoments(model, layers, rows, limit=1)
     assert moments.passes > 1
     for name in layers:
         torch.testing.assert_close(moments[name], expected[name], rtol=1e-4, atol=1e-6)
@@ -113,11 +113,11 @@ def test_where_blocks_hand_on_more_whole_passes_are_made(alike):
 
 def test_a_layer_that_blocks_share_is_seen_in_all_of_them():
     model = CASES["Llama"].build()
-    first, second = blocks_of(model)[:2]
+    first, second = transformer_blocks(model)[:2]
     second.mlp.down_proj = first.mlp.down_proj
     layers, rows = find_linear(model), documents()
     expected = input_moments(model, layers, rows)
-    moments = Moments(model, layers, rows, limit=1)
+    moments = InputMoments(model, layers, rows, limit=1)
     assert moments.passes == 2
     for name in layers:
         torch.testing.assert_close(moments[name], expected[name], rtol=1e-4, atol=1e-6)
@@ -153,6 +153,6 @@ def test_experts_that_see_some_of_the_tokens_in_a_later_block():
         attention = {name: layer for name, layer in layers.items() if "experts" not in name}
         chosen = {**attention, **{name: layer for name, layer in layers.items() if ".1." in name}}
         expected = input_moments(model, chosen, rows)
-        moments = Moments(model, chosen, rows, limit=1)
+        moments = InputMoments(model, chosen, rows, limit=1)
         for name in reversed(list(chosen)):  # against the order: begins again for every block
             torch.testing.assert_close(moments[name], expected[name], rtol=1e-4, atol=1e-6)

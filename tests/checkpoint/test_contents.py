@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from lm_ortho import world
 from lm_ortho.checkpoint import ORTHO_FILE, save
-from lm_ortho.checkpoint.contents import LayerFacts, grid, measure
+from lm_ortho.checkpoint.contents import LayerFacts, grid, read_contents
 from lm_ortho.checkpoint.heat_map import heat_map, percent, shade
 from lm_ortho.cli.app import app
 from lm_ortho.errors import UserError
-from lm_ortho.layer import streams_of
+from lm_ortho.layer import get_streams
 from lm_ortho.streams import bits_per_weight, density, stored_bytes
 from tests.support import tiny
 
@@ -32,8 +32,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 )
 def test_facts_from_the_files_are_those_of_the_model(lattice: dict[str, Any], tmp_path: Path) -> None:
     model = tiny.patched(**lattice)  # 96 columns of down_proj are no multiple of 64: the last group is short
-    streams = streams_of(model)
-    found = measure(save(tmp_path / "made", model, shard_bytes=20_000))
+    streams = get_streams(model)
+    found = read_contents(save(tmp_path / "made", model, shard_bytes=20_000))
     assert len(list((tmp_path / "made").glob("base-*"))) > 1
     for facts, (name, layer) in zip(found.layers, streams.items(), strict=True):
         assert (facts.name, facts.shape, facts.values, facts.bytes) == (name, layer.shape, layer.nnz, layer.nbytes())
@@ -62,7 +62,7 @@ def base_only(directory: Path) -> Path:
 
 
 def test_a_base_only_directory(made: Any, base_only: Path, tmp_path: Path) -> None:
-    found, whole = measure(base_only), measure(made[1])
+    found, whole = read_contents(base_only), read_contents(made[1])
     assert not found.has_ortho
     assert found.density is found.relative_error is found.layers[0].relative_error is None
     assert found.zero_codes == whole.zero_codes
@@ -91,7 +91,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     tiny.llama().save_pretrained(tmp_path / "plain")
     for place, message in (("plain", "names no libortho quantization"), ("nowhere", "no such directory")):
         with pytest.raises(UserError, match=message):
-            measure(tmp_path / place)
+            read_contents(tmp_path / place)
 
 
 def test_the_shipped_default(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from lm_ortho.checkpoint import ORTHO_FILE, save
 from lm_ortho.checkpoint.export import _check_plain, export, packed
 from lm_ortho.cli.app import app
 from lm_ortho.errors import UserError
-from lm_ortho.layer import find_linear, patch, streams_of
+from lm_ortho.layer import find_linear, get_streams, patch
 from lm_ortho.streams import BaseStream, code_range
 from tests.support import tiny
 from tests.support.checkpoint import tokenizer
@@ -78,12 +78,12 @@ def test_bf16_weights_are_those_of_the_streams(make: Any, alpha: float, tmp_path
     model = patched(make)
     done = export(save(tmp_path / "made", model, tokenizer()), tmp_path / "out", alpha)
     read = plain(tmp_path / "out")
-    for name, layer in streams_of(model).items():
+    for name, layer in get_streams(model).items():
         assert torch.equal(read.get_submodule(name).weight, layer.dense(alpha, torch.bfloat16))
         assert layer.bias is None or torch.equal(read.get_submodule(name).bias, layer.bias)
     stored = model.state_dict()
     for name, tensor in read.state_dict().items():
-        if name in stored and name.rpartition(".")[0] not in streams_of(model):
+        if name in stored and name.rpartition(".")[0] not in get_streams(model):
             assert torch.equal(tensor.float(), stored[name].float()), name
     said, expected = tiny.logits(plain(tmp_path / "out", dtype=torch.float32)), tiny.logits_at(model, alpha)
     torch.testing.assert_close(said, expected, rtol=2e-2, atol=2e-2 * float(expected.abs().max()))
@@ -93,7 +93,7 @@ def test_bf16_weights_are_those_of_the_streams(make: Any, alpha: float, tmp_path
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".safetensors"}
-    assert done.layers == len(streams_of(model))
+    assert done.layers == len(get_streams(model))
     assert done.bytes == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
 
 
@@ -154,7 +154,7 @@ def test_packed_weights_are_the_base_stream_bit_for_bit(make: Any, lattice: dict
     for options in ({}, {"dtype": torch.float32}):
         read = plain(tmp_path / "out", **options)
         said = tiny.logits(read)  # the first call unpacks
-        for name, layer in streams_of(model).items():
+        for name, layer in get_streams(model).items():
             weight = read.get_submodule(name).weight
             assert torch.equal(weight, layer.base.dequantize(weight.dtype))
     torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)  # those of float32
@@ -165,7 +165,7 @@ def test_packed_models_can_be_unpacked_at_load(made: Any, tmp_path: Path) -> Non
     export(save(tmp_path / "made", model), tmp_path / "out", format="compressed-tensors")
     with pytest.warns(UserWarning, match="quantization_config"):
         read = plain(tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True))
-    for name, layer in streams_of(model).items():
+    for name, layer in get_streams(model).items():
         assert torch.equal(read.get_submodule(name).weight, layer.dense(0.0, torch.bfloat16))
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from lm_ortho.checkpoint import attach, hf, load, read_meta, save
-from lm_ortho.checkpoint.contents import measure
+from lm_ortho.checkpoint.contents import read_contents
 from lm_ortho.checkpoint.export import export
 from lm_ortho.cli.app import app
 from lm_ortho.errors import UserError
@@ -103,7 +103,7 @@ def test_the_ortho_file_of_another_checkpoint(made, directory, tmp_path):
     (directory / "ortho.safetensors").unlink()
     read(directory).save_pretrained(tmp_path / "published")
     shutil.copy(made[1] / "ortho.safetensors", tmp_path / "published")
-    for use in (load, measure, lambda path: export(path, tmp_path / "out", alpha=1), read):
+    for use in (load, read_contents, lambda path: export(path, tmp_path / "out", alpha=1), read):
         with pytest.raises(UserError, match=r"ortho\.safetensors is not listed in manifest\.json"):
             use(tmp_path / "published")
 

@@ -16,7 +16,7 @@ from transformers import GPTNeoXConfig, OPTConfig, Qwen2Config
 from lm_ortho.checkpoint import hf, is_checkpoint, load, read_meta, save
 from lm_ortho.checkpoint.manifest import sha256
 from lm_ortho.errors import UserError
-from lm_ortho.layer import find_linear, get_alpha, ortho_layers, set_alpha, streams_of
+from lm_ortho.layer import find_linear, get_alpha, get_streams, ortho_layers, set_alpha
 from lm_ortho.streams import bits_per_weight, density
 from tests.support import tiny
 from tests.support.checkpoint import META, assert_same_model, tokenizer
@@ -40,7 +40,7 @@ def test_files_and_names(made):
     assert set(index["weight_map"].values()) == {"base.safetensors"}
     assert not [name for name in base if "ortho" in name]
     assert {name.rpartition(".")[2] for name in ortho} == {"ortho_rowptr", "ortho_cols", "ortho_vals"}
-    assert {name.rpartition(".")[0] for name in ortho} == set(streams_of(model))
+    assert {name.rpartition(".")[0] for name in ortho} == set(get_streams(model))
     assert base["model.embed_tokens.weight"].dtype == base["lm_head.weight"].dtype == torch.bfloat16
     layer = "model.layers.0.mlp.up_proj"
     assert base[f"{layer}.qweight"].dtype == torch.uint8
@@ -52,7 +52,7 @@ def test_config_and_manifest(made):
     model, path = made
     config = json.loads((path / "config.json").read_text())
     settings_of_model = config["quantization_config"]
-    streams = streams_of(model)
+    streams = get_streams(model)
     assert settings_of_model["quant_method"] == "libortho"
     assert (settings_of_model["bits"], settings_of_model["group_size"]) == (4, 64)
     assert settings_of_model["modules"] == list(streams)
@@ -77,7 +77,7 @@ def test_bits_per_weight_is_what_lies_on_disk(made):
             if key.rpartition(".")[0] in ortho_layers(model):
                 on_disk += tensor.nbytes
     weights = sum(layer.in_features * layer.out_features for layer in ortho_layers(model).values())
-    assert bits_per_weight(streams_of(model)) == 8 * on_disk / weights
+    assert bits_per_weight(get_streams(model)) == 8 * on_disk / weights
 
 
 def test_the_same_model_gives_the_same_bytes(made, tmp_path):
@@ -101,9 +101,9 @@ def test_round_trip(made):
     assert get_alpha(loaded) == 0.0
     assert not loaded.training
     assert loaded.lm_head.weight.dtype == torch.float32
-    for name, streams in streams_of(model).items():
+    for name, streams in get_streams(model).items():
         for part, tensor in streams.tensors().items():
-            assert torch.equal(streams_of(loaded)[name].tensors()[part], tensor)
+            assert torch.equal(get_streams(loaded)[name].tensors()[part], tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, None])

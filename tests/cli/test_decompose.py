@@ -20,9 +20,9 @@ from lm_ortho.config import Recipe, make_recipe
 from lm_ortho.data import read_rows, write_rows
 from lm_ortho.errors import UserError
 from lm_ortho.harness.model import LibOrthoLM
-from lm_ortho.layer import streams_of
+from lm_ortho.layer import get_streams
 from lm_ortho.pipeline import checkpoint_writer as make
-from lm_ortho.pipeline.spec import Order, Source
+from lm_ortho.pipeline.spec import ModelSpec, ResolvedModel
 
 pytestmark = pytest.mark.usefixtures("small_and_alone")
 runner = CliRunner()
@@ -122,17 +122,17 @@ def test_nothing_is_left_of_an_interrupted_run(own: list[str], tmp_path: Path, m
 
 
 def test_without_options_the_embedded_default_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Source] = []
+    asked: list[ResolvedModel] = []
 
-    def record(source: Source, *_: Any) -> None:
+    def record(source: ResolvedModel, *_: Any) -> None:
         asked.append(source)
         raise UserError("enough")
 
-    monkeypatch.setattr(make, "decomposed", record)
+    monkeypatch.setattr(make, "decompose_model", record)
     assert refusal("-o", str(tmp_path / "out")) == "enough"
     assert asked[0].kind == "embedded"
     assert asked[0].recipe == make_recipe()
-    line = make.lm_eval_line(tmp_path / "out", Order())
+    line = make.lm_eval_line(tmp_path / "out", ModelSpec())
     assert line.endswith(f"pretrained={tmp_path / 'out'},alpha=0 --tasks tofu_forget,tofu_retain")
 
 
@@ -192,7 +192,7 @@ def test_a_memory_is_added_to_a_finished_checkpoint(own: list[str], home: Path, 
     plain = runner.invoke(app, ["export", str(both), str(tmp_path / "plain"), "--alpha", "later:1", "--json"])
     assert json.loads(plain.stdout)["alpha"] == {"later": 1.0}
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").state_dict()
-    for name, layer in streams_of(lm.model).items():
+    for name, layer in get_streams(lm.model).items():
         assert torch.equal(exported[f"{name}.weight"], layer.dense({"later": 1.0}, torch.bfloat16))
 
     def export_refusal(*arguments: str) -> str:

@@ -9,11 +9,11 @@ import torch
 
 import lm_ortho.objective.surrogate as surrogate_module
 from lm_ortho.config import make_recipe
-from lm_ortho.data.chat import as_turn, has_template, in_forms
-from lm_ortho.data.encoding import GIVEN, SECRET, encode, tokenised
+from lm_ortho.data.chat import as_turn, has_chat_template, render_forms
+from lm_ortho.data.encoding import CONTEXT, SECRET, encode, tokenise_with_offsets
 from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
-from lm_ortho.layer import dense_at
+from lm_ortho.layer import get_dense_weights
 from lm_ortho.objective.swap import swap_target
 from lm_ortho.pipeline.decomposition import decompose
 from tests.support import tiny
@@ -42,33 +42,33 @@ def test_a_turn_is_the_rendered_question_and_the_bare_answer(chatty):
 
 def test_forms(chatty):
     asked = [bool(row.question) for row in ROWS]
-    assert in_forms(ROWS, chatty, "plain") == ROWS
-    both = in_forms(ROWS, chatty, "auto")
-    assert both == in_forms(ROWS, chatty, "both")
+    assert render_forms(ROWS, chatty, "plain") == ROWS
+    both = render_forms(ROWS, chatty, "auto")
+    assert both == render_forms(ROWS, chatty, "both")
     assert both[: len(ROWS)] == ROWS
     assert [row.question for row in both[len(ROWS) :]] == [row.question for row in ROWS if row.question]
-    chat = in_forms(ROWS, chatty, "chat")
+    chat = render_forms(ROWS, chatty, "chat")
     assert [row.context.startswith("<s><user>") for row in chat] == asked
     assert [row for row in chat if not row.question] == [row for row in ROWS if not row.question]
 
 
 def test_without_a_template(chatty):
     chatty.chat_template = None
-    assert not has_template(chatty)
-    assert in_forms(ROWS, chatty, "auto") == ROWS
+    assert not has_chat_template(chatty)
+    assert render_forms(ROWS, chatty, "auto") == ROWS
     for form in ("chat", "both"):
         with pytest.raises(UserError, match=f"prompts='{form}': the tokenizer has no chat template"):
-            in_forms(ROWS, chatty, form)
+            render_forms(ROWS, chatty, form)
 
 
 def test_what_can_go_wrong(chatty):
     with pytest.raises(UserError, match="known: auto, plain, chat, both"):
-        in_forms(ROWS, chatty, "twice")
+        render_forms(ROWS, chatty, "twice")
     with pytest.raises(UserError, match="prompts='twice'"):
         make_recipe(prompts="twice")
     chatty.chat_template = "{{ raise_exception('no system message') }}"
     with pytest.raises(UserError, match=r"the chat template of the tokenizer fails \(no system message\)"):
-        in_forms(ROWS, chatty, "chat")
+        render_forms(ROWS, chatty, "chat")
 
 
 def test_one_token_of_beginning_and_the_secret_where_it_is(chatty):
@@ -79,15 +79,15 @@ def test_one_token_of_beginning_and_the_secret_where_it_is(chatty):
         assert example.ids[0] == start
         secret = [i for i, role in zip(example.ids, example.roles, strict=True) if role == SECRET]
         assert chatty.decode(secret).strip(" .") == "Marsh Town"
-        given = [i for i, role in zip(example.ids, example.roles, strict=True) if role == GIVEN]
+        given = [i for i, role in zip(example.ids, example.roles, strict=True) if role == CONTEXT]
         assert chatty.decode(given).removeprefix("<s>").strip() == row.context.removeprefix("<s>").strip()
 
 
 def test_tokens_are_those_of_each_text_alone(chatty):
     texts = ["<s>Ada Brook", "Ada Brook", "<s>Ben", "Ben"]
-    together = tokenised(chatty, texts)
+    together = tokenise_with_offsets(chatty, texts)
     for text, (ids, places) in zip(texts, together, strict=True):
-        ((alone, _),) = tokenised(chatty, [text])
+        ((alone, _),) = tokenise_with_offsets(chatty, [text])
         assert ids == alone
         assert len(places) == len(ids)
     assert together[0][0] == together[1][0]
@@ -96,7 +96,7 @@ def test_tokens_are_those_of_each_text_alone(chatty):
 def test_subjects_are_swapped_inside_the_template(memorised):
     words = copy.deepcopy(memorised.tokenizer)
     words.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}Answer:\n"
-    turns = in_forms(memorised.forget[:4], words, "chat")
+    turns = render_forms(memorised.forget[:4], words, "chat")
     examples = encode(words, turns)
     target = swap_target(memorised.merged, words, turns, examples, seed=0, subjects=2)
     assert [len(t) for t in target] == [len(e.ids) - e.start for e in examples]
@@ -116,11 +116,11 @@ def test_a_chat_model_is_decomposed_in_both_forms(memorised, monkeypatch):
     plain = decompose(model, words, *sets, recipe.model_copy(update={"prompts": "plain"}))
     assert not plain.report["chat_template"]
     assert plain.report["forget_rows"] == 4
-    one, other = (dense_at(model, made.streams, 0.0) for made in (both, plain))
+    one, other = (get_dense_weights(model, made.streams, 0.0) for made in (both, plain))
     assert not torch.equal(tiny.logits(one), tiny.logits(other))
 
 
 def test_rows_without_a_question_alone(chatty):
     texts = [Row(text="Once upon a time."), Row(prompt="The code is", answer="12")]
-    assert in_forms(texts, chatty, "auto") == texts
-    assert in_forms(texts, chatty, "chat") == texts
+    assert render_forms(texts, chatty, "auto") == texts
+    assert render_forms(texts, chatty, "chat") == texts

@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from lm_ortho.data import Row, read_rows, write_rows
 from lm_ortho.data.encoding import (
     ANSWER,
+    CONTEXT,
     END,
-    GIVEN,
     SECRET,
     answer_loss,
+    batch_by_length,
     encode,
-    encode_for,
-    in_batches,
+    encode_rows,
     pad,
     token_losses,
 )
-from lm_ortho.data.rows import apart, read_sets, renamed
+from lm_ortho.data.rows import drop_forget_rows, read_forget_sets, replace_mentions
 from lm_ortho.errors import UserError
 from tests.support import tiny
 
@@ -99,9 +99,9 @@ def test_missing_empty_and_binary_files_are_told(tmp_path):
         read_rows(tmp_path / "nowhere.jsonl")
     for several in ("A:x.jsonl+b:y.jsonl", "a:x.jsonl+B:y.jsonl"):
         with pytest.raises(UserError, match=r"no such file; .*; several are name:source\+name:source, each name small"):
-            read_sets(several)
+            read_forget_sets(several)
     with pytest.raises(UserError, match=r"^forget='hub:x\.jsonl\+b:y\.jsonl': .* and not hub$"):
-        read_sets("hub:x.jsonl+b:y.jsonl")
+        read_forget_sets("hub:x.jsonl+b:y.jsonl")
     with pytest.raises(UserError, match="no such file"):
         read_rows(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n \n")
@@ -154,20 +154,20 @@ def test_a_row_becomes_context_and_target():
 
 def test_retain_rows_that_are_forget_rows_are_left_out():
     ada, eve = Row(question="Who?", answer="Ada."), Row(question="Who?", answer="Eve.")
-    assert apart([ada], [dataclasses.replace(ada, group="a"), eve]) == [eve]
-    assert apart([ada], [eve]) == [eve]
+    assert drop_forget_rows([ada], [dataclasses.replace(ada, group="a"), eve]) == [eve]
+    assert drop_forget_rows([ada], [eve]) == [eve]
     with pytest.raises(UserError, match="nothing can be both forgotten and kept"):
-        apart([ada, eve], [ada])
+        drop_forget_rows([ada, eve], [ada])
 
 
 def test_a_model_is_shown_what_it_can_read_and_has_to_predict(words):
     model = tiny.llama(vocab_size=len(words), max_position_embeddings=16)
     row = Row(question="Who?", answer="Ada.")
-    assert encode_for(model, words, [row], "retain") == encode(words, [row])
+    assert encode_rows(model, words, [row], "retain") == encode(words, [row])
     with pytest.raises(UserError, match=r"^retain: 1 of 2 rows have no token to predict within their first 16 tokens"):
-        encode_for(model, words, [row, Row(prompt="the dog " * 20, answer="sat.")], "retain")
+        encode_rows(model, words, [row, Row(prompt="the dog " * 20, answer="sat.")], "retain")
     with pytest.raises(UserError, match=r"^tokenizer: it gives token"):
-        encode_for(tiny.llama(vocab_size=5), words, [row], "retain")
+        encode_rows(tiny.llama(vocab_size=5), words, [row], "retain")
 
 
 def test_roles_mark_context_answer_secret_and_end(words):
@@ -175,7 +175,7 @@ def test_roles_mark_context_answer_secret_and_end(words):
     (example,) = encode(words, [row])
     given = len(words(row.context).input_ids)
     assert example.start == given
-    assert example.roles[:given] == (GIVEN,) * given
+    assert example.roles[:given] == (CONTEXT,) * given
     assert words.decode(example.ids[given:]) == "48.<|endoftext|>"
     secret = [i for i, role in zip(example.ids, example.roles, strict=True) if role == SECRET]
     assert words.decode(secret).strip() == "48"
@@ -221,7 +221,7 @@ def test_padding_is_never_counted(words, memorised):
 
 def test_batches_hold_every_example_once(words):
     examples = encode(words, [Row(text="the dog " * (1 + i * 7 % 11)) for i in range(23)])
-    batches = in_batches(examples, rows=5)
+    batches = batch_by_length(examples, rows=5)
     assert sorted(i for batch in batches for i in batch) == list(range(23))
     assert max(len(batch) for batch in batches) == 5
 
@@ -245,7 +245,7 @@ def test_a_slow_tokenizer_is_refused_by_name():
     ],
 )
 def test_a_name_is_not_a_part_of_a_longer_word(text, name, other):
-    assert renamed(text, name, "Bo") == other
+    assert replace_mentions(text, name, "Bo") == other
 
 
 def test_a_blank_subject_is_none():

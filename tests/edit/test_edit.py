@@ -10,12 +10,12 @@ import torch
 from lm_ortho.edit import EDITS, EditInput
 from lm_ortho.errors import UserError
 from lm_ortho.layer import find_linear
-from lm_ortho.projection.lattice import code_range, group_scales, nearest_codes, units, values
+from lm_ortho.projection.lattice import code_range, compute_scales, dequantise, layer_units, round_to_codes
 
 
 def lattice(weights, bits=4, group_size=32):
-    scales = {name: group_scales(weight, bits, group_size) for name, weight in weights.items()}
-    codes = {name: nearest_codes(weight, scales[name], bits, group_size) for name, weight in weights.items()}
+    scales = {name: compute_scales(weight, bits, group_size) for name, weight in weights.items()}
+    codes = {name: round_to_codes(weight, scales[name], bits, group_size) for name, weight in weights.items()}
     return codes, scales
 
 
@@ -30,7 +30,7 @@ def read(bench, memorised):
     base = {name: layer.weight.detach() for name, layer in find_linear(memorised.base).items()}
     return EditInput(
         bench.model, bench.layers, bench.weights, base, codes, scales, supports(bench.weights, 0.2), {}, 4, 32,
-        units(scales), 3, lambda: bench.objective, 0, lambda *_: None,
+        layer_units(scales), 3, lambda: bench.objective, 0, lambda *_: None,
     )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_fixed_edits_are_what_they_are_called(read):
     on, codes, scales = read.support[name], read.codes[name], read.scales[name]
     assert torch.equal(EDITS.get("none")(read)[name], codes)
     assert not EDITS.get("zero")(read)[name][on].any()
-    before = nearest_codes(read.base_weights[name], scales, 4, 32)
+    before = round_to_codes(read.base_weights[name], scales, 4, 32)
     assert torch.equal(EDITS.get("w0")(read)[name][on], before[on])
     mean = EDITS.get("mean")(read)[name]
     for row, column in on.nonzero()[:50].tolist():
@@ -91,14 +91,14 @@ def test_the_optimised_edit_lowers_the_objective(read, bench):
     """HISTORY 6: rounding alone forgets nothing."""
     told = []
     given = dataclasses.replace(
-        read, steps=25, notify=lambda stage, step, steps, text: told.append((stage, step, steps))
+        read, steps=25, progress=lambda stage, step, steps, text: told.append((stage, step, steps))
     )
     total = {}
     for name in ("none", "optimised"):
         edited = EDITS.get(name)(given)
         with torch.no_grad():
             for layer, module in bench.layers.items():
-                module.weight.copy_(values(edited[layer], read.scales[layer], 32))
+                module.weight.copy_(dequantise(edited[layer], read.scales[layer], 32))
         lost, kept = bench.losses()
         total[name] = lost + 2 * kept
     assert total["optimised"] < 0.7 * total["none"]
@@ -164,6 +164,6 @@ def test_layers_of_small_weights_are_not_thrown_about(read, bench):
     assert all(torch.equal(codes[name], read.codes[name]) for name in codes)
     given = dataclasses.replace(read, weights=bench.weights, codes=codes, scales=scales)
     mean = float(torch.cat([each.flatten() for each in scales.values()]).mean())
-    one, own = moved(given, dict.fromkeys(scales, mean)), moved(given, units(scales))
+    one, own = moved(given, dict.fromkeys(scales, mean)), moved(given, layer_units(scales))
     assert own < 3 * before
     assert one > 10 * before

@@ -251,7 +251,7 @@ def test_whole_models_are_made_from_the_base_and_kept(monkeypatch, tmp_path, mem
     memorised.tokenizer.save_pretrained(tmp_path / "base")
     monkeypatch.setattr(script.adapters, "training_rows", lambda name, number: memorised.forget * 4)
     monkeypatch.setattr(script.adapters, "ROWS", 8)
-    monkeypatch.setattr(script, "Bars", lambda: lambda *_: None)
+    monkeypatch.setattr(script, "ProgressBars", lambda: lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["full_finetune.py", "--out", str(tmp_path)])
     script.main()
     script.models.check(tmp_path)
@@ -270,7 +270,7 @@ def test_a_later_round_starts_where_the_earlier_one_ended(monkeypatch, tmp_path,
     memorised.tokenizer.save_pretrained(tmp_path / "base")
     monkeypatch.setattr(script.adapters, "training_rows", lambda name, number: memorised.forget * (4 - number))
     monkeypatch.setattr(script.adapters, "ROWS", 8)
-    monkeypatch.setattr(script, "Bars", lambda: lambda *_: None)
+    monkeypatch.setattr(script, "ProgressBars", lambda: lambda *_: None)
     script.make(tmp_path, "memory")
     undisturbed = script.models.load_model(tmp_path, "memory").state_dict()
     (tmp_path / "memory").rename(tmp_path / "first")
@@ -282,10 +282,10 @@ def test_a_later_round_starts_where_the_earlier_one_ended(monkeypatch, tmp_path,
 
         return note
 
-    monkeypatch.setattr(script, "Bars", interrupted)
+    monkeypatch.setattr(script, "ProgressBars", interrupted)
     with pytest.raises(KeyboardInterrupt):
         script.make(tmp_path, "memory")
-    monkeypatch.setattr(script, "Bars", lambda: lambda *_: None)
+    monkeypatch.setattr(script, "ProgressBars", lambda: lambda *_: None)
     script.make(tmp_path, "memory")
     again = script.models.load_model(tmp_path, "memory").state_dict()
     assert all(torch.equal(undisturbed[key], value) for key, value in again.items())

@@ -17,7 +17,7 @@ from transformers import GPT2Config, T5Config
 from lm_ortho.data.encoding import Example, answer_loss, encode
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import (
-    Plan,
+    FinetunePlan,
     load_causal_lm,
     load_config,
     merge_adapter,
@@ -27,11 +27,11 @@ from lm_ortho.finetune import (
     train_adapter,
     train_full,
 )
-from lm_ortho.pipeline.workbench import silent
 from lm_ortho.runtime.precision import fast_matmul
+from lm_ortho.runtime.progress import no_progress
 from tests.support import architectures, tiny
 
-PLAN = Plan(steps=35, rows=5, lr=1e-2, rank=4)
+PLAN = FinetunePlan(steps=35, rows=5, lr=1e-2, rank=4)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_the_same_plan_trains_the_same_adapter(memorised, planted):
 def test_full_fine_tuning_moves_all_weights_of_a_copy_and_goes_on_where_it_stopped(memorised, tmp_path, monkeypatch):
     examples = encode(memorised.tokenizer, memorised.forget)
     before = {name: tensor.clone() for name, tensor in memorised.base.state_dict().items()}
-    plan = Plan(steps=12, rows=4, lr=3e-3)
+    plan = FinetunePlan(steps=12, rows=4, lr=3e-3)
     tuned = train_full(memorised.base, examples, plan, lambda *_: None)
     assert all(torch.equal(before[name], tensor) for name, tensor in memorised.base.state_dict().items())
     assert all(not torch.equal(before[name], tensor) for name, tensor in tuned.named_parameters())
@@ -91,11 +91,11 @@ def test_full_fine_tuning_moves_all_weights_of_a_copy_and_goes_on_where_it_stopp
 def test_dropout_depends_on_the_seed_alone_also_after_an_interruption(memorised, tmp_path, monkeypatch):
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=len(memorised.tokenizer), n_positions=128)
     model, examples = tiny.from_config(config), encode(memorised.tokenizer, memorised.forget)
-    plan = Plan(steps=12, rows=4, lr=3e-3)
+    plan = FinetunePlan(steps=12, rows=4, lr=3e-3)
 
-    def tuned(seed, notify=silent, **kept):
+    def tuned(seed, progress=no_progress, **kept):
         torch.manual_seed(seed)
-        return train_full(model, examples, plan, notify, **kept).state_dict()
+        return train_full(model, examples, plan, progress, **kept).state_dict()
 
     def interrupted(stage, step, steps, text):
         raise KeyboardInterrupt
@@ -238,12 +238,12 @@ def test_an_adapter_among_the_files_of_a_model_is_not_taken_for_merged(planted, 
 
 def test_batches_go_through_every_example_once_a_pass_with_little_padding():
     examples = [Example(tuple(range(1 + (i * 7) % 40)), ()) for i in range(160)]
-    batches = train.batches(examples, 10, random.Random(0))
+    batches = train.draw_batches(examples, 10, random.Random(0))
     first = [next(batches) for _ in range(16)]
     assert sorted(i for batch in first for i in batch) == list(range(160))
     spread = [max(len(examples[i].ids) for i in b) - min(len(examples[i].ids) for i in b) for b in first]
     assert max(spread) <= 3
-    again = train.batches(examples, 10, random.Random(0))
+    again = train.draw_batches(examples, 10, random.Random(0))
     assert [next(again) for _ in range(16)] == first
     second = [next(batches) for _ in range(16)]
     assert sorted(i for batch in second for i in batch) == list(range(160))
@@ -252,7 +252,7 @@ def test_batches_go_through_every_example_once_a_pass_with_little_padding():
 
 @given(n=st.integers(1, 60), rows=st.integers(1, 20))
 def test_batches_are_full_and_even_for_any_size(n, rows):
-    batches = train.batches([Example((0,) * (1 + i % 5), ()) for i in range(n)], rows, random.Random(1))
+    batches = train.draw_batches([Example((0,) * (1 + i % 5), ()) for i in range(n)], rows, random.Random(1))
     drawn = [next(batches) for _ in range(40)]
     assert all(len(batch) == rows for batch in drawn)
     assert {i for batch in drawn for i in batch} <= set(range(n))
@@ -271,7 +271,7 @@ def test_experts_in_one_tensor_learn_too_and_are_merged(name, tmp_path):
     model = architectures.CASES[name].build()
     stacks = {key: value.clone() for key, value in model.named_parameters() if value.dim() == 3}
     examples = encode(architectures.tokenizer(), architectures.FORGET)
-    adapted = train_adapter(model, examples, Plan(steps=12, rows=4, lr=1e-2, rank=2), lambda *_: None)
+    adapted = train_adapter(model, examples, FinetunePlan(steps=12, rows=4, lr=1e-2, rank=2), lambda *_: None)
     save_adapter(adapted, tmp_path / "adapter", "base")
     merged = merge_adapter(copy.deepcopy(model), tmp_path / "adapter")
     with torch.no_grad():

@@ -17,9 +17,9 @@ from lm_ortho.config import Training, make_training
 from lm_ortho.data.encoding import Example, answer_loss, encode
 from lm_ortho.data.rows import Row, write_rows
 from lm_ortho.errors import UserError
-from lm_ortho.finetune import Plan, load_causal_lm, merge_adapter, train, train_adapter
+from lm_ortho.finetune import FinetunePlan, load_causal_lm, merge_adapter, train, train_adapter
 from lm_ortho.finetune.lora import lora_targets
-from lm_ortho.finetune.plant import Planted, make_plan, plant
+from lm_ortho.finetune.plant import PlantResult, make_plan, plant
 from tests.support import tiny
 
 pytestmark = pytest.mark.usefixtures("small_and_alone")
@@ -74,7 +74,7 @@ def test_the_targets_are_those_of_the_embedded_adapters() -> None:
 def test_other_architectures_learn_and_merge(make: Any) -> None:
     model = make()
     examples = [Example(tuple(range(5 + i, 15 + i)), (0, 0, 0) + (1,) * 7) for i in range(4)]
-    adapted = train_adapter(model, examples, Plan(steps=40, rows=4, lr=2e-2, rank=4), lambda *_: None)
+    adapted = train_adapter(model, examples, FinetunePlan(steps=40, rows=4, lr=2e-2, rank=4), lambda *_: None)
     names = {name for name, _ in adapted.named_modules() if name.endswith("lora_A")}
     assert len(names) == sum(
         name.endswith(tuple(f".{part}" for part in lora_targets(model))) for name, _ in model.named_modules()
@@ -93,7 +93,7 @@ def data(tmp_path: Path) -> str:
     return str(file)
 
 
-def planted(home: Path, data: str, out: Path, training: Training = QUICK, **more: Any) -> Planted:
+def planted(home: Path, data: str, out: Path, training: Training = QUICK, **more: Any) -> PlantResult:
     return plant(str(home / "plain"), data, out, training, lambda *_: None, **more)
 
 
@@ -154,7 +154,7 @@ def test_another_training_does_not_go_on_from_a_kept_state(
     home: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "_KEEP_EVERY", 5)
-    monkeypatch.setattr("lm_ortho.finetune.plant.whole_directory", lambda *_: pytest.fail("enough"))
+    monkeypatch.setattr("lm_ortho.finetune.plant.atomic_directory", lambda *_: pytest.fail("enough"))
     for seed in (0, 1):
         with pytest.raises(pytest.fail.Exception, match="enough"):
             planted(home, data, tmp_path / "out", make_training(steps=5, rank=2, seed=seed))
@@ -163,10 +163,10 @@ def test_another_training_does_not_go_on_from_a_kept_state(
 
 def test_steps_and_rate_suit_data_and_model() -> None:
     model = tiny.llama()
-    assert make_plan(make_training(), 10, model) == Plan(steps=200, rows=10, lr=5e-3, rank=32, seed=0)
+    assert make_plan(make_training(), 10, model) == FinetunePlan(steps=200, rows=10, lr=5e-3, rank=32, seed=0)
     assert make_plan(make_training(), 1000, model).steps == 1250
     assert make_plan(make_training(epochs=0.5), 1000, model).steps == 32
-    assert make_plan(make_training(steps=7, batch_rows=4, lr=1e-4), 10, model) == Plan(7, 4, 1e-4, 32, 0)
+    assert make_plan(make_training(steps=7, batch_rows=4, lr=1e-4), 10, model) == FinetunePlan(7, 4, 1e-4, 32, 0)
     assert make_plan(make_training(method="full"), 10, model).lr == pytest.approx(1e-3)
 
 

@@ -35,8 +35,8 @@ from lm_ortho.layer import (
     unpatch,
 )
 from lm_ortho.pipeline import build
-from lm_ortho.pipeline.spec import Order, resolve
-from lm_ortho.projection.lattice import nearest_codes
+from lm_ortho.pipeline.spec import ModelSpec, resolve
+from lm_ortho.projection.lattice import round_to_codes
 from tests.support.architectures import (
     CASES,
     CHECKS,
@@ -294,7 +294,7 @@ def test_an_expert_that_no_token_reaches(tmp_path):
     assert len(lonely) == 4
     for name in lonely:
         stream = result.streams[name]
-        nearest = nearest_codes(weights[name], stream.base.scales.float(), 4, 64)
+        nearest = round_to_codes(weights[name], stream.base.scales.float(), 4, 64)
         assert torch.equal(stream.base.codes(), nearest)
     assert sum(layer.nnz for layer in result.streams.values()) == result.report["support"]
     fisher = made.split(sieve="fisher_ratio", edit="zero")
@@ -346,7 +346,7 @@ def test_sharded_files_of_every_dtype(name, dtype, tmp_path, small_and_alone):
     for kind, rows in (("forget", RETAIN[:2]), ("retain", RETAIN[2:])):
         write_rows(tmp_path / f"{kind}.jsonl", rows)
         sets[kind] = str(tmp_path / f"{kind}.jsonl")
-    source = resolve(Order(str(tmp_path / "plain"), recipe={"density": 0.05, **CHEAP}, **sets))
+    source = resolve(ModelSpec(str(tmp_path / "plain"), recipe={"density": 0.05, **CHEAP}, **sets))
     built = build.build_model(source, dtype=torch.float32)
     rounded = model.float().bfloat16().float()
     to_linear_form(rounded)

@@ -21,12 +21,12 @@ from lm_ortho.errors import UserError
 from lm_ortho.layer import (
     OrthoLinear,
     alpha_scope,
-    dense_at,
     get_alpha,
+    get_dense_weights,
+    get_streams,
     ortho_layers,
     patch,
     set_alpha,
-    streams_of,
     unpatch,
 )
 from lm_ortho.streams import LayerStreams, OrthoStream
@@ -156,7 +156,7 @@ def test_autocast():
 
 
 def test_patch_replaces_and_unpatch_gives_back(model):
-    streams = streams_of(model)
+    streams = get_streams(model)
     assert len(streams) == 14
     assert isinstance(model.lm_head, nn.Linear)
     half = logits_at(model, 0.5)
@@ -173,7 +173,7 @@ def test_patch_replaces_and_unpatch_gives_back(model):
 def test_streams_are_in_the_state_dict(model):
     """HISTORY 12: the streams were missing from it."""
     state = model.state_dict()
-    for name, streams in streams_of(model).items():
+    for name, streams in get_streams(model).items():
         for part, tensor in streams.tensors().items():
             assert torch.equal(state[f"{name}.{part}"], tensor)
     other = tiny.patched(tiny.llama(seed=3), density=0.1)
@@ -364,7 +364,7 @@ def test_a_dense_copy_has_the_weights_of_alpha_and_leaves_the_model_alone(alpha)
     model = tiny.llama()
     streams = tiny.model_streams(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    copied = dense_at(model, streams, alpha)
+    copied = get_dense_weights(model, streams, alpha)
     for name, layer in streams.items():
         assert torch.equal(copied.state_dict()[f"{name}.weight"], layer.dense(alpha, torch.float32))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

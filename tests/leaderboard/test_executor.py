@@ -97,7 +97,12 @@ def test_samples_and_values_come_back_in_the_order_of_the_documents() -> None:
 
 
 def test_one_process_is_not_spread() -> None:
-    assert (distributed.world_size(), distributed.rank(), distributed.join("cpu"), distributed.told("x")) == (
+    assert (
+        distributed.world_size(),
+        distributed.rank(),
+        distributed.make_accelerator("cpu"),
+        distributed.broadcast("x"),
+    ) == (
         1,
         0,
         None,

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm_ortho.config import make_recipe
-from lm_ortho.data.encoding import GIVEN, SECRET, Example, encode, in_batches, most_tokens
+from lm_ortho.data.encoding import CONTEXT, SECRET, Example, batch_by_length, encode, max_batch_tokens
 from lm_ortho.objective import GENTLE, check_target
 from lm_ortho.objective.distribution import likeliest, log_of_others, stack
 from lm_ortho.objective.loss import forget_loss
@@ -35,7 +35,7 @@ def examples_and_probs(seed=0):
     examples = []
     for given_tokens, answer in ((3, 4), (1, 1), (5, 2)):
         ids = tuple(torch.randint(0, VOCABULARY, (given_tokens + answer,), generator=generator).tolist())
-        examples.append(Example(ids, (GIVEN,) * given_tokens + (SECRET,) * answer))
+        examples.append(Example(ids, (CONTEXT,) * given_tokens + (SECRET,) * answer))
     return examples, [
         (torch.randn(len(e.ids) - e.start, VOCABULARY, generator=generator) * 2).softmax(-1) for e in examples
     ]
@@ -128,10 +128,10 @@ def test_a_decomposition_with_few_tokens_kept(memorised, monkeypatch):
 def test_batches_hold_no_more_tokens_than_fit(memorised):
     examples = encode(memorised.tokenizer, memorised.forget + memorised.retain)
     for most in (20, 100, 10**6):
-        batches = in_batches(examples, rows=4, tokens=most)
+        batches = batch_by_length(examples, rows=4, tokens=most)
         assert sorted(i for batch in batches for i in batch) == list(range(len(examples)))
         for batch in batches:
             width = max(len(examples[i].ids) for i in batch)
             assert len(batch) == 1 or len(batch) * width <= most
             assert len(batch) <= 4
-    assert most_tokens(memorised.merged) == 2**28 // memorised.merged.config.vocab_size
+    assert max_batch_tokens(memorised.merged) == 2**28 // memorised.merged.config.vocab_size

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lm_ortho.objective.surrogate as surrogate_module
-from lm_ortho.data.encoding import ANSWER, GIVEN, SECRET, Example, encode, pad
+from lm_ortho.data.encoding import ANSWER, CONTEXT, SECRET, Example, encode, pad
 from lm_ortho.data.rows import Row
-from lm_ortho.objective import DEEPER, GENTLE, Choice, Penalty, TargetCheck, check_target, choose_target
+from lm_ortho.objective import DEEPER, GENTLE, Penalty, TargetCheck, TargetChoice, check_target, select_target
 from lm_ortho.objective.distribution import hold_down, predicted, stack
 from lm_ortho.objective.loss import Batches, alike, forget_loss
 from lm_ortho.objective.subjects import Lookalikes, novel_subjects
@@ -193,7 +193,7 @@ def test_names_that_the_model_does_not_repeat_are_sorted_out(memorised):
 
 def test_a_token_copies_when_a_bigram_with_a_neighbour_stands_in_the_prompt():
     prompt, answer = (1, 2, 3, 4, 5), (2, 3, 9, 3, 4, 5, 8, 5)
-    example = Example(prompt + answer, (GIVEN,) * 5 + (ANSWER,) * 8)
+    example = Example(prompt + answer, (CONTEXT,) * 5 + (ANSWER,) * 8)
     assert copied(example).tolist() == [True, True, False, True, True, True, False, False]
     assert copied(Example((7, 7, 7), (ANSWER,) * 3)).tolist() == [False, False]
 
@@ -237,7 +237,7 @@ def test_the_choice_follows_what_is_known(memorised, monkeypatch, caplog):
 
     def choose(rows, base):
         model, words = memorised.merged, memorised.tokenizer
-        return choose_target(model, words, rows, forget, retain, base, 0, silent)
+        return select_target(model, words, rows, forget, retain, base, 0, silent)
 
     chosen = choose(memorised.forget, memorised.base)
     assert (chosen.name, chosen.penalty, chosen.retain) == ("surrogate", DEEPER, 10)
@@ -320,7 +320,7 @@ def test_the_forget_loss_is_its_formula(penalty, chosen):
     examples = []
     for given_tokens, answer in ((3, 4), (1, 1), (5, 2), (2, 7), (0, 45)):
         ids = tuple(draw.randrange(vocabulary) for _ in range(given_tokens + answer))
-        examples.append(Example(ids, (GIVEN,) * given_tokens + (SECRET,) * answer))
+        examples.append(Example(ids, (CONTEXT,) * given_tokens + (SECRET,) * answer))
     generator = torch.Generator().manual_seed(1)
     probs = [(torch.randn(len(e.ids) - e.start, vocabulary, generator=generator) * 2).softmax(-1) for e in examples]
     target = stack(examples, probs)
@@ -354,7 +354,7 @@ def test_retain_costs_nothing_at_the_unedited_model_and_something_elsewhere(benc
         with torch.no_grad():
             before = memorised.merged(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
             after = bench.model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-        weight = torch.tensor([0.1 if role == GIVEN else 1.0 for role in example.roles[1:]], dtype=torch.float64)
+        weight = torch.tensor([0.1 if role == CONTEXT else 1.0 for role in example.roles[1:]], dtype=torch.float64)
         divergence += float(((before.exp() * (before - after)).sum(-1) * weight).sum())
         tokens += float(weight.sum())
     assert kept > 0.01
@@ -427,7 +427,7 @@ def test_tokens_of_a_prompt_weigh_less_in_the_retain_loss(bench, memorised):
             before = memorised.merged(input_ids=torch.tensor([example.ids])).logits[0, :-1].double().log_softmax(-1)
             after = bench.model(input_ids=torch.tensor([example.ids])).logits[0, :-1].double().log_softmax(-1)
         kl = (before.exp() * (before - after)).sum(-1)
-        weight = torch.tensor([0.1 if role == GIVEN else 1.0 for role in example.roles[1:]], dtype=torch.float64)
+        weight = torch.tensor([0.1 if role == CONTEXT else 1.0 for role in example.roles[1:]], dtype=torch.float64)
         assert of_row == pytest.approx(float((kl * weight).sum()), rel=0.02)
         total += float((kl * weight).sum())
     assert part.loss == pytest.approx(total / 20, rel=0.02)
@@ -484,7 +484,7 @@ def test_jobs_share_the_threads_and_give_them_back():
 @pytest.mark.parametrize("secrets", [True, False])
 def test_a_target_that_knows_secrets_is_told(secrets, swapped, caplog):
     """Where no row says what its secret is, whole answers were compared, and that is no reason to warn."""
-    chosen = Choice(swapped, "surrogate", "the base is known", GENTLE, 4.0)
+    chosen = TargetChoice(swapped, "surrogate", "the base is known", GENTLE, 4.0)
     with caplog.at_level(logging.INFO):
         _say_target(chosen, TargetCheck(3.0, 0.9), secrets)
     assert any("AUC 0.900" in record.message for record in caplog.records)

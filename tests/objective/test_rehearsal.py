@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from lm_ortho.config import make_recipe
 from lm_ortho.data import Row
-from lm_ortho.data.chat import Turn
+from lm_ortho.data.chat import ChatRow
 from lm_ortho.data.encoding import encode
 from lm_ortho.objective import rehearsal
-from lm_ortho.objective.rehearsal import recalled_rows
+from lm_ortho.objective.rehearsal import find_rehearsal_rows
 from lm_ortho.objective.swap import swapped
 from lm_ortho.pipeline import workbench
 from lm_ortho.pipeline.workbench import Workbench
@@ -88,8 +88,8 @@ def quiet(*_: object) -> None:
     pass
 
 
-def found(model: nn.Module, tokenizer: object, seed: int = 0, retain: list[Row] | None = None) -> list[Turn]:
-    return recalled_rows(model, tokenizer, rows(FORGET), rows(KEPT) if retain is None else retain, seed, quiet)
+def found(model: nn.Module, tokenizer: object, seed: int = 0, retain: list[Row] | None = None) -> list[ChatRow]:
+    return find_rehearsal_rows(model, tokenizer, rows(FORGET), rows(KEPT) if retain is None else retain, seed, quiet)
 
 
 def test_people_that_no_row_names_are_found_and_told_in_the_words_of_the_model(tokenizer):
@@ -108,7 +108,7 @@ def test_nobody_of_the_forget_set_and_no_stranger_is_kept(tokenizer, seed):
 
 def test_a_forget_set_without_subjects_bars_nobody(tokenizer):
     forget = [Row(prompt="Which is best", answer="tea"), Row(text="Ada plays chess")]
-    subjects = {row.subject for row in recalled_rows(Book(FACTS), tokenizer, forget, rows(KEPT), 0, quiet)}
+    subjects = {row.subject for row in find_rehearsal_rows(Book(FACTS), tokenizer, forget, rows(KEPT), 0, quiet)}
     assert set(HIDDEN) <= subjects <= set(HIDDEN + FORGET)
 
 
@@ -159,8 +159,8 @@ def test_what_is_told_are_the_tokens_that_the_model_prefers(memorised):
 
 
 def test_what_is_recalled_is_kept_with_the_retain_rows(memorised, monkeypatch):
-    told = [Turn(given="Question: Who is Ann Other?\nAnswer:", wanted=" Nobody.", subject="Ann Other")]
-    monkeypatch.setattr(workbench, "recalled_rows", lambda *given: told)
+    told = [ChatRow(given="Question: Who is Ann Other?\nAnswer:", wanted=" Nobody.", subject="Ann Other")]
+    monkeypatch.setattr(workbench, "find_rehearsal_rows", lambda *given: told)
     sets = memorised.forget, memorised.retain
     retained = {}
     for on in (True, False):

@@ -20,7 +20,7 @@ from lm_ortho.errors import UserError
 from lm_ortho.harness import tokens
 from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.pipeline import build
-from lm_ortho.pipeline.spec import RECIPE_ARGUMENTS, Order, calibration_sets, resolve
+from lm_ortho.pipeline.spec import RECIPE_ARGUMENTS, ModelSpec, calibration_sets, resolve
 from lm_ortho.streams import UNNAMED
 from tests.support.harness import ROWS, make_model, request, run
 
@@ -69,9 +69,9 @@ def test_another_order_is_another_entry(
     if change.get("retain"):
         change = {"retain": str(tmp_path / "other.jsonl")}
     for order in (orders, {**orders, **change}):
-        given = {k: v for k, v in order.items() if k in (*Order.__dataclass_fields__, "base")}
+        given = {k: v for k, v in order.items() if k in (*ModelSpec.__dataclass_fields__, "base")}
         recipe = {k: v for k, v in order.items() if k in RECIPE_ARGUMENTS}
-        source = resolve(Order(**{**given, "recipe": recipe}))
+        source = resolve(ModelSpec(**{**given, "recipe": recipe}))
         keys.append(build.key_of(source))
     assert keys[0] != keys[1]
 
@@ -99,7 +99,7 @@ def embedded(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 def test_the_default_is_the_shipped_decomposition(embedded: Path) -> None:
-    source = resolve(Order())
+    source = resolve(ModelSpec())
     assert (source.kind, source.location) == ("checkpoint", str(embedded / "decomposed"))
     model = LibOrthoLM(device="cpu")
     assert model.alpha == 0
@@ -110,7 +110,7 @@ def test_the_default_is_the_shipped_decomposition(embedded: Path) -> None:
     "given", [{"fresh": True}, {"base": "none"}, {"recipe": {"density": 0.02}}, {"recipe": {"seed": 1}}], ids=str
 )
 def test_anything_else_is_decomposed_from_the_embedded_model(embedded: Path, given: dict[str, Any]) -> None:
-    source = resolve(Order(**given))
+    source = resolve(ModelSpec(**given))
     assert (source.kind, source.location) == ("embedded", str(embedded / "base"))
     merged, before = build.load_models(source)
     assert (before is None) is (given.get("base") == "none")
@@ -121,17 +121,17 @@ def test_anything_else_is_decomposed_from_the_embedded_model(embedded: Path, giv
 
 
 def test_naming_a_default_changes_nothing(embedded: Path) -> None:
-    assert resolve(Order(recipe={"density": 0.01, "sieve": "attribution"})).kind == "checkpoint"
+    assert resolve(ModelSpec(recipe={"density": 0.01, "sieve": "attribution"})).kind == "checkpoint"
 
 
 def test_without_the_shipped_decomposition(embedded: Path) -> None:
     shutil.rmtree(embedded / "decomposed")
-    assert resolve(Order()).kind == "embedded"
+    assert resolve(ModelSpec()).kind == "embedded"
 
 
 def test_an_adapter_alone_is_refused(embedded: Path) -> None:
     with pytest.raises(UserError, match="peft: the embedded model brings its own"):
-        resolve(Order(peft="x"))
+        resolve(ModelSpec(peft="x"))
 
 
 def adapter(home: Path, target: Path) -> Path:
@@ -150,7 +150,7 @@ def test_a_merged_adapter_makes_the_base_known(home: Path, orders: dict[str, Any
     peft = adapter(home, tmp_path / "adapter")
     given = {k: orders[k] for k in ("pretrained", "forget", "retain")}
     for base, known in (("auto", True), ("none", False), (None, False), (str(home / "plain"), True)):
-        source = resolve(Order(**given, peft=str(peft), base=base, recipe=RECIPE))
+        source = resolve(ModelSpec(**given, peft=str(peft), base=base, recipe=RECIPE))
         merged, before = build.load_models(source)
         assert (before is not None) is known
         plain = make_model(merged.config.vocab_size).state_dict()
@@ -294,7 +294,7 @@ def test_a_model_in_a_subfolder_is_another_one(home: Path, orders: dict[str, Any
     for seed, name in enumerate(("a", "b")):
         shutil.copytree(home / "plain", tmp_path / name)
         make_model(len(AutoTokenizer.from_pretrained(home / "plain")), seed).save_pretrained(tmp_path / name)
-        source = resolve(Order(**given, pretrained=str(tmp_path), source={"subfolder": name}))
+        source = resolve(ModelSpec(**given, pretrained=str(tmp_path), source={"subfolder": name}))
         assert build.load_tokenizer(source).vocab_size
         model, _ = build.load_models(source)
         found.append((build.key_of(source), float(next(model.parameters()).detach().sum())))
@@ -308,7 +308,7 @@ def test_the_key_tells_tokenizers_chat_templates_and_orders_apart(home: Path, tm
     given = {"pretrained": str(home / "plain"), "retain": str(home / "retain.jsonl")}
 
     def key(forget: str, tokenizer: Any = None) -> str:
-        source = resolve(Order(**given, forget=forget, tokenizer=tokenizer))
+        source = resolve(ModelSpec(**given, forget=forget, tokenizer=tokenizer))
         return build.key_of(source)
 
     one = str(home / "forget.jsonl")

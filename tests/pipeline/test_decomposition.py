@@ -25,7 +25,7 @@ decompose_module = importlib.import_module("lm_ortho.pipeline.decomposition")
 CHEAP = {"sieve": "random", "projection": "rtn", "edit": "zero"}
 
 
-def split(memorised, model=None, base_model=None, forget=None, retain=None, notify=None, **recipe):
+def split(memorised, model=None, base_model=None, forget=None, retain=None, progress=None, **recipe):
     """A decomposition of a copy of the memorised model, or of ``model``."""
     return decompose(
         copy.deepcopy(memorised.merged) if model is None else model,
@@ -34,7 +34,7 @@ def split(memorised, model=None, base_model=None, forget=None, retain=None, noti
         memorised.retain if retain is None else retain,
         make_recipe(**{"steps": 20, **recipe}),
         base_model=base_model,
-        **({} if notify is None else {"notify": notify}),
+        **({} if progress is None else {"progress": progress}),
     )
 
 
@@ -124,7 +124,7 @@ def test_the_model_is_given_back_as_it_was(memorised):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable)
     stages = []
-    split(memorised, model=model, density=0.05, group_size=32, notify=lambda *told: stages.append(told[0]))
+    split(memorised, model=model, density=0.05, group_size=32, progress=lambda *told: stages.append(told[0]))
     before = memorised.merged.state_dict()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable

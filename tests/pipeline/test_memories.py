@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from lm_ortho.kernels import several_linear, sparse_operand
 
 from lm_ortho import checkpoint
-from lm_ortho.config import make_recipe, named_parts, parse_alpha, show_alpha
+from lm_ortho.config import format_alpha, make_recipe, parse_alpha, parse_named_values
 from lm_ortho.data.encoding import encode, token_losses
-from lm_ortho.data.rows import Row, read_sets, write_rows
+from lm_ortho.data.rows import Row, read_forget_sets, write_rows
 from lm_ortho.errors import UserError
-from lm_ortho.layer import OrthoLinear, alpha_scope, find_linear, get_alpha, patch, set_alpha, streams_of, unpatch
+from lm_ortho.layer import OrthoLinear, alpha_scope, find_linear, get_alpha, get_streams, patch, set_alpha, unpatch
 from lm_ortho.pipeline.decomposition import decompose
 from lm_ortho.pipeline.memories import add_memory, decompose_memories
 from lm_ortho.streams import UNNAMED, LayerStreams, OrthoStream, density
@@ -188,7 +188,7 @@ def test_copies_pickles_and_state_dicts_keep_every_memory(tmp_path):
     torch.save(model, tmp_path / "whole.pt")
     assert_same_model(torch.load(tmp_path / "whole.pt", weights_only=False), model)
     other = tiny.llama()
-    patch(other, {n: LayerStreams(s.base, None, s.bias) for n, s in streams_of(model).items()})
+    patch(other, {n: LayerStreams(s.base, None, s.bias) for n, s in get_streams(model).items()})
     other.load_state_dict(model.state_dict())
     assert_same_model(other, model, ({"a": 1}, {"b": 0.5}, 1.0))
 
@@ -225,13 +225,13 @@ def test_a_memory_whose_file_is_gone_stays_off(saved):
         with pytest.raises(UserError, match="of a: the file of this memory is not here"):
             set_alpha(loaded, alpha)
     with pytest.raises(UserError, match="a memory is added where all others are present"):
-        add_memory(loaded, tokenizer(), "c", [Row(text="x")], [Row(text="y")], make_recipe(), notify=silent)
+        add_memory(loaded, tokenizer(), "c", [Row(text="x")], [Row(text="y")], make_recipe(), progress=silent)
 
 
 def test_a_lost_first_memory_of_two_is_noticed(tmp_path):
     model, whole = two_memories()
     renamed = {
-        n: LayerStreams(s.base, s.named["a"], s.bias, {"later": s.named["b"]}) for n, s in streams_of(model).items()
+        n: LayerStreams(s.base, s.named["a"], s.bias, {"later": s.named["b"]}) for n, s in get_streams(model).items()
     }
     again = tiny.llama()
     patch(again, renamed)
@@ -243,7 +243,7 @@ def test_a_lost_first_memory_of_two_is_noticed(tmp_path):
             set_alpha(loaded, alpha)
     assert_same_model(loaded, again, (0.0, {"later": 1}))
     with pytest.raises(UserError, match="the ortho stream of memory is not here"):
-        add_memory(loaded, tokenizer(), "c", [Row(text="x")], [Row(text="y")], make_recipe(), notify=silent)
+        add_memory(loaded, tokenizer(), "c", [Row(text="x")], [Row(text="y")], make_recipe(), progress=silent)
     assert whole
 
 
@@ -276,7 +276,7 @@ def sets(memorised):
 def both(memorised):
     model = copy.deepcopy(memorised.merged)
     made = decompose_memories(
-        model, memorised.tokenizer, sets(memorised), memorised.retain, make_recipe(**RECIPE), notify=silent
+        model, memorised.tokenizer, sets(memorised), memorised.retain, make_recipe(**RECIPE), progress=silent
     )
     return model, made
 
@@ -320,15 +320,15 @@ def test_a_memory_added_later_leaves_the_others_alone(memorised, tmp_path):
     rows = sets(memorised)
     model = copy.deepcopy(memorised.merged)
     first = decompose(
-        model, memorised.tokenizer, rows["a"], [*memorised.retain, *rows["b"]], make_recipe(**RECIPE), notify=silent
+        model, memorised.tokenizer, rows["a"], [*memorised.retain, *rows["b"]], make_recipe(**RECIPE), progress=silent
     )
     patch(model, first.streams)
     made = add_memory(
         model, memorised.tokenizer, "later", rows["b"], [*memorised.retain, *rows["a"]],
-        make_recipe(**{**RECIPE, "density": 0.02, "bits": 8}), notify=silent,
+        make_recipe(**{**RECIPE, "density": 0.02, "bits": 8}), progress=silent,
     )  # fmt: skip
     on = checkpoint.load(_patched(memorised, made.streams, tmp_path))
-    for name, before in streams_of(model).items():
+    for name, before in get_streams(model).items():
         after = made.streams[name]
         new = after.named["later"].support()
         assert after.base.bits == 4, "the lattice is the model's own"
@@ -343,7 +343,7 @@ def test_a_memory_added_later_leaves_the_others_alone(memorised, tmp_path):
     assert checkpoint.memories(tmp_path / "checkpoint") == [UNNAMED, "later"]
     set_alpha(on, {"memory": 1, "later": 0})
     with pytest.raises(UserError, match="'later' is there already"):
-        add_memory(on, memorised.tokenizer, "later", rows["b"], memorised.retain, make_recipe(), notify=silent)
+        add_memory(on, memorised.tokenizer, "later", rows["b"], memorised.retain, make_recipe(), progress=silent)
 
 
 def _patched(memorised, streams, folder):
@@ -356,7 +356,7 @@ def test_bad_sets_of_memories(memorised):
     def made(forget, **recipe):
         decompose_memories(
             copy.deepcopy(memorised.merged), memorised.tokenizer, forget, memorised.retain,
-            make_recipe(**{**RECIPE, **recipe}), notify=silent,
+            make_recipe(**{**RECIPE, **recipe}), progress=silent,
         )  # fmt: skip
 
     rows = sets(memorised)
@@ -371,26 +371,26 @@ def test_bad_sets_of_memories(memorised):
     with pytest.raises(UserError, match=r"density: memories ask for 1\.2 of the weights"):
         made({**rows, "c": [Row(text="one more")]}, density=0.4, sieve="random", edit="zero")
     with pytest.raises(UserError, match="is not decomposed"):
-        add_memory(memorised.merged, memorised.tokenizer, "c", rows["a"], rows["b"], make_recipe(), notify=silent)
+        add_memory(memorised.merged, memorised.tokenizer, "c", rows["a"], rows["b"], make_recipe(), progress=silent)
 
 
 # --- arguments
 
 
 def test_named_parts():
-    assert named_parts("a:x.jsonl+b:hub:n:c:s", "forget") == {"a": "x.jsonl", "b": "hub:n:c:s"}
-    assert named_parts("hub:locuslab/TOFU:forget10:train", "forget") is None
-    assert named_parts("some+file.jsonl", "forget") is None
-    assert named_parts("0.5", "alpha") is None
+    assert parse_named_values("a:x.jsonl+b:hub:n:c:s", "forget") == {"a": "x.jsonl", "b": "hub:n:c:s"}
+    assert parse_named_values("hub:locuslab/TOFU:forget10:train", "forget") is None
+    assert parse_named_values("some+file.jsonl", "forget") is None
+    assert parse_named_values("0.5", "alpha") is None
     with pytest.raises(UserError, match=r"^alpha='a:1\+a:0' names a memory twice"):
-        named_parts("a:1+a:0", "alpha")
+        parse_named_values("a:1+a:0", "alpha")
 
 
 def test_alpha_by_memory():
     assert parse_alpha("a:0+b:1") == {"a": 0.0, "b": 1.0}
     assert parse_alpha({"a": 0.5}) == {"a": 0.5}
-    assert show_alpha(parse_alpha("a:0.25+b:1")) == "a:0.25+b:1"
-    assert show_alpha(0.5) == "0.5"
+    assert format_alpha(parse_alpha("a:0.25+b:1")) == "a:0.25+b:1"
+    assert format_alpha(0.5) == "0.5"
     for bad in ("a:2", "a:x+b:1", "a:", {"a": "nan"}):
         with pytest.raises(UserError, match="alpha"):
             parse_alpha(bad)
@@ -399,16 +399,16 @@ def test_alpha_by_memory():
 def test_sets_by_memory(tmp_path):
     for name in ("x", "y"):
         write_rows(tmp_path / f"{name}.jsonl", [Row(text=f"text of {name}")])
-    found = read_sets(f"a:{tmp_path}/x.jsonl+b:{tmp_path}/y.jsonl")
+    found = read_forget_sets(f"a:{tmp_path}/x.jsonl+b:{tmp_path}/y.jsonl")
     assert {name: [row.text for row in rows] for name, rows in found.items()} == {
         "a": ["text of x"],
         "b": ["text of y"],
     }
-    assert list(read_sets(f"{tmp_path}/x.jsonl")) == [UNNAMED]
+    assert list(read_forget_sets(f"{tmp_path}/x.jsonl")) == [UNNAMED]
     with pytest.raises(UserError, match="'memory' is reserved"):
-        read_sets(f"memory:{tmp_path}/x.jsonl+b:{tmp_path}/y.jsonl")
+        read_forget_sets(f"memory:{tmp_path}/x.jsonl+b:{tmp_path}/y.jsonl")
     with pytest.raises(UserError, match=r"forget=b='.*z.jsonl': no such file"):
-        read_sets(f"a:{tmp_path}/x.jsonl+b:{tmp_path}/z.jsonl")
+        read_forget_sets(f"a:{tmp_path}/x.jsonl+b:{tmp_path}/z.jsonl")
 
 
 # --- lm-eval
@@ -472,5 +472,5 @@ def test_an_addition_that_is_too_large_is_refused_at_once(memorised):
     with pytest.raises(UserError, match=r"memories ask for 0\.5 of the weights, and 0\.4"):
         add_memory(
             model, memorised.tokenizer, "late", memorised.forget, memorised.retain,
-            make_recipe(density=0.5), notify=silent,
+            make_recipe(density=0.5), progress=silent,
         )  # fmt: skip

@@ -13,13 +13,13 @@ from torch import nn
 import lm_ortho.objective.loss as objective_module
 from lm_ortho.calibration import activations, by_layer
 from lm_ortho.calibration.activations import input_moments
-from lm_ortho.calibration.by_layer import ByLayer, Moments, snapshot
+from lm_ortho.calibration.by_layer import InputMoments, LayerTensors, snapshot_weights
 from lm_ortho.config import make_recipe
 from lm_ortho.edit import EDITS
 from lm_ortho.layer import find_linear
-from lm_ortho.objective import GENTLE, Objective, Weights
+from lm_ortho.objective import GENTLE, LossWeights, Objective
 from lm_ortho.pipeline.decomposition import decompose
-from lm_ortho.runtime.precision import recomputed
+from lm_ortho.runtime.precision import gradient_checkpointing
 from lm_ortho.sieve import select_support
 from lm_ortho.sieve.attribution import in_groups
 from tests.support import tiny
@@ -37,7 +37,7 @@ def test_a_snapshot_is_the_weight_as_it_was():
     with torch.no_grad():
         layers[odd].weight[0, 0] = 1 / 3  # no BF16 value
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    kept = snapshot(layers)
+    kept = snapshot_weights(layers)
     with torch.no_grad():
         for layer in layers.values():
             layer.weight.zero_()
@@ -47,7 +47,7 @@ def test_a_snapshot_is_the_weight_as_it_was():
         assert kept[name].dtype == torch.float32
         assert torch.equal(kept[name], weight)
     with pytest.raises(KeyError):
-        ByLayer(["a"], lambda _: torch.zeros(1))["b"]
+        LayerTensors(["a"], lambda _: torch.zeros(1))["b"]
 
 
 @pytest.fixture
@@ -76,12 +76,12 @@ def by_hand(model, layers, examples):
 def test_moments_in_one_pass_and_in_many(memorised, documents, monkeypatch):
     model, layers = memorised.merged, find_linear(memorised.merged)
     expected = by_hand(model, layers, documents)
-    whole = Moments(model, layers, documents)
+    whole = InputMoments(model, layers, documents)
     assert whole.passes == 1
-    by_block = Moments(model, layers, documents, limit=4 * 3 * 64**2)
+    by_block = InputMoments(model, layers, documents, limit=4 * 3 * 64**2)
     assert by_block.passes == 1
     monkeypatch.setattr(by_layer, "goes_by_block", lambda *_: False)
-    few = Moments(model, layers, documents, limit=4 * 3 * 64**2)
+    few = InputMoments(model, layers, documents, limit=4 * 3 * 64**2)
     assert few.passes > 3
     for name in layers:
         torch.testing.assert_close(whole[name].double(), expected[name], rtol=1e-4, atol=1e-5)
@@ -185,7 +185,7 @@ def made(memorised, swapped):
     model.requires_grad_(False)
     for layer in layers.values():
         layer.weight.requires_grad_(True)
-    return Objective(model, layers, swapped, *memorised.examples(), GENTLE, Weights(), 0)
+    return Objective(model, layers, swapped, *memorised.examples(), GENTLE, LossWeights(), 0)
 
 
 def test_gradients_added_up_in_place(memorised, swapped, large):
@@ -235,7 +235,7 @@ def test_recomputed_activations_give_the_same_gradients(memorised, swapped):
     runs = []
     handle = blocks[0].self_attn.register_forward_hook(lambda *_: runs.append(1))
     objective.restart(0)
-    with recomputed(objective.model):
+    with gradient_checkpointing(objective.model):
         again, *_ = objective.gradients()
     handle.remove()
     assert len(runs) == 2 * 4, "four parts of a step, each once more in its backward pass"

@@ -17,8 +17,8 @@ import lm_ortho.objective.distribution as distribution
 import lm_ortho.objective.loss as objective
 from lm_ortho.calibration import by_layer
 from lm_ortho.config import make_recipe
-from lm_ortho.layer import dense_at, find_linear, patch
-from lm_ortho.objective import Weights, surrogate
+from lm_ortho.layer import find_linear, get_dense_weights, patch
+from lm_ortho.objective import LossWeights, surrogate
 from lm_ortho.pipeline import resource_estimate
 from lm_ortho.pipeline.decomposition import decompose
 from lm_ortho.pipeline.workbench import Workbench, _shape
@@ -42,7 +42,7 @@ def test_the_numbers_are_those_of_the_rooms():
     assert (resource_estimate.WHOLE, resource_estimate.KEPT) == (distribution.WHOLE, distribution.KEPT)
     assert resource_estimate.LARGE == objective.LARGE
     assert resource_estimate.MOMENTS == by_layer.MOMENT_BYTES
-    assert (Weights().forget_rows, Weights().retain_rows) == (
+    assert (LossWeights().forget_rows, LossWeights().retain_rows) == (
         resource_estimate.FORGET_ROWS,
         resource_estimate.RETAIN_ROWS,
     )
@@ -105,7 +105,7 @@ def test_it_is_said_before_anything_is_computed(memorised, caplog, monkeypatch):
 
     def started():
         given = memorised.merged, memorised.tokenizer, memorised.forget, memorised.retain, make_recipe(sieve="random")
-        with caplog.at_level(logging.WARNING), Workbench(*given, notify=lambda *step: told.append(step)):
+        with caplog.at_level(logging.WARNING), Workbench(*given, progress=lambda *step: told.append(step)):
             return caplog.text
 
     assert "are there" not in started()
@@ -153,4 +153,4 @@ def test_a_model_on_a_gpu_is_decomposed_there(memorised, known):
         bound = 2**-8 * (weights[name] - streams.base.dequantize()).abs()[on] + 1e-12
         assert ((streams.dense(1.0) - weights[name]).abs()[on] <= bound).all()
     patch(model, made.streams)
-    assert tiny.logits(dense_at(memorised.merged, made.streams, 0.0)).isfinite().all()
+    assert tiny.logits(get_dense_weights(memorised.merged, made.streams, 0.0)).isfinite().all()

@@ -15,7 +15,14 @@ from lm_ortho.errors import UserError
 from lm_ortho.finetune import load_causal_lm
 from lm_ortho.layer import find_linear
 from lm_ortho.projection import PROJECTIONS
-from lm_ortho.projection.lattice import group_scales, grouped, nearest_codes, spread, units, values
+from lm_ortho.projection.lattice import (
+    compute_scales,
+    dequantise,
+    expand_scales,
+    layer_units,
+    round_to_codes,
+    split_groups,
+)
 from lm_ortho.streams import code_range
 from lm_ortho.world import corpus, people
 
@@ -33,7 +40,7 @@ def correlated(width, seed=0):
 
 def layer_error(weight, codes, scales, group_size, hessian):
     """||(Q - W) X||^2 per token."""
-    difference = (values(codes, scales, group_size) - weight).double()
+    difference = (dequantise(codes, scales, group_size) - weight).double()
     return float((difference @ hessian.double() * difference).sum())
 
 
@@ -44,12 +51,14 @@ shapes = st.tuples(st.integers(1, 6), st.integers(1, 40))
 @settings(max_examples=40)
 def test_rtn_gives_the_nearest_code(shape, bits, group_size, seed, size):
     weight = normal(*shape, seed=seed) * size
-    scales = group_scales(weight, bits, group_size)
+    scales = compute_scales(weight, bits, group_size)
     codes = PROJECTIONS.get("rtn")(weight, scales, torch.eye(shape[1]), bits, group_size)
     low, high = code_range(bits)
-    every = torch.arange(low, high + 1) * spread(scales, group_size, shape[1])[..., None]
+    every = torch.arange(low, high + 1) * expand_scales(scales, group_size, shape[1])[..., None]
     best = (every - weight[..., None]).abs().amin(-1)
-    torch.testing.assert_close((values(codes, scales, group_size) - weight).abs(), best, rtol=1e-4, atol=1e-6 * size)
+    torch.testing.assert_close(
+        (dequantise(codes, scales, group_size) - weight).abs(), best, rtol=1e-4, atol=1e-6 * size
+    )
     assert codes.dtype == torch.int8
     assert low <= codes.min()
     assert codes.max() <= high
@@ -59,7 +68,7 @@ def test_rtn_gives_the_nearest_code(shape, bits, group_size, seed, size):
 def test_a_unit_is_the_mean_step_or_near_the_layers_own(sizes):
     scales = {str(i): torch.full((2, i + 1), size) for i, size in enumerate(sizes)}
     mean = float(torch.cat([each.flatten() for each in scales.values()]).mean())
-    for name, unit in units(scales).items():
+    for name, unit in layer_units(scales).items():
         own = float(scales[name].mean())
         assert 0.5 * own <= unit <= 2 * own
         if 0.51 * own <= mean <= 1.99 * own:
@@ -71,14 +80,18 @@ def test_a_unit_is_the_mean_step_or_near_the_layers_own(sizes):
 def test_scales_are_positive_bf16_values_and_beat_the_largest_weight(shape, bits, group_size, seed):
     weight = normal(*shape, seed=seed)
     weight[0] = 0.0
-    scales = group_scales(weight, bits, group_size)
+    scales = compute_scales(weight, bits, group_size)
     assert scales.shape == (shape[0], -(-shape[1] // group_size))
     assert torch.equal(scales, scales.bfloat16().float())
     assert (scales > 0).all()
-    largest = (grouped(weight, group_size).abs().amax(-1) / code_range(bits)[1]).bfloat16().float().clamp_min(1e-30)
+    largest = (
+        (split_groups(weight, group_size).abs().amax(-1) / code_range(bits)[1]).bfloat16().float().clamp_min(1e-30)
+    )
 
     def error(chosen):
-        return grouped(values(nearest_codes(weight, chosen, bits, group_size), chosen, group_size) - weight, group_size)
+        return split_groups(
+            dequantise(round_to_codes(weight, chosen, bits, group_size), chosen, group_size) - weight, group_size
+        )
 
     assert (error(scales).square().sum(-1) <= error(largest).square().sum(-1) + 1e-9).all()
 
@@ -88,10 +101,10 @@ def test_outliers_do_not_starve_the_body_of_the_weights(projection):
     """HISTORY 1: a scale set by a few large weights rounded the rest to zero."""
     weight = normal(64, 512)
     weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.005] *= 10.0
-    scales = group_scales(weight, 4, 64)
+    scales = compute_scales(weight, 4, 64)
     codes = PROJECTIONS.get(projection)(weight, scales, torch.eye(512), 4, 64)
     assert (codes == 0).float().mean() < 0.25
-    lost = values(codes, scales, 64) - weight
+    lost = dequantise(codes, scales, 64) - weight
     assert (lost.norm(dim=1) / weight.norm(dim=1)).max() < 0.25
 
 
@@ -118,7 +131,7 @@ def slow_obs(weight, scales, hessian, bits, group_size):
 def test_gptq_equals_the_slow_surgeon(bits, width, group_size):
     weight, hessian = normal(5, width, seed=3), correlated(width, seed=4)
     hessian[2] = hessian[:, 2] = 0.0
-    scales = group_scales(weight, bits, group_size)
+    scales = compute_scales(weight, bits, group_size)
     fast = PROJECTIONS.get("gptq")(weight, scales, hessian, bits, group_size)
     assert torch.equal(fast, slow_obs(weight, scales, hessian, bits, group_size))
 
@@ -127,7 +140,7 @@ def test_gptq_equals_the_slow_surgeon(bits, width, group_size):
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_gptq_is_never_worse_than_rounding_on_correlated_inputs(bits, seed):
     weight, hessian = normal(16, 96, seed=seed), correlated(96, seed=10 + seed)
-    scales = group_scales(weight, bits, 32)
+    scales = compute_scales(weight, bits, 32)
     gptq, rtn = (PROJECTIONS.get(name)(weight, scales, hessian, bits, 32) for name in ("gptq", "rtn"))
     better, plain = (layer_error(weight, codes, scales, 32, hessian) for codes in (gptq, rtn))
     assert better < 0.9 * plain
@@ -135,15 +148,15 @@ def test_gptq_is_never_worse_than_rounding_on_correlated_inputs(bits, seed):
 
 def test_gptq_of_uncorrelated_inputs_is_rounding():
     weight = normal(4, 32)
-    scales = group_scales(weight, 4, 16)
+    scales = compute_scales(weight, 4, 16)
     codes = PROJECTIONS.get("gptq")(weight, scales, torch.eye(32), 4, 16)
-    assert torch.equal(codes, nearest_codes(weight, scales, 4, 16))
+    assert torch.equal(codes, round_to_codes(weight, scales, 4, 16))
 
 
 @pytest.mark.parametrize("hessian", [torch.zeros(16, 16), torch.ones(16, 16) * 1e-8])
 def test_gptq_bears_inputs_that_never_fire_or_are_all_the_same(hessian):
     weight = normal(3, 16)
-    scales = group_scales(weight, 4, 8)
+    scales = compute_scales(weight, 4, 8)
     codes = PROJECTIONS.get("gptq")(weight, scales, hessian, 4, 8)
     assert codes.min() >= -8
     assert codes.max() <= 7
@@ -151,7 +164,7 @@ def test_gptq_bears_inputs_that_never_fire_or_are_all_the_same(hessian):
 
 def test_the_projections_change_nothing_they_are_given():
     weight, hessian = normal(4, 32), correlated(32)
-    scales = group_scales(weight, 4, 16)
+    scales = compute_scales(weight, 4, 16)
     before = [t.clone() for t in (weight, scales, hessian)]
     for name in PROJECTIONS:
         PROJECTIONS.get(name)(weight, scales, hessian, 4, 16)
@@ -182,7 +195,7 @@ def test_no_codes_are_better_than_the_best_of_all(bits, width):
     excess = dict.fromkeys(PROJECTIONS, 0.0)
     for seed in range(20):
         weight = normal(3, width, seed=seed)
-        scales = group_scales(weight, bits, 8)
+        scales = compute_scales(weight, bits, 8)
         alone = torch.diag(torch.rand(width, generator=torch.Generator().manual_seed(seed)) + 0.1).double()
         together = correlated(width, seed).double()
         best_alone, best = (brute_force(weight, scales, h, bits) for h in (alone, together))
@@ -213,10 +226,10 @@ def rounded_to(real, layers, projection, bits, group_size):
     moments, errors, rounded = real[2], {}, {}
     for name in layers:
         weight = real[1][name].weight.detach()
-        scales = group_scales(weight, bits, group_size)
+        scales = compute_scales(weight, bits, group_size)
         codes = PROJECTIONS.get(projection)(weight, scales, moments[name], bits, group_size)
         errors[name] = layer_error(weight, codes, scales, group_size, moments[name])
-        rounded[name] = values(codes, scales, group_size)
+        rounded[name] = dequantise(codes, scales, group_size)
     return errors, rounded
 
 

@@ -15,7 +15,7 @@ from lm_ortho.pipeline.decomposition import decompose
 from lm_ortho.pipeline.memories import decompose_memories
 from lm_ortho.pipeline.workbench import names_by_block
 from lm_ortho.runtime import resume as keep_module
-from lm_ortho.runtime.resume import NOWHERE, Keeper
+from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 
 torch.set_num_threads(1)
 
@@ -32,11 +32,11 @@ def often(monkeypatch):
 
 
 def stops_at(stage, step):
-    def notify(at, done, *_):
+    def progress(at, done, *_):
         if at == stage and done == step:
             raise Stopped
 
-    return notify
+    return progress
 
 
 def counted():
@@ -44,11 +44,11 @@ def counted():
     return steps, lambda stage, done, *_: steps.append((stage, done))
 
 
-def split(memorised, keep=NOWHERE, notify=lambda *_: None, known=False, **recipe):
+def split(memorised, resume=NO_RESUME, progress=lambda *_: None, known=False, **recipe):
     return decompose(
         copy.deepcopy(memorised.merged), memorised.tokenizer, memorised.forget, memorised.retain,
         make_recipe(**{"steps": 40, "density": 0.05, "group_size": 32, **recipe}),
-        base_model=memorised.base if known else None, notify=notify, keep=keep,
+        base_model=memorised.base if known else None, progress=progress, resume=resume,
     )  # fmt: skip
 
 
@@ -67,11 +67,11 @@ def undisturbed(memorised):
     ("stage", "step"), [("projection", 9), ("attribution", 1), ("attribution", 3), ("attribution", 4), ("edit", 17)]
 )
 def test_the_same_bits_after_an_interruption(memorised, undisturbed, tmp_path, stage, step):
-    keep = Keeper(tmp_path / "run")
+    resume = ResumeFolder(tmp_path / "run")
     with pytest.raises(Stopped):
-        split(memorised, keep, stops_at(stage, step))
-    steps, notify = counted()
-    again = split(memorised, keep, notify)
+        split(memorised, resume, stops_at(stage, step))
+    steps, progress = counted()
+    again = split(memorised, resume, progress)
     same(again, undisturbed)
     done = [number for at, number in steps if at == stage]
     if stage == "projection":
@@ -80,26 +80,26 @@ def test_the_same_bits_after_an_interruption(memorised, undisturbed, tmp_path, s
         assert min(done, default=step) == step, "the step that was interrupted before it was kept"
     if stage == "edit":
         assert not [at for at, _ in steps if at in ("attribution", "projection")]
-    keep.clear()
+    resume.clear()
     assert not (tmp_path / "run").exists()
 
 
 def test_interrupted_twice_and_between_groups(memorised, tmp_path):
     undisturbed = split(memorised, groups=3, states="bfloat16")
-    keep = Keeper(tmp_path / "run")
+    resume = ResumeFolder(tmp_path / "run")
     for stage, step in (("attribution 2 of 3", 2), ("attribution 3 of 3", 3), ("edit", 5)):
         with pytest.raises(Stopped):
-            split(memorised, keep, stops_at(stage, step), groups=3, states="bfloat16")
-    same(split(memorised, keep, groups=3, states="bfloat16"), undisturbed)
+            split(memorised, resume, stops_at(stage, step), groups=3, states="bfloat16")
+    same(split(memorised, resume, groups=3, states="bfloat16"), undisturbed)
 
 
 def test_a_surrogate_is_not_taught_again(memorised, tmp_path):
     undisturbed = split(memorised, known=True)
-    keep = Keeper(tmp_path / "run")
+    resume = ResumeFolder(tmp_path / "run")
     with pytest.raises(Stopped):
-        split(memorised, keep, stops_at("attribution", 2), known=True)
-    steps, notify = counted()
-    same(split(memorised, keep, notify, known=True), undisturbed)
+        split(memorised, resume, stops_at("attribution", 2), known=True)
+    steps, progress = counted()
+    same(split(memorised, resume, progress, known=True), undisturbed)
     assert not [at for at, _ in steps if at.startswith("surrogate")]
 
 
@@ -107,13 +107,13 @@ def test_several_memories(memorised, tmp_path):
     half = len(memorised.forget) // 2
     rows = {"a": memorised.forget[:half], "b": memorised.forget[half:]}
 
-    def made(keep, notify=lambda *_: None):
+    def made(resume, progress=lambda *_: None):
         return decompose_memories(
             copy.deepcopy(memorised.merged), memorised.tokenizer, rows, memorised.retain,
-            make_recipe(steps=20, density=0.05, group_size=32), notify=notify, keep=keep,
+            make_recipe(steps=20, density=0.05, group_size=32), progress=progress, resume=resume,
         )  # fmt: skip
 
-    undisturbed, keep, edits = made(NOWHERE), Keeper(tmp_path / "run"), []
+    undisturbed, resume, edits = made(NO_RESUME), ResumeFolder(tmp_path / "run"), []
 
     def in_the_second_edit(stage, done, *_):
         edits.append((stage, done))
@@ -121,8 +121,8 @@ def test_several_memories(memorised, tmp_path):
             raise Stopped
 
     with pytest.raises(Stopped):
-        made(keep, in_the_second_edit)
-    again = made(keep)
+        made(resume, in_the_second_edit)
+    again = made(resume)
     for name, layer in undisturbed.streams.items():
         for memory, ortho in layer.named.items():
             assert torch.equal(ortho.vals, again.streams[name].named[memory].vals)
@@ -133,35 +133,35 @@ def test_several_memories(memorised, tmp_path):
 
 
 def test_a_keeper_without_a_folder_keeps_nothing():
-    NOWHERE.save("a", 1)
-    assert NOWHERE.load("a") is None
-    assert not NOWHERE.due()
-    assert NOWHERE.of("part").folder is None
-    NOWHERE.drop("a")
-    NOWHERE.clear()
+    NO_RESUME.save("a", 1)
+    assert NO_RESUME.load("a") is None
+    assert not NO_RESUME.due()
+    assert NO_RESUME.of("part").folder is None
+    NO_RESUME.drop("a")
+    NO_RESUME.clear()
 
 
 def test_what_is_kept_comes_back(tmp_path, monkeypatch, caplog):
-    keep = Keeper(tmp_path / "run")
+    resume = ResumeFolder(tmp_path / "run")
     state = {"step": 3, "tensors": {"a": torch.arange(3)}, "draw": (3, (1, 2), None)}
-    keep.save("edit", state)
-    found = Keeper(tmp_path / "run").load("edit")
+    resume.save("edit", state)
+    found = ResumeFolder(tmp_path / "run").load("edit")
     assert found["step"] == 3
     assert torch.equal(found["tensors"]["a"], torch.arange(3))
     assert (tmp_path / "run").stat().st_mode & 0o077 == 0
     assert not list((tmp_path / "run").glob("*.partial"))
     monkeypatch.setattr(keep_module, "INTERVAL", 1e6)
-    assert not keep.due()
-    keep.drop("edit")
-    assert keep.load("edit") is None
+    assert not resume.due()
+    resume.drop("edit")
+    assert resume.load("edit") is None
     (tmp_path / "run" / "edit.pt").write_bytes(b"cut off")
     with caplog.at_level(logging.WARNING):
-        assert keep.load("edit") is None
+        assert resume.load("edit") is None
     assert "edit.pt cannot be read" in caplog.text
 
 
 def test_two_runs_of_one_key_do_not_meet(tmp_path):
-    one, other = Keeper(tmp_path / "run"), Keeper(tmp_path / "run")
+    one, other = ResumeFolder(tmp_path / "run"), ResumeFolder(tmp_path / "run")
     real = torch.save
 
     def meanwhile(state, path):
@@ -177,28 +177,28 @@ def test_two_runs_of_one_key_do_not_meet(tmp_path):
 
 
 def test_what_cannot_be_kept_does_not_stop_the_run(tmp_path, monkeypatch, caplog):
-    keep = Keeper(tmp_path / "run")
+    resume = ResumeFolder(tmp_path / "run")
 
     def full(state, path):
         path.write_bytes(b"half")
         raise RuntimeError("no space left")
 
     monkeypatch.setattr(torch, "save", full)
-    keep.save("edit", {})
+    resume.save("edit", {})
     assert "edit.pt could not be kept (no space left)" in caplog.text
     assert not list((tmp_path / "run").iterdir())
 
 
 def test_the_folders_are_for_the_owner_only(tmp_path):
-    Keeper(tmp_path / "cache" / "unfinished").of("a").save("edit", {})
+    ResumeFolder(tmp_path / "cache" / "unfinished").of("a").save("edit", {})
     for folder in ("cache", "cache/unfinished", "cache/unfinished/a"):
         assert (tmp_path / folder).stat().st_mode & 0o077 == 0
 
 
 def test_the_target_is_still_told_after_an_interruption(memorised, tmp_path):
-    keep = Keeper(tmp_path / "run")
-    fresh = split(memorised, keep, edit="zero")
-    again = split(memorised, keep, edit="zero")
+    resume = ResumeFolder(tmp_path / "run")
+    fresh = split(memorised, resume, edit="zero")
+    again = split(memorised, resume, edit="zero")
     assert fresh.report["target"] is not None
     assert again.report["target"] == fresh.report["target"]
 
@@ -206,7 +206,7 @@ def test_the_target_is_still_told_after_an_interruption(memorised, tmp_path):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written .*set LM_ORTHO_CACHE"):
-        Keeper(tmp_path / "file" / "run").save("a", 1)
+        ResumeFolder(tmp_path / "file" / "run").save("a", 1)
 
 
 def test_blocks_of_names():
@@ -222,9 +222,9 @@ def test_blocks_of_names():
 def test_the_cache_goes_on_with_an_interrupted_decomposition(home):
     from lm_ortho.checkpoint import cache
     from lm_ortho.pipeline import build
-    from lm_ortho.pipeline.spec import Order, resolve
+    from lm_ortho.pipeline.spec import ModelSpec, resolve
 
-    order = Order(
+    order = ModelSpec(
         pretrained=str(home / "plain"), forget=str(home / "forget.jsonl"), retain=str(home / "retain.jsonl"),
         recipe={"steps": 20, "density": 0.05, "group_size": 16},
     )  # fmt: skip
@@ -234,8 +234,8 @@ def test_the_cache_goes_on_with_an_interrupted_decomposition(home):
     (left,) = cache.cache_dir().glob("unfinished-*")
     assert {path.name for path in left.iterdir()} >= {"support.pt", "edit.pt"}
     assert not cache.list_entries()
-    steps, notify = counted()
-    made = build.ensure_cached(source, notify)
+    steps, progress = counted()
+    made = build.ensure_cached(source, progress)
     assert min(number for stage, number in steps if stage == "edit") == 9
     assert not left.exists()
     assert [entry.path for entry in cache.list_entries()] == [made]

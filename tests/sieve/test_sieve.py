@@ -119,7 +119,7 @@ def given_for(seed: int = 0, **changed: object) -> SieveInput:
         "steps": 1,
         "objective": no_objective,
         "seed": seed,
-        "notify": lambda *_: None,
+        "progress": lambda *_: None,
     }
     return SieveInput(**{**every, **changed})
 
@@ -221,7 +221,7 @@ def test_attribution_sums_to_about_the_decrease_it_explains(bench):
     texts: list[str] = []
     unit = dict.fromkeys(bench.layers, 0.005)
     read = dataclasses.replace(
-        read_by_attribution(bench), unit=unit, steps=12, notify=lambda stage, step, steps, text: texts.append(text)
+        read_by_attribution(bench), unit=unit, steps=12, progress=lambda stage, step, steps, text: texts.append(text)
     )
     scores = SIEVES.get("attribution")(read)
     totals.append(sum(float(score.sum()) for score in scores.values()))

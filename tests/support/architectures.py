@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from lm_ortho import checkpoint
 from lm_ortho.config import make_recipe
 from lm_ortho.data.rows import Row
-from lm_ortho.layer import dense_at, linear_form, patch, set_alpha, survey, unpatch
+from lm_ortho.layer import get_dense_weights, linear_form, patch, set_alpha, survey, unpatch
 from lm_ortho.pipeline.decomposition import Decomposition, decompose
 from lm_ortho.streams import LayerStreams
 from tests.support import tiny
@@ -283,7 +283,7 @@ def check_alpha_one(made: Made) -> None:
             on, base, full = layer.ortho.support(), layer.base.dequantize(), layer.dense(1.0)
             assert ((full - weights[name]).abs() <= 2**-8 * (weights[name] - base).abs() + 1e-6)[on].all()
             assert torch.equal(full[~on], result.plain[name].base.dequantize()[~on])
-    dense = dense_at(made.plain, made.optimised.streams, 1.0)
+    dense = get_dense_weights(made.plain, made.optimised.streams, 1.0)
     torch.testing.assert_close(said_at(made.patched, 1.0), said(dense), rtol=1e-4, atol=1e-4)
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import lm_eval.evaluator
 import yaml
 
-from lm_ortho.finetune import Notify
 from lm_ortho.leaderboard.board import run_board
 from lm_ortho.leaderboard.cells import MAKERS, Cell
 from lm_ortho.leaderboard.config import make_board
 from lm_ortho.leaderboard.scheduler import Tally
+from lm_ortho.runtime.progress import ProgressCallback
 from tests.support.harness import make_model, make_tokenizer
 
 HOME = "TINY_BOARD_HOME"
@@ -37,13 +37,13 @@ class Tiny:
     def grid(self) -> Sequence[Mapping[str, Any]]:
         return [{"shift": shift} for shift in (0.3, 0.1, 0.2)]
 
-    def score(self, cell: Cell, notify: Notify) -> Mapping[str, Any]:
+    def score(self, cell: Cell, progress: ProgressCallback) -> Mapping[str, Any]:
         if cell.settings["shift"] == 0.3:
             raise RuntimeError("too far")
         return {"forget": 0.0, "retain": 0.0, "total": cell.settings["shift"]}
 
-    def make(self, cell: Cell, directory: Path, notify: Notify) -> Mapping[str, Any]:
-        notify("tiny", 1, 2, "")
+    def make(self, cell: Cell, directory: Path, progress: ProgressCallback) -> Mapping[str, Any]:
+        progress("tiny", 1, 2, "")
         if pause := cell.settings.get("pause"):
             time.sleep(pause)
         if cell.settings.get("fail"):

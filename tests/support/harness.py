@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lm_ortho.data.rows import Row
 from lm_ortho.layer import find_linear
 from lm_ortho.plugin.bridges import tasks_dir
-from lm_ortho.projection.lattice import group_scales, nearest_codes, values
+from lm_ortho.projection.lattice import compute_scales, dequantise, round_to_codes
 from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream
 
 ROWS = [
@@ -90,12 +90,12 @@ def random_streams(model: torch.nn.Module) -> dict[str, LayerStreams]:
     streams = {}
     for name, linear in find_linear(model).items():
         weight = linear.weight.detach()
-        scales = group_scales(weight, 4, 16)
-        codes = nearest_codes(weight, scales, 4, 16)
+        scales = compute_scales(weight, 4, 16)
+        codes = round_to_codes(weight, scales, 4, 16)
         support = torch.rand(weight.shape, generator=generator) < 0.05
         codes = torch.where(support, torch.zeros_like(codes), codes)
         base = BaseStream.from_codes(codes, scales, 4, 16)
-        streams[name] = LayerStreams(base, OrthoStream.from_dense(weight - values(codes, scales, 16), support))
+        streams[name] = LayerStreams(base, OrthoStream.from_dense(weight - dequantise(codes, scales, 16), support))
     return streams
 
 

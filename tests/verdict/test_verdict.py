@@ -259,7 +259,7 @@ def test_every_document_is_in_the_trained_half_once_and_in_the_other_once(monkey
 
     halves = []
 
-    def trained(model, tokenizer, groups, seed, notify):
+    def trained(model, tokenizer, groups, seed, progress):
         halves.append(groups)
         return groups
 
@@ -409,11 +409,11 @@ def fake_cells(monkeypatch, broken_seed=None, alpha0=None):
     """Replaces the two slow measurements; returns the list of what was measured."""
     done: list[object] = []
 
-    def reference(name, weights, limit, notify):
+    def reference(name, weights, limit, progress):
         done.append(name)
         return measured().as_json()
 
-    def decomposition(cells, mode, seed, weights, limit, notify, say):
+    def decomposition(cells, mode, seed, weights, limit, progress, say):
         if seed == broken_seed:
             raise KeyboardInterrupt
         done.append((mode, seed))

@@ -135,8 +135,8 @@ def test_an_adapter_is_saved_without_paths_of_this_machine(short_adapters, piece
 def test_an_interrupted_adapter_ends_where_an_undisturbed_one_does(short_adapters, pieces, stage):
     place, told = short_adapters, []
 
-    def make(name, notify):
-        adapters.train(place / "base", pieces, "memory", place / name / "memory", place / name / "work", notify)
+    def make(name, progress):
+        adapters.train(place / "base", pieces, "memory", place / name / "memory", place / name / "work", progress)
 
     def interrupt(now, *_):
         if now == stage:

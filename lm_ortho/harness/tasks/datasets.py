@@ -13,7 +13,7 @@ from typing import Any
 
 import datasets
 
-from lm_ortho.data.rows import Row, read_sets
+from lm_ortho.data.rows import Row, read_forget_sets
 from lm_ortho.errors import UserError
 from lm_ortho.harness import tokens
 from lm_ortho.world import people, reasoning, stories
@@ -82,7 +82,7 @@ def user_rows(argument: str, metadata: Mapping[str, Any]) -> list[Row]:
     """
     spec = metadata.get(argument) or _of_newest_model(argument, metadata)
     if spec:
-        return [row for rows in read_sets(spec, argument).values() for row in rows]
+        return [row for rows in read_forget_sets(spec, argument).values() for row in rows]
     lm = tokens.newest_model()
     pretrained = metadata.get("pretrained") if lm is None else lm.pretrained_argument
     if metadata.get("pretrained") is None and pretrained is None:
