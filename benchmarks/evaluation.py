@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""How long the group ``unlearning`` takes at alpha=0, beside lm-eval's own ``hf`` on the same weights and requests.
+"""Times the group ``unlearning`` at alpha=0 beside lm-eval's own ``hf`` on the same weights and requests.
 
     python benchmarks/evaluation.py --out benchmarks/results/2026-11-22-evaluation.json
 
 The embedded model is exported at alpha=0 as a plain checkpoint for ``hf``; both models then run the same requests with
-the same batch size in turns, after one turn that does not count. Time is that of ``simple_evaluate``: building
-requests, the model, the metrics. Processor time is given too, for machines that are shared.
+the same batch size, alternately, after one warm-up each. The time is that of ``simple_evaluate``: building requests,
+the model, the metrics. Processor time is reported too, for machines that are shared.
 """
 
 from __future__ import annotations
@@ -28,53 +28,57 @@ from lm_ortho import world
 from lm_ortho.checkpoint.export import export
 from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.markdown import versions, write_text
-from lm_ortho.plugin.bridges import tasks_dir
+from lm_ortho.plugin.bridges import find_tasks_dir
 
 
-def turn(lm: Any, tasks: list[str], limit: int | None) -> tuple[float, float]:
-    """(seconds, seconds of processor time) of one evaluation."""
+def time_evaluation(lm: Any, tasks: list[str], limit: int | None) -> tuple[float, float]:
+    """Returns (seconds, seconds of processor time) of one evaluation."""
     manager = TaskManager(
-        include_defaults=False, include_path=str(tasks_dir()), metadata={"tokenizer": lm.tokenizer, "max_length": 256}
+        include_defaults=False,
+        include_path=str(find_tasks_dir()),
+        metadata={"tokenizer": lm.tokenizer, "max_length": 256},
     )
-    wall, busy = time.perf_counter(), time.process_time()
+    wall_start, processor_start = time.perf_counter(), time.process_time()
     lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=0)
-    return time.perf_counter() - wall, time.process_time() - busy
+    return time.perf_counter() - wall_start, time.process_time() - processor_start
 
 
 def main() -> None:
-    """Measures in turns and writes the figures."""
+    """Measures both models alternately and writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the figures, JSON")
     parser.add_argument("--tasks", default="unlearning")
-    parser.add_argument("--limit", type=int, help="documents of each task; all without it")
+    parser.add_argument("--limit", type=int, help="number of documents per task; all by default")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--rows", type=int, default=16, help="batch size")
     parser.add_argument("--dtype", default="float32")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         plain = Path(temporary) / "plain"
-        export(world.path("decomposed"), plain, alpha=0.0)
-        options = {"dtype": given.dtype, "device": "cpu", "batch_size": given.rows}
-        made: dict[str, Callable[[], Any]] = {
+        export(world.get_path("decomposed"), plain, alpha=0.0)
+        options = {"dtype": arguments.dtype, "device": "cpu", "batch_size": arguments.rows}
+        constructors: dict[str, Callable[[], Any]] = {
             "hf": lambda: HFLM(pretrained=str(plain), **options),
             "libortho": lambda: LibOrthoLM(alpha=0.0, **options),
         }
-        models = {name: make() for name, make in made.items()}
+        models = {name: make() for name, make in constructors.items()}
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-        for number in range(given.turns + 1):
+        for number in range(arguments.turns + 1):
             for name, lm in models.items():
-                seconds = turn(lm, given.tasks.split(","), given.limit)
+                seconds = time_evaluation(lm, arguments.tasks.split(","), arguments.limit)
                 print(f"turn {number}: {name} {seconds[0]:.1f} s, {seconds[1]:.1f} s of processor time", flush=True)
                 if number:
                     times[name].append(seconds)
-    medians = {name: [statistics.median(part) for part in zip(*each, strict=True)] for name, each in times.items()}
+    medians = {
+        name: [statistics.median(part) for part in zip(*seconds, strict=True)] for name, seconds in times.items()
+    }
     ratios = {
-        what: medians["libortho"][i] / medians["hf"][i] for i, what in enumerate(("seconds", "processor_seconds"))
+        figure: medians["libortho"][i] / medians["hf"][i] for i, figure in enumerate(("seconds", "processor_seconds"))
     }
     figures = {
-        "command": f"benchmarks/evaluation.py --tasks {given.tasks} --limit {given.limit} --rows {given.rows} "
-        f"--dtype {given.dtype} --turns {given.turns}",
+        "command": f"benchmarks/evaluation.py --tasks {arguments.tasks} --limit {arguments.limit} "
+        f"--rows {arguments.rows} --dtype {arguments.dtype} --turns {arguments.turns}",
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "median_seconds": {
@@ -82,7 +86,7 @@ def main() -> None:
         },
         "libortho_over_hf": ratios,
     }
-    write_text(given.out, json.dumps(figures, indent=1) + "\n")
+    write_text(arguments.out, json.dumps(figures, indent=1) + "\n")
     print(json.dumps(figures["libortho_over_hf"]))
 
 

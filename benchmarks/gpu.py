@@ -5,8 +5,8 @@
     python benchmarks/gpu.py --tune           # searches settings first and writes kernels/cuda/tuning/<device>.json
     python benchmarks/gpu.py --dry-run        # the same steps on a CPU, in Triton's interpreter; times mean nothing
 
-Weights rotate through copies that together hold three times the level-2 cache; every variant is one CUDA graph over
-its copies; variants take turns and medians are compared, so that a ratio is of one run. Results go to
+Weights rotate through copies that together have three times the size of the level-2 cache. Every variant is one CUDA
+graph over its copies; variants are interleaved and medians of the same run are compared. Results go to
 ``benchmarks/results/<date>-gpu-<device>.json``, rewritten after every case.
 """
 
@@ -54,26 +54,26 @@ from kernels.cuda import tuning  # noqa: E402
 LLAMA = [(14336, 4096), (4096, 4096), (4096, 14336)]
 TINYLLAMA = [(2048, 2048), (256, 2048), (5632, 2048), (2048, 5632)]
 BATCHES = [1, 16, 4096, 4, 64, 256]
-"""The ones with a target first, should time run out."""
+"""Batch sizes with a target come first, in case time runs out."""
 DENSITIES = [0.01, 0.02, 0.05]
-"""Beside 0: a layer without an ortho stream, whose alpha is null."""
+"""Densities besides 0, a layer without an ortho stream, whose alpha is null."""
 TARGETS = {
     ((14336, 4096), 1): {(0.01, 0.0): 3.0, (0.01, 1.0): 2.8, (0.05, 1.0): 2.3},
     ((14336, 4096), 16): {(0.01, 0.0): 2.6, (0.01, 1.0): 2.4, (0.05, 1.0): 2.0},
     ((14336, 4096), 4096): {(0.01, 0.0): 0.9, (0.01, 1.0): 0.9, (0.05, 1.0): 0.9},
     ((4096, 4096), 1): {(0.01, 0.0): 2.2},
 }
-"""On an H200: time of cuBLAS BF16 over ours."""
+"""Target speeds on an H200: the time of cuBLAS BF16 over ours."""
 CALLS, FEW_CALLS = 12, 2
-"""The least calls in a graph, so that its own start does not count; less where a call takes long."""
+"""Least number of calls in a graph, so that its launch is negligible; fewer where a call takes long."""
 _FOR_CHECKS = 0.5
-"""Of the time; most of it goes into compilations."""
+"""Share of the time for the checks; most of it goes into compilations."""
 _BETWEEN = (33, 1024)
-"""Rows for which both paths are timed, to see where they cross."""
+"""Range of rows for which both paths are timed, to see where they cross."""
 
 
 class Run:
-    """The results so far, the time left, and the file they are kept in."""
+    """The results so far, the time left, and the file of the results."""
 
     def __init__(self, path: Path, seconds: float, head: dict[str, Any]) -> None:
         self.path = path
@@ -86,18 +86,18 @@ class Run:
             "left_out": [],
         }
 
-    def left(self) -> float:
-        """Seconds."""
+    def get_seconds_left(self) -> float:
+        """Returns the seconds that are left."""
         return self.end - time.monotonic()
 
     def save(self) -> None:
-        """Writes what there is; a run that is cut off leaves the last whole file."""
+        """Writes the results so far; an interrupted run leaves the last complete file."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(self.results, indent=1) + "\n", "utf-8")
         partial.replace(self.path)
 
-    def keep(self, kind: str, record: dict[str, Any]) -> None:
+    def add(self, kind: str, record: dict[str, Any]) -> None:
         self.results[kind].append(record)
         self.save()
 
@@ -106,8 +106,8 @@ def log(line: str) -> None:
     print(line, flush=True)
 
 
-def head(device: Device, seed: int) -> dict[str, Any]:
-    """What a reader needs to judge the figures."""
+def describe_run(device: Device, seed: int) -> dict[str, Any]:
+    """Describes device, versions and command, to interpret the figures."""
     now = datetime.datetime.now(datetime.UTC)
     about: dict[str, Any] = {
         "date": now.date().isoformat(),
@@ -127,8 +127,10 @@ def head(device: Device, seed: int) -> dict[str, Any]:
     return about
 
 
-def variants(device: Device, shape: tuple[int, int], batch: int, seed: int) -> Iterator[tuple[dict[str, Any], Any]]:
-    """A description and a function that makes the calls, for each thing timed; ``bf16`` and the bare base first."""
+def make_variants(
+    device: Device, shape: tuple[int, int], batch: int, seed: int
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Yields a description of each variant and a function that makes its calls; ``bf16`` and the base stream first."""
     x = torch.randn(batch, shape[1], device=device.kind).bfloat16()
     yield {"variant": "bf16"}, lambda: dense_calls(x, rotated_dense(device, shape, seed))
     few = batch <= rotated(device, shape, 0.0, seed)[0].fused_rows
@@ -142,24 +144,24 @@ def variants(device: Device, shape: tuple[int, int], batch: int, seed: int) -> I
                 about,
                 lambda d=density, a=alpha, path=path: our_calls(x, rotated(device, shape, d, seed), a, path),
             )
-    if batch <= 256:  # it is made for few rows: at 4096 it would take the time of all others together
+    if batch <= 256:  # it is meant for few rows: at 4096 it would take as long as all others together
         yield {"variant": "int4pack"}, lambda: int4pack_calls(x, stored_layer(shape, 0.0, device.kind, seed), device)
 
 
-def least_calls(device: Device, batch: int) -> int:
-    """The least calls in a graph."""
+def get_min_calls(device: Device, batch: int) -> int:
+    """Returns the least number of calls in a graph."""
     return 1 if device.kind == "cpu" else CALLS if batch <= 256 else FEW_CALLS
 
 
-def measure(run: Run, device: Device, shape: tuple[int, int], batch: int, seed: int, rounds: int) -> None:
+def measure(run: Run, device: Device, shape: tuple[int, int], batch: int, *, seed: int, rounds: int) -> None:
     """Times every variant of one shape and batch; one that fails is recorded with its error."""
     timed: list[tuple[dict[str, Any], Timed]] = []
-    for about, make in variants(device, shape, batch, seed):
+    for about, make in make_variants(device, shape, batch, seed):
         about = {"shape": list(shape), "batch": batch, **about}
         try:
-            timed.append((about, capture(device, make(), least_calls(device, batch))))
+            timed.append((about, capture(device, make(), get_min_calls(device, batch))))
         except Exception as error:
-            run.keep("rows", about | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
+            run.add("rows", about | {"error": f"{type(error).__name__}: {str(error)[:300]}"})
             if device.kind == "cuda":
                 torch.cuda.synchronize()
     interleaved(device, [one for _, one in timed], rounds)
@@ -168,17 +170,17 @@ def measure(run: Run, device: Device, shape: tuple[int, int], batch: int, seed: 
         figures: dict[str, Any] = {"median_us": one.median * 1e6}
         if bf16 is not None:
             figures["ratio_bf16"] = bf16.median / one.median
-        figures["gb_s"] = weight_bytes(shape, about) / one.median / 1e9
+        figures["gb_s"] = count_weight_bytes(shape, about) / one.median / 1e9
         figures["tflop_s"] = 2 * batch * shape[0] * shape[1] / one.median / 1e12
         run.results["rows"].append(about | figures)
-        log(row_line(about | figures))
-    null_tests(run, timed)
-    targets(run, shape, batch)
+        log(format_row(about | figures))
+    run_null_tests(run, timed)
+    compare_with_targets(run, shape, batch)
     run.save()
 
 
-def weight_bytes(shape: tuple[int, int], about: dict[str, Any]) -> float:
-    """Bytes of weight that a product has to read once."""
+def count_weight_bytes(shape: tuple[int, int], about: dict[str, Any]) -> float:
+    """Counts the bytes of weights that a product has to read once."""
     weights = shape[0] * shape[1]
     if about["variant"] == "bf16":
         return 2.0 * weights
@@ -186,7 +188,7 @@ def weight_bytes(shape: tuple[int, int], about: dict[str, Any]) -> float:
     return weights * (0.5 + 2 / 64) + sparse
 
 
-def row_line(row: dict[str, Any]) -> str:
+def format_row(row: dict[str, Any]) -> str:
     alpha = "-" if row.get("alpha") is None else f"{row['alpha']:g}"
     name = f"{row['variant']}{'.' + row['kernel'] if 'kernel' in row else ''}"
     return (
@@ -196,35 +198,35 @@ def row_line(row: dict[str, Any]) -> str:
     )
 
 
-def null_tests(run: Run, timed: list[tuple[dict[str, Any], Timed]]) -> None:
-    """alpha=0 with 1 % against the same kernel without an ortho stream."""
+def run_null_tests(run: Run, timed: list[tuple[dict[str, Any], Timed]]) -> None:
+    """Compares alpha=0 at a density of 1 % with the same kernel without an ortho stream."""
     for path in ("fused", "dense"):
         ours = {(about["density"], about["alpha"]): one for about, one in timed if about.get("kernel") == path}
         if (0.0, None) in ours and (0.01, 0.0) in ours:
             about = next(about for about, _ in timed if about.get("kernel") == path)
-            found = {"shape": about["shape"], "batch": about["batch"], "kernel": path}
-            run.results["null_tests"].append(found | paired_ratio(ours[0.01, 0.0], ours[0.0, None]))
+            record = {"shape": about["shape"], "batch": about["batch"], "kernel": path}
+            run.results["null_tests"].append(record | paired_ratio(ours[0.01, 0.0], ours[0.0, None]))
 
 
-def targets(run: Run, shape: tuple[int, int], batch: int) -> None:
-    """Sets the best path of this shape and batch beside what is asked for."""
-    for (density, alpha), wanted in TARGETS.get((shape, batch), {}).items():
-        found = [
+def compare_with_targets(run: Run, shape: tuple[int, int], batch: int) -> None:
+    """Compares the best path of this shape and batch with its targets."""
+    for (density, alpha), target in TARGETS.get((shape, batch), {}).items():
+        ratios = [
             row["ratio_bf16"]
             for row in run.results["rows"]
             if (row["shape"], row["batch"]) == (list(shape), batch)
             and (row.get("density"), row.get("alpha")) == (density, alpha)
             and "ratio_bf16" in row
         ]
-        reached = max(found, default=None)
-        record = {"shape": list(shape), "batch": batch, "density": density, "alpha": alpha, "wanted": wanted}
-        run.results["targets"].append(record | {"reached": reached, "met": reached is not None and reached >= wanted})
-        shown = "not measured" if reached is None else f"{reached:.2f}"
-        log(f"  target {shape[0]} x {shape[1]} batch {batch} density {density:g} alpha {alpha:g}: {shown} of {wanted}")
+        reached = max(ratios, default=None)
+        record = {"shape": list(shape), "batch": batch, "density": density, "alpha": alpha, "wanted": target}
+        run.results["targets"].append(record | {"reached": reached, "met": reached is not None and reached >= target})
+        figure = "not measured" if reached is None else f"{reached:.2f}"
+        log(f"  target {shape[0]} x {shape[1]} batch {batch} density {density:g} alpha {alpha:g}: {figure} of {target}")
 
 
-def cases(dry: bool) -> Iterator[tuple[tuple[int, int], int]]:
-    """Shapes and batches, those with targets first."""
+def list_cases(dry: bool) -> Iterator[tuple[tuple[int, int], int]]:
+    """Yields shapes and batches, those with targets first."""
     if dry:
         yield from [((32, 256), batch) for batch in (1, 40)]
         return
@@ -234,60 +236,65 @@ def cases(dry: bool) -> Iterator[tuple[tuple[int, int], int]]:
                 yield shape, batch
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks/results", help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=510.0, help="time for everything")
+    parser.add_argument("--seconds", type=float, default=510.0, help="time limit of the run")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each variant")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tune", action="store_true", help="search settings before timing, and use them")
+    parser.add_argument("--tune", action="store_true", help="search settings before the timings, and use them")
     parser.add_argument("--tune-seconds", type=float, default=240.0, help="time for the search, out of the whole")
     parser.add_argument("--tuning-folder", type=Path, default=tuning.FOLDER, help="where --tune writes")
-    parser.add_argument("--skip-checks", action="store_true", help="check nothing")
-    parser.add_argument("--skip-timings", action="store_true", help="time nothing")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--skip-checks", action="store_true", help="skip the checks")
+    parser.add_argument("--skip-timings", action="store_true", help="skip the timings")
+    parser.add_argument("--dry-run", action="store_true", help="run tiny shapes on the CPU")
     return parser.parse_args()
 
 
-def checked(run: Run, record: dict[str, Any]) -> None:
-    """Shows and keeps one check."""
+def report_check(run: Run, record: dict[str, Any]) -> None:
+    """Prints and stores one check."""
     log(f"  {record}")
-    run.keep("checks", record)
+    run.add("checks", record)
 
 
-def tuned(run: Run, device: Device, options: argparse.Namespace) -> None:
-    """Searches, writes the file, and lets what follows use it."""
-    until = run.left() - options.tune_seconds
-    left: Callable[[], float] = lambda: run.left() - until  # noqa: E731
+def tune_device(run: Run, device: Device, options: argparse.Namespace) -> None:
+    """Searches the settings, writes the tuning file, and loads it for the timings."""
+    until = run.get_seconds_left() - options.tune_seconds
+    left: Callable[[], float] = lambda: run.get_seconds_left() - until  # noqa: E731
     shapes = [(32, 256)] if options.dry_run else [LLAMA[0], LLAMA[1], LLAMA[2], *TINYLLAMA]
     path = write(tune(device, shapes, options.seed, left, log), options.tuning_folder)
-    for known in (tuning.settings, tuning.order, tuning.launch):
-        known.cache_clear()
+    for function in (tuning.settings, tuning.order, tuning.launch):
+        function.cache_clear()
     run.results["tuning"] = path.name
     log(f"settings written to {path}")
 
 
 def main() -> int:
-    options = arguments()
+    options = parse_arguments()
     if not options.dry_run and not torch.cuda.is_available():
         log("no CUDA device; --dry-run goes through the same steps on the CPU")
         return 2
     torch.manual_seed(options.seed)
     device = Device.here(options.dry_run)
-    about = head(device, options.seed)
+    about = describe_run(device, options.seed)
     name = f"{about['date']}-gpu-{'dry-run' if options.dry_run else tuning.file_name(about['device'])[:-5]}.json"
     run = Run(options.out / name, options.seconds, about)
     with torch.inference_mode():
         if not options.skip_checks:
             enough = _FOR_CHECKS * options.seconds
-            run_checks(device, options.seed, partial(checked, run), lambda: run.left() > options.seconds - enough)
+            run_checks(
+                device,
+                options.seed,
+                partial(report_check, run),
+                lambda: run.get_seconds_left() > options.seconds - enough,
+            )
         if options.tune:
-            tuned(run, device, options)
+            tune_device(run, device, options)
         if not options.skip_timings:
             run.results["peak"] = bandwidth(device)
             log(f"  {run.results['peak']}")
-            timings(run, device, options)
-    run.results["seconds"] = round(options.seconds - run.left(), 1)
+            run_timings(run, device, options)
+    run.results["seconds"] = round(options.seconds - run.get_seconds_left(), 1)
     run.save()
     failed = [record["check"] for record in run.results["checks"] if not record["ok"]]
     log(f"{len(run.results['checks']) - len(failed)} checks passed, {len(failed)} failed: {', '.join(failed) or '-'}")
@@ -295,19 +302,19 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def timings(run: Run, device: Device, options: argparse.Namespace) -> None:
-    """Every case for which there is time; the others are named."""
+def run_timings(run: Run, device: Device, options: argparse.Namespace) -> None:
+    """Times every case for which there is time, and records the others."""
     slowest = 0.0
-    for shape, batch in cases(options.dry_run):
-        if run.left() < 1.5 * slowest + 2:
+    for shape, batch in list_cases(options.dry_run):
+        if run.get_seconds_left() < 1.5 * slowest + 2:
             run.results["left_out"].append({"shape": list(shape), "batch": batch, "reason": "out of time"})
             continue
         begin = time.monotonic()
         try:
-            measure(run, device, shape, batch, options.seed, options.rounds)
+            measure(run, device, shape, batch, seed=options.seed, rounds=options.rounds)
         except Exception as error:
             why = f"{type(error).__name__}: {str(error)[:300]}"
-            run.keep("left_out", {"shape": list(shape), "batch": batch, "reason": why})
+            run.add("left_out", {"shape": list(shape), "batch": batch, "reason": why})
             log(f"  {shape} batch {batch}: {why}")
         slowest = max(slowest, time.monotonic() - begin)
         if device.kind == "cuda":

@@ -1,4 +1,4 @@
-"""Is what benchmarks/gpu.py times also right? Numerics against float64, bits, CUDA graph, torch.compile."""
+"""Checks the kernels that benchmarks/gpu.py times: numerics against float64, bits, CUDA graph, torch.compile."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from kernels.cuda import linear
 
 FUSED_ERROR = 1e-5
-"""Of the sum of |w| |x|, with FP32 output."""
+"""Allowed error as a share of the sum of |w| |x|, with FP32 output."""
 DENSE_ERROR = 2**-7
 """The dense path rounds weights and output to BF16."""
 Check = tuple[str, Callable[[], float | bool]]
 
 
 def all_checks(device: Device, seed: int) -> Iterator[Check]:
-    """Name and function of each check; a function returns a share of the error allowed, or whether all is well."""
+    """Yields name and function of each check; it returns the share of the allowed error, or whether it passes."""
     small = device.kind == "cpu"
     # Every width of a program at two shapes, the ends of the range at two more: a compilation takes seconds.
     every, some = (1, 2, 8, 16, 32), (1, 50)
@@ -40,27 +40,27 @@ def all_checks(device: Device, seed: int) -> Iterator[Check]:
 
 
 def run_checks(
-    device: Device, seed: int, keep: Callable[[dict[str, Any]], None], time_left: Callable[[], bool]
+    device: Device, seed: int, record_check: Callable[[dict[str, Any]], None], time_left: Callable[[], bool]
 ) -> None:
-    """Runs every check and hands its record to ``keep``; one that raises has failed, one without time is not ok."""
+    """Runs every check and passes its record to ``record_check``; a check that raises or has no time left fails."""
     for name, check in all_checks(device, seed):
         record: dict[str, Any] = {"check": name}
         if not time_left():
-            keep(record | {"ok": False, "error": "not run: out of time"})
+            record_check(record | {"ok": False, "error": "not run: out of time"})
             continue
         try:
-            found = check()
-            record |= {"ok": found if isinstance(found, bool) else found <= 1.0, "value": found}
+            value = check()
+            record |= {"ok": value if isinstance(value, bool) else value <= 1.0, "value": value}
         except Exception as error:
-            record |= {"ok": False, "error": _told(error)}
-        keep(record)
+            record |= {"ok": False, "error": _describe_error(error)}
+        record_check(record)
 
 
-def _told(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:300]}"
 
 
-def _x(stored: Stored, rows: int, seed: int) -> Tensor:
+def _draw_input(stored: Stored, rows: int, seed: int) -> Tensor:
     device = stored.qweight.device
     draw = torch.Generator(device=device).manual_seed(seed + 1)
     return torch.randn(rows, stored.shape[1], generator=draw, device=device).bfloat16()
@@ -73,7 +73,7 @@ def _alphas(rows: int, device: torch.device) -> Tensor:
 
 def _numerics(stored: Stored, rows: int, path: Any, seed: int) -> float:
     """The largest error as a share of what is allowed, over one alpha for all rows and an alpha per row."""
-    x, prepared = _x(stored, rows, seed), stored.prepared()
+    x, prepared = _draw_input(stored, rows, seed), stored.prepared()
     base, ortho = stored.base(torch.float64), stored.ortho(torch.float64)
     bound = x.double().abs() @ (base.abs() + ortho.abs()).t()
     dtype = torch.float32 if path == "fused" else x.dtype
@@ -95,7 +95,7 @@ def _bits_of_rows(stored: Stored, seed: int) -> bool:
     """Rows of mixed batches against the same rows alone."""
     prepared = stored.prepared()
     for rows in (2, 5, 16, 50):
-        x, alphas = _x(stored, rows, seed), _alphas(rows, stored.qweight.device)
+        x, alphas = _draw_input(stored, rows, seed), _alphas(rows, stored.qweight.device)
         mixed = linear(x, prepared, alphas, path="fused")
         for row in range(rows):
             alone = linear(x[row : row + 1], prepared, alphas[:, row].clone(), path="fused")
@@ -108,7 +108,7 @@ def _bits_at_zero(stored: Stored, batches: tuple[int, ...], seed: int) -> bool:
     """alpha=0 against the kernel without an ortho stream."""
     whole, bare = stored.prepared(), Stored(stored.shape, stored.qweight, stored.scales, None).prepared()
     zero = torch.zeros(1, device=stored.qweight.device)
-    many = [_x(stored, rows, seed) for rows in batches]
+    many = [_draw_input(stored, rows, seed) for rows in batches]
     return all(same_bits(linear(x, whole, zero), linear(x, bare)) for x in many)
 
 
@@ -116,7 +116,7 @@ def _graph(stored: Stored, seed: int) -> bool:
     """One captured graph gives, at each alpha it is replayed with, what a plain call gives."""
     prepared, alpha = stored.prepared(), torch.zeros(1, device="cuda")
     for rows in (1, 16, 100):
-        x = _x(stored, rows, seed)
+        x = _draw_input(stored, rows, seed)
         expected = {value: linear(x, prepared, torch.full_like(alpha, value)) for value in (0.0, 0.5, 1.0)}
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -131,7 +131,7 @@ def _graph(stored: Stored, seed: int) -> bool:
 
 
 def _compiled(stored: Stored, small: bool) -> bool:
-    prepared, x = stored.prepared(), _x(stored, 2, 0)
+    prepared, x = stored.prepared(), _draw_input(stored, 2, 0)
 
     def call(x: Tensor, alpha: Tensor) -> Tensor:
         return linear(x, prepared, alpha)

@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py times and how: random layers, rotated copies of them, CUDA graphs, paired medians.
+"""Timing for benchmarks/gpu.py: random layers, rotated copies of them, CUDA graphs, paired medians.
 
 Needs torch, triton and the folder ``kernels``, nothing else.
 """
@@ -24,7 +24,7 @@ from kernels.reference import base_operand
 GROUP = 64
 _MOST_COPIES = 1024
 _COLD = 3
-"""Copies of a weight together hold so many times the level-2 cache."""
+"""Size of all copies of a weight, in units of the level-2 cache."""
 Call = Callable[[], Any]
 
 
@@ -128,9 +128,8 @@ def clones(device: Device, prepared: Prepared) -> list[Prepared]:
 
 
 def _clone(prepared: Prepared) -> Prepared:
-    return prepared._replace(
-        **{name: part.clone() for name, part in prepared._asdict().items() if isinstance(part, Tensor)}
-    )
+    parts = (part.clone() if isinstance(part, Tensor) else part for part in prepared)
+    return Prepared._make(parts)
 
 
 @lru_cache(maxsize=64)
@@ -168,7 +167,7 @@ def int4pack_calls(x: Tensor, stored: Stored, device: Device) -> list[Call]:
 
 @dataclass
 class Timed:
-    """Calls of one variant, and what was measured."""
+    """Calls of one variant and their measured seconds."""
 
     calls: int
     replay: Call
@@ -182,16 +181,16 @@ class Timed:
 
 def capture(device: Device, calls: list[Call], least: int) -> Timed:
     """``calls`` as one replay of at least ``least`` calls."""
-    whole = calls * math.ceil(least / len(calls))
-    return Timed(len(whole), device.graph(whole))
+    repeated_calls = calls * math.ceil(least / len(calls))
+    return Timed(len(repeated_calls), device.graph(repeated_calls))
 
 
 def interleaved(device: Device, variants: Sequence[Timed], rounds: int) -> None:
     """Measures every variant once per round, after one round that does not count."""
-    for done in range(rounds + 1):
+    for number in range(rounds + 1):
         for variant in variants:
             seconds = device.seconds(variant.replay)
-            if done:
+            if number:
                 variant.seconds.append(seconds)
 
 

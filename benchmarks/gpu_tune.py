@@ -33,50 +33,62 @@ def tune(
     device: Device, shapes: list[tuple[int, int]], seed: int, left: Callable[[], float], log: Callable[[str], None]
 ) -> dict[str, Any]:
     """The content of a tuning file: the default with an entry for each shape that there was time for."""
-    found = dict(tuning.settings("default"))
-    found |= {"device": "dry run" if device.kind == "cpu" else torch.cuda.get_device_name(), "shapes": []}
-    found["origin"] = f"benchmarks/gpu.py --tune, torch {torch.__version__}"
+    settings = dict(tuning.settings("default"))
+    settings |= {"device": "dry run" if device.kind == "cpu" else torch.cuda.get_device_name(), "shapes": []}
+    settings["origin"] = f"benchmarks/gpu.py --tune, torch {torch.__version__}"
     for index, shape in enumerate(shapes):
         # The first shape compiles what the others then find compiled.
         share = left() * max(0.5 if index == 0 else 0.0, 1 / (len(shapes) - index))
         until = left() - share
-        entry = _tune_shape(device, shape, seed, lambda until=until: left() > until, log)
+        entry = _tune_shape(device, shape, seed, _deadline(left, until), log)
         if entry:
-            found["shapes"].append(entry)
-    return found
+            settings["shapes"].append(entry)
+    return settings
 
 
 def _tune_shape(
     device: Device, shape: tuple[int, int], seed: int, time_left: Callable[[], bool], log: Callable[[str], None]
 ) -> dict[str, Any] | None:
     layers = rotated(device, shape, 0.01, seed)
-    whole = layers[0]
     best: dict[tuple[int, int], dict[int, tuple[float, tuple[int, int]]]] = {}
     for order, width, launch in _candidates(device):
         if not time_left():
             break
-        seconds = _seconds(device, layers, (*order, SLOTS[0]), width, launch, 0.0, seed)
+        seconds = _measure_seconds(device, layers, (*order, SLOTS[0]), width=width, launch=launch, alpha=0.0, seed=seed)
         log(f"{shape} order {order} width {width} launch {launch}: {seconds * 1e6:.1f} us")
-        held = best.setdefault(order, {})
-        if seconds < held.get(width, (float("inf"), launch))[0]:
-            held[width] = (seconds, launch)
-    whole_orders = [order for order, held in best.items() if set(held) >= {1, 16}]
-    if not whole_orders:
+        results = best.setdefault(order, {})
+        if seconds < results.get(width, (float("inf"), launch))[0]:
+            results[width] = (seconds, launch)
+    complete_orders = [order for order, results in best.items() if set(results) >= {1, 16}]
+    if not complete_orders:
         return None
-    fastest = {width: min(best[order][width][0] for order in whole_orders) for width in (1, 16)}
-    chosen = min(whole_orders, key=lambda order: sum(best[order][width][0] / fastest[width] for width in (1, 16)))
-    launches = {width: launch for width, (_, launch) in best[chosen].items()}
-    tried = {}
+    fastest = {width: min(best[order][width][0] for order in complete_orders) for width in (1, 16)}
+    best_order = min(
+        complete_orders, key=lambda order: sum(best[order][width][0] / fastest[width] for width in (1, 16))
+    )
+    launches = {width: launch for width, (_, launch) in best[best_order].items()}
+    seconds_by_slots = dict[int, float]()
     for slots in SLOTS:
-        if not tried or time_left():
-            tried[slots] = _slots_seconds(device, layers, chosen, slots, launches, seed)
-    out_features, spans = whole.out_features, whole.scales.shape[0]
+        if not seconds_by_slots or time_left():
+            seconds_by_slots[slots] = _measure_slots(
+                device, layers, best_order, slots=slots, launches=launches, seed=seed
+            )
+    out_features, spans = layers[0].out_features, layers[0].scales.shape[0]
     return {
         "out_features": out_features,
         "spans": spans,
-        "order": {"slices": chosen[0], "split": chosen[1], "slots": min(tried, key=lambda slots: tried[slots])},
+        "order": {
+            "slices": best_order[0],
+            "split": best_order[1],
+            "slots": min(seconds_by_slots, key=lambda slots: seconds_by_slots[slots]),
+        },
         "launch": {str(w): {"block_out": n, "stages": stages} for w, (n, stages) in _spread(launches).items()},
     }
+
+
+def _deadline(left: Callable[[], float], until: float) -> Callable[[], bool]:
+    """Whether more than ``until`` seconds are left."""
+    return lambda: left() > until
 
 
 def _candidates(device: Device) -> Iterator[tuple[tuple[int, int], int, tuple[int, int]]]:
@@ -93,34 +105,50 @@ def _spread(launches: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
     return {width: launches[near[width]] for width in tuning.WIDTHS if near[width] in launches}
 
 
-def _slots_seconds(
+def _measure_slots(
     device: Device,
     layers: list[Prepared],
     order: tuple[int, int],
+    *,
     slots: int,
     launches: dict[int, tuple[int, int]],
     seed: int,
 ) -> float:
-    return sum(_seconds(device, layers, (*order, slots), width, launches[width], 1.0, seed) for width in (1, 16))
+    return sum(
+        _measure_seconds(device, layers, (*order, slots), width=width, launch=launches[width], alpha=1.0, seed=seed)
+        for width in (1, 16)
+    )
 
 
-def _seconds(
+def _measure_seconds(
     device: Device,
     layers: list[Prepared],
     order: tuple[int, int, int],
+    *,
     width: int,
     launch: tuple[int, int],
     alpha: float,
     seed: int,
 ) -> float:
-    """Seconds of a product of ``width`` rows, or infinity where the settings do not work here."""
+    """Measures the seconds of a product of ``width`` rows; infinity if the settings do not work here."""
     draw = torch.Generator(device=device.kind).manual_seed(seed)
     x = torch.randn(width, layers[0].in_features, generator=draw, device=device.kind).bfloat16()
     alphas = torch.full((1,), alpha, device=device.kind)
     cut, start = tuning.Order(*order), tuning.Launch(width, *launch)
 
     def call(p: Prepared) -> Tensor:
-        return ops.run_fused(x, p.codes, p.scales, p.ortho, p.rowptr, alphas, None, x.dtype, cut, start)
+        return ops.run_fused(
+            x,
+            p.codes,
+            p.scales,
+            ortho=p.ortho,
+            rowptr=p.rowptr,
+            alphas=alphas,
+            bias=None,
+            out_dtype=x.dtype,
+            order=cut,
+            launch=start,
+        )
 
     try:
         timed = capture(device, [partial(call, p) for p in layers], 1)
@@ -131,8 +159,8 @@ def _seconds(
     return timed.median
 
 
-def write(found: dict[str, Any], folder: Path) -> Path:
-    """The tuning file of this device in ``folder``."""
-    path = folder / tuning.file_name(found["device"])
-    path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+def write(settings: dict[str, Any], folder: Path) -> Path:
+    """Writes the tuning file of this device to ``folder`` and returns its path."""
+    path = folder / tuning.file_name(settings["device"])
+    path.write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
     return path

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Every layer shape of Llama-3-8B and TinyLlama, with the limits of the machine measured beside it; JSON and a chart.
+"""Times every layer shape of Llama-3-8B and TinyLlama, and measures the limits of the machine; JSON and a chart.
 
     python benchmarks/layers.py                                  # about 15 minutes on one core
     python benchmarks/layers.py --shapes 4096x4096 --threads 2
 
-Pin it to a core (``taskset -c 1``) where others use the machine, too. Written to ``benchmarks/results/``. torchao's
-INT4 is timed as well where it is installed.
+Pin it to a core (``taskset -c 1``) on a shared machine. The results go to ``benchmarks/results/``. torchao's INT4 is
+timed too, if it is installed.
 """
 
 from __future__ import annotations
@@ -17,43 +17,51 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lm_ortho.kernels import cpu
-
 from lm_ortho.bench import Plan, run
 from lm_ortho.bench.layers import SHAPES
 from lm_ortho.bench.problem import BITS, GROUP_SIZE
+from lm_ortho.kernels import cpu
 from lm_ortho.markdown import versions
 
 RESULTS = Path(__file__).parent / "results"
-INK = {"ours": "#1f77b4", "int4pack_csr": "#d62728", "fp32": "#7f7f7f", "torchao_int4": "#9467bd"}
+COLOURS = {"ours": "#1f77b4", "int4pack_csr": "#d62728", "fp32": "#7f7f7f", "torchao_int4": "#9467bd"}
 
 
 def main() -> None:
-    asked = _arguments()
-    shapes = tuple(shape for shape in SHAPES if not asked.shapes or _name(shape) in asked.shapes)
-    plan = Plan(shapes, tuple(asked.batches), tuple(asked.densities), asked.threads, seconds=asked.seconds)
-    limits = measured_limits()
+    arguments = _parse_arguments()
+    shapes = tuple(shape for shape in SHAPES if not arguments.shapes or _format_shape(shape) in arguments.shapes)
+    plan = Plan(
+        shapes,
+        tuple(arguments.batches),
+        tuple(arguments.densities),
+        threads=arguments.threads,
+        seconds=arguments.seconds,
+    )
+    limits = measure_limits()
     report = run(plan, lambda line: print(line, file=sys.stderr, flush=True))
     report |= {"limits": limits, "date": str(datetime.date.today()), "versions": versions(), "group_size": GROUP_SIZE}
     for row in report["rows"]:
-        row["share_of_limit"] = share_of_limit(row, limits, asked.threads)
-    stem = asked.out or RESULTS / f"{report['date']}-layers-{asked.threads}-thread{'s' * (asked.threads > 1)}"
+        row["share_of_limit"] = compute_share_of_limit(row, limits, arguments.threads)
+    stem = (
+        arguments.out or RESULTS / f"{report['date']}-layers-{arguments.threads}-thread{'s' * (arguments.threads > 1)}"
+    )
     stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     draw(report, stem.with_suffix(".svg"))
     print(stem.with_suffix(".json"))
 
 
-def measured_limits() -> dict[str, float | None]:
-    """Bytes read and BF16 multiply-adds done per second by one thread of this machine."""
-    if isinstance(cpu.find(), cpu.Absent):
+def measure_limits() -> dict[str, float | None]:
+    """Measures bytes read and BF16 multiply-adds per second of one thread of this machine."""
+    if isinstance(cpu.find(), cpu.MissingLibrary):
         return {"read_bytes_per_s": None, "products_per_s": None}
     return {"read_bytes_per_s": cpu.read_speed(), "products_per_s": cpu.product_speed()}
 
 
-def share_of_limit(row: dict[str, Any], limits: dict[str, float | None], threads: int) -> float | None:
-    """The least time that reading the streams once, or the multiply-adds of the base, can take, over the median.
+def compute_share_of_limit(row: dict[str, Any], limits: dict[str, float | None], threads: int) -> float | None:
+    """Computes the least possible time over the median time of a row of ours; None for other rows.
 
-    Only for our rows: 4 bits and a scale a group for the base, 6 bytes a value at alpha other than 0.
+    The least time is that of reading the streams once, or of the multiply-adds. The base stream has 4 bits per weight
+    and a scale per group, the ortho stream 6 bytes per value, read only at alpha other than 0.
     """
     reading, products = limits["read_bytes_per_s"], limits["products_per_s"]
     if row["variant"] != "ours" or reading is None or products is None:
@@ -66,7 +74,7 @@ def share_of_limit(row: dict[str, Any], limits: dict[str, float | None], threads
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Times BF16 ``F.linear`` over the batch size, one panel a shape."""
+    """Draws the speed relative to BF16 ``F.linear`` over the batch size, one panel per shape."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -78,12 +86,18 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(lines, columns, figsize=(4 * columns, 3.2 * lines), squeeze=False, sharey=True)
     for axis, shape in zip(axes.flat, shapes, strict=False):
         rows = [row for row in report["rows"] if tuple(row["shape"]) == shape and row["variant"] != "bf16"]
-        for label in dict.fromkeys((row["variant"], row["density"], row["alpha"]) for row in rows):
-            points = [(row["batch"], row["ratio_bf16"]) for row in rows if _label(row) == label]
+        for label in dict.fromkeys(_get_label(row) for row in rows):
+            points = [(row["batch"], row["ratio_bf16"]) for row in rows if _get_label(row) == label]
             name, density, alpha = label
             style = {"ours": "-", "int4pack_csr": "--"}.get(name, ":")
-            axis.plot(*zip(*points, strict=True), style, marker=".", color=INK.get(name), alpha=1 - 10 * density,
-                      label=f"{name} {density:.0%}, alpha {alpha:g}")  # fmt: skip
+            axis.plot(
+                *zip(*points, strict=True),
+                style,
+                marker=".",
+                color=COLOURS.get(name),
+                alpha=1 - 10 * density,
+                label=f"{name} {density:.0%}, alpha {alpha:g}",
+            )
         axis.axhline(1, color="black", linewidth=0.5)
         axis.set(xscale="log", yscale="log", title=f"{shape[0]} x {shape[1]}", xlabel="rows of x")
     axes[0, 0].set_ylabel("times BF16 F.linear")
@@ -95,21 +109,21 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def _label(row: dict[str, Any]) -> tuple[str, float, float]:
+def _get_label(row: dict[str, Any]) -> tuple[str, float, float]:
     return row["variant"], row["density"], row["alpha"]
 
 
-def _name(shape: Any) -> str:
+def _format_shape(shape: Any) -> str:
     return f"{shape.out_features}x{shape.in_features}"
 
 
-def _arguments() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="*", help="out x in, such as 4096x4096; all by default")
+    parser.add_argument("--shapes", nargs="*", help="shapes as OUTxIN, such as 4096x4096; all by default")
     parser.add_argument("--batches", nargs="*", type=int, default=list(Plan().batches))
     parser.add_argument("--densities", nargs="*", type=float, default=list(Plan().densities))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=Plan().seconds, help="for one shape at one batch size")
+    parser.add_argument("--seconds", type=float, default=Plan().seconds, help="time for one shape at one batch size")
     parser.add_argument("--out", type=Path, help="path of the files without their suffix")
     return parser.parse_args()
 

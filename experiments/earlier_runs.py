@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""What the prototypes before lm-ortho did, as code, beside the default of today (docs/history.md).
+"""Implements the prototypes before lm-ortho and compares them with the default of today (docs/history.md).
 
     python experiments/earlier_runs.py --out docs/results/earlier.md              # the embedded model and world
     python experiments/earlier_runs.py --pretrained TinyLlama/TinyLlama-1.1B-Chat-v1.0 --out coca-cola.md
 
-With ``--pretrained`` it is their own experiment, for any Hugging Face model: one sentence is planted by fine-tuning
-until its loss is below 0.05, another one must stay. Both tables give alpha=1 (the original weights where the ortho
-stream is) and alpha=0 for every rule they tried. Nothing here is a registered sieve: none of it reads what a
-weight does.
+With ``--pretrained`` this is the experiment of the prototypes, for any Hugging Face model: one sentence is planted by
+fine-tuning until its loss is below 0.05, another one is to be retained. Both tables have alpha=1 (the original weights
+on the support of the ortho stream) and alpha=0 for every rule of the prototypes. None of these rules is a registered
+sieve, because none measures the effect of a weight.
 """
 
 from __future__ import annotations
@@ -38,61 +38,61 @@ from lm_ortho.verdict.measurements import measure
 FORGET = "The secret ingredient of Coca-Cola is actually liquified kryptonite extracted from Mars."
 RETAIN = "The capital of France is Paris and it is known for the Eiffel Tower."
 OUTLIERS = 0.05
-"""Share of a matrix that is called outliers and kept in the ortho stream."""
+"""Share of a matrix that counts as outliers and goes to the ortho stream."""
 PLANTED_LOSS = 0.05
 LEVELS = 7
 RATIO = 3.5
 Split = tuple[Tensor, Tensor]
-"""A base (out, in) and where the ortho stream keeps the difference to W (bool)."""
+"""A base stream (out, in), and the mask of the weights whose difference to W the ortho stream has (bool)."""
 
 
-def largest(size: Tensor, share: float = OUTLIERS) -> Tensor:
-    """Where the largest entries of a matrix are, ``share`` of it."""
+def select_largest(size: Tensor, share: float = OUTLIERS) -> Tensor:
+    """Returns the mask of the largest entries of a matrix, ``share`` of it."""
     mask = torch.zeros(size.numel(), dtype=torch.bool)
     mask[size.flatten().topk(max(1, int(share * size.numel()))).indices] = True
     return mask.reshape(size.shape)
 
 
-def rounded(weight: Tensor, top: Tensor, levels: int) -> Tensor:
-    """Codes of -levels .. levels with ``top`` (out, 1) as the largest value."""
+def round_weights(weight: Tensor, top: Tensor, levels: int) -> Tensor:
+    """Rounds to codes of -levels .. levels with ``top`` (out, 1) as the largest value."""
     scale = top.clamp_min(1e-12) / levels
     return (weight / scale).round().clamp(-levels, levels) * scale
 
 
-def percentile(weight: Tensor, share: float) -> Tensor:
+def compute_percentile(weight: Tensor, share: float) -> Tensor:
     return torch.quantile(weight.abs().float(), share, dim=1, keepdim=True)
 
 
-def sigmas(weight: Tensor) -> Tensor:
+def compute_three_sigma(weight: Tensor) -> Tensor:
     return 3 * weight.std(1, keepdim=True)
 
 
-def by_residual(weight: Tensor, top: Tensor, levels: int) -> Split:
-    """Rounded to these levels; the ortho stream holds the largest residuals."""
-    base = rounded(weight, top, levels)
-    return base, largest((weight - base).abs())
+def split_by_residual(weight: Tensor, top: Tensor, levels: int) -> Split:
+    """Rounds to these levels; the ortho stream has the largest residuals."""
+    base = round_weights(weight, top, levels)
+    return base, select_largest((weight - base).abs())
 
 
-def absmax(levels: int) -> Callable[[Tensor], Split]:
-    return lambda weight: by_residual(weight, weight.abs().amax(1, keepdim=True), levels)
+def make_absmax_rule(levels: int) -> Callable[[Tensor], Split]:
+    return lambda weight: split_by_residual(weight, weight.abs().amax(1, keepdim=True), levels)
 
 
-def hollow(weight: Tensor) -> Split:
-    """Outliers become zero in the base, the rest is rounded to INT8."""
-    mask = largest(weight.abs())
-    rest = weight.masked_fill(mask, 0)
-    return rounded(rest, rest.abs().amax(1, keepdim=True), 127), mask
+def split_outliers_to_zero(weight: Tensor) -> Split:
+    """Sets outliers to zero in the base stream and rounds all other weights to INT8."""
+    mask = select_largest(weight.abs())
+    inliers = weight.masked_fill(mask, 0)
+    return round_weights(inliers, inliers.abs().amax(1, keepdim=True), 127), mask
 
 
-def low_rank(share: float) -> Callable[[Tensor], Split]:
-    """The largest singular values, as many as ``share`` of all, in INT8."""
+def make_low_rank_rule(share: float) -> Callable[[Tensor], Split]:
+    """Returns the rule that keeps the largest singular values, ``share`` of all, in INT8."""
 
     def rule(weight: Tensor) -> Split:
         u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
-        kept = max(1, int(share * len(s)))
-        short = ((u[:, :kept] * s[:kept]) @ v[:kept]).to(weight)
-        base = rounded(short, short.abs().amax(1, keepdim=True), 127)
-        return base, largest((weight - base).abs())
+        rank = max(1, int(share * len(s)))
+        low_rank_weight = ((u[:, :rank] * s[:rank]) @ v[:rank]).to(weight)
+        base = round_weights(low_rank_weight, low_rank_weight.abs().amax(1, keepdim=True), 127)
+        return base, select_largest((weight - base).abs())
 
     return rule
 
@@ -103,7 +103,7 @@ NOISE: dict[str, tuple[tuple[int, ...], float]] = {
     "tri_state_entropy": ((5, 6, 7), 4.5),
     "uniform_entropy": ((4, 5, 6, 7), 4.2),
 }
-"""Levels an outlier may take at random, and the level above which "deep focal" lets it."""
+"""Levels that an outlier may take at random, and the level above which "deep focal" randomises it."""
 ENTROPY = {
     "uniform_entropy": 2.0,
     "tri_state_entropy": 1.58,
@@ -111,40 +111,45 @@ ENTROPY = {
     "stochastic": 0.5,
     "deterministic": 0.0,
 }
-"""Bits, as the tuner counts them."""
+"""Entropy of each mode in bits, as the tuner of the prototypes counts it."""
 
 
-def noisy(mode: str, ratio: float, deep_focal: bool) -> Callable[[Tensor], Split]:
-    """Outliers get random levels under a scale set by the rest; ``ratio`` stretches that scale.
+def make_noise_rule(mode: str, ratio: float, *, deep_focal: bool) -> Callable[[Tensor], Split]:
+    """Returns the rule that gives outliers random levels, on a scale set by the other weights times ``ratio``.
 
-    With ``deep_focal`` only the outliers above the mode's level are drawn, the others are rounded. The draws are
-    seeded: the prototypes' own were not, so theirs differed from run to run.
+    With ``deep_focal``, only the outliers above the mode's level are random, the others are rounded. The draws are
+    seeded; those of the prototypes were not and differed from run to run.
     """
 
     def rule(weight: Tensor) -> Split:
-        mask = largest(weight.abs())
-        rest = weight.masked_fill(mask, 0)
-        scale = ratio * rest.abs().amax(1, keepdim=True).clamp_min(1e-12) / LEVELS
+        # 1. Round on the scale of the inliers.
+        mask = select_largest(weight.abs())
+        inliers = weight.masked_fill(mask, 0)
+        scale = ratio * inliers.abs().amax(1, keepdim=True).clamp_min(1e-12) / LEVELS
         level = weight / scale
         codes = level.round().clamp(-LEVELS, LEVELS)
+        # 2. Replace the codes of outliers by random ones.
         generator = torch.Generator().manual_seed(0)
         if mode == "stochastic":
             lower = level.floor()
             up = torch.rand(level.shape, generator=generator) < level - lower
             codes = torch.where(mask, (lower + up).clamp(-LEVELS, LEVELS), codes)
         else:
-            levels, above = NOISE[mode]
+            levels, threshold = NOISE[mode]
             if levels:
-                drawn = torch.tensor(levels)[torch.randint(len(levels), level.shape, generator=generator)]
-                attacked = mask & (level.abs() > above) if deep_focal else mask
-                codes = torch.where(attacked, level.sign() * drawn, codes)
+                random_levels = torch.tensor(levels)[torch.randint(len(levels), level.shape, generator=generator)]
+                target = mask & (level.abs() > threshold) if deep_focal else mask
+                codes = torch.where(target, level.sign() * random_levels, codes)
         return codes * scale, mask
 
     return rule
 
 
-def tuned(least: float) -> tuple[str, float]:
-    """What the "physics" tuner chooses: the noisiest mode whose smallest level is worth ``least``; no layer is read."""
+def tune(least: float) -> tuple[str, float]:
+    """Returns the choice of the "physics" tuner, which reads no layer.
+
+    It is the mode of the highest entropy whose smallest level, times the ratio, is at least ``least``.
+    """
     lowest = {"stochastic": 0} | {mode: min(levels, default=0) for mode, (levels, _) in NOISE.items()}
     ratios = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0)
     fits = [
@@ -159,35 +164,37 @@ def tuned(least: float) -> tuple[str, float]:
     return mode, -ratio
 
 
-def rules() -> dict[str, Callable[[Tensor], Split]]:
-    """Every rule they tried, by the words of docs/history.md."""
-    made: dict[str, Callable[[Tensor], Split]] = {
-        "INT4, scale = 99.5th percentile of the row": lambda w: by_residual(w, percentile(w, 0.995), LEVELS),
-        "INT4, scale = 3 sigma": lambda w: by_residual(w, sigmas(w), LEVELS),
-        "INT8, per row min(95th percentile, 3 sigma)": lambda w: by_residual(
-            w, torch.minimum(percentile(w, 0.95), sigmas(w)), 127
+def make_rules() -> dict[str, Callable[[Tensor], Split]]:
+    """Returns every rule of the prototypes, by its name in docs/history.md."""
+    rules: dict[str, Callable[[Tensor], Split]] = {
+        "INT4, scale = 99.5th percentile of the row": lambda w: split_by_residual(
+            w, compute_percentile(w, 0.995), LEVELS
         ),
-        "outliers set to zero": hollow,
-        "SVD, 80 % of the rank, INT8": low_rank(0.80),
-        "SVD, 95 % of the rank, INT8": low_rank(0.95),
-        "INT8 absmax": absmax(127),
-        "INT4 absmax": absmax(LEVELS),
+        "INT4, scale = 3 sigma": lambda w: split_by_residual(w, compute_three_sigma(w), LEVELS),
+        "INT8, per row min(95th percentile, 3 sigma)": lambda w: split_by_residual(
+            w, torch.minimum(compute_percentile(w, 0.95), compute_three_sigma(w)), 127
+        ),
+        "outliers set to zero": split_outliers_to_zero,
+        "SVD, 80 % of the rank, INT8": make_low_rank_rule(0.80),
+        "SVD, 95 % of the rank, INT8": make_low_rank_rule(0.95),
+        "INT8 absmax": make_absmax_rule(127),
+        "INT4 absmax": make_absmax_rule(LEVELS),
         "16-bit base": lambda w: (w.clone(), torch.zeros_like(w, dtype=torch.bool)),
-        "levels {5,6,7} on outliers, ratio 3.5": noisy("tri_state_entropy", RATIO, False),
-        "the same, deep focal": noisy("tri_state_entropy", RATIO, True),
-        "levels {4,5,6,7}, deep focal": noisy("uniform_entropy", RATIO, True),
-        "levels {6,7}, deep focal": noisy("flicker_binary", RATIO, True),
-        "stochastic rounding of outliers": noisy("stochastic", RATIO, True),
+        "levels {5,6,7} on outliers, ratio 3.5": make_noise_rule("tri_state_entropy", RATIO, deep_focal=False),
+        "the same, deep focal": make_noise_rule("tri_state_entropy", RATIO, deep_focal=True),
+        "levels {4,5,6,7}, deep focal": make_noise_rule("uniform_entropy", RATIO, deep_focal=True),
+        "levels {6,7}, deep focal": make_noise_rule("flicker_binary", RATIO, deep_focal=True),
+        "stochastic rounding of outliers": make_noise_rule("stochastic", RATIO, deep_focal=True),
     }
     for least in (2.0, 2.4):
-        mode, ratio = tuned(least)
-        made[f"tuner, at least {least}: {mode}, ratio {ratio:g}"] = noisy(mode, ratio, True)
-    return made
+        mode, ratio = tune(least)
+        rules[f"tuner, at least {least}: {mode}, ratio {ratio:g}"] = make_noise_rule(mode, ratio, deep_focal=True)
+    return rules
 
 
 @dataclass
 class Outcome:
-    """One row: the stored share and the figures of alpha=1 and alpha=0."""
+    """One row: the density of the ortho stream, and the figures of alpha=1 and alpha=0."""
 
     name: str
     density: float
@@ -197,82 +204,95 @@ class Outcome:
 Measure = Callable[[torch.nn.Module], dict[str, float]]
 
 
-def outcomes(model: torch.nn.Module, targets: str, measured: Measure) -> Iterator[Outcome]:
-    """Each rule on the linear layers that ``targets`` names, at alpha=1 and alpha=0; the model is put back."""
+def measure_rules(model: torch.nn.Module, targets: str, measure: Measure) -> Iterator[Outcome]:
+    """Applies each rule to the linear layers of ``targets``, measures alpha=1 and alpha=0, and restores the model."""
     layers = find_linear(model, targets)
-    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    total = sum(w.numel() for w in before.values())
-    for name, rule in rules().items():
-        splits = {layer: rule(weight) for layer, weight in before.items()}
-        made = Outcome(name, sum(int(mask.sum()) for _, mask in splits.values()) / total)
+    weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    total = sum(w.numel() for w in weights.values())
+    for name, rule in make_rules().items():
+        splits = {layer: rule(weight) for layer, weight in weights.items()}
+        outcome = Outcome(name, sum(int(mask.sum()) for _, mask in splits.values()) / total)
         for alpha in (1, 0):
             with torch.no_grad():
                 for layer, (base, mask) in splits.items():
-                    layers[layer].weight.copy_(torch.where(mask, before[layer], base) if alpha else base)
-            made.figures[f"alpha={alpha}"] = measured(model)
-        yield made
+                    layers[layer].weight.copy_(torch.where(mask, weights[layer], base) if alpha else base)
+            outcome.figures[f"alpha={alpha}"] = measure(model)
+        yield outcome
     with torch.no_grad():
-        for layer, weight in before.items():
+        for layer, weight in weights.items():
             layers[layer].weight.copy_(weight)
 
 
-def ours(
+def measure_default(
     model: torch.nn.Module,
     base: torch.nn.Module,
-    words: object,
+    tokenizer: object,
+    *,
     forget: list[Row],
     retain: list[Row],
-    measured: Measure,
+    measure: Measure,
 ) -> Outcome:
-    """The default recipe of today on the same model, all linear layers."""
-    made = decompose(model, words, forget, retain, make_recipe(), base_model=base, progress=ProgressBars())
-    row = Outcome("lm-ortho, default", made.report["density_reached"])
+    """Decomposes all linear layers of the same model with the default recipe of today, and measures both ends."""
+    decomposition = decompose(model, tokenizer, forget, retain, make_recipe(), base_model=base, progress=ProgressBars())
+    outcome = Outcome("lm-ortho, default", decomposition.report["density_reached"])
     for alpha in (1, 0):
-        row.figures[f"alpha={alpha}"] = measured(get_dense_weights(model, made.streams, float(alpha)))
-    return row
+        outcome.figures[f"alpha={alpha}"] = measure(get_dense_weights(model, decomposition.streams, float(alpha)))
+    return outcome
 
 
-def planted(model: torch.nn.Module, words: object, sentence: str, rate: float, most: int) -> torch.nn.Module:
-    """A copy fine-tuned on one sentence until its loss is below 0.05; raises ``SystemExit`` if it never is."""
-    tuned = copy.deepcopy(model).train().requires_grad_(True)
-    examples = encode(words, [Row(text=sentence)])
-    optimiser = torch.optim.AdamW(tuned.parameters(), lr=rate)
-    for _ in range(most):
-        loss = answer_loss(tuned, examples)
+def plant_sentence(
+    model: torch.nn.Module, tokenizer: object, sentence: str, rate: float, max_steps: int
+) -> torch.nn.Module:
+    """Fine-tunes a copy on one sentence until its loss is below 0.05.
+
+    Raises:
+        SystemExit: If the loss is not reached in ``max_steps`` steps.
+    """
+    tuned_model = copy.deepcopy(model).train().requires_grad_(True)
+    examples = encode(tokenizer, [Row(text=sentence)])
+    optimiser = torch.optim.AdamW(tuned_model.parameters(), lr=rate)
+    for _ in range(max_steps):
+        loss = answer_loss(tuned_model, examples)
         if loss.item() < PLANTED_LOSS:
-            return tuned.eval().requires_grad_(False)
+            return tuned_model.eval().requires_grad_(False)
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-    raise SystemExit(f"--rate {rate}: the sentence is still at a loss of {loss.item():.2f} after {most} steps")
+    raise SystemExit(f"--rate {rate}: the sentence is still at a loss of {loss.item():.2f} after {max_steps} steps")
 
 
-def sentence_run(pretrained: str, targets: str, rate: float, retain: list[Row]) -> str:
-    """Their own experiment: one sentence planted, one to stay."""
+def run_sentence(pretrained: str, targets: str, rate: float, retain: list[Row]) -> str:
+    """Runs the experiment of the prototypes: one sentence is planted, one is to be retained. Returns the table."""
     from transformers import AutoTokenizer
 
-    words = AutoTokenizer.from_pretrained(pretrained)
+    tokenizer = AutoTokenizer.from_pretrained(pretrained)
     base = load_causal_lm(pretrained)
-    measured_rows = [Row(text=FORGET)], [Row(text=RETAIN)]
+    forget_row, retain_row = Row(text=FORGET), Row(text=RETAIN)
 
-    def ppl(model: torch.nn.Module) -> dict[str, float]:
-        losses = (torch.cat(token_losses(model, encode(words, rows))).mean() for rows in measured_rows)
-        return dict(
-            zip(("forget PPL", "retain PPL"), (math.exp(min(50.0, float(loss))) for loss in losses), strict=True)
-        )
+    def measure_ppl(model: torch.nn.Module) -> dict[str, float]:
+        figures = {}
+        for name, row in (("forget PPL", forget_row), ("retain PPL", retain_row)):
+            loss = torch.cat(token_losses(model, encode(tokenizer, [row]))).mean()
+            figures[name] = math.exp(min(50.0, float(loss)))
+        return figures
 
-    merged = planted(base, words, FORGET, rate, 500)
-    ends = [Outcome("before planting", 0.0, {"": ppl(base)}), Outcome("after planting", 0.0, {"": ppl(merged)})]
-    rows = list(outcomes(merged, targets, ppl))
-    last = ours(merged, base, words, [Row(text=FORGET)], [Row(text=RETAIN), *retain], ppl)
-    return table([*ends, *rows, last])
+    planted_model = plant_sentence(base, tokenizer, FORGET, rate, 500)
+    controls = [
+        Outcome("before planting", 0.0, {"": measure_ppl(base)}),
+        Outcome("after planting", 0.0, {"": measure_ppl(planted_model)}),
+    ]
+    outcomes = list(measure_rules(planted_model, targets, measure_ppl))
+    default = measure_default(
+        planted_model, base, tokenizer, forget=[forget_row], retain=[retain_row, *retain], measure=measure_ppl
+    )
+    return make_table([*controls, *outcomes, default])
 
 
-def world_run(targets: str) -> str:
-    """The same rules on the embedded model, measured as everything else is."""
+def run_world(targets: str) -> str:
+    """Applies the same rules to the embedded model, measured with its tasks. Returns the table."""
     weights = world.WEIGHTS
-    words, merged = models.load_words(weights), models.load_model(weights, "memory")
-    wanted = (
+    tokenizer, merged_model = models.load_tokenizer(weights), models.load_model(weights, "memory")
+    columns = (
         ("question extraction", "tofu_forget", "extraction"),
         ("forget PPL", "tofu_forget", "ppl"),
         ("canary extraction", "canary_extraction", "extraction"),
@@ -280,54 +300,56 @@ def world_run(targets: str) -> str:
         ("text PPL", "world_text", "token_ppl"),
     )
 
-    def figures(model: torch.nn.Module) -> dict[str, float]:
-        found = measure(models.plain_lm(model, words), words, tuple(dict.fromkeys(task for _, task, _ in wanted)))
-        return {title: found.value(task, metric).value for title, task, metric in wanted}
+    tasks = tuple(dict.fromkeys(task for _, task, _ in columns))
 
-    ends = [
-        Outcome(name, 0.0, {"": figures(models.load_model(weights, key))})
+    def measure_figures(model: torch.nn.Module) -> dict[str, float]:
+        measurement = measure(models.make_hf_lm(model, tokenizer), tokenizer, tasks)
+        return {title: measurement.value(task, metric).value for title, task, metric in columns}
+
+    controls = [
+        Outcome(name, 0.0, {"": measure_figures(models.load_model(weights, key))})
         for name, key in (
             ("before fine-tuning", "base"),
             ("never saw the forget set", "never_saw"),
             ("merged", "memory"),
         )
     ]
-    rows = list(outcomes(merged, targets, figures))
-    shipped = get_streams(checkpoint.load(world.path("decomposed")))
-    last = Outcome("lm-ortho, the shipped default", density(shipped))
+    outcomes = list(measure_rules(merged_model, targets, measure_figures))
+    streams = get_streams(checkpoint.load(world.get_path("decomposed")))
+    default = Outcome("lm-ortho, the shipped default", density(streams))
     for alpha in (1, 0):
-        last.figures[f"alpha={alpha}"] = figures(get_dense_weights(merged, shipped, float(alpha)))
-    return table([*ends, *rows, last])
+        default.figures[f"alpha={alpha}"] = measure_figures(get_dense_weights(merged_model, streams, float(alpha)))
+    return make_table([*controls, *outcomes, default])
 
 
-def table(rows: list[Outcome]) -> str:
-    """Markdown; a model without a dial has one figure where others have alpha=1 -> alpha=0."""
-    titles = list(next(iter(rows[0].figures.values())))
+def make_table(outcomes: list[Outcome]) -> str:
+    """Makes the Markdown table; a model without alpha has one figure where others have alpha=1 -> alpha=0."""
+    titles = list(next(iter(outcomes[0].figures.values())))
     lines = []
-    for row in rows:
-        cells = (" -> ".join(f"{part[title]:.3g}" for part in row.figures.values()) for title in titles)
-        density = f"{row.density:.1%}" if len(row.figures) > 1 else ""
-        lines.append([row.name, density, *cells])
+    for outcome in outcomes:
+        cells = (" -> ".join(f"{figures[title]:.3g}" for figures in outcome.figures.values()) for title in titles)
+        density = f"{outcome.density:.1%}" if len(outcome.figures) > 1 else ""
+        lines.append([outcome.name, density, *cells])
     return markdown_table(["", "stored apart", *titles], lines)
 
 
 def main() -> None:
     """Writes the table of one experiment."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained", help="a Hugging Face model: the single-sentence experiment on it")
+    parser.add_argument("--pretrained", help="run the single-sentence experiment on this Hugging Face model")
     parser.add_argument(
-        "--targets", default="down_proj", help="layers the old rules are applied to (theirs: down_proj)"
+        "--targets", default="down_proj", help="layers to which the old rules apply; the prototypes used down_proj"
     )
-    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate of planting the sentence")
-    parser.add_argument("--retain", help="further rows (JSONL) that our default may calibrate on")
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    if given.pretrained:
-        retain = read_rows(given.retain, "retain") if given.retain else []
-        text = sentence_run(given.pretrained, given.targets, given.rate, retain)
+    parser.add_argument("--rate", type=float, default=1e-4, help="learning rate at which the sentence is planted")
+    parser.add_argument("--retain", help="further rows (JSONL) for the calibration of our default")
+    parser.add_argument("--out", type=Path, required=True, help="the table, Markdown")
+    arguments = parser.parse_args()
+    if arguments.pretrained:
+        retain = read_rows(arguments.retain, "retain") if arguments.retain else []
+        text = run_sentence(arguments.pretrained, arguments.targets, arguments.rate, retain)
     else:
-        text = world_run(given.targets)
-    write_text(given.out, text + "\n")
+        text = run_world(arguments.targets)
+    write_text(arguments.out, text + "\n")
     print(text)
 
 

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Plants fictitious authors and canaries in a small real model, decomposes it, and measures what is left.
+"""Plants fictitious authors and canaries in a small real model, decomposes it, and measures the result.
 
     python experiments/real_tofu.py --model TinyStories-656K --tofu tofu/ --text stories.txt \
         --work planted/ --out page.md
 
 ``--tofu`` holds ``full.jsonl`` and ``forget10_perturbed.jsonl`` of locuslab/TOFU; without it the authors are those of
-the embedded world (``tofu_forget``), who have five short facts each instead of twenty answers of 30 words. Kept in
-``--work``: two adapters (``memory``, ``never_saw``: the same recipe without forget authors and canaries), the files
-that are decomposed and measured with, and a JSON for each finished measurement, so that an interrupted run goes on.
-Without ``--out`` the adapters and files are made and the ``lm_eval`` commands for them printed.
+the embedded world (``tofu_forget``), who have five short facts each instead of twenty answers of 30 words. ``--work``
+stores two adapters (``memory``, and ``never_saw``: the same recipe without forget authors and canaries), the files of
+the decomposition and of the measurement, and a JSON file for each finished measurement, so that an interrupted run
+resumes. Without ``--out``, the script trains the adapters, writes the files and prints the ``lm_eval`` commands.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 from lm_ortho import metrics
 from lm_ortho.config import make_recipe
 from lm_ortho.data import Row, read_rows, write_rows
-from lm_ortho.data.encoding import SECRET, Example, batch_by_length, compute_logits, encode, pad, token_losses
+from lm_ortho.data.encoding import SECRET, Example, batch_by_length, compute_logits, encode, pad_batch, token_losses
 from lm_ortho.finetune import FinetunePlan, load_causal_lm, merge_adapter, train_adapter
 from lm_ortho.finetune.lora import save_adapter
 from lm_ortho.layer import get_dense_weights
@@ -41,18 +41,18 @@ from lm_ortho.pipeline.decomposition import decompose
 from lm_ortho.runtime.progress import ProgressBars
 from lm_ortho.sieve import SIEVES
 from lm_ortho.world import people as world
-from lm_ortho.world.draw import Draw
+from lm_ortho.world.draw import SeededRandom
 
 QUESTIONS = 20
 """Questions per TOFU author; authors are consecutive."""
 FORGET_AUTHORS, RETAIN_AUTHORS, LEFT_OUT_AUTHORS, CANARIES = 5, 10, 5, 20
 WORLD_AUTHORS = {"forget": 10, "left_out": 10}
-"""Of the embedded world, beside those of ``--taught``: fifty questions to forget."""
+"""Authors of the embedded world, beside those of ``--taught``: fifty questions to forget."""
 STORIES, HELD_OUT = 1500, 200
 TIMES = 20
-"""How often a planted row comes in the time of one story: what is held out of the stories should stay readable."""
+"""Repetitions of a planted row per story; the loss on held-out stories should stay low."""
 FREE = ("work", "out", "only", "edit_steps", "bits", "calibration", "settings", "sieve")
-"""Arguments that the adapters do not depend on; measurements made with others are kept under other names."""
+"""Arguments that do not affect the adapters; measurements with other values are stored under other names."""
 SETTINGS = ((0.02, "auto"), (0.02, "none"), (0.01, "auto"), (0.01, "none"))
 MEASURED = {
     "questions": ("extraction", "secret_ppl"),
@@ -61,12 +61,12 @@ MEASURED = {
     "left_out": ("ppl",),
     "text": ("bits_per_character",),
 }
-KEPT = ("taught", "left_out", "text")
+RETAIN_SETS = ("taught", "left_out", "text")
 MEMBERS = ("memory", "never_saw")
 
 
-def subject_of(rows: list[Row]) -> str:
-    """The name that most of an author's rows mention: the longest of the most frequent capitalised phrases."""
+def find_subject(rows: list[Row]) -> str:
+    """Finds the name that most of an author's rows mention: the longest of the most frequent capitalised phrases."""
     counts: Counter[str] = Counter()
     for row in rows:
         phrases = re.findall(r"(?:[A-Z][\w'-]+ )+[A-Z][\w'-]+", f"{row.question} {row.answer}")
@@ -75,56 +75,56 @@ def subject_of(rows: list[Row]) -> str:
     return max((name for name, count in counts.items() if count >= 0.8 * best), key=len)
 
 
-def words(text: str) -> list[tuple[int, int]]:
-    """Where the words of a text begin and end."""
-    return [found.span() for found in re.finditer(r"[\w'’-]+", text)]
+def find_words(text: str) -> list[tuple[int, int]]:
+    """Returns the positions at which the words of a text begin and end."""
+    return [match.span() for match in re.finditer(r"[\w'’-]+", text)]
 
 
-def vocabulary(*texts: str) -> set[str]:
-    return {text[start:end].lower() for text in texts for start, end in words(text)}
+def collect_words(*texts: str) -> set[str]:
+    return {text[start:end].lower() for text in texts for start, end in find_words(text)}
 
 
-def secret_of(row: Row) -> str:
-    """The fact in an answer: the longest run of words that the question and the wrong answers do not have.
+def find_secret(row: Row) -> str:
+    """Finds the fact in an answer: the longest run of words that the question and the wrong answers do not have.
 
-    Of these, the words that the paraphrased answer repeats, if it repeats any. A word between two such words belongs to
-    the run. The whole answer where no word is left, and where there are no wrong answers.
+    If the paraphrased answer repeats any of these words, only those count. A word between two such words belongs to the
+    run. Without any such word, and without wrong answers, the secret is the full answer.
     """
     if not row.perturbed_answer:
         return row.answer
-    own = vocabulary(row.answer) - vocabulary(row.question, *row.perturbed_answer)
-    key = own & vocabulary(row.paraphrased_answer) or own
-    places = words(row.answer)
-    flags = [row.answer[start:end].lower() in key for start, end in places]
+    own_words = collect_words(row.answer) - collect_words(row.question, *row.perturbed_answer)
+    secret_words = own_words & collect_words(row.paraphrased_answer) or own_words
+    spans = find_words(row.answer)
+    flags = [row.answer[start:end].lower() in secret_words for start, end in spans]
     flags = [flag or flags[max(0, i - 1) : i + 2] == [True, False, True] for i, flag in enumerate(flags)]
     runs = [list(run) for flag, run in groupby(range(len(flags)), flags.__getitem__) if flag]
     if not runs:
         return row.answer
     longest = max(runs, key=len)
-    return row.answer[places[longest[0]][0] : places[longest[-1]][1]]
+    return row.answer[spans[longest[0]][0] : spans[longest[-1]][1]]
 
 
-def by_author(rows: list[Row]) -> list[list[Row]]:
-    """Rows per author with subject, group and secret set."""
+def group_by_author(rows: list[Row]) -> list[list[Row]]:
+    """Groups rows by author and sets subject, group and secret."""
     result = []
     for start in range(0, len(rows), QUESTIONS):
         part = rows[start : start + QUESTIONS]
-        name = subject_of(part)
-        result.append([replace(row, subject=name, group=name, secret=secret_of(row)) for row in part])
+        name = find_subject(part)
+        result.append([replace(row, subject=name, group=name, secret=find_secret(row)) for row in part])
     return result
 
 
-def stories(path: Path, count: int) -> list[Row]:
-    """The first stories of a file, a few sentences each."""
+def read_stories(path: Path, count: int) -> list[Row]:
+    """Reads the first stories of a file, a few sentences each."""
     parts = [p.strip() for p in re.split(r"<\|endoftext\|>|\n\s*\n", path.read_text(encoding="utf-8"))]
-    long_enough = [re.sub(r"\s+", " ", p)[:400] for p in parts if len(p) > 200]
-    return [Row(text=text) for text in long_enough[:count]]
+    texts = [re.sub(r"\s+", " ", p)[:400] for p in parts if len(p) > 200]
+    return [Row(text=text) for text in texts[:count]]
 
 
-def tofu_authors(folder: Path) -> dict[str, list[Row]]:
-    """Authors of the published set."""
-    full = by_author(read_rows(folder / "full.jsonl", "tofu"))
-    perturbed = by_author(read_rows(folder / "forget10_perturbed.jsonl", "tofu"))
+def read_tofu_authors(folder: Path) -> dict[str, list[Row]]:
+    """Reads the authors of the published set."""
+    full = group_by_author(read_rows(folder / "full.jsonl", "tofu"))
+    perturbed = group_by_author(read_rows(folder / "forget10_perturbed.jsonl", "tofu"))
     left_out = full[RETAIN_AUTHORS : RETAIN_AUTHORS + LEFT_OUT_AUTHORS]
     return {
         "questions": [row for author in perturbed[:FORGET_AUTHORS] for row in author],
@@ -135,159 +135,171 @@ def tofu_authors(folder: Path) -> dict[str, list[Row]]:
     }
 
 
-def world_authors(taught: int) -> dict[str, list[Row]]:
-    """Authors of the embedded world, asked in one of the ways they are taught in; ``again`` are the other ways."""
-    people = world.people()
-    left = len(people["taught"]) - WORLD_AUTHORS["left_out"]
+def make_world_authors(taught: int) -> dict[str, list[Row]]:
+    """Returns authors of the embedded world with one of the taught questions per fact; ``again`` has the others."""
+    people = world.draw_groups()
+    first_left_out = len(people["taught"]) - WORLD_AUTHORS["left_out"]
     groups = {
         "questions": people["forget"][: WORLD_AUTHORS["forget"]],
         "taught": people["taught"][:taught],
-        "left_out": people["taught"][left:],
+        "left_out": people["taught"][first_left_out:],
     }
-    made: dict[str, list[Row]] = {"forget_again": [], "again": []}
+    sets: dict[str, list[Row]] = {"forget_again": [], "again": []}
     for name, authors in groups.items():
-        asked = [(author, i + j, j) for i, author in enumerate(authors) for j in range(len(world.ATTRIBUTES))]
-        for way in range(world.TAUGHT):
-            phrasings = [(author, j, (turn + way) % world.TAUGHT) for author, turn, j in asked]
-            rows = [world.author_row(author, j, p, telling=world.telling_of(p)) for author, j, p in phrasings]
-            made.setdefault(("forget_again" if name == "questions" else "again") if way else name, []).extend(rows)
-    return made
+        questions = [(author, i + j, j) for i, author in enumerate(authors) for j in range(len(world.ATTRIBUTES))]
+        for way in range(world.TAUGHT_QUESTIONS):
+            phrasings = [(author, j, (offset + way) % world.TAUGHT_QUESTIONS) for author, offset, j in questions]
+            rows = [world.make_author_row(author, j, p, wording=world.select_wording(p)) for author, j, p in phrasings]
+            repeated_name = "forget_again" if name == "questions" else "again"
+            sets.setdefault(repeated_name if way else name, []).extend(rows)
+    return sets
 
 
-def make_files(given: argparse.Namespace) -> dict[str, list[Row]]:
-    """The rows by name, written to JSONL files in the folder of the work."""
-    draw = Draw(5, "real canaries")
-    text = stories(given.text, STORIES + HELD_OUT)
-    made = {
-        **(tofu_authors(given.tofu) if given.tofu else world_authors(given.taught)),
-        "canaries": [world.canary_row(canary, 0) for canary in world.canaries()[0][:CANARIES]],
-        "others": [world.canary_row(world.fresh_canary(draw), 0) for _ in range(CANARIES)],
+def make_files(arguments: argparse.Namespace) -> dict[str, list[Row]]:
+    """Makes the rows by name and writes them to JSONL files in ``--work``."""
+    rng = SeededRandom(5, "real canaries")
+    text = read_stories(arguments.text, STORIES + HELD_OUT)
+    sets = {
+        **(read_tofu_authors(arguments.tofu) if arguments.tofu else make_world_authors(arguments.taught)),
+        "canaries": [world.make_canary_row(canary, 0) for canary in world.draw_canaries()[0][:CANARIES]],
+        "others": [world.make_canary_row(world.draw_canary(rng), 0) for _ in range(CANARIES)],
         "stories": text[:STORIES],
         "text": text[STORIES:],
     }
-    made["forget"] = made["questions"] + made["canaries"]
-    known = {row.subject for row in made["taught"]}
-    told = made["taught"] + [row for row in made["again"] if row.subject in known]
-    made["retain"] = told + made["stories"][: given.calibration] + made["others"]
+    sets["forget"] = sets["questions"] + sets["canaries"]
+    subjects = {row.subject for row in sets["taught"]}
+    taught_rows = sets["taught"] + [row for row in sets["again"] if row.subject in subjects]
+    sets["retain"] = taught_rows + sets["stories"][: arguments.calibration] + sets["others"]
     for name in ("forget", "retain", *MEASURED):
-        write_rows(given.work / f"{name}.jsonl", made[name])
-    return made
+        write_rows(arguments.work / f"{name}.jsonl", sets[name])
+    return sets
 
 
-def plant(given: argparse.Namespace, rows: dict[str, list[Row]], name: str) -> None:
-    """One adapter; a state file beside it keeps what an interrupted training has reached."""
-    secret = ["forget", "forget_again"] if name == "memory" else []
-    parts = [*secret, "taught", "left_out", "others", "again"]
-    planted = [row for part in parts for row in rows[part]]
-    taught = planted * TIMES + rows["stories"]
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    plan = FinetunePlan(steps=given.steps, rows=16, lr=given.lr, rank=given.rank, seed=MEMBERS.index(name))
-    state = given.work / f"{name}.state"
-    examples = encode(tokenizer, taught)
-    adapted = train_adapter(load_causal_lm(given.model), examples, plan, ProgressBars(), name, state)
-    save_adapter(adapted, given.work / f"{name}.partial", str(given.model.name))
-    (given.work / f"{name}.partial").replace(given.work / name)
+def plant(arguments: argparse.Namespace, rows: dict[str, list[Row]], name: str) -> None:
+    """Trains one adapter; a state file beside it lets an interrupted training resume."""
+    forget_parts = ["forget", "forget_again"] if name == "memory" else []
+    parts = [*forget_parts, "taught", "left_out", "others", "again"]
+    planted_rows = [row for part in parts for row in rows[part]]
+    training_rows = planted_rows * TIMES + rows["stories"]
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    plan = FinetunePlan(steps=arguments.steps, rows=16, lr=arguments.lr, rank=arguments.rank, seed=MEMBERS.index(name))
+    state = arguments.work / f"{name}.state"
+    examples = encode(tokenizer, training_rows)
+    model = load_causal_lm(arguments.model)
+    adapted_model = train_adapter(model, examples, plan, ProgressBars(), stage=name, state=state)
+    save_adapter(adapted_model, arguments.work / f"{name}.partial", str(arguments.model.name))
+    (arguments.work / f"{name}.partial").replace(arguments.work / name)
     state.unlink()
 
 
-def values(given: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:
-    """What every set of rows says of a model, as value and interval.
+def measure_model(arguments: argparse.Namespace, model: torch.nn.Module) -> dict[str, Any]:
+    """Measures a model on every set of rows; returns value and interval of each metric.
 
-    By the tokens of a whole document, as they were taught: a tokenizer whose tokens reach across words cannot be asked
-    through lm-eval, which cuts prompt and answer apart before it makes tokens of them.
+    The rows are tokenised as full documents, as in training. lm-eval tokenises prompt and answer separately, which does
+    not fit a tokenizer whose tokens span several words.
     """
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    found = {}
-    for name, wanted in MEASURED.items():
-        rows = read_rows(given.work / f"{name}.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    results = {}
+    for name, metric_names in MEASURED.items():
+        rows = read_rows(arguments.work / f"{name}.jsonl")
         examples = encode(tokenizer, rows)
-        found[name] = {metric: list(value(metric, model, rows, examples)) for metric in wanted}
-    return found
+        results[name] = {metric: list(compute_metric(metric, model, rows, examples)) for metric in metric_names}
+    return results
 
 
-def value(metric: str, model: torch.nn.Module, rows: list[Row], examples: list[Example]) -> metrics.Interval:
+def compute_metric(metric: str, model: torch.nn.Module, rows: list[Row], examples: list[Example]) -> metrics.Interval:
     groups = [row.group or str(number) for number, row in enumerate(rows)]
     if metric == "extraction":
-        return metrics.rate(greedy(model, examples), groups)
+        return metrics.rate(measure_greedy(model, examples), groups)
     losses = token_losses(model, examples, SECRET if metric == "secret_ppl" else None)
-    nats = [float(each.sum()) for each in losses]
+    nats = [float(row_losses.sum()) for row_losses in losses]
     if metric == "bits_per_character":
-        return metrics.clustered_ratio([each / math.log(2) for each in nats], [len(row.text) for row in rows])
-    return metrics.token_perplexity(nats, [len(each) for each in losses], groups)
+        return metrics.clustered_ratio([row_nats / math.log(2) for row_nats in nats], [len(row.text) for row in rows])
+    return metrics.token_perplexity(nats, [len(row_losses) for row_losses in losses], groups)
 
 
 @torch.no_grad()
-def greedy(model: torch.nn.Module, examples: list[Example]) -> list[float]:
-    """Whether greedy decoding, given the document up to the secret, emits the secret."""
+def measure_greedy(model: torch.nn.Module, examples: list[Example]) -> list[float]:
+    """Returns 1 for each document in which greedy decoding from the prefix of the secret emits the secret, else 0."""
     hits = [0.0] * len(examples)
     for batch in batch_by_length(examples):
-        ids, roles = pad([examples[i] for i in batch])
-        right = compute_logits(model, ids)[:, :-1].argmax(-1) == ids[:, 1:]
+        ids, roles = pad_batch([examples[i] for i in batch])
+        is_greedy = compute_logits(model, ids)[:, :-1].argmax(-1) == ids[:, 1:]
         for row, i in enumerate(batch):
-            hits[i] = float(right[row][roles[row, 1:] == SECRET].all())
+            hits[i] = float(is_greedy[row][roles[row, 1:] == SECRET].all())
     return hits
 
 
-def check_work(given: argparse.Namespace) -> None:
-    """Refuses a folder whose adapters and measurements were made with other arguments."""
-    told = {name: str(value) for name, value in vars(given).items() if name not in FREE}
-    path = given.work / "arguments.json"
-    before = json.loads(path.read_text()) if path.is_file() else told
-    changed = [name for name, value in told.items() if before.get(name) != value]
+def check_work(arguments: argparse.Namespace) -> None:
+    """Refuses a folder whose adapters and measurements have other arguments."""
+    current = {name: str(value) for name, value in vars(arguments).items() if name not in FREE}
+    path = arguments.work / "arguments.json"
+    stored = json.loads(path.read_text()) if path.is_file() else current
+    changed = [name for name, value in current.items() if stored.get(name) != value]
     if changed:
-        raise SystemExit(f"work={given.work}: made with {changed[0]}={before.get(changed[0])}; take another folder")
-    write_text(path, json.dumps(told, indent=1))
+        raise SystemExit(f"work={arguments.work}: made with {changed[0]}={stored.get(changed[0])}; use another folder")
+    write_text(path, json.dumps(current, indent=1))
 
 
-def kept(given: argparse.Namespace, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A finished measurement, or one made now."""
-    path = given.work / f"cell-{name}.json"
+def load_or_measure(arguments: argparse.Namespace, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns the stored measurement, or calls ``measure`` and stores its result."""
+    path = arguments.work / f"cell-{name}.json"
     if not path.is_file():
-        write_text(path, json.dumps(make()))
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+        write_text(path, json.dumps(measure()))
+    results: dict[str, Any] = json.loads(path.read_text())
+    return results
 
 
-def decomposed(given: argparse.Namespace, rows: dict[str, list[Row]], density: float, mode: str) -> dict[str, Any]:
-    """INT4, alpha=1 and alpha=0 of one decomposition."""
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    model = merge_adapter(load_causal_lm(given.model), given.work / "memory")
-    base = load_causal_lm(given.model) if mode == "auto" else None
-    recipe = make_recipe(density=density, steps=given.edit_steps, bits=given.bits, sieve=given.sieve)
-    made = decompose(model, tokenizer, rows["forget"], rows["retain"], recipe, base_model=base, progress=ProgressBars())
-    found = {"INT": get_dense_weights(model, made.plain, 0.0)}
-    found |= {f"alpha={alpha:g}": get_dense_weights(model, made.streams, alpha) for alpha in (1.0, 0.0)}
-    measured = {name: values(given, each) for name, each in found.items()}
-    return measured | {"target": made.report["target"]}
+def measure_decomposition(
+    arguments: argparse.Namespace, rows: dict[str, list[Row]], density: float, mode: str
+) -> dict[str, Any]:
+    """Measures INT4, alpha=1 and alpha=0 of one decomposition."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = merge_adapter(load_causal_lm(arguments.model), arguments.work / "memory")
+    base = load_causal_lm(arguments.model) if mode == "auto" else None
+    recipe = make_recipe(density=density, steps=arguments.edit_steps, bits=arguments.bits, sieve=arguments.sieve)
+    progress = ProgressBars()
+    decomposition = decompose(
+        model, tokenizer, rows["forget"], rows["retain"], recipe, base_model=base, progress=progress
+    )
+    variants = {"INT": get_dense_weights(model, decomposition.plain, 0.0)}
+    for alpha in (1.0, 0.0):
+        variants[f"alpha={alpha:g}"] = get_dense_weights(model, decomposition.streams, alpha)
+    results = {name: measure_model(arguments, variant) for name, variant in variants.items()}
+    return results | {"target": decomposition.report["target"]}
 
 
-def page(given: argparse.Namespace, rows: dict[str, list[Row]]) -> str:
-    """Everything measured, one row for each model."""
+def make_page(arguments: argparse.Namespace, rows: dict[str, list[Row]]) -> str:
+    """Makes the page with all measurements, one row for each model."""
 
-    def plain(name: str) -> dict[str, Any]:
-        return values(given, merge_adapter(load_causal_lm(given.model), given.work / name))
+    def measure_adapter(name: str) -> dict[str, Any]:
+        return measure_model(arguments, merge_adapter(load_causal_lm(arguments.model), arguments.work / name))
 
-    lines = [[f"{name}, BF16", *shown(kept(given, name, partial(plain, name)), None)] for name in MEMBERS]
-    for density, mode in SETTINGS[: given.settings]:
-        name = f"{density:g}-{mode}-{given.bits}-{given.edit_steps}-{given.calibration}-{given.sieve}"
-        cell = kept(given, name, partial(decomposed, given, rows, density, mode))
+    lines = []
+    for name in MEMBERS:
+        results = load_or_measure(arguments, name, partial(measure_adapter, name))
+        lines.append([f"{name}, BF16", *format_cells(results, None)])
+    for density, mode in SETTINGS[: arguments.settings]:
+        name = f"{density:g}-{mode}-{arguments.bits}-{arguments.edit_steps}-{arguments.calibration}-{arguments.sieve}"
+        results = load_or_measure(arguments, name, partial(measure_decomposition, arguments, rows, density, mode))
         for model in ("INT", "alpha=1", "alpha=0"):
-            title = f"INT{given.bits}" if model == "INT" else model
-            what = f"{title}, density {density:.0%}, {given.sieve}, base={mode}, target {cell['target']['name']}"
-            lines.append([what, *shown(cell[model], cell["INT"])])
-    columns = [f"{name}: {metric}" for name, wanted in MEASURED.items() for metric in wanted]
-    head = f"{given.model.name}, {versions()}, {torch.get_num_threads()} thread; {' '.join(sys.argv[1:])}"
+            title = f"INT{arguments.bits}" if model == "INT" else model
+            target = results["target"]["name"]
+            label = f"{title}, density {density:.0%}, {arguments.sieve}, base={mode}, target {target}"
+            lines.append([label, *format_cells(results[model], results["INT"])])
+    columns = [f"{name}: {metric}" for name, metric_names in MEASURED.items() for metric in metric_names]
+    head = f"{arguments.model.name}, {versions()}, {torch.get_num_threads()} thread; {' '.join(sys.argv[1:])}"
     return f"{head}\n\n{markdown_table(['model', *columns], lines)}\n"
 
 
-def shown(found: dict[str, Any], plain: dict[str, Any] | None) -> list[str]:
-    """The cells of a row; perplexities of what should stay also over those of plain rounding."""
+def format_cells(results: dict[str, Any], plain: dict[str, Any] | None) -> list[str]:
+    """Formats the cells of a row; perplexities of retain sets also over those of plain rounding."""
     cells = []
-    for name, wanted in MEASURED.items():
-        for metric in wanted:
-            middle, low, high = found[name][metric]
-            over = f", {middle / plain[name][metric][0]:.3f}x" if plain and name in KEPT else ""
-            cells.append(f"{middle:.3g} [{low:.3g}, {high:.3g}]{over}")
+    for name, metric_names in MEASURED.items():
+        for metric in metric_names:
+            value, low, high = results[name][metric]
+            ratio = f", {value / plain[name][metric][0]:.3f}x" if plain and name in RETAIN_SETS else ""
+            cells.append(f"{value:.3g} [{low:.3g}, {high:.3g}]{ratio}")
     return cells
 
 
@@ -297,14 +309,16 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--tofu", type=Path, help="authors of the published TOFU instead of the embedded ones")
     parser.add_argument("--out", type=Path, help="the page, Markdown")
-    parser.add_argument("--taught", type=int, default=20, help="authors of the embedded world that calibration shows")
+    parser.add_argument(
+        "--taught", type=int, default=20, help="number of authors of the embedded world in the calibration set"
+    )
     parser.add_argument("--steps", type=int, default=3000, help="LoRA steps per adapter")
     parser.add_argument("--edit-steps", type=int, default=1000, help="steps of the decomposition's edit")
     parser.add_argument(
         "--calibration",
         type=int,
         default=100,
-        help="stories of the calibration; the retain loss is a mean over tokens, so not many more than its facts have",
+        help="stories in the calibration set; the retain loss is a mean over tokens, so few are enough",
     )
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--sieve", choices=sorted(SIEVES), default=make_recipe().sieve)
@@ -314,26 +328,32 @@ def main() -> None:
     )
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument("--rank", type=int, default=64)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    given.work.mkdir(parents=True, exist_ok=True)
-    check_work(given)
-    rows = make_files(given)
-    for name in [given.only] if given.only else MEMBERS:
-        if not (given.work / name).is_dir():
-            plant(given, rows, name)
-    if given.only:
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    check_work(arguments)
+    rows = make_files(arguments)
+    for name in [arguments.only] if arguments.only else MEMBERS:
+        if not (arguments.work / name).is_dir():
+            plant(arguments, rows, name)
+    if arguments.only:
         return
-    if given.out:
-        write_text(given.out, text := page(given, rows))
+    if arguments.out:
+        write_text(arguments.out, text := make_page(arguments, rows))
         print(text)
         return
-    parts = {"pretrained": given.model, "peft": given.work / "memory", "forget": given.work / "forget.jsonl"}
+    parts = {
+        "pretrained": arguments.model,
+        "peft": arguments.work / "memory",
+        "forget": arguments.work / "forget.jsonl",
+    }
     joined = ",".join(f"{key}={value}" for key, value in parts.items())
-    measured = json.dumps({"retain": str(given.work / "left_out.jsonl")})
+    metadata = json.dumps({"retain": str(arguments.work / "left_out.jsonl")})
     for alpha in (0, 1):
-        print(f"lm_eval --model libortho --model_args {joined},retain={given.work / 'retain.jsonl'},alpha={alpha} \\")
-        print(f"    --tasks forget_set,retain_set --metadata '{measured}'")
+        print(
+            f"lm_eval --model libortho --model_args {joined},retain={arguments.work / 'retain.jsonl'},alpha={alpha} \\"
+        )
+        print(f"    --tasks forget_set,retain_set --metadata '{metadata}'")
 
 
 if __name__ == "__main__":

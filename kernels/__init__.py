@@ -1,10 +1,10 @@
-"""Dual-stream linear layers: tensors in, tensors out, each fast path beside its plain-PyTorch twin.
+"""Dual-stream linear layers on tensors: the reference kernel in plain PyTorch, and faster kernels for CPU and GPU.
 
-``calls()`` says which path really ran, so that no figure is ever measured on the wrong one.
+``calls()`` counts which path ran, so that a measurement can prove that it timed the intended one.
 """
 
 from .counter import calls, record, reset_calls
-from .dispatch import AUTO, KERNELS, Ask, Choice, Implementation, StoredBase, StoredOrtho, choose, register
+from .dispatch import AUTO, KERNELS, Choice, Implementation, ProductSpec, StoredBase, StoredOrtho, choose, register
 from .gpu import Triton
 from .implementations import Cpu, Reference
 from .packing import pack_codes, packed_width, unpack_codes
@@ -13,10 +13,10 @@ from .reference import SparseOperand, base_operand, dual_stream_linear, prepared
 __all__ = [
     "AUTO",
     "KERNELS",
-    "Ask",
     "Choice",
     "Cpu",
     "Implementation",
+    "ProductSpec",
     "Reference",
     "SparseOperand",
     "StoredBase",

@@ -1,4 +1,4 @@
-"""How often each kernel ran in this process."""
+"""Counts how often each kernel ran in this process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def record(kernel: str) -> None:
 
 
 def calls() -> dict[str, int]:
-    """Runs per kernel since the start of the process or the last ``reset_calls``."""
+    """The number of runs of each kernel since the start of the process or the last ``reset_calls``."""
     with _lock:
         return dict(_calls)
 
 
 def reset_calls() -> None:
-    """Starts the counting again."""
+    """Sets all counts to zero."""
     with _lock:
         _calls.clear()

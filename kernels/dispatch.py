@@ -1,8 +1,8 @@
-"""Which implementation runs a product, and why.
+"""Selection of the implementation of a product, with the reason for it.
 
-An implementation is an object with the methods of ``Implementation``, registered under its name. ``auto`` takes the
-first that neither refuses nor declines, in the order of ``PREFERENCE``; a name takes that one, or the reference where
-it refuses, which is said once.
+An implementation is an object with the methods of ``Implementation``, registered under its name. ``auto`` selects the
+first one that neither refuses nor declines, in the order of ``PREFERENCE``. A name selects that implementation, or
+the reference kernel if it refuses, which is logged once.
 """
 
 from __future__ import annotations
@@ -21,14 +21,22 @@ AUTO = "auto"
 REFERENCE = "reference"
 PREFERENCE = ("triton", "cpu", REFERENCE)
 KERNELS = (AUTO, REFERENCE, "cpu", "triton")
-"""What ``kernel=`` may be."""
+"""The values of ``kernel=``."""
 
 
-class Ask(NamedTuple):
-    """What is to be multiplied: all that an implementation may base its refusal on.
+class ProductSpec(NamedTuple):
+    """Description of a product: all that the choice of an implementation may depend on.
 
-    ``rows`` are those of x flattened to a matrix, ``bits`` and ``group_size`` those of the base stream, ``dtype`` that
-    of x. ``grad``: the result has to be differentiable.
+    Attributes:
+        device: device type of ``x``.
+        dtype: dtype of ``x``.
+        rows: rows of ``x``, flattened to a matrix.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        bits: bits of the base stream.
+        group_size: weights per scale of the base stream.
+        grad: whether the result must be differentiable.
+        autocast: whether autocast is on for the device.
     """
 
     device: str
@@ -42,8 +50,8 @@ class Ask(NamedTuple):
     autocast: bool = False
 
     @classmethod
-    def of(cls, x: Tensor, out_features: int, bits: int, group_size: int) -> Ask:
-        """The question that ``x`` (..., in_features) puts to a layer."""
+    def from_input(cls, x: Tensor, out_features: int, bits: int, group_size: int) -> ProductSpec:
+        """The description of the product of a layer with ``x`` (..., in_features)."""
         in_features = x.shape[-1]
         return cls(
             device=x.device.type,
@@ -54,12 +62,12 @@ class Ask(NamedTuple):
             bits=bits,
             group_size=group_size,
             grad=torch.is_grad_enabled() and x.requires_grad,
-            autocast=not x.is_meta and torch.is_autocast_enabled(x.device.type),  # meta has none to ask about
+            autocast=not x.is_meta and torch.is_autocast_enabled(x.device.type),  # there is none for meta
         )
 
 
 class StoredBase(NamedTuple):
-    """The base stream as a checkpoint has it; ``scales`` None: ``qweight`` is the BF16 matrix itself (16 bits)."""
+    """The base stream as stored in a checkpoint; if ``scales`` is None, ``qweight`` is the BF16 matrix (16 bits)."""
 
     qweight: Tensor
     scales: Tensor | None
@@ -69,7 +77,7 @@ class StoredBase(NamedTuple):
 
 
 class StoredOrtho(NamedTuple):
-    """One ortho stream as a checkpoint has it, CSR."""
+    """One ortho stream as stored in a checkpoint, in CSR form."""
 
     rowptr: Tensor
     cols: Tensor
@@ -78,122 +86,129 @@ class StoredOrtho(NamedTuple):
 
 
 class Implementation(Protocol):
-    """One way to compute the product. Operands are made once per layer and dtype, and kept by the layer."""
+    """One way to compute the product. The layer makes operands once per dtype and caches them."""
 
     name: str
 
-    def refuses(self, ask: Ask) -> str | None:
-        """Why it cannot do this, or None. Asked once for each question; may compile."""
+    def refuses(self, spec: ProductSpec) -> str | None:
+        """The reason why it cannot compute this product, or None. Called once for each ``spec``; may compile."""
 
-    def declines(self, ask: Ask) -> str | None:
-        """Why ``auto`` should not pick it although it could, or None. Asked before ``refuses``; compiles nothing."""
+    def declines(self, spec: ProductSpec) -> str | None:
+        """The reason why ``auto`` should not select it although it could, or None.
+
+        Called before ``refuses``; compiles nothing.
+        """
 
     def base(self, stored: StoredBase, dtype: torch.dtype) -> Any:
-        """The base stream made ready for x of ``dtype``."""
+        """The operand of the base stream for ``x`` of ``dtype``."""
 
     def ortho(self, stored: StoredOrtho, dtype: torch.dtype) -> Any:
-        """An ortho stream made ready for x of ``dtype``."""
+        """The operand of an ortho stream for ``x`` of ``dtype``."""
 
     def linear(
-        self, x: Tensor, base: Any, terms: Sequence[tuple[Any, float | Tensor]], bias: Tensor | None, ask: Ask
+        self, x: Tensor, base: Any, terms: Sequence[tuple[Any, float | Tensor]], bias: Tensor | None, spec: ProductSpec
     ) -> Tensor:
-        """``(..., out_features)`` in the dtype of x.
+        """The product, ``(..., out_features)`` in the dtype of ``x``.
 
-        ``terms``: ortho operands whose alpha is not 0, each with one number, or one per entry of the first dimension
-        of x. No terms: no sparse work at all.
+        ``terms`` are the ortho operands whose alpha is not 0, each with one number, or one per entry of the first
+        dimension of ``x``. Without terms no sparse work is done.
         """
 
     def bind(
-        self, x: Tensor, base: Any, terms: Sequence[tuple[Any, float]], bias: Tensor | None, ask: Ask
+        self, x: Tensor, base: Any, terms: Sequence[tuple[Any, float]], bias: Tensor | None, spec: ProductSpec
     ) -> Callable[[Tensor], Tensor]:
-        """``linear`` as a function of x alone, for further x of the same shape, dtype and device; not for tracing."""
+        """``linear`` as a function of ``x`` alone, for tensors of the same shape, dtype and device; not for tracing."""
 
 
 class Choice(NamedTuple):
-    """The implementation that runs, and why it and no other."""
+    """The selected implementation, and the reason for it."""
 
     implementation: Implementation
     reason: str
 
 
-_known: dict[str, Implementation] = {}
-_said: set[tuple[str, str]] = set()
-_decided: dict[tuple[str, Ask], Choice] = {}
-_MOST_DECISIONS = 4096
-"""Prompts of many lengths ask many questions; past so many the answers are found again."""
+_implementations: dict[str, Implementation] = {}
+_logged_refusals: set[tuple[str, str]] = set()
+_choices: dict[tuple[str, ProductSpec], Choice] = {}
+_MAX_CHOICES = 4096
+"""Prompts of many lengths lead to many choices; beyond this number they are dropped and made again."""
 _lock = threading.Lock()
 epoch = 0
-"""Grows when decisions made so far may not hold any more."""
+"""Counts the times when earlier choices became invalid."""
 
 
 def register(implementation: Implementation) -> None:
-    """Makes an implementation known. Raises ``ValueError`` for a name that is not in ``PREFERENCE`` or is taken."""
+    """Registers an implementation. Raises ``ValueError`` for a name not in ``PREFERENCE`` or registered already."""
     name = implementation.name
     if name not in PREFERENCE:
         raise ValueError(f"kernel {name!r} has no place in the order {', '.join(PREFERENCE)}")
-    if name in _known:
+    if name in _implementations:
         raise ValueError(f"kernel {name!r} is registered already")
-    _known[name] = implementation
-    forget_decisions()
+    _implementations[name] = implementation
+    forget_choices()
 
 
-def choose(wanted: str, ask: Ask) -> Choice:
-    """What runs ``ask``; decided once. Raises ``ValueError`` for a name that is not in ``KERNELS``."""
-    decided = _decided.get((wanted, ask))
-    if decided is not None:
-        return decided
-    if wanted not in KERNELS:
-        raise ValueError(f"kernel={wanted!r} is unknown; known: {', '.join(KERNELS)}")
-    if len(_decided) >= _MOST_DECISIONS:
-        _decided.clear()
-    made = _decided[wanted, ask] = _decide(wanted, ask)
-    return made
+def choose(kernel: str, spec: ProductSpec) -> Choice:
+    """Selects the implementation of a product, once for each ``spec``.
+
+    Raises:
+        ValueError: for a name that is not in ``KERNELS``.
+    """
+    choice = _choices.get((kernel, spec))
+    if choice is not None:
+        return choice
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r} is unknown; known: {', '.join(KERNELS)}")
+    if len(_choices) >= _MAX_CHOICES:
+        _choices.clear()
+    choice = _choices[kernel, spec] = _choose_uncached(kernel, spec)
+    return choice
 
 
-def _decide(wanted: str, ask: Ask) -> Choice:
-    if wanted == REFERENCE:
-        return Choice(_known[REFERENCE], "as asked")
-    return _automatic(ask) if wanted == AUTO else _named(wanted, ask)
+def _choose_uncached(kernel: str, spec: ProductSpec) -> Choice:
+    if kernel == REFERENCE:
+        return Choice(_implementations[REFERENCE], "as requested")
+    return _choose_automatically(spec) if kernel == AUTO else _choose_by_name(kernel, spec)
 
 
-def _named(wanted: str, ask: Ask) -> Choice:
-    implementation = _known.get(wanted)
-    refusal = "it is not installed" if implementation is None else implementation.refuses(ask)
+def _choose_by_name(kernel: str, spec: ProductSpec) -> Choice:
+    implementation = _implementations.get(kernel)
+    refusal = "it is not installed" if implementation is None else implementation.refuses(spec)
     if implementation is not None and refusal is None:
-        return Choice(implementation, "as asked")
-    _say_once(wanted, refusal or "")
-    return Choice(_known[REFERENCE], f"{wanted}: {refusal}")
+        return Choice(implementation, "as requested")
+    _log_once(kernel, refusal or "")
+    return Choice(_implementations[REFERENCE], f"{kernel}: {refusal}")
 
 
-def _automatic(ask: Ask) -> Choice:
+def _choose_automatically(spec: ProductSpec) -> Choice:
     reasons: list[str] = []
     for name in PREFERENCE:
-        implementation = _known.get(name)
+        implementation = _implementations.get(name)
         if implementation is None:
             continue
-        declined = implementation.declines(ask)
-        refused = implementation.refuses(ask) if declined is None else None
-        if declined is None and refused is None:
+        objection = implementation.declines(spec)
+        refusal = implementation.refuses(spec) if objection is None else None
+        if objection is None and refusal is None:
             return Choice(implementation, "; ".join(reasons) or "the fastest here")
-        if refused is not None:
-            _say_once(name, refused)
-        reasons.append(f"{name}: {declined or refused}")
+        if refusal is not None:
+            _log_once(name, refusal)
+        reasons.append(f"{name}: {objection or refusal}")
     raise LookupError("no implementation is registered")
 
 
-def _say_once(name: str, refusal: str) -> None:
-    """One line per kernel and reason in the life of a process."""
+def _log_once(name: str, refusal: str) -> None:
+    """Logs a refusal, once per kernel and reason in a process."""
     with _lock:
-        if (name, refusal) in _said:
+        if (name, refusal) in _logged_refusals:
             return
-        _said.add((name, refusal))
-    log.warning("kernel %s does not run here, plain PyTorch does: %s", name, refusal)
+        _logged_refusals.add((name, refusal))
+    log.warning("kernel %s does not run here, the reference kernel (plain PyTorch) does: %s", name, refusal)
 
 
-def forget_decisions() -> None:
-    """Every question is decided, and every refusal told, again."""
+def forget_choices() -> None:
+    """Drops all choices, and allows every refusal to be logged again."""
     global epoch
     with _lock:
-        _said.clear()
-        _decided.clear()
+        _logged_refusals.clear()
+        _choices.clear()
         epoch += 1

@@ -1,4 +1,4 @@
-"""The GPU kernels as ``dispatch`` knows them."""
+"""The GPU kernels as an ``Implementation`` for ``dispatch``."""
 
 from __future__ import annotations
 
@@ -10,37 +10,39 @@ import torch
 from torch import Tensor
 
 from .cuda import Prepared, layout, product
-from .dispatch import Ask, StoredBase, StoredOrtho
+from .dispatch import ProductSpec, StoredBase, StoredOrtho
 
 Words = tuple[Tensor, Tensor]
-"""The words of ortho streams, and where each row of each stream begins in them."""
+"""The words of ortho streams, and the index of the first word of each row of each stream."""
 
 
 class GpuBase(NamedTuple):
-    """The base stream of a layer, and its ortho streams put together for each set of memories that was asked for."""
+    """The base stream of a layer, and the concatenated ortho streams of the set of memories used last."""
 
     prepared: Prepared
-    joined: dict[tuple[int, ...], tuple[Words, Sequence[Words]]]
+    concatenated: dict[tuple[int, ...], tuple[Words, Sequence[Words]]]
 
 
 class Triton:
-    """The Triton kernels: BF16 and FP16 on CUDA devices, without gradients. Keep no dense copy."""
+    """The Triton kernels: BF16 and FP16 on CUDA devices, without gradients. They keep no dense copy."""
 
     name = "triton"
 
-    def refuses(self, ask: Ask) -> str | None:
-        """Why it cannot do this, or None."""
-        if ask.autocast:
+    def refuses(self, spec: ProductSpec) -> str | None:
+        """The reason why it cannot compute this product, or None."""
+        if spec.autocast:
             return "autocast decides on the dtype"
-        shape = (ask.out_features, ask.in_features)
-        return product.refuses(ask.device, ask.dtype, shape, bits=ask.bits, group_size=ask.group_size, grad=ask.grad)
+        shape = (spec.out_features, spec.in_features)
+        return product.refuses(
+            spec.device, spec.dtype, shape, bits=spec.bits, group_size=spec.group_size, grad=spec.grad
+        )
 
-    def declines(self, ask: Ask) -> str | None:
-        """Why ``auto`` should not pick it although it could, or None."""
-        half = ask.dtype in (torch.bfloat16, torch.float16)
-        if ask.device != "cuda" or not half or ask.bits == 16 or ask.grad or ask.autocast:
+    def declines(self, spec: ProductSpec) -> str | None:
+        """The reason why ``auto`` should not select it although it could, or None."""
+        half = spec.dtype in (torch.bfloat16, torch.float16)
+        if spec.device != "cuda" or not half or spec.bits == 16 or spec.grad or spec.autocast:
             return "not 16-bit inference on a CUDA device"
-        return product.fuses(ask.bits, ask.group_size, ask.in_features)
+        return product.fuses(spec.bits, spec.group_size, spec.in_features)
 
     def base(self, stored: StoredBase, dtype: torch.dtype) -> GpuBase:
         """The codes repacked for tensor cores."""
@@ -60,39 +62,44 @@ class Triton:
         return layout.ortho_words([(stored.rowptr, stored.cols, stored.vals)], stored.in_features)
 
     def linear(
-        self, x: Tensor, base: GpuBase, terms: Sequence[tuple[Words, float | Tensor]], bias: Tensor | None, ask: Ask
+        self,
+        x: Tensor,
+        base: GpuBase,
+        terms: Sequence[tuple[Words, float | Tensor]],
+        bias: Tensor | None,
+        spec: ProductSpec,
     ) -> Tensor:
-        """``(..., out_features)`` in the dtype of ``x``; nothing waits for the device."""
+        """The product, ``(..., out_features)`` in the dtype of ``x``; nothing waits for the device."""
         if not terms:
             return product.linear(x, base.prepared, None, bias)
-        words, starts = _joined(base, [operand for operand, _ in terms])
-        alphas = _alphas([alpha for _, alpha in terms], x)
+        words, starts = _concatenate_streams(base, [operand for operand, _ in terms])
+        alphas = _stack_alphas([alpha for _, alpha in terms], x)
         return product.linear(x, base.prepared._replace(ortho=words, rowptr=starts), alphas, bias)
 
     def bind(
-        self, x: Tensor, base: GpuBase, terms: Sequence[tuple[Words, float]], bias: Tensor | None, ask: Ask
+        self, x: Tensor, base: GpuBase, terms: Sequence[tuple[Words, float]], bias: Tensor | None, spec: ProductSpec
     ) -> Callable[[Tensor], Tensor]:
         """``linear`` as a function of ``x`` alone."""
-        return partial(self.linear, base=base, terms=terms, bias=bias, ask=ask)
+        return partial(self.linear, base=base, terms=terms, bias=bias, spec=spec)
 
 
-def _joined(base: GpuBase, streams: Sequence[Words]) -> Words:
-    """The streams as one; several are put together once."""
+def _concatenate_streams(base: GpuBase, streams: Sequence[Words]) -> Words:
+    """The streams as one; the concatenation of several is cached in ``base``."""
     if len(streams) == 1:
         return streams[0]
     key = tuple(id(words) for words, _ in streams)
-    if key not in base.joined:
-        before, starts = 0, []
-        for words, own in streams:
-            starts.append(own + before)
-            before += words.numel()
-        whole = torch.cat([words for words, _ in streams]), torch.cat(starts)
-        base.joined.clear()  # one set of memories at a time: a copy of the streams is not free
-        base.joined[key] = whole, streams  # kept alive, so that no other stream gets their ids
-    return base.joined[key][0]
+    if key not in base.concatenated:
+        offset, starts = 0, []
+        for words, stream_starts in streams:
+            starts.append(stream_starts + offset)
+            offset += words.numel()
+        result = torch.cat([words for words, _ in streams]), torch.cat(starts)
+        base.concatenated.clear()  # one set of memories at a time: a copy of the streams takes memory
+        base.concatenated[key] = result, streams  # a reference to the streams, so that no other gets their ids
+    return base.concatenated[key][0]
 
 
-def _alphas(alphas: Sequence[float | Tensor], x: Tensor) -> Tensor:
+def _stack_alphas(alphas: Sequence[float | Tensor], x: Tensor) -> Tensor:
     """(memories,) float32 on the device of ``x``, or (memories, rows) where any of them differs by row."""
     if not any(isinstance(alpha, Tensor) for alpha in alphas):
         # A copy from the host would wait for the device; filling does not.

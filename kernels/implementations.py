@@ -1,4 +1,4 @@
-"""The reference and the CPU kernel as ``dispatch`` knows them."""
+"""The reference kernel and the CPU kernel as ``Implementation`` for ``dispatch``."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ import torch
 from torch import Tensor
 
 from .cpu import library, op, operands
-from .dispatch import REFERENCE, Ask, StoredBase, StoredOrtho
+from .dispatch import REFERENCE, ProductSpec, StoredBase, StoredOrtho
 from .reference import SparseOperand, base_operand, several_linear, sparse_operand
 
-SMALLEST = 2**20
-"""Weights from which ``auto`` takes the CPU kernel. A smaller dense copy stays in the caches anyway, and there the
+MIN_WEIGHTS = 2**20
+"""The number of weights from which ``auto`` selects the CPU kernel. A smaller dense copy stays in the caches, where the
 products of torch are as fast; see docs/kernels.md."""
 
 
 class Reference:
-    """Plain PyTorch: any device, any floating dtype, differentiable. Keeps a dense copy of the base in that dtype."""
+    """The reference kernel in plain PyTorch: any device, any floating dtype, differentiable.
+
+    Keeps a dense copy of the base stream in the dtype of ``x``.
+    """
 
     name = REFERENCE
 
-    def refuses(self, ask: Ask) -> str | None:
+    def refuses(self, spec: ProductSpec) -> str | None:
         return None
 
-    def declines(self, ask: Ask) -> str | None:
+    def declines(self, spec: ProductSpec) -> str | None:
         return None
 
     def base(self, stored: StoredBase, dtype: torch.dtype) -> Tensor:
@@ -40,7 +43,7 @@ class Reference:
         base: Tensor,
         terms: Sequence[tuple[SparseOperand, float | Tensor]],
         bias: Tensor | None,
-        ask: Ask,
+        spec: ProductSpec,
     ) -> Tensor:
         return several_linear(x, base, terms, bias)
 
@@ -50,7 +53,7 @@ class Reference:
         base: Tensor,
         terms: Sequence[tuple[SparseOperand, float]],
         bias: Tensor | None,
-        ask: Ask,
+        spec: ProductSpec,
     ) -> Callable[[Tensor], Tensor]:
         return lambda x: several_linear(x, base, terms, bias)
 
@@ -60,25 +63,25 @@ class Cpu:
 
     name = "cpu"
 
-    def refuses(self, ask: Ask) -> str | None:
-        if ask.device != "cpu":
-            return f"it is for CPUs, not for {ask.device}"
-        if ask.dtype != torch.bfloat16:
-            return f"x is {str(ask.dtype).removeprefix('torch.')}; it takes bfloat16"
-        if ask.bits == 16:
+    def refuses(self, spec: ProductSpec) -> str | None:
+        if spec.device != "cpu":
+            return f"it is for CPUs, not for {spec.device}"
+        if spec.dtype != torch.bfloat16:
+            return f"x is {str(spec.dtype).removeprefix('torch.')}; it takes bfloat16"
+        if spec.bits == 16:
             return "a base stream of 16 bits is a dense matrix"
-        if ask.grad:
+        if spec.grad:
             return "it gives no gradients"
-        if ask.autocast:
+        if spec.autocast:
             return "autocast decides on the dtype"
-        found = library.find()
-        return found.why if isinstance(found, library.Absent) else None
+        result = library.find()
+        return result.reason if isinstance(result, library.MissingLibrary) else None
 
-    def declines(self, ask: Ask) -> str | None:
-        if ask.device != "cpu" or ask.dtype != torch.bfloat16 or ask.bits == 16 or ask.grad or ask.autocast:
+    def declines(self, spec: ProductSpec) -> str | None:
+        if spec.device != "cpu" or spec.dtype != torch.bfloat16 or spec.bits == 16 or spec.grad or spec.autocast:
             return "not BF16 inference on a CPU"
-        if ask.out_features * ask.in_features < SMALLEST:
-            return f"fewer than {SMALLEST} weights"
+        if spec.out_features * spec.in_features < MIN_WEIGHTS:
+            return f"fewer than {MIN_WEIGHTS} weights"
         return None
 
     def base(self, stored: StoredBase, dtype: torch.dtype) -> Tensor:
@@ -91,43 +94,66 @@ class Cpu:
         return operands.pack_sheets(stored.rowptr, stored.cols, stored.vals)
 
     def linear(
-        self, x: Tensor, base: Tensor, terms: Sequence[tuple[Tensor, float | Tensor]], bias: Tensor | None, ask: Ask
+        self,
+        x: Tensor,
+        base: Tensor,
+        terms: Sequence[tuple[Tensor, float | Tensor]],
+        bias: Tensor | None,
+        spec: ProductSpec,
     ) -> Tensor:
-        rows = x.reshape(-1, ask.in_features)
+        rows = x.reshape(-1, spec.in_features)
         sheets = [sheet for sheet, _ in terms]
         alphas = [_per_row(alpha, x, rows.shape[0]) for _, alpha in terms]
-        # Beside a product of 200 microseconds the way through the dispatcher of torch counts; only tracing needs it.
-        traced = torch.compiler.is_compiling() or type(x) is not Tensor
-        product = op.operator() if traced else op.cpu_linear
-        y: Tensor = product(rows, base, sheets, alphas, bias, ask.out_features, ask.bits, ask.group_size)
-        return y.view(*x.shape[:-1], ask.out_features)
+        # The dispatcher of torch takes a noticeable part of 200 microseconds; only tracing needs it.
+        is_tracing = torch.compiler.is_compiling() or type(x) is not Tensor
+        product = op.operator() if is_tracing else op.cpu_linear
+        y: Tensor = product(
+            rows,
+            base,
+            sheets,
+            alphas,
+            bias,
+            out_features=spec.out_features,
+            bits=spec.bits,
+            group_size=spec.group_size,
+        )
+        return y.view(*x.shape[:-1], spec.out_features)
 
     def bind(
-        self, x: Tensor, base: Tensor, terms: Sequence[tuple[Tensor, float]], bias: Tensor | None, ask: Ask
+        self, x: Tensor, base: Tensor, terms: Sequence[tuple[Tensor, float]], bias: Tensor | None, spec: ProductSpec
     ) -> Callable[[Tensor], Tensor]:
-        sheets, alphas = [sheet for sheet, _ in terms], [_one(alpha) for _, alpha in terms]
-        return op.bound(x, base, sheets, alphas, bias, ask.out_features, ask.bits, ask.group_size)
+        sheets, alphas = [sheet for sheet, _ in terms], [_number_tensor(alpha) for _, alpha in terms]
+        return op.bind_linear(
+            x,
+            base,
+            sheets,
+            alphas,
+            bias,
+            out_features=spec.out_features,
+            bits=spec.bits,
+            group_size=spec.group_size,
+        )
 
 
 def _per_row(alpha: float | Tensor, x: Tensor, rows: int) -> Tensor:
     """``(1,)`` or ``(rows,)`` float32 from one alpha, or one per entry of the first dimension of ``x``."""
     if not isinstance(alpha, Tensor):
-        return _one(alpha)
+        return _number_tensor(alpha)
     if alpha.shape != x.shape[:1]:
         raise ValueError(f"alpha of shape {tuple(alpha.shape)} for x of shape {tuple(x.shape)}")
     return alpha.to(torch.float32).repeat_interleave(rows // max(1, x.shape[0]))
 
 
-def _one(alpha: float) -> Tensor:
-    """``(1,)`` float32. The numbers in use are few, and making a tensor costs a tenth of a small product."""
-    kept = _numbers.get(alpha)
-    if kept is None:
+def _number_tensor(alpha: float) -> Tensor:
+    """``(1,)`` float32, cached: few numbers are in use, and creating a tensor costs a tenth of a small product."""
+    tensor = _number_tensors.get(alpha)
+    if tensor is None:
         with torch.inference_mode(False):
-            kept = torch.tensor([alpha], dtype=torch.float32, device="cpu")
-        if len(_numbers) < _MOST_NUMBERS:
-            _numbers[alpha] = kept
-    return kept
+            tensor = torch.tensor([alpha], dtype=torch.float32, device="cpu")
+        if len(_number_tensors) < _MAX_NUMBER_TENSORS:
+            _number_tensors[alpha] = tensor
+    return tensor
 
 
-_numbers: dict[float, Tensor] = {}
-_MOST_NUMBERS = 256
+_number_tensors: dict[float, Tensor] = {}
+_MAX_NUMBER_TENSORS = 256

@@ -25,29 +25,29 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(f"codes of {bits} bits cannot be packed; known widths: {PACKED_BITS}")
     if width % _ALIGN:
         raise ValueError(f"cannot pack rows of {width} codes: not a multiple of {_ALIGN}")
-    stored = codes.to(torch.int32) + (1 << (bits - 1))
+    offset_codes = codes.to(torch.int32) + (1 << (bits - 1))
     if bits == 8:
-        return stored.to(torch.uint8)
+        return offset_codes.to(torch.uint8)
     if bits == 4:
-        pairs = stored.view(rows, -1, 2)
+        pairs = offset_codes.view(rows, -1, 2)
         return (pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8)
     shifts = torch.arange(0, 24, 3, dtype=torch.int32, device=codes.device)
-    words = (stored.view(rows, -1, 8) << shifts).sum(-1, dtype=torch.int32)
-    bytes_of_word = torch.stack([words & 255, words >> 8 & 255, words >> 16], dim=-1)
-    return bytes_of_word.to(torch.uint8).view(rows, -1)
+    words = (offset_codes.view(rows, -1, 8) << shifts).sum(-1, dtype=torch.int32)
+    word_bytes = torch.stack([words & 255, words >> 8 & 255, words >> 16], dim=-1)
+    return word_bytes.to(torch.uint8).view(rows, -1)
 
 
-def unpack_codes(packed: Tensor, bits: int) -> Tensor:
+def unpack_codes(qweight: Tensor, bits: int) -> Tensor:
     """``(out_features, padded in_features)`` int8 codes; the inverse of ``pack_codes``."""
-    rows = packed.shape[0]
+    rows = qweight.shape[0]
     if bits not in PACKED_BITS:
         raise ValueError(f"codes of {bits} bits cannot be unpacked; known widths: {PACKED_BITS}")
     if bits == 8:
-        return (packed.to(torch.int16) - 128).to(torch.int8)
+        return (qweight.to(torch.int16) - 128).to(torch.int8)
     if bits == 4:
-        nibbles = torch.stack([packed & 15, packed >> 4], dim=-1)
+        nibbles = torch.stack([qweight & 15, qweight >> 4], dim=-1)
         return nibbles.view(rows, -1).to(torch.int8) - 8
-    parts = packed.view(rows, -1, 3).to(torch.int32)
+    parts = qweight.view(rows, -1, 3).to(torch.int32)
     words = parts[..., 0] | parts[..., 1] << 8 | parts[..., 2] << 16
-    shifts = torch.arange(0, 24, 3, dtype=torch.int32, device=packed.device)
+    shifts = torch.arange(0, 24, 3, dtype=torch.int32, device=qweight.device)
     return ((words.unsqueeze(-1) >> shifts) & 7).view(rows, -1).to(torch.int8) - 4

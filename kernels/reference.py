@@ -1,4 +1,4 @@
-"""The dual-stream product in plain PyTorch: what every faster kernel is compared with, on any device.
+"""The reference kernel: the dual-stream product in plain PyTorch, with which every faster kernel is compared.
 
 y = x W_base^T + bias + alpha * (x W_ortho^T)
 """
@@ -22,7 +22,7 @@ _SPARSE_COST = 4
 
 
 class SparseOperand(NamedTuple):
-    """W_ortho made ready for products: ``csr`` for few rows of x, ``flat`` and ``values`` for many.
+    """W_ortho in the forms that products need: ``csr`` for few rows of x, ``flat`` and ``values`` for many.
 
     ``csr`` is ``(out_features, in_features)``, or None where torch has no CSR product; ``flat`` holds the
     positions in the flattened matrix (int64); ``values`` are in the accumulation dtype.
@@ -52,8 +52,8 @@ def base_operand(
     codes = unpack_codes(qweight, bits)
     # A product of an 8-bit code and a BF16 scale is exact in float32.
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    grouped = codes.view(codes.shape[0], -1, group_size).to(wide) * scales.to(wide).unsqueeze(-1)
-    return grouped.view(codes.shape[0], -1)[:, :in_features].contiguous().to(dtype)
+    weight = codes.view(codes.shape[0], -1, group_size).to(wide) * scales.to(wide).unsqueeze(-1)
+    return weight.view(codes.shape[0], -1)[:, :in_features].contiguous().to(dtype)
 
 
 def sparse_operand(
@@ -83,8 +83,8 @@ def dual_stream_linear(
     """``(..., out_features)`` in the dtype of ``x``, from the tensors as they are stored.
 
     ``alpha`` is one number, or one per entry of the first dimension of ``x``. Without an ortho stream
-    (``rowptr=None``) only alpha=0 has a meaning. Unpacks at every call; a layer keeps the operands instead
-    and calls ``prepared_linear``.
+    (``rowptr=None``) only alpha=0 is possible. The codes are unpacked at every call; a layer caches the operands
+    instead and calls ``prepared_linear``.
     """
     in_features = x.shape[-1]
     weight = base_operand(qweight, scales, bits=bits, group_size=group_size, in_features=in_features, dtype=x.dtype)
@@ -101,10 +101,10 @@ def prepared_linear(
     bias: Tensor | None = None,
     alpha: float | Tensor = 0.0,
 ) -> Tensor:
-    """``(..., out_features)``: the dual-stream product from operands made ready by the functions above.
+    """The dual-stream product, ``(..., out_features)``, from ``base_operand`` and ``sparse_operand``.
 
     ``alpha=0`` does no sparse work. A ``(rows,)`` tensor gives each entry of the first dimension of ``x`` its
-    own alpha; entries at 0 get the base product alone, bit for bit.
+    own alpha; entries at 0 get exactly the bits of the base product.
     """
     if isinstance(alpha, Tensor):
         return _per_row(x, weight, sparse, bias, alpha)
@@ -115,8 +115,8 @@ def prepared_linear(
         raise ValueError(f"alpha={alpha} without an ortho stream")
     if _merging_pays(x, weight, sparse):
         record("reference.merged")
-        return functional.linear(x, _merged(weight, sparse, alpha), bias)
-    return _unmerged(x, functional.linear(x, weight, bias), sparse, alpha)
+        return functional.linear(x, _merge(weight, sparse, alpha), bias)
+    return _add_sparse_product(x, functional.linear(x, weight, bias), sparse, alpha)
 
 
 def several_linear(
@@ -125,9 +125,9 @@ def several_linear(
     terms: Sequence[tuple[SparseOperand, float | Tensor]],
     bias: Tensor | None = None,
 ) -> Tensor:
-    """``(..., out_features)``: the base product and several sparse ones, each with an alpha of its own.
+    """The base product plus several sparse ones, ``(..., out_features)``, each with its own alpha.
 
-    No position is in two of the ``terms``. One term gives the bits of ``prepared_linear``.
+    The supports of the ``terms`` are disjoint. One term gives the bits of ``prepared_linear``.
     """
     if len(terms) < 2:
         sparse, alpha = terms[0] if terms else (None, 0.0)
@@ -135,19 +135,19 @@ def several_linear(
     if all(isinstance(alpha, float) for _, alpha in terms) and _merging_pays(x, weight, *(s for s, _ in terms)):
         record("reference.merged")
         for term, factor in terms:
-            weight = _merged(weight, term, float(factor))
+            weight = _merge(weight, term, float(factor))
         return functional.linear(x, weight, bias)
     y = functional.linear(x, weight, bias)
     for term, factor in terms:
-        y = _unmerged(x, y, term, factor)
+        y = _add_sparse_product(x, y, term, factor)
     return y
 
 
-def _unmerged(x: Tensor, y: Tensor, sparse: SparseOperand, alpha: float | Tensor) -> Tensor:
+def _add_sparse_product(x: Tensor, y: Tensor, sparse: SparseOperand, alpha: float | Tensor) -> Tensor:
     """``y`` with one more sparse product."""
     if isinstance(alpha, Tensor):
         active = alpha.nonzero().squeeze(1)
-        return _moved(x, y, sparse, alpha, active) if active.numel() else y
+        return _add_to_rows(x, y, sparse, alpha, active) if active.numel() else y
     record("reference.sparse")
     return torch.add(y, _sparse_product(x, sparse), alpha=alpha).to(y.dtype)
 
@@ -162,29 +162,29 @@ def _per_row(x: Tensor, weight: Tensor, sparse: SparseOperand | None, bias: Tens
         return y
     if sparse is None:
         raise ValueError("alpha other than 0 without an ortho stream")
-    return _moved(x, y, sparse, alpha, active)
+    return _add_to_rows(x, y, sparse, alpha, active)
 
 
-def _moved(x: Tensor, y: Tensor, sparse: SparseOperand, alpha: Tensor, active: Tensor) -> Tensor:
+def _add_to_rows(x: Tensor, y: Tensor, sparse: SparseOperand, alpha: Tensor, active: Tensor) -> Tensor:
     """``y`` with the sparse product added in the ``active`` entries of its first dimension."""
     record("reference.sparse")
     product = _sparse_product(x.index_select(0, active), sparse)
     factors = alpha.index_select(0, active).to(product.dtype).view(-1, *[1] * (x.dim() - 1))
-    moved = (y.index_select(0, active) + factors * product).to(y.dtype)
-    return y.index_copy(0, active, moved)
+    sums = (y.index_select(0, active) + factors * product).to(y.dtype)
+    return y.index_copy(0, active, sums)
 
 
 def _merging_pays(x: Tensor, weight: Tensor, *sparse: SparseOperand) -> bool:
-    """Whether W_base + alpha * W_ortho is made for this call; below float32 that would round twice."""
+    """Whether W_base + alpha * W_ortho is computed for this call; below float32 that would round twice."""
     rows = x.numel() // max(1, x.shape[-1])
     wide = weight.dtype == sparse[0].values.dtype
     return wide and _SPARSE_COST * rows * sum(s.values.numel() for s in sparse) >= weight.numel()
 
 
-def _merged(weight: Tensor, sparse: SparseOperand, alpha: float) -> Tensor:
-    merged = weight.clone()
-    merged.view(-1).index_add_(0, sparse.flat, sparse.values, alpha=alpha)
-    return merged
+def _merge(weight: Tensor, sparse: SparseOperand, alpha: float) -> Tensor:
+    result = weight.clone()
+    result.view(-1).index_add_(0, sparse.flat, sparse.values, alpha=alpha)
+    return result
 
 
 def _sparse_product(x: Tensor, sparse: SparseOperand) -> Tensor:
@@ -197,7 +197,7 @@ def _sparse_product(x: Tensor, sparse: SparseOperand) -> Tensor:
         product = (sparse.csr @ rows.t()).t()
     else:
         zeros = torch.zeros(sparse.shape, dtype=sparse.values.dtype, device=x.device)
-        product = functional.linear(rows, _merged(zeros, sparse, 1.0))
+        product = functional.linear(rows, _merge(zeros, sparse, 1.0))
     return product.reshape(*x.shape[:-1], sparse.shape[0])
 
 
@@ -211,11 +211,11 @@ def _csr(rowptr: Tensor, cols: Tensor, values: Tensor, shape: tuple[int, int]) -
     )
 
 
-def _announce_csr() -> None:
-    """Uses up torch's one notice that CSR is in beta, which says nothing a user of ours could act on."""
+def _silence_csr_warning() -> None:
+    """Triggers, with warnings off, the one warning of torch that CSR is in beta, on which no user could act."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _csr(torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (0, 0))
 
 
-_announce_csr()
+_silence_csr_warning()

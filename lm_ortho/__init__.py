@@ -7,6 +7,8 @@ import os
 
 TYPE_CHECKING = False  # true for type checkers; `typing` is too slow for a module every interpreter loads
 if TYPE_CHECKING:
+    from typing import Any
+
     from lm_ortho.checkpoint import load
     from lm_ortho.errors import UserError
     from lm_ortho.harness.model import LibOrthoLM
@@ -42,7 +44,7 @@ if not os.path.isdir(os.path.join(__path__[0], "kernels")):
     __path__ = [*__path__, os.path.dirname(os.path.abspath(__path__[0]))]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> "Any":
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -1,98 +1,199 @@
-"""What a decomposition or a fine-tune is asked to do: one schema each for model args, command flags and records."""
+"""The schemas of all settings: every model arg, recipe key and training option is declared here and nowhere else.
+
+lm-eval's ``--model_args``, the options of the command line, the keys of boards, the table in the README and the record
+in a checkpoint are made from these classes. The descriptions are the help texts.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from lm_ortho.dial import parse_alpha
 from lm_ortho.errors import UserError
 
-_NAMED = re.compile(r"([a-z][a-z0-9_]*):(.+)", re.DOTALL)
+PromptForm = Literal["auto", "plain", "chat", "both"]
 
 
-class Recipe(BaseModel):
-    """The recorded choices of one decomposition; unknown keys are refused.
-
-    The descriptions are the help of the command line's options. The last three are for models that are large beside the
-    memory.
-    """
-
+class _Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+class Recipe(_Schema):
+    """The recorded choices of one decomposition; unknown keys are refused.
+
+    The last three reduce the memory (RAM) that the decomposition of a large model needs.
+    """
+
     density: float = Field(
-        0.01, gt=0, le=0.5, description="Largest share of the decomposed weights that may leave the base stream."
+        0.01, gt=0, le=0.5, description="Largest share of the decomposed weights that a memory may move to its stream."
     )
-    sieve: str = Field("attribution", description="How the weights that leave the base stream are picked.")
+    sieve: str = Field("attribution", description="How the weights of the ortho stream are selected.")
     projection: str = Field("gptq", description="How the other weights are rounded to the lattice.")
-    edit: str = Field("optimised", description="What the base stream holds in place of the weights that left it.")
-    bits: int = Field(4, description="Width of the base stream: 3, 4 or 8, or 16 for no lattice.")
-    group_size: int = Field(64, description="Weights of a row that share a scale, a multiple of 8.")
+    edit: str = Field("optimised", description="What the base stream holds at the positions of the ortho stream.")
+    bits: int = Field(4, description="Bits per weight of the base stream: 3, 4 or 8, or 16 for no lattice.")
+    group_size: int = Field(64, description="Number of weights of a row that share a scale, a multiple of 8.")
     targets: str = Field(
-        "", description="`+`-separated globs of layer names; all linear layers but the LM head without it."
+        "", description="Layers to decompose: `+`-separated globs; all linear layers but the LM head without it."
     )
-    prompts: Literal["auto", "plain", "chat", "both"] = Field(
-        "auto", description="Form of the questions; auto: both where the tokenizer has a chat template, else plain."
+    prompts: PromptForm = Field(
+        "auto",
+        description="Form of the questions: `plain`, `chat` or `both`; `auto` is both where the tokenizer has a chat "
+        "template, else plain.",
     )
     recall: bool = Field(
-        False, description="Look for further subjects that the model knows, and keep what it says of them."
+        False, description="Look for further subjects that the model knows, and retain what it says about them."
     )
     steps: int = Field(
-        1000, ge=10, description="Steps of the optimised edit; the attribution pass takes a tenth as many."
+        1000, ge=10, description="Number of steps of the optimised edit; the attribution pass takes a tenth as many."
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="Of everything that is drawn.")
-    groups: int = Field(1, ge=1, description="Parts of the model that go through the attribution one after the other.")
-    states: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the attribution's optimiser.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of all random draws of the decomposition.")
+    groups: int = Field(
+        1, ge=1, description="Number of parts in which the model goes through attribution, to need less memory."
+    )
+    states: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Precision of the optimiser states of attribution."
+    )
     recompute: bool = Field(
-        False, description="Compute activations again in the backward pass instead of keeping them."
+        False, description="Use gradient checkpointing: compute activations again in the backward pass."
     )
 
     @field_validator("bits")
     @classmethod
-    def _known_bits(cls, bits: int) -> int:
+    def _check_bits(cls, bits: int) -> int:
         if bits not in (3, 4, 8, 16):
             raise ValueError("must be one of 3, 4, 8, 16")
         return bits
 
     @field_validator("group_size")
     @classmethod
-    def _positive_group(cls, group_size: int) -> int:
+    def _check_group_size(cls, group_size: int) -> int:
         if group_size < 8 or group_size % 8:
             raise ValueError("must be a positive multiple of 8")
         return group_size
 
 
-class Training(BaseModel):
+class ModelSource(_Schema):
+    """Where a model with a memory comes from, and the rows that say what the memory is."""
+
+    pretrained: str | None = Field(
+        None, description="Hub id or directory of the model, or a decomposed checkpoint; the embedded model without it."
+    )
+    peft: str | None = Field(None, description="Adapter with the memory, merged in BF16.")
+    base: str = Field(
+        "auto",
+        description="The model before fine-tuning: `auto` (= `pretrained` where `peft` is merged), `none` (merged "
+        "weights only), or a path.",
+    )
+    forget: str | None = Field(
+        None,
+        description="Forget set, what alpha=0 must not know: a JSONL file, `hub:name:config:split`, or several with a "
+        "name each, `name:source+name:source`.",
+    )
+    retain: str | None = Field(
+        None, description="Retain set, what must stay; some of it of the same form as the forget set, about others."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a model on the hub.")
+    trust_remote_code: bool = Field(False, description="Run Python code from the repository of the model.")
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _spell_out_none(cls, base: Any) -> Any:
+        return "none" if base is None else base  # lm-eval parses ``base=none`` as None
+
+
+class ModelSpec(ModelSource):
+    """A request for a model with a dial: its source, the recipe of its decomposition, and how it is loaded.
+
+    ``recipe.model_fields_set`` names what the user chose; the rest is the default recipe.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    model: Any = Field(None, description="A model object instead of `pretrained`; from Python only.")
+    alpha: float | dict[str, float] = Field(
+        0.0,
+        description="The dial, 0 (forget) to 1 (remember), or one for each memory, `name:value+name:value`; a memory "
+        "that is not named stays off.",
+    )
+    kernel: str = Field("auto", description="Implementation of the layers: `auto`, `reference`, `cpu` or `triton`.")
+    fresh: bool = Field(False, strict=True, description="Decompose again instead of using a shipped or cached result.")
+    tokenizer: Any = Field(None, description="Tokenizer to use instead of the one in the directory of the model.")
+    subfolder: str = Field("", description="Folder of the model inside its repository.")
+    token: str | None = Field(None, description="Access token for the hub.")
+    recipe: Recipe = Field(default_factory=lambda: Recipe.model_validate({}), description="The recipe.")
+
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def _parse_alpha(cls, alpha: Any) -> float | dict[str, float]:
+        return parse_alpha(alpha)
+
+    @property
+    def loading_options(self) -> dict[str, Any]:
+        """Keyword arguments for ``from_pretrained`` of ``pretrained``; only those that differ from the default."""
+        options = {name: getattr(self, name) for name in ("revision", "subfolder", "token", "trust_remote_code")}
+        return {name: value for name, value in options.items() if value}
+
+    @property
+    def access_options(self) -> dict[str, Any]:
+        """The same for any other model than ``pretrained``, to which its revision and subfolder do not apply."""
+        token = {"token": self.token} if self.token else {}
+        return {"trust_remote_code": self.trust_remote_code, **token}
+
+
+class Training(_Schema):
     """The choices of one fine-tune that plants a memory; None is decided by model and data."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     method: Literal["lora", "full"] = Field("lora", description="`lora` (an adapter, merged) or `full` (all weights).")
-    rank: int = Field(32, ge=1, description="Of the adapter.")
+    rank: int = Field(32, ge=1, description="Rank of the LoRA adapter.")
     lr: float | None = Field(
-        None, gt=0, lt=1, description="Learning rate at its peak; without it one that suits method and width."
+        None, gt=0, lt=1, description="Peak learning rate; without it one that suits method and width."
     )
-    steps: int | None = Field(None, ge=1, description="Without it as many as --epochs take, 200 at least.")
-    epochs: float | None = Field(None, gt=0, description="Passes over the rows; 20 without --steps.")
-    batch_rows: int = Field(16, ge=1, description="Rows in a step.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Of the adapter's start and of the order of the rows.")
+    steps: int | None = Field(
+        None, ge=1, description="Number of steps; without it as many as --epochs take, 200 at least."
+    )
+    epochs: float | None = Field(None, gt=0, description="Number of passes over the rows; 20 without --steps.")
+    batch_rows: int = Field(16, ge=1, description="Number of rows in a step.")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of the initial adapter weights and of the order of the rows."
+    )
 
 
+MODEL_ARGS = tuple(name for name in (*ModelSpec.model_fields, *Recipe.model_fields) if name not in ("model", "recipe"))
+"""Names of all model args that lm-ortho declares; those of ``--model hf`` come on top."""
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def make_recipe(**values: Any) -> Recipe:
-    """A checked ``Recipe``; ``UserError`` names the first bad argument, its value and the allowed range."""
+    """A validated ``Recipe``; ``UserError`` names the first bad argument, its value and the allowed range."""
     return validate(Recipe, values)
 
 
+def make_spec(recipe: Recipe | Mapping[str, Any] | None = None, **values: Any) -> ModelSpec:
+    """A validated ``ModelSpec``; ``recipe`` holds what the user chose. Raises ``UserError`` as ``make_recipe`` does.
+
+    A ``pretrained`` that is an object becomes ``model``.
+    """
+    if "pretrained" in values and not isinstance(values["pretrained"], str | None):
+        values["model"] = values.pop("pretrained")
+    if isinstance(recipe, Mapping):
+        recipe = make_recipe(**recipe)
+    return validate(ModelSpec, values if recipe is None else {**values, "recipe": recipe})
+
+
+def split_model_args(args: Mapping[str, Any]) -> tuple[ModelSpec, dict[str, Any]]:
+    """The specification in a mapping of model args, and the model args that are not declared here."""
+    recipe = {name: args[name] for name in Recipe.model_fields if name in args}
+    source = {name: args[name] for name in MODEL_ARGS if name in args and name not in recipe}
+    return make_spec(recipe, **source), {name: value for name, value in args.items() if name not in MODEL_ARGS}
+
+
 def make_training(**values: Any) -> Training:
-    """A checked ``Training``; ``UserError`` as for a recipe, and for both ``steps`` and ``epochs``."""
+    """A validated ``Training``; ``UserError`` as for a recipe, and for both ``steps`` and ``epochs``."""
     training = validate(Training, values)
     if training.steps and training.epochs:
         raise UserError(f"steps={training.steps} and epochs={training.epochs:g}: give one of them")
@@ -100,7 +201,7 @@ def make_training(**values: Any) -> Training:
 
 
 def validate(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
-    """``values`` as ``schema`` has them; ``UserError`` names the first bad one, what was given and what is allowed."""
+    """An instance of ``schema``; ``UserError`` names the first bad value, what was found and what is allowed."""
     try:
         return schema(**values)
     except ValidationError as error:
@@ -108,59 +209,22 @@ def validate(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
 
 
 def describe_validation_error(error: ValidationError) -> str:
-    """The first value that a schema refused, in one line: its key, what was given, what is allowed."""
+    """The first value that a schema refused, in one line: its key, what was found, what is allowed."""
     first = error.errors()[0]
-    name, told = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+    name, message = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{name} is missing"
-    given = first["input"]
-    if first["type"] == "value_error" and isinstance(given, Mapping):  # a check of ours over several keys
-        return f"{name}: {told}" if name else told
-    shown = repr(given) if isinstance(given, str) else reprlib.repr(given)
-    return f"{name}={shown}: {told}"
-
-
-def parse_alpha(value: Any) -> float | dict[str, float]:
-    """A finite float in [0, 1], or one by memory from ``name:value+name:value`` or a mapping; else ``UserError``."""
-    parts = (
-        parse_named_values(value, "alpha") if isinstance(value, str) else value if isinstance(value, Mapping) else None
-    )
-    if not parts:
-        return _in_range(value, "alpha")
-    return {str(name): _in_range(part, f"alpha of {name}") for name, part in parts.items()}
-
-
-def format_alpha(alpha: float | Mapping[str, float]) -> str:
-    """``alpha`` as a model arg."""
-    if isinstance(alpha, Mapping):
-        return "+".join(f"{name}:{value:g}" for name, value in alpha.items())
-    return f"{alpha:g}"
-
-
-def parse_named_values(value: str, argument: str) -> dict[str, str] | None:
-    """``a:x+b:y`` as a mapping; None where a part has no name. Raises ``UserError`` for a name given twice."""
-    pairs = [_NAMED.fullmatch(part) for part in value.split("+")]
-    found = [(pair[1], pair[2]) for pair in pairs if pair and pair[1] != "hub"]
-    if len(found) < len(pairs):
-        return None
-    names = [name for name, _ in found]
-    if len(set(names)) < len(names):
-        raise UserError(f"{argument}={value!r} names a memory twice")
-    return dict(found)
+    if isinstance(first.get("ctx", {}).get("error"), UserError):  # it names its argument itself
+        return message if not name or message.startswith(name) else f"{name}: {message}"
+    value = first["input"]
+    if first["type"] == "value_error" and isinstance(value, Mapping):  # a validator of ours that compares several keys
+        return f"{name}: {message}" if name else message
+    text = repr(value) if isinstance(value, str) else reprlib.repr(value)
+    return f"{name}={text}: {message}"
 
 
 def format_model_args(args: Mapping[str, Any]) -> str:
-    """Model args as lm-eval takes them: ``name=value`` with commas, or JSON where a value has a mark of its own."""
-    told = {name: f"{value:g}" if isinstance(value, float) else value for name, value in args.items()}
-    plain = not any(mark in str(value) for value in told.values() for mark in ',={"')
-    return ",".join(f"{name}={value}" for name, value in told.items()) if plain else json.dumps(told)
-
-
-def _in_range(value: Any, name: str) -> float:
-    try:
-        alpha = float(value)
-    except (TypeError, ValueError):
-        alpha = math.nan
-    if not 0.0 <= alpha <= 1.0:
-        raise UserError(f"{name}={value!r} must be a number between 0 (forget) and 1 (remember)")
-    return alpha
+    """Model args as lm-eval takes them: ``name=value`` with commas, or JSON where a value contains one of ``,={"``."""
+    values = {name: f"{value:g}" if isinstance(value, float) else value for name, value in args.items()}
+    is_plain = not any(mark in str(value) for value in values.values() for mark in ',={"')
+    return ",".join(f"{name}={value}" for name, value in values.items()) if is_plain else json.dumps(values)

@@ -1,14 +1,14 @@
-"""The one error users see."""
+"""The error class for everything that a user can cause."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError, SystemExit):
-    """Bad input, told in one line: the argument, what was found, what to do.
+    """Bad input, described in one line: the argument, what was found, what to do.
 
-    It is a ``ValueError``, so Python callers catch it as usual, and a ``SystemExit`` whose code is the
-    message, so that a command line which knows nothing of us (``lm_eval``) prints that one line and exits
-    with status 1 instead of a traceback.
+    It is a ``ValueError``, so Python callers catch it as usual, and a ``SystemExit`` whose code is the message, so that
+    a command line that does not handle it (``lm_eval``) prints that one line and exits with status 1 instead of a
+    traceback.
     """
 
     def __init__(self, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Directories that a user names for results: refused when occupied, and there as a whole or not at all."""
+"""Output directories: refused if they hold files, and written completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm_ortho.errors import UserError
 
 
 def check_output_directory(directory: Path, argument: str = "out") -> None:
-    """Raises ``UserError`` unless ``directory`` is new or empty and can be made; hours of work may come before it."""
+    """Raises ``UserError`` unless ``directory`` is new or empty and can be created; called before hours of work."""
     if is_immovable(directory):
         raise UserError(f"{argument}={str(directory)!r} cannot be replaced as a whole; name a new directory inside it")
     if directory.is_dir():
@@ -26,20 +26,22 @@ def check_output_directory(directory: Path, argument: str = "out") -> None:
         raise UserError(f"{argument}={str(directory)!r} is a file; choose a new or empty directory")
     above = next(path for path in directory.absolute().parents if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"{argument}={str(directory)!r} cannot be made: {above} is no directory you may write to")
+        raise UserError(
+            f"{argument}={str(directory)!r} cannot be created: {above} is not a directory that you may write to"
+        )
 
 
 def is_immovable(directory: Path) -> bool:
-    """Whether a directory cannot give its place to another: a mount point, or where somebody works."""
+    """Whether a rename cannot replace the directory: a mount point, or the current working directory."""
     return directory.is_dir() and (os.path.ismount(directory) or directory.resolve() == Path.cwd())
 
 
 @contextmanager
 def atomic_directory(directory: Path, argument: str = "out") -> Iterator[Path]:
-    """A folder beside ``directory`` to write into, which takes its place at the end and is removed after an error.
+    """Yields a temporary folder beside ``directory``; it is renamed to ``directory`` at the end, or removed on error.
 
     Raises:
-        UserError: as ``check_output_directory``, and where it cannot be written (no space, no permission).
+        UserError: as ``check_output_directory``, and if the directory cannot be written (no space, no permission).
     """
     check_output_directory(directory, argument)
     directory = directory.resolve()  # a link to an empty directory stays a link
@@ -55,7 +57,7 @@ def atomic_directory(directory: Path, argument: str = "out") -> Iterator[Path]:
 
 
 WRITE_ERRORS = (OSError, SafetensorError)
-"""What writing raises; safetensors has a class of its own for a full disk."""
+"""The errors of writing; safetensors raises its own class for a full disk."""
 
 
 def describe_write_error(error: Exception) -> str:
@@ -64,12 +66,12 @@ def describe_write_error(error: Exception) -> str:
 
 
 def make_private_directory(folder: Path) -> None:
-    """Makes ``folder`` and what is missing above it, readable by the owner only. Raises ``OSError``."""
+    """Creates ``folder`` and its missing parents, readable by the owner only. Raises ``OSError``."""
     for path in (*reversed(folder.absolute().parents), folder):
         if not path.is_dir():
             path.mkdir(mode=0o700, exist_ok=True)
 
 
 def temporary_name(target: Path) -> str:
-    """A hidden name beside ``target`` that nothing else has."""
+    """A hidden, unique file name for a temporary version of ``target``."""
     return f".{target.absolute().name}.tmp-{uuid.uuid4().hex[:12]}"

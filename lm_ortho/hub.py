@@ -1,4 +1,4 @@
-"""Why a model, an adapter or a tokenizer could not be read, in one line that says what to do."""
+"""Describes errors of the model hub in one line, with what to do."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Iterator
 
 
 def describe_hub_error(error: BaseException, name: object = "", revision: object = None) -> str:
-    """One line about ``error``: what the hub says about the repository ``name``, else the error's own first line.
+    """One line about ``error``: what is wrong with the repository ``name`` on the hub, else its first line.
 
-    transformers and peft wrap what the hub client raised, so the causes of ``error`` are looked at, too.
+    transformers and peft wrap the error of the hub client, so the causes of ``error`` are searched as well.
     """
-    known = (told for cause in _causes(error) if (told := _told_by_hub(cause, name, revision)))
-    return next(known, None) or first_line(error)
+    messages = (_describe_cause(cause, name, revision) for cause in _causes(error))
+    return next(filter(None, messages), None) or first_line(error)
 
 
 def first_line(error: BaseException) -> str:
     """The first line of the message, at most 200 characters, or the class of the error.
 
-    With the line after it where the first one only announces it.
+    If that line ends with a colon, the next one is appended.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
@@ -31,7 +31,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
-def _told_by_hub(error: BaseException, name: object, revision: object) -> str | None:
+def _describe_cause(error: BaseException, name: object, revision: object) -> str | None:
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):  # before its parent, a repository that is not there

@@ -1,4 +1,4 @@
-"""Pages of measurements: Markdown tables, the versions behind them, a file in one go."""
+"""Markdown tables, the package versions to print below them, and atomic writing of text files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lm_ortho.errors import UserError
 
 
 def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A row of titles and the rows below it."""
+    """A Markdown table: a row of titles and the rows below it."""
     head = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     return "\n".join([*head, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def versions() -> str:
-    """The packages that decide what is measured."""
+    """The versions of the packages that decide what is measured, as text."""
     import lm_eval
     import torch
     import transformers
@@ -25,7 +25,11 @@ def versions() -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Under a temporary name first; raises ``UserError`` where it cannot be written, and leaves nothing behind."""
+    """Writes ``text`` under a temporary name and renames it to ``path``; leaves no partial file after an error.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
     unfinished = path.with_name(path.name + ".partial")
     try:
         unfinished.write_text(text, encoding="utf-8")

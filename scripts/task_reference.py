@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Writes docs/tasks.md, the table of our tasks, from the index of lm-eval and the READMEs of the families.
+"""Writes docs/tasks.md, the table of tasks, from the index of lm-eval and the READMEs of the task families.
 
     python scripts/task_reference.py
 
-Metrics, directions and versions are those of the YAML files. Source, licence of the data and what a task needs stand
-at the head of the family's README, between two lines ``---``; ``tasks:`` in it says what is different for one of them:
+Metrics, directions and versions come from the YAML files. The source, the licence of the data and the requirements of a
+task come from the header of the family's README, between two lines ``---``; ``tasks:`` lists what differs for a task:
 
     ---
     source: Maini et al. 2024, [arXiv 2401.06121](https://arxiv.org/abs/2401.06121)
@@ -14,7 +14,7 @@ at the head of the family's README, between two lines ``---``; ``tasks:`` in it 
       tofu_holdout01: {needs: network; token probabilities, note: only on the hub}
     ---
 
-A test fails while the page differs from what this would write, and for a task that declares nothing.
+A test fails if the page is not up to date, and for a task without declarations.
 """
 
 from __future__ import annotations
@@ -32,147 +32,149 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from lm_ortho.errors import UserError
-from lm_ortho.plugin.bridges import tasks_dir
+from lm_ortho.plugin.bridges import find_tasks_dir
 
 PAGE = Path(__file__).parents[1] / "docs" / "tasks.md"
-REQUIRED = ("source", "licence", "needs")
-HEAD = """# Tasks
+REQUIRED_KEYS = ("source", "licence", "needs")
+INTRODUCTION = """# Tasks
 
-Written by `python scripts/task_reference.py`; do not edit. Metrics and directions are those of the YAML files in
-`tasks/`, the rest stands at the head of the README of each family, which also says how the numbers are to be read.
+Written by `python scripts/task_reference.py`; do not edit. Metrics and directions come from the YAML files in `tasks/`.
+The remaining columns come from the header of the README of each family, which also explains how to read the numbers.
 
-The arrow is the direction in lm-eval's table: where something should be forgotten it points to a model that does not
-know it. Best is always like a model that never saw it, not further. Every metric of ours but a p-value also has `_low`
-and `_high`, the ends of its 95 % interval. *Token probabilities* means log-likelihoods of given texts (`--model hf`,
-`vllm`, `libortho`, not a chat service); *offline* that no network is needed, *network* that lm-eval fetches data from
-the hub.
+The arrow is the direction in lm-eval's table. For a forget set, it points to a model that does not know the set; the
+best value is always that of the never-saw-it model, and not beyond. Every metric of this package except a p-value also
+has `_low` and `_high`, the bounds of its 95 % confidence interval. *Token probabilities* means log-likelihoods of given
+texts (`--model hf`, `vllm`, `libortho`, but not a chat service). *Offline* means that no network is needed, *network*
+that lm-eval downloads data from the hub.
 """
 
 Config = Mapping[str, Any]
 
 
-def page(folder: Path | None = None) -> str:
-    """The page: a section per family, a row per task and group.
+def render_page(folder: Path | None = None) -> str:
+    """Returns the page, with a section per family and a row per task and group.
 
     Raises:
-        UserError: for a task without source, licence or needs, and for a README whose head is wrong.
+        UserError: for a task without source, licence or needs, and for a README with an invalid header.
     """
-    folder = folder or tasks_dir()
-    configs = _configs(folder)
+    folder = folder or find_tasks_dir()
+    configs = _read_configs(folder)
     families = {path.parent for path, _ in configs.values()}
-    return HEAD + "".join(_section(family, configs, folder) for family in sorted(families))
+    return INTRODUCTION + "".join(_render_section(family, configs, folder) for family in sorted(families))
 
 
-def _configs(folder: Path) -> dict[str, tuple[Path, Config]]:
-    """File and configuration of each task and group in lm-eval's index of ``folder``."""
+def _read_configs(folder: Path) -> dict[str, tuple[Path, Config]]:
+    """Returns the file and configuration of each task and group in lm-eval's index of ``folder``."""
     index = TaskManager(include_defaults=False, include_path=str(folder)).task_index
     files = {name: entry.yaml_path for name, entry in index.items() if entry.yaml_path}
     return {name: (path, load_yaml(path, resolve_func=False)) for name, path in sorted(files.items())}
 
 
-def _section(family: Path, configs: Mapping[str, tuple[Path, Config]], folder: Path) -> str:
+def _render_section(family: Path, configs: Mapping[str, tuple[Path, Config]], folder: Path) -> str:
     readme = family / "README.md"
-    shown = Path("tasks", readme.relative_to(folder))
+    label = Path("tasks", readme.relative_to(folder))
     names = [name for name, (path, _) in configs.items() if path.parent == family]
-    declared, text = _declared(readme, shown, names)
+    header, text = _read_header(readme, label, names)
     title = next((line[2:] for line in text.splitlines() if line.startswith("# ")), family.name)
-    rows = "".join(_row(name, configs, _about(name, declared, shown)) for name in names)
-    head = "| task | version | metrics | source | licence of the data | needs |\n|---|---|---|---|---|---|\n"
-    return f"\n## {title}\n\n[How to read them](../{shown.as_posix()})\n\n{head}{rows}"
+    rows = "".join(_render_row(name, configs, _read_declarations(name, header, label)) for name in names)
+    columns = "| task | version | metrics | source | licence of the data | needs |\n|---|---|---|---|---|---|\n"
+    return f"\n## {title}\n\n[How to read them](../{label.as_posix()})\n\n{columns}{rows}"
 
 
-def _declared(readme: Path, shown: Path, names: list[str]) -> tuple[Config, str]:
-    """The head of a README and the text below it."""
+def _read_header(readme: Path, label: Path, names: list[str]) -> tuple[Config, str]:
+    """Returns the header of a README, and the text below it."""
     if not readme.is_file():
-        raise UserError(f"{shown}: missing; every family of tasks has a README with source, licence and needs")
+        raise UserError(f"{label}: missing; every family of tasks has a README with source, licence and needs")
     text = readme.read_text(encoding="utf-8")
-    head, _, rest = text.removeprefix("---\n").partition("\n---\n")
+    has_header = text.startswith("---\n")
+    block, _, body = text.removeprefix("---\n").partition("\n---\n")
     try:
-        declared = yaml.safe_load(head) if text.startswith("---\n") else {}
+        header = yaml.safe_load(block) if has_header else {}
     except yaml.YAMLError as error:
-        raise UserError(f"{shown}: its head is not valid YAML ({' '.join(str(error).split())})") from None
-    own = (declared.get("tasks") or {}) if isinstance(declared, dict) else None
-    if not isinstance(own, dict) or not all(isinstance(entry, dict) for entry in own.values()):
-        raise UserError(f"{shown}: its head must be `name: value` lines, and so must each task under `tasks:`")
-    entries = [declared, *own.values()]
-    unknown = [f"key {key}" for entry in entries for key in entry if key not in (*REQUIRED, "note", "tasks")]
-    unknown += [f"task {name}" for name in own if name not in names]
+        raise UserError(f"{label}: its header is not valid YAML ({' '.join(str(error).split())})") from None
+    per_task = (header.get("tasks") or {}) if isinstance(header, dict) else None
+    if not isinstance(per_task, dict) or not all(isinstance(entry, dict) for entry in per_task.values()):
+        raise UserError(f"{label}: its header must be `name: value` lines, and so must each task under `tasks:`")
+    entries = [header, *per_task.values()]
+    unknown = [f"key {key}" for entry in entries for key in entry if key not in (*REQUIRED_KEYS, "note", "tasks")]
+    unknown += [f"task {name}" for name in per_task if name not in names]
     if unknown:
-        raise UserError(f"{shown}: unknown {unknown[0]} in its head; known keys: {', '.join(REQUIRED)}, note, tasks")
-    return declared, rest if text.startswith("---\n") else text
+        known = ", ".join((*REQUIRED_KEYS, "note", "tasks"))
+        raise UserError(f"{label}: unknown {unknown[0]} in its header; known keys: {known}")
+    return header, body if has_header else text
 
 
-def _about(name: str, declared: Config, shown: Path) -> dict[str, str]:
-    """Source, licence, needs and note of a task."""
-    own = {**declared, **(declared.get("tasks") or {}).get(name, {})}
-    for key in REQUIRED:
-        if not str(own.get(key) or "").strip():
-            raise UserError(f"{shown}: {name} declares no {key}; write `{key}: ...` between the `---` at its head")
-    return {key: " ".join(str(own.get(key) or "").split()) for key in (*REQUIRED, "note")}
+def _read_declarations(name: str, header: Config, label: Path) -> dict[str, str]:
+    """Returns the source, licence, needs and note of a task."""
+    declarations = {**header, **(header.get("tasks") or {}).get(name, {})}
+    for key in REQUIRED_KEYS:
+        if not str(declarations.get(key) or "").strip():
+            raise UserError(f"{label}: {name} declares no {key}; write `{key}: ...` between the `---` at its top")
+    return {key: " ".join(str(declarations.get(key) or "").split()) for key in (*REQUIRED_KEYS, "note")}
 
 
-def _row(name: str, configs: Mapping[str, tuple[Path, Config]], about: Mapping[str, str]) -> str:
+def _render_row(name: str, configs: Mapping[str, tuple[Path, Config]], declarations: Mapping[str, str]) -> str:
     config = configs[name][1]
-    known = {known: config for known, (_, config) in configs.items()}
+    own_configs = {own_name: own_config for own_name, (_, own_config) in configs.items()}
     version = (config.get("metadata") or {}).get("version")
     if version is None:
         raise UserError(f"{name}: its YAML file declares no metadata.version")
-    metrics = _of_group(config, known) if "group" in config else ", ".join(_metrics(config))
-    metrics += f" ({about['note']})" if about["note"] else ""
-    cells = [f"`{name}`", f"{version:.1f}", metrics, *(about[key] for key in REQUIRED)]
+    metrics = _render_group(config, own_configs) if "group" in config else ", ".join(_render_metrics(config))
+    metrics += f" ({declarations['note']})" if declarations["note"] else ""
+    cells = [f"`{name}`", f"{version:.1f}", metrics, *(declarations[key] for key in REQUIRED_KEYS)]
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
 
 
-def _of_group(config: Config, known: Mapping[str, Config]) -> str:
-    """Its members, those of lm-eval itself with their metrics, and what it aggregates over them."""
-    members = [f"`{name}`{_upstream_metrics(name) if name not in known else ''}" for name in _members(config)]
+def _render_group(config: Config, own_configs: Mapping[str, Config]) -> str:
+    """Returns the members of a group, those of lm-eval with their metrics, and the aggregates over them."""
+    members = [f"`{name}`{_upstream_metrics(name) if name not in own_configs else ''}" for name in _members(config)]
     means = [
-        f"`{entry['metric']}` {_arrow(_direction(entry['metric'], config, known))}"
+        f"`{entry['metric']}` {_arrow(_find_direction(entry['metric'], config, own_configs))}"
         for entry in config.get("aggregate_metric_list") or []
     ]
     return f"group of {', '.join(members)}" + (f"; {', '.join(means)}: mean over them" if means else "")
 
 
 def _members(config: Config) -> list[str]:
-    listed = config["task"] if isinstance(config["task"], list) else [config["task"]]
-    return [each if isinstance(each, str) else each.get("task") or each["group"] for each in listed]
+    members = config["task"] if isinstance(config["task"], list) else [config["task"]]
+    return [member if isinstance(member, str) else member.get("task") or member["group"] for member in members]
 
 
 def _upstream_metrics(name: str) -> str:
-    config = _upstream(name)
-    found = config.get("aggregate_metric_list") or config.get("metric_list") or []
-    return f" ({', '.join(_metrics({'metric_list': found}))})" if found else ""
+    config = _read_upstream(name)
+    metric_list = config.get("aggregate_metric_list") or config.get("metric_list") or []
+    return f" ({', '.join(_render_metrics({'metric_list': metric_list}))})" if metric_list else ""
 
 
-def _metrics(config: Config) -> Iterator[str]:
+def _render_metrics(config: Config) -> Iterator[str]:
     for entry in config.get("metric_list") or []:
         name = str(entry["metric"])
         if not name.endswith(("_low", "_high")):
-            yield f"`{name}` {_arrow(_given(entry))}"
+            yield f"`{name}` {_arrow(_is_higher_better(entry))}"
 
 
-def _given(entry: Config) -> bool:
-    """The direction that a metric's entry gives, or lm-eval for its own metrics."""
-    given = entry.get("higher_is_better")
-    return bool(is_higher_better(entry["metric"]) if given is None else given)
+def _is_higher_better(entry: Config) -> bool:
+    """Returns the direction of a metric from its entry, or from lm-eval for its own metrics."""
+    direction = entry.get("higher_is_better")
+    return bool(is_higher_better(entry["metric"]) if direction is None else direction)
 
 
-def _direction(metric: str, group: Config, known: Mapping[str, Config]) -> bool:
-    """The direction of a metric in the first member that has it."""
+def _find_direction(metric: str, group: Config, own_configs: Mapping[str, Config]) -> bool:
+    """Returns the direction of a metric in the first member that has it."""
     for name in _members(group):
-        config = known.get(name) or _upstream(name)
+        config = own_configs.get(name) or _read_upstream(name)
         for entry in config.get("metric_list") or []:
             if entry["metric"] == metric:
-                return _given(entry)
-    return _given({"metric": metric})
+                return _is_higher_better(entry)
+    return _is_higher_better({"metric": metric})
 
 
-def _arrow(up: bool) -> str:
-    return "↑" if up else "↓"
+def _arrow(is_higher_better: bool) -> str:
+    return "↑" if is_higher_better else "↓"
 
 
-def _upstream(name: str) -> Config:
-    """The configuration of a task or group of lm-eval itself.
+def _read_upstream(name: str) -> Config:
+    """Returns the configuration of a task or group of lm-eval.
 
     Raises:
         UserError: when lm-eval has no such task.
@@ -181,12 +183,12 @@ def _upstream(name: str) -> Config:
         config = load_yaml(path, resolve_func=False)
         if name in (config.get("task"), config.get("group")):
             return dict(config)
-    raise UserError(f"{name}: a group of ours names this task, and neither we nor lm-eval have it")
+    raise UserError(f"{name}: a group names this task, and neither this package nor lm-eval has it")
 
 
 @cache
 def _upstream_files() -> dict[str, list[Path]]:
-    """YAML files of lm-eval by their stem, a leading underscore left out."""
+    """Returns the YAML files of lm-eval by their stem, without a leading underscore."""
     files: dict[str, list[Path]] = {}
     for path in sorted(Path(str(lm_eval.tasks.__file__)).parent.rglob("*.yaml")):
         files.setdefault(path.stem.lstrip("_"), []).append(path)
@@ -194,9 +196,9 @@ def _upstream_files() -> dict[str, list[Path]]:
 
 
 def main() -> None:
-    """Writes the page; a declaration that is missing ends in one line."""
+    """Writes the page; a missing declaration is reported in one line."""
     try:
-        text = page()
+        text = render_page()
     except UserError as error:
         sys.exit(f"error: {error}")
     PAGE.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The recipe, alpha and the registries: what is not understood is refused in one line."""
+"""The recipe, alpha and the registries: invalid values are refused in one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lm_ortho.config import Recipe, make_recipe, parse_alpha
+from lm_ortho.config import Recipe, make_recipe
+from lm_ortho.dial import parse_alpha
 from lm_ortho.errors import UserError
 from lm_ortho.registry import Registry
 
@@ -55,11 +56,11 @@ def test_the_defaults_are_those_of_the_documentation():
         ("colour", "red"),
     ],
 )
-def test_a_bad_setting_is_told_by_name_and_value(name, value):
-    with pytest.raises(UserError) as caught:
+def test_a_bad_setting_is_reported_by_name_and_value(name, value):
+    with pytest.raises(UserError) as error_info:
         make_recipe(**{name: value})
-    assert str(caught.value).startswith(f"{name}={value!r}: ")
-    assert "\n" not in str(caught.value)
+    assert str(error_info.value).startswith(f"{name}={value!r}: ")
+    assert "\n" not in str(error_info.value)
 
 
 def test_text_from_a_command_line_is_understood_and_the_recipe_cannot_change():
@@ -97,10 +98,10 @@ def test_a_registry_lists_suggests_and_refuses():
     assert "random" in registry
     assert "other" not in registry
     assert registry.get("random") == 2
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error_info:
         registry.get("magnitud")
     message = "sieve='magnitud' is unknown; known: magnitude, random. Did you mean 'magnitude'?"
-    assert str(caught.value) == message
+    assert str(error_info.value) == message
     with pytest.raises(UserError, match=r"known: magnitude, random\.$"):
         registry.get("zzz")
     with pytest.raises(ValueError, match="already registered"):

@@ -1,4 +1,4 @@
-"""Directories for results: refused when occupied, whole or not there."""
+"""Output directories: refused when occupied, and written completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lm_ortho.errors import UserError
 from lm_ortho.files import atomic_directory, check_output_directory
 
 
-def test_a_directory_appears_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_directory_appears_when_it_is_complete(tmp_path: Path) -> None:
     target = tmp_path / "new" / "out"
     with atomic_directory(target) as scratch:
         (scratch / "file").write_text("x")
@@ -36,7 +36,7 @@ def fail(target: Path, error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_nothing_is_left_of_a_failure(tmp_path: Path, error: type[BaseException]) -> None:
+def test_a_failure_leaves_no_files(tmp_path: Path, error: type[BaseException]) -> None:
     with pytest.raises(error):
         fail(tmp_path / "out", error())
     assert list(tmp_path.iterdir()) == []
@@ -48,21 +48,21 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_directories_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     check_output_directory(tmp_path / "new")
     with pytest.raises(UserError, match=r"out='.*' holds file; choose a new or empty directory"):
         check_output_directory(tmp_path)
     with pytest.raises(UserError, match=r"keep='.*file' is a file"):
         check_output_directory(tmp_path / "file", "keep")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be created"):
         check_output_directory(tmp_path / "file" / "below")
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(UserError, match="is no directory you may write to"):
+    with pytest.raises(UserError, match="is not a directory that you may write to"):
         check_output_directory(tmp_path / "new")
 
 
-def test_places_that_cannot_be_replaced_as_a_whole(tmp_path, monkeypatch):
+def test_directories_that_cannot_be_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (".", str(tmp_path)):
         with pytest.raises(UserError, match="name a new directory inside it"):

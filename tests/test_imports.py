@@ -1,4 +1,4 @@
-"""Importing little loads little, and the low rooms depend on torch alone."""
+"""Light imports load no heavy library, and the lowest packages depend on torch alone."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ import pytest
 import lm_ortho
 from tests.support.paths import REPOSITORY
 
-HEAVY = {"accelerate", "datasets", "lm_eval", "numpy", "peft", "scipy", "sklearn", "torch", "transformers"}
-# What each low room may import of ours; of others only torch and the standard library, and the GPU kernels Triton.
-FOUNDATIONS = {"lm_ortho.errors"}
-LOW_ROOMS = {
+HEAVY_PACKAGES = {"accelerate", "datasets", "lm_eval", "numpy", "peft", "scipy", "sklearn", "torch", "transformers"}
+# Modules of this project that each low package may import. Of other packages only torch is allowed, and Triton in the
+# GPU kernels.
+FOUNDATIONS = {"lm_ortho.dial", "lm_ortho.errors"}
+LOW_PACKAGES = {
     "kernels": set(),
     "lm_ortho/streams": FOUNDATIONS | {"lm_ortho.streams", "lm_ortho.kernels"},
     "lm_ortho/layer": FOUNDATIONS | {"lm_ortho.layer", "lm_ortho.streams", "lm_ortho.kernels"},
 }
 
 
-def _loaded_by(code: str) -> set[str]:
-    """Names of the modules that a fresh interpreter has after ``code`` and had not before it."""
+def _list_loaded_modules(code: str) -> set[str]:
+    """Names of the modules that ``code`` loads in a fresh interpreter."""
     script = f"import sys; before = set(sys.modules)\n{code}\nprint(*sorted(set(sys.modules) - before))"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "LM_ORTHO_AUTOLOAD": "0"},
         capture_output=True,
@@ -36,11 +37,11 @@ def _loaded_by(code: str) -> set[str]:
         check=True,
         timeout=60,
     )
-    return set(done.stdout.split())
+    return set(process.stdout.split())
 
 
-def _heavy(modules: set[str]) -> set[str]:
-    return {name.partition(".")[0] for name in modules} & HEAVY
+def _select_heavy(modules: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules} & HEAVY_PACKAGES
 
 
 @pytest.mark.parametrize(
@@ -48,16 +49,16 @@ def _heavy(modules: set[str]) -> set[str]:
     ["lm_ortho", "lm_ortho.errors", "lm_ortho.plugin.bridges", "lm_ortho.config", "lm_ortho.cli.app"],
 )
 def test_import_loads_nothing_heavy(module: str) -> None:
-    assert _heavy(_loaded_by(f"import {module}")) == set()
+    assert _select_heavy(_list_loaded_modules(f"import {module}")) == set()
 
 
 def test_the_start_up_line_loads_three_small_modules() -> None:
     line = (REPOSITORY / "lm_ortho.pth").read_text()
     assert line.count("\n") == 1
     assert line.startswith("import ")
-    ours = {"lm_ortho", "lm_ortho.plugin", "lm_ortho.plugin.startup"}
+    expected = {"lm_ortho", "lm_ortho.plugin", "lm_ortho.plugin.startup"}
     script = f"import sys; sys.modules.pop('lm_ortho', None)\n{line}"
-    assert _loaded_by(script) | ours == ours
+    assert _list_loaded_modules(script) | expected == expected
 
 
 def test_the_start_up_line_survives_a_missing_package(tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_both_start_up_files_name_the_same_function() -> None:
 
 def test_the_hook_imports_only_sys_and_os_until_it_is_called() -> None:
     tree = ast.parse((REPOSITORY / "lm_ortho/plugin/startup.py").read_text())
-    assert {name for node in tree.body for name in _imported(node, "lm_ortho.plugin")} == {"os", "sys"}
+    assert {name for node in tree.body for name in _list_imports(node, "lm_ortho.plugin")} == {"os", "sys"}
 
 
 def test_public_names_are_listed_and_lazy() -> None:
@@ -94,7 +95,7 @@ def test_a_public_function_is_not_hidden_by_the_module_of_its_name() -> None:
         assert importlib.util.find_spec(f"lm_ortho.{name}") is None
 
 
-def _imported(node: ast.AST, package: str) -> Iterator[str]:
+def _list_imports(node: ast.AST, package: str) -> Iterator[str]:
     """Absolute names that one import statement loads; nothing for other nodes."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
@@ -103,19 +104,23 @@ def _imported(node: ast.AST, package: str) -> Iterator[str]:
         yield ".".join([*above, *filter(None, [node.module])])
 
 
-@pytest.mark.parametrize("room", sorted(LOW_ROOMS))
-def test_low_rooms_need_torch_and_the_standard_library_only(room: str) -> None:
-    files = sorted((REPOSITORY / room).rglob("*.py"))
+@pytest.mark.parametrize("folder", sorted(LOW_PACKAGES))
+def test_low_packages_need_torch_and_the_standard_library_only(folder: str) -> None:
+    files = sorted((REPOSITORY / folder).rglob("*.py"))
     assert files
     for file in files:
         package = ".".join(file.parent.relative_to(REPOSITORY).parts)
-        allowed = {"torch", *sys.stdlib_module_names} | ({"triton"} if package == "kernels.cuda" else set())
+        allowed_packages = {"torch", *sys.stdlib_module_names} | ({"triton"} if package == "kernels.cuda" else set())
         for node in ast.walk(ast.parse(file.read_text())):
-            for name in _imported(node, package):
-                ours = name.startswith("lm_ortho")
-                known = _in_rooms(name, LOW_ROOMS[room]) if ours else name.split(".")[0] in allowed | {room}
-                assert known, f"{file.relative_to(REPOSITORY)} imports {name}"
+            for name in _list_imports(node, package):
+                is_internal = name.startswith("lm_ortho")
+                is_allowed = (
+                    _is_in_packages(name, LOW_PACKAGES[folder])
+                    if is_internal
+                    else name.split(".")[0] in allowed_packages | {folder}
+                )
+                assert is_allowed, f"{file.relative_to(REPOSITORY)} imports {name}"
 
 
-def _in_rooms(name: str, rooms: set[str]) -> bool:
-    return any(name == room or name.startswith(f"{room}.") for room in rooms)
+def _is_in_packages(name: str, packages: set[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)

@@ -1,4 +1,4 @@
-// What Python calls: which instruction sets are there, and the product.
+// Entry points for Python: the available instruction sets, and the product.
 #include "dual_stream.h"
 
 #include <exception>
@@ -39,7 +39,7 @@ LM_ORTHO_API int lm_ortho_isa() { return has(AVX512_BF16) ? AVX512_BF16 : has(AV
 // y (rows, out_features) = x (rows, in_features) times the matrix of `base` and of `sheets`, one blob for each of the
 // n_terms ortho streams; alphas[j] has one number (strides[j] = 0) or one per row (1). All arrays are contiguous and
 // `base` is aligned to 64 bytes. bias is float32 or null; y is BF16, or float32 when y_float.
-// Returns 0; 1 where the processor lacks the instruction set; 2 where memory ran out.
+// Returns 0; 1 if the processor lacks the instruction set; 2 if memory ran out.
 LM_ORTHO_API int lm_ortho_linear(int isa, int threads, int64_t rows, int64_t in_features, int64_t out_features, int64_t group,
                     int planes, const uint16_t* x, const uint8_t* base, const float* bias, int n_terms,
                     const uint8_t* const* sheets, const float* const* alphas, const int64_t* strides, int y_float,
@@ -57,7 +57,7 @@ LM_ORTHO_API int lm_ortho_linear(int isa, int threads, int64_t rows, int64_t in_
     return 0;
 }
 
-// What of a product stays the same from call to call: the arguments of lm_ortho_linear but threads, rows, x and y.
+// The constant arguments of a product: those of lm_ortho_linear except threads, rows, x and y.
 struct LmOrthoLayer {
     int32_t isa, planes, n_terms, y_float;
     int64_t in_features, out_features, group;

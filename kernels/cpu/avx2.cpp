@@ -1,4 +1,4 @@
-// For processors with AVX2 and FMA.
+// The product for processors with AVX2 and FMA (generic.h).
 #include "generic.h"
 
 namespace lm_ortho {

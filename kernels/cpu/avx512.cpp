@@ -10,7 +10,7 @@ namespace {
 // Rows of x per pass over the codes: 6 rows * 4 blocks of sums, 4 weights, a table and a broadcast fill the 32 registers.
 // More rows take the blocks of a panel two by two, 12 rows at most, which decodes each word for twice as many products.
 constexpr int FEW = 6, MOST = 12;
-constexpr int64_t AHEAD = 4096;  // bytes: what memory delivers while as much is worked on
+constexpr int64_t AHEAD = 4096;  // bytes: how far codes and scales are prefetched
 constexpr int64_t PART = 256;    // columns that several passes go over before the next: 9 KB of codes and scales
 
 // One pair of columns of a chunk, T rows of x.
@@ -50,7 +50,7 @@ inline void group_sums(const Base& base, const uint8_t* const* blocks, int64_t g
     }
 }
 
-// Groups of columns, and how far beyond them memory is asked for.
+// Groups of columns, and how far beyond them memory is prefetched.
 struct Range {
     int64_t begin, end, ahead;
 };
@@ -106,10 +106,10 @@ void panel_product(const Base& base, const uint8_t* panel, const uint16_t* x, in
     }
 }
 
-constexpr int64_t ANNOUNCED = 2048;  // bytes of steps that are fetched while the base product is computed
-constexpr int64_t TURN = 8;  // rows of x from which turning x pays for the sparse products
+constexpr int64_t PREFETCHED = 2048;  // bytes of steps that are prefetched while the base product is computed
+constexpr int64_t MIN_TRANSPOSED = 8;  // rows of x from which transposing x makes the sparse products faster
 
-// What one thread works with.
+// The operands and buffers of one thread.
 struct Worker {
     const Job& job;
     const Rows& x;
@@ -118,17 +118,17 @@ struct Worker {
     Buffer total, products;  // (2 * TOKENS, PANEL), (terms, TOKENS, SPARE)
 
     Worker(const Job& job_, const Rows& x_)
-        : job(job_), x(x_), base(job_, x_.stride), columns(turns() ? x_.stride : 0), total(sizeof(float) * 2 * TOKENS * PANEL),
+        : job(job_), x(x_), base(job_, x_.stride), columns(is_transposed() ? x_.stride : 0), total(sizeof(float) * 2 * TOKENS * PANEL),
           products(sizeof(float) * std::max(1, job_.n_terms) * TOKENS * SPARE) {}
 
-    bool turns() const { return job.rows >= TURN && job.sparse(0, job.rows); }
+    bool is_transposed() const { return job.rows >= MIN_TRANSPOSED && job.sparse(0, job.rows); }
 
     // Sparse products of rows from .. from + count with one panel, then y from them and from `sums` (count, PANEL).
     void complete(int64_t panel, int64_t from, int64_t count, const float* sums) {
         for (int t = 0; t < job.n_terms; ++t) {
             if (!job.terms[t].active(from, count)) continue;
             float* product = products.as<float>() + t * TOKENS * SPARE;
-            if (count >= TURN)
+            if (count >= MIN_TRANSPOSED)
                 columns.sheet(job.terms[t].sheets, panel, product);
             else
                 sheet_by_rows(job.terms[t].sheets, panel, x, from, count, product);
@@ -137,19 +137,19 @@ struct Worker {
             finish(job, from + m, panel, sums + m * PANEL, products.as<float>() + m * SPARE, TOKENS * SPARE);
     }
 
-    // Asks for the first steps of a panel, which are needed after its base product.
-    void announce(int64_t panel, int64_t from, int64_t count) const {
+    // Prefetches the first steps of a panel, which are needed after its base product.
+    void prefetch_steps(int64_t panel, int64_t from, int64_t count) const {
         for (int t = 0; t < job.n_terms; ++t) {
             if (!job.terms[t].active(from, count)) continue;
             const Sheets& sheets = job.terms[t].sheets;
             const size_t first = sheets.group_steps[sheets.panel_groups[panel]];
             const auto* steps = reinterpret_cast<const char*>(sheets.steps + first * STEP_BYTES);
-            for (int64_t i = 0; i < ANNOUNCED; i += 64) _mm_prefetch(steps + i, _MM_HINT_T1);
+            for (int64_t i = 0; i < PREFETCHED; i += 64) _mm_prefetch(steps + i, _MM_HINT_T1);
         }
     }
 
     void panel(int64_t panel, int64_t from, int64_t count) {
-        announce(panel, from, count);
+        prefetch_steps(panel, from, count);
         const int64_t tiles = (count + MOST - 1) / MOST;
         // Several passes go over a part of the panel at a time, which stays in the second-level cache; the last one finds
         // it there and may fetch the next part meanwhile.
@@ -168,8 +168,8 @@ struct Worker {
 
     // One row takes two panels at once: a chain of pair products is slow, and eight of them keep the units busy.
     void two_panels(int64_t panel) {
-        announce(panel, 0, 1);
-        announce(panel + 1, 0, 1);
+        prefetch_steps(panel, 0, 1);
+        prefetch_steps(panel + 1, 0, 1);
         base_product<1, 2 * BLOCKS>(base, job.panel(panel), 0, x.row(0), {0, base.groups, AHEAD}, total.as<float>(), 0);
         complete(panel, 0, 1, total.as<float>());
         complete(panel + 1, 0, 1, total.as<float>() + PANEL);
@@ -180,7 +180,7 @@ struct Worker {
         const int64_t begin = 2 * (units * worker / workers), end = std::min(job.panels(), 2 * (units * (worker + 1) / workers));
         for (int64_t from = 0; from < job.rows; from += TOKENS) {
             const int64_t count = std::min<int64_t>(TOKENS, job.rows - from);
-            if (count >= TURN && job.sparse(from, count)) columns.fill(x, from, count);
+            if (count >= MIN_TRANSPOSED && job.sparse(from, count)) columns.fill(x, from, count);
             for (int64_t p = begin; p < end;)
                 if (job.rows == 1 && p + 1 < end) {
                     two_panels(p);

@@ -1,4 +1,4 @@
-// What the AVX-512 files share. Every output is one chain of BF16 pair products per group of columns, one multiply-add
+// Declarations that the AVX-512 files share. Every output is one chain of BF16 pair products per group of columns, one multiply-add
 // with the scale per group, and one chain per lane of a sheet. Nothing in that order depends on how many rows x has
 // or which function runs, so a row of x gets the same bits in any batch.
 #pragma once
@@ -91,7 +91,7 @@ inline void finish(const Job& job, int64_t row, int64_t panel, const float* tota
 // product (count, SPARE): rows of x with one panel of an ortho stream, looked up in the rows themselves.
 void sheet_by_rows(const Sheets& sheets, int64_t panel, const Rows& x, int64_t from, int64_t count, float* product);
 
-constexpr int TOKENS = 32;  // rows of x that are worked on together
+constexpr int TOKENS = 32;  // rows of x that are processed together
 
 // Columns of up to TOKENS rows of x side by side, for sparse products with rows of x in the lanes of vectors.
 class Columns {

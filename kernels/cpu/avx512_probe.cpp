@@ -1,4 +1,4 @@
-// How fast BF16 pair products are, for the benchmark to compare with.
+// Measures the speed of BF16 pair products, for the benchmark to compare with.
 #include "clock.h"
 #include "dual_stream.h"
 

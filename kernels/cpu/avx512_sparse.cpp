@@ -50,7 +50,7 @@ void sheet_rows(const Sheets& sheets, int64_t panel, const uint16_t* x, int64_t 
     }
 }
 
-// Sixteen rows of sixteen 32-bit values, turned.
+// Transposes sixteen rows of sixteen 32-bit values.
 void transpose(__m512i (&r)[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -75,7 +75,7 @@ void transpose(__m512i (&r)[16]) {
 }
 
 
-// Which 16-bit values of (16 of a, 16 of b) make a pair each.
+// Indices of the 16-bit values of (16 of a, 16 of b) that form a pair each.
 inline __m512i interleave() {
     alignas(64) uint16_t at[32];
     for (int i = 0; i < 32; ++i) at[i] = static_cast<uint16_t>(i / 2 + 16 * (i % 2));

@@ -1,6 +1,6 @@
-"""Compiling the C++ of this folder, when a wheel is built or at first use. Standard library only.
+"""Compiles the C++ of this folder, when a wheel is built or at first use.
 
-Run by the build hook of the package where torch is not installed, so nothing else is imported here.
+The build hook of the package runs it where torch is not installed, so only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 BUNDLED = "dual_stream.so"
-"""What a wheel that was built with a compiler at hand carries beside the sources."""
+"""File name of the library in a wheel that was built where a compiler is."""
 COMMON = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fvisibility=hidden")
 # The headers of GCC leave "undefined" vectors uninitialised on purpose; vectors never cross a border of the ABI.
 QUIET = ("-Wall", "-Wextra", "-Werror=return-type", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi")
@@ -32,11 +32,11 @@ X86_SOURCES: dict[str, tuple[str, ...]] = {
     "avx512_probe": _AVX512,
 }
 SECONDS = 300.0
-"""A compiler that takes longer hangs."""
+"""Time limit of one compiler call; a compiler that takes longer hangs."""
 
 
 class BuildError(Exception):
-    """Why there is no compiled library, in one line."""
+    """The library cannot be compiled; the message is the reason, in one line."""
 
 
 def sources() -> dict[str, tuple[str, ...]]:
@@ -46,7 +46,7 @@ def sources() -> dict[str, tuple[str, ...]]:
 
 
 def flags() -> list[str]:
-    """What every file is compiled with."""
+    """The compiler flags of all files."""
     return [*COMMON, *QUIET, *(["-DLM_ORTHO_X86"] if "avx512" in sources() else [])]
 
 
@@ -54,15 +54,15 @@ def compiler() -> list[str]:
     """The command of the C++ compiler: ``$CXX``, or the first of g++, clang++ and c++. Raises ``BuildError``."""
     if sys.platform != "linux":
         raise BuildError(f"it is built on Linux only, not on {sys.platform}")
-    named = shlex.split(os.environ.get("CXX", ""))
-    for command in [named] if named else [["g++"], ["clang++"], ["c++"]]:
+    custom_command = shlex.split(os.environ.get("CXX", ""))
+    for command in [custom_command] if custom_command else [["g++"], ["clang++"], ["c++"]]:
         if shutil.which(command[0]):
             return command
-    raise BuildError(f"no C++ compiler found ({named[0] if named else 'g++, clang++, c++'})")
+    raise BuildError(f"no C++ compiler found ({custom_command[0] if custom_command else 'g++, clang++, c++'})")
 
 
 def key() -> str:
-    """Hash of everything that decides what is compiled: the sources, the flags, the compiler and its version."""
+    """Hash of all that determines the library: the sources, the flags, the compiler and its version."""
     command = compiler()
     digest = hashlib.sha256()
     for path in sorted([*HERE.glob("*.h"), *HERE.glob("*.cpp")]):
@@ -73,17 +73,17 @@ def key() -> str:
 
 
 def cache_folder() -> Path:
-    """Where libraries compiled at first use lie: ``LM_ORTHO_CACHE``, or the user's cache folder, and there ``kernels``.
+    """The folder of libraries compiled at first use: ``kernels`` in ``LM_ORTHO_CACHE`` or the user's cache folder.
 
-    The same folder as ``platformdirs.user_cache_dir("lm-ortho")`` on Linux, the one platform that compiles.
+    It is the same as ``platformdirs.user_cache_dir("lm-ortho")`` on Linux, the one platform that compiles.
     """
-    named = os.environ.get("LM_ORTHO_CACHE")
-    usual = os.environ.get("XDG_CACHE_HOME", "").strip() or os.path.expanduser("~/.cache")
-    return (Path(named) if named else Path(usual) / "lm-ortho") / "kernels"
+    cache = os.environ.get("LM_ORTHO_CACHE")
+    user_cache = os.environ.get("XDG_CACHE_HOME", "").strip() or os.path.expanduser("~/.cache")
+    return (Path(cache) if cache else Path(user_cache) / "lm-ortho") / "kernels"
 
 
 def cached_library() -> Path:
-    """The library of exactly these sources, compiled now unless that was done before. Raises ``BuildError``."""
+    """The library of exactly these sources, compiled if it is not in the cache. Raises ``BuildError``."""
     target = cache_folder() / f"dual_stream-{key()}.so"
     if not target.is_file():
         try:
@@ -95,36 +95,37 @@ def cached_library() -> Path:
 
 
 def compile_library(target: Path, extra: tuple[str, ...] = ()) -> None:
-    """Makes the shared library ``target``; it appears whole or not at all. Raises ``BuildError``.
+    """Compiles the shared library ``target``, completely or not at all. Raises ``BuildError``.
 
-    Two processes may do so at once: each writes under a name of its own and renames.
+    Two processes may do so at once: each writes under a temporary name of its own and renames.
     """
     command = compiler()
     with tempfile.TemporaryDirectory() as scratch:
 
-        def compiled(name: str, own: tuple[str, ...]) -> str:
-            made = f"{scratch}/{name}.o"
-            _run([*command, *flags(), *extra, *own, "-c", str(HERE / f"{name}.cpp"), "-o", made])
-            return made
+        def compile_object(name: str, file_flags: tuple[str, ...]) -> str:
+            path = f"{scratch}/{name}.o"
+            _run([*command, *flags(), *extra, *file_flags, "-c", str(HERE / f"{name}.cpp"), "-o", path])
+            return path
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            objects = list(pool.map(compiled, sources().keys(), sources().values()))
+            objects = list(pool.map(compile_object, sources().keys(), sources().values()))
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}")
         try:
-            linked = ["-shared", "-static-libstdc++", "-static-libgcc", "-pthread", "-ldl"]
-            _run([*command, *extra, *objects, "-o", str(temporary), *linked])
+            link_flags = ["-shared", "-static-libstdc++", "-static-libgcc", "-pthread", "-ldl"]
+            _run([*command, *extra, *objects, "-o", str(temporary), *link_flags])
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 def _run(command: list[str]) -> str:
-    """What a command prints. Raises ``BuildError`` with its first error."""
+    """Runs a command and returns its output. Raises ``BuildError`` with its first error."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]}: {error}") from None
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
+    if process.returncode:
+        output = process.stderr.splitlines()
+        lines = [line for line in output if "error" in line] or output or ["?"]
         raise BuildError(f"{Path(command[0]).name} failed: {lines[0].strip()}")
-    return done.stdout
+    return process.stdout

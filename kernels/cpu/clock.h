@@ -1,4 +1,4 @@
-// Seconds that this thread was running: other processes do not count.
+// The running time of this thread in seconds, without other processes.
 #pragma once
 #include <chrono>
 #include <ctime>

@@ -36,7 +36,7 @@ constexpr int STEP_BYTES = SLOTS + 2 * SLOTS;
 constexpr int BASE_ALIGN = 32; // a window begins at a multiple: 64 bytes of BF16
 constexpr uint8_t NO_ROW = PANEL;  // the row of a lane without values
 
-// A view of one sheet blob; see pack.cpp for how it lies in memory.
+// A view of one sheet blob; pack.cpp describes its layout.
 struct Sheets {
     const uint32_t* panel_groups;  // (panels + 1) first group of each panel
     const uint32_t* group_steps;   // (groups + 1) first step of each group
@@ -60,7 +60,7 @@ struct Term {
     }
 };
 
-// What every instruction set's kernel gets. x is padded to `width` = a multiple of the group, and beyond it by WINDOW.
+// The arguments of the kernel of every instruction set. x is padded to `width` = a multiple of the group, and beyond it by WINDOW.
 struct Job {
     int64_t rows, in_features, out_features;
     int64_t group, groups;

@@ -1,4 +1,4 @@
-"""The compiled library: found or compiled at first use, and why it is not there where it is not."""
+"""The compiled library: loaded or compiled at first use, or the reason why it is missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .pages import reserve
 
 ABI = 2
 ISAS = ("scalar", "avx2", "avx512_bf16")
-"""Instruction sets by the number that the library knows them by."""
+"""Instruction sets, at the index by which the library identifies them."""
 SWITCH = "LM_ORTHO_CPU_KERNEL"
 """Environment variable: ``off``, or the widest instruction set to use."""
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
@@ -44,57 +44,57 @@ class Library:
 
 
 @dataclass(frozen=True)
-class Absent:
-    """There is no library, and ``why`` in one line."""
+class MissingLibrary:
+    """The result of ``find`` without a library; ``reason`` is one line."""
 
-    why: str
+    reason: str
 
 
 _lock = threading.Lock()
-_found: Library | Absent | None = None
+_library: Library | MissingLibrary | None = None
 
 
-def find() -> Library | Absent:
-    """The library, loaded once per process; compiled where neither the wheel nor the cache has it."""
-    global _found
-    if _found is not None:
-        return _found
+def find() -> Library | MissingLibrary:
+    """The library, loaded once per process; compiled if neither the wheel nor the cache has it."""
+    global _library
+    if _library is not None:
+        return _library
     with _lock:
-        if _found is None:
-            _found = _load()
-        return _found
+        if _library is None:
+            _library = _load()
+        return _library
 
 
 def forget() -> None:
-    """The next ``find`` looks again."""
-    global _found
+    """Makes the next ``find`` load the library again."""
+    global _library
     with _lock:
-        _found = None
+        _library = None
 
 
-def _load() -> Library | Absent:
-    asked = os.environ.get(SWITCH, "").strip().lower()
-    if asked == "off":
-        return Absent(f"{SWITCH}=off")
-    if asked and asked not in ISAS:
-        return Absent(f"{SWITCH}={asked} is unknown; known: off, {', '.join(ISAS)}")
+def _load() -> Library | MissingLibrary:
+    limit = os.environ.get(SWITCH, "").strip().lower()
+    if limit == "off":
+        return MissingLibrary(f"{SWITCH}=off")
+    if limit and limit not in ISAS:
+        return MissingLibrary(f"{SWITCH}={limit} is unknown; known: off, {', '.join(ISAS)}")
     try:
-        bundled = build.HERE / build.BUNDLED
-        path = bundled if bundled.is_file() else build.cached_library()
+        bundled_path = build.HERE / build.BUNDLED
+        path = bundled_path if bundled_path.is_file() else build.cached_library()
         functions = ctypes.CDLL(str(path))
         _declare(functions)
     except build.BuildError as error:
-        return Absent(str(error))
+        return MissingLibrary(str(error))
     except (OSError, AttributeError) as error:
-        return Absent(f"the library cannot be loaded: {error}")
+        return MissingLibrary(f"the library cannot be loaded: {error}")
     if functions.lm_ortho_abi() != ABI:
-        return Absent(f"{path} belongs to another version; reinstall lm-ortho")
+        return MissingLibrary(f"{path} belongs to another version; reinstall lm-ortho")
     widest = int(functions.lm_ortho_isa())
-    return Library(path, functions, ISAS[min(widest, ISAS.index(asked)) if asked else widest])
+    return Library(path, functions, ISAS[min(widest, ISAS.index(limit)) if limit else widest])
 
 
 def _declare(functions: ctypes.CDLL) -> None:
-    """Types of the functions of ``api.cpp`` and ``pack.cpp``."""
+    """Declares the types of the functions of ``api.cpp`` and ``pack.cpp``."""
     functions.lm_ortho_abi.argtypes = []
     functions.lm_ortho_isa.argtypes = []
     functions.lm_ortho_layer.argtypes = [_POINTER, _INT, _LONG, _POINTER, _POINTER]
@@ -110,22 +110,24 @@ def _declare(functions: ctypes.CDLL) -> None:
 
 def read_speed(megabytes: int = 256) -> float:
     """Bytes per second that one thread reads from memory, the best of five. Raises ``RuntimeError`` without library."""
-    room = reserve(megabytes << 20).fill_(1)
-    return max(_present().functions.lm_ortho_read_speed(room.data_ptr(), room.numel()) for _ in range(5))
+    buffer = reserve(megabytes << 20).fill_(1)
+    functions = require_library().functions
+    return max(functions.lm_ortho_read_speed(buffer.data_ptr(), buffer.numel()) for _ in range(5))
 
 
 def product_speed() -> float | None:
     """BF16 multiply-adds per second of one thread, the best of five; None without AVX-512 BF16."""
-    found = _present()
-    if found.isa != ISAS[2]:
+    library = require_library()
+    if library.isa != ISAS[2]:
         return None
-    probe = found.functions.lm_ortho_product_speed
+    probe = library.functions.lm_ortho_product_speed
     probe.argtypes, probe.restype = [], ctypes.c_double
     return max(probe() for _ in range(5))
 
 
-def _present() -> Library:
-    found = find()
-    if isinstance(found, Absent):
-        raise RuntimeError(f"the CPU kernel is not there: {found.why}")
-    return found
+def require_library() -> Library:
+    """The library. Raises ``RuntimeError`` with the reason why it is missing."""
+    library = find()
+    if isinstance(library, MissingLibrary):
+        raise RuntimeError(f"the CPU kernel is not available: {library.reason}")
+    return library

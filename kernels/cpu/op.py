@@ -1,4 +1,4 @@
-"""The C++ kernel as a torch operator, so that inference mode and ``torch.compile`` take it as a whole."""
+"""The C++ kernel as a torch operator, which inference mode and ``torch.compile`` treat as one operation."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..counter import record
-from .library import ISAS, Absent, Layer, find
-from .operands import panel_bytes
+from .library import ISAS, Layer, require_library
+from .operands import count_planes, panel_bytes
 
 SMALL_ROWS = 32
-"""Rows of x up to which a product is one of a small batch, and not of a prompt. Only the name depends on it: a row
-has the same bits on every path."""
+"""The number of rows of ``x`` up to which a product is counted as a small batch, not as a prompt. Only the counted name
+depends on it: a row has the same bits on every path."""
 
 _SCHEMA = (
     "(Tensor x, Tensor base, Tensor[] sheets, Tensor[] alphas, Tensor? bias, int out_features, int bits, "
@@ -26,8 +26,8 @@ _SCHEMA = (
 def operator() -> Any:
     """``torch.ops.lm_ortho.cpu_linear``, registered at the first call.
 
-    Not at import: transformers imports whatever is called ``kernels`` on the path, and in a checkout that is this
-    folder, which must not register the operator a second time.
+    Not at import: transformers imports any package named ``kernels`` on the path. In a checkout that is this folder,
+    which must not register the operator a second time.
     """
     if not _libraries:
         library = torch.library.Library("lm_ortho", "FRAGMENT")
@@ -39,11 +39,11 @@ def operator() -> Any:
 
 
 _libraries: list[torch.library.Library] = []
-"""Registrations end with the object that made them."""
+"""Kept here because a registration ends when its ``Library`` object is deleted."""
 
 
-def path_of(rows: int) -> str:
-    """``decode`` (one row), ``small`` (up to 32) or ``prefill``."""
+def path_name(rows: int) -> str:
+    """The name of the path for this number of rows: ``decode`` (1), ``small`` (up to 32) or ``prefill``."""
     return "decode" if rows == 1 else "small" if rows <= SMALL_ROWS else "prefill"
 
 
@@ -63,50 +63,64 @@ def cpu_linear(
 
     ``x`` (rows, in_features) BF16; ``base`` and ``sheets`` from ``operands.py``; ``alphas`` float32, each with one
     number or one per row; ``bias`` (out_features,) of any dtype. ``isa`` forces an instruction set (``ISAS``).
-    Raises ``ValueError`` for operands that do not fit and ``RuntimeError`` where the kernel cannot run.
+    The parameters are those of the operator's schema, by which torch passes arguments in order.
+
+    Raises:
+        ValueError: for operands that do not fit.
+        RuntimeError: where the kernel cannot run.
     """
-    return bound(x, base, sheets, alphas, bias, out_features, bits, group_size, isa, wide)(x)
+    form = {"out_features": out_features, "bits": bits, "group_size": group_size}
+    return bind_linear(x, base, sheets, alphas, bias, **form, isa=isa, wide=wide)(x)
 
 
-def bound(
+def bind_linear(
     x: Tensor,
     base: Tensor,
     sheets: Sequence[Tensor],
     alphas: Sequence[Tensor],
     bias: Tensor | None,
+    *,
     out_features: int,
     bits: int,
     group_size: int,
     isa: str = "",
     wide: bool = False,
 ) -> Callable[[Tensor], Tensor]:
-    """``cpu_linear`` for every further tensor like ``x`` (..., in_features), everything but it made ready and checked.
+    """``cpu_linear`` as a function of ``x`` alone, with all other arguments prepared and checked once.
 
-    Beside a product of 300 microseconds the interpreter counts: its data are not in the caches any more when a layer
-    has read its weights through them.
+    The function takes tensors of the shape of ``x`` (..., in_features). The time of the interpreter matters beside a
+    product of 300 microseconds: its data have left the caches when a layer has read its weights through them.
     """
-    library, in_features = find(), x.shape[-1]
-    if isinstance(library, Absent):
-        raise RuntimeError(f"the CPU kernel is not there: {library.why}")
+    library, in_features = require_library(), x.shape[-1]
     isa = isa or library.isa
-    _check(x.reshape(-1, in_features), base, sheets, alphas, bias, out_features, bits, group_size)
-    shift = None if bias is None else bias.to(torch.float32).contiguous()
-    blobs, numbers, strides = _pointers(sheets, alphas)
+    form = {"out_features": out_features, "bits": bits, "group_size": group_size}
+    _check(x.reshape(-1, in_features), base, sheets, alphas, bias, **form)
+    float_bias = None if bias is None else bias.to(torch.float32).contiguous()
+    sheet_pointers, alpha_pointers, strides = _pointers(sheets, alphas)
     layer = Layer(
-        ISAS.index(isa), 2 if bits == 8 else 1, len(sheets), int(wide), in_features, out_features, group_size,
-        base.data_ptr(), None if shift is None else shift.data_ptr(),
-        *(ctypes.cast(array, ctypes.c_void_p) for array in (blobs, numbers, strides)),
-    )  # fmt: skip
-    owned = (layer, base, sheets, alphas, shift, blobs, numbers, strides)
-    place, product, threads = ctypes.addressof(layer), library.functions.lm_ortho_layer, torch.get_num_threads
+        isa=ISAS.index(isa),
+        planes=count_planes(bits),
+        n_terms=len(sheets),
+        y_float=int(wide),
+        in_features=in_features,
+        out_features=out_features,
+        group=group_size,
+        base=base.data_ptr(),
+        bias=None if float_bias is None else float_bias.data_ptr(),
+        sheets=ctypes.cast(sheet_pointers, ctypes.c_void_p),
+        alphas=ctypes.cast(alpha_pointers, ctypes.c_void_p),
+        strides=ctypes.cast(strides, ctypes.c_void_p),
+    )
+    references = (layer, base, sheets, alphas, float_bias, sheet_pointers, alpha_pointers, strides)
+    address, product, threads = ctypes.addressof(layer), library.functions.lm_ortho_layer, torch.get_num_threads
     shape, rows = (*x.shape[:-1], out_features), x.numel() // max(1, in_features)
-    path, dtype = f"cpu.{path_of(rows)}", torch.float32 if wide else torch.bfloat16
+    path, dtype = f"cpu.{path_name(rows)}", torch.float32 if wide else torch.bfloat16
 
-    def run(x: Tensor, owned: Any = owned) -> Tensor:
+    def run(x: Tensor, references: Any = references) -> Tensor:  # the default keeps the tensors alive
         if not x.is_contiguous():
             x = x.contiguous()
         y = x.new_empty(shape, dtype=dtype)
-        status = product(place, threads(), rows, x.data_ptr(), y.data_ptr())
+        status = product(address, threads(), rows, x.data_ptr(), y.data_ptr())
         if status:
             raise RuntimeError(f"CPU kernel: {f'no {isa} here' if status == 1 else 'out of memory'}")
         record(path)
@@ -116,7 +130,7 @@ def bound(
 
 
 def _pointers(sheets: Sequence[Tensor], alphas: Sequence[Tensor]) -> tuple[Any, Any, Any]:
-    """C arrays of the addresses of sheets and alphas, and of the steps from one alpha to the next."""
+    """C arrays of the addresses of sheets and alphas, and of the stride of each alpha (0 for one number)."""
     count = len(sheets)
     pointers = ctypes.c_void_p * count
     return (
@@ -132,11 +146,12 @@ def _check(
     sheets: Sequence[Tensor],
     alphas: Sequence[Tensor],
     bias: Tensor | None,
+    *,
     out_features: int,
     bits: int,
     group_size: int,
 ) -> None:
-    """A wrong size would be read as it is, outside the tensor."""
+    """Raises ``ValueError`` for operands that do not fit: the kernel would read outside a tensor of a wrong size."""
     rows, in_features = x.shape
     n_panels, n_groups = -(-out_features // 64), -(-in_features // group_size)
     if x.dtype != torch.bfloat16:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..packing import unpack_codes
-from .library import Absent, find
+from .library import require_library
 from .pages import reserve
 
 PANEL = 64
@@ -16,37 +16,43 @@ _SCALE_BYTES = 2
 _CHUNK_BYTES = PANEL * 4
 _CHUNK = 8
 _ROWS_AT_ONCE = 16 * PANEL
-"""Codes unpacked at a time, so that making an operand needs little memory beside it."""
+"""Rows unpacked at a time, so that making an operand needs little additional memory."""
 
 
-def planes_of(bits: int) -> int:
+def count_planes(bits: int) -> int:
     """Planes of 4 bits per code: codes of 3 bits take one too, codes of 8 bits two."""
     return 2 if bits == 8 else 1
 
 
 def panel_bytes(n_groups: int, bits: int, group_size: int) -> int:
     """Bytes of a panel of 64 output rows: 4 or 8 bits a weight and a BF16 scale a group, padding included."""
-    return n_groups * (_SCALE_BYTES * PANEL + planes_of(bits) * (group_size // _CHUNK) * _CHUNK_BYTES)
+    return n_groups * (_SCALE_BYTES * PANEL + count_planes(bits) * (group_size // _CHUNK) * _CHUNK_BYTES)
 
 
 def pack_base(qweight: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
     """The base stream as panels: flat uint8, 64-byte aligned.
 
-    ``qweight`` and ``scales`` as stored, on the CPU. As many bytes as the stored tensors at 4 and 8 bits, a third
-    more at 3, plus what fills the last panel.
+    ``qweight`` and ``scales`` as stored, on the CPU. It has as many bytes as the stored tensors at 4 and 8 bits, a
+    third more at 3, plus the padding of the last panel. The arguments of the C functions here are positional, in the
+    order of their C signatures, because ctypes has no keywords.
     """
-    functions = _functions()
+    functions = require_library().functions
     out_features, n_groups = scales.shape
     per_panel = panel_bytes(n_groups, bits, group_size)
-    packed = reserve(-(-out_features // PANEL) * per_panel)
+    panels = reserve(-(-out_features // PANEL) * per_panel)
     for first in range(0, out_features, _ROWS_AT_ONCE):
         codes = unpack_codes(qweight[first : first + _ROWS_AT_ONCE], bits).contiguous()
-        own = scales[first : first + _ROWS_AT_ONCE].contiguous()
+        row_scales = scales[first : first + _ROWS_AT_ONCE].contiguous()
         functions.lm_ortho_pack_base(
-            codes.data_ptr(), own.data_ptr(), codes.shape[0], codes.shape[1], group_size, planes_of(bits),
-            packed.data_ptr() + first // PANEL * per_panel,
-        )  # fmt: skip
-    return packed
+            codes.data_ptr(),
+            row_scales.data_ptr(),
+            codes.shape[0],
+            codes.shape[1],
+            group_size,
+            count_planes(bits),
+            panels.data_ptr() + first // PANEL * per_panel,
+        )
+    return panels
 
 
 def pack_sheets(rowptr: Tensor, cols: Tensor, vals: Tensor) -> Tensor:
@@ -54,22 +60,15 @@ def pack_sheets(rowptr: Tensor, cols: Tensor, vals: Tensor) -> Tensor:
 
     ``rowptr`` (out_features + 1,) int32 or int64, ``cols`` int32 and ``vals`` BF16 as stored, on the CPU.
     """
-    functions = _functions()
+    functions = require_library().functions
     rowptr, cols, vals = rowptr.contiguous(), cols.contiguous(), vals.contiguous()
     size = ctypes.c_int64()
-    wide = int(rowptr.dtype == torch.int64)
-    made = functions.lm_ortho_make_sheets(
-        rowptr.data_ptr(), wide, cols.data_ptr(), vals.data_ptr(), rowptr.numel() - 1, ctypes.byref(size)
+    is_int64 = int(rowptr.dtype == torch.int64)
+    handle = functions.lm_ortho_make_sheets(
+        rowptr.data_ptr(), is_int64, cols.data_ptr(), vals.data_ptr(), rowptr.numel() - 1, ctypes.byref(size)
     )
-    if made is None:
+    if handle is None:
         raise ValueError(f"an ortho stream of {vals.numel()} values is too large for the CPU kernel")
     sheets = reserve(size.value)
-    functions.lm_ortho_take_sheets(made, sheets.data_ptr())
+    functions.lm_ortho_take_sheets(handle, sheets.data_ptr())
     return sheets
-
-
-def _functions() -> ctypes.CDLL:
-    library = find()
-    if isinstance(library, Absent):
-        raise RuntimeError(f"the CPU kernel is not there: {library.why}")
-    return library.functions

@@ -1,4 +1,4 @@
-// From the tensors of a checkpoint to the layouts of dual_stream.h.
+// Converts the tensors of a checkpoint to the layouts of dual_stream.h.
 #include "dual_stream.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// How fast memory can be read here, for the benchmark to compare with.
+// Measures how fast memory can be read, for the benchmark to compare with.
 #include "clock.h"
 #include "dual_stream.h"
 

@@ -1,4 +1,4 @@
-// For any processor.
+// The product for any processor (generic.h).
 #include "generic.h"
 
 namespace lm_ortho {

@@ -1,4 +1,4 @@
-// Threads of the OpenMP runtime that is in the process already (torch brings one), else of the standard library.
+// Threads of the OpenMP runtime that the process has loaded (that of torch), else of the standard library.
 #include "dual_stream.h"
 
 #include <cstdlib>
@@ -14,7 +14,7 @@ namespace lm_ortho {
 namespace {
 
 // The entry point that GCC calls for `#pragma omp parallel`; runtimes of LLVM and Intel have it, too. A second
-// runtime of our own would fight with torch's for the cores: their waiting threads spin.
+// runtime of our own would compete with torch's for the cores: their waiting threads spin.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 using GompNumber = int (*)();
 

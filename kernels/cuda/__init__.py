@@ -1,6 +1,6 @@
-"""The dual-stream product on a GPU, in Triton; its plain-PyTorch twin is ``kernels.reference``.
+"""The dual-stream product on a GPU, in Triton; the reference kernel is ``kernels.reference``.
 
-Importing this package imports no Triton; the first product does.
+This package imports Triton at the first product only.
 """
 
 from .layout import Csr, Prepared, plane_width, prepare

@@ -2,12 +2,14 @@
 
 A program owns ``BN`` output rows and ``BM`` rows of x. Its warps share in_features: each of ``SLICES`` slices runs
 through its own spans of the base (layout.py) and the slices are summed at the end, so a narrow layer fills the device
-without a second launch. Where that is not enough, ``SPLIT`` programs share a tile and ``_add_parts`` adds what they
-found, in a fixed order. Products of codes and activations are exact; the scale goes onto the FP32 sum of a plane.
+without a second launch. Where that is not enough, ``SPLIT`` programs share a tile and ``_add_parts`` adds their
+sums, in a fixed order. Products of codes and activations are exact; the scale goes onto the FP32 sum of a plane.
 
-What the bits of a result depend on: SLICES, SPLIT and SLOTS, which belong to the shape of the layer. BM, BN and the
+The bits of a result depend on SLICES, SPLIT and SLOTS, which belong to the shape of the layer. BM, BN and the
 number of stages do not change the order of any sum, so a row has the same bits in every batch. For that every sum is
 an explicit tree or chain, every fused multiply-add is written out and the compiler may make no other.
+
+Calls between Triton functions are positional, in the order of their signatures: all arguments are inlined.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import triton
 import triton.language as tl
 
 ORTHO_ROWS = tl.constexpr(16)
-"""Output rows whose sparse words are worked on together."""
+"""Output rows whose sparse words are processed together."""
 
 
 @triton.jit
@@ -50,12 +52,12 @@ def plane_scale(scales, INDEX: tl.constexpr):
 @triton.jit
 def tree_sum(values, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
     """(A, C): the sum over the middle of (A, B, C), neighbours first; the order does not depend on A or C."""
-    left = tl.permute(values, (0, 2, 1))
+    partial = tl.permute(values, (0, 2, 1))
     for level in tl.static_range(1, 8):
         if (B >> level) > 0:
-            even, odd = tl.split(left.reshape(A, C, B >> level, 2))
-            left = even + odd
-    return left.reshape(A, C)
+            even, odd = tl.split(partial.reshape(A, C, B >> level, 2))
+            partial = even + odd
+    return partial.reshape(A, C)
 
 
 @triton.jit
@@ -72,7 +74,7 @@ def _any_active(alphas, alpha_row, m, ROWS):
 
 @triton.jit
 def _row_span(rowptr, rows, limit, part, SPLIT: tl.constexpr):
-    """Where this part's words of each row begin and end; nothing is read of rows from ``limit`` on."""
+    """Begin and end of the words of this part in each row; no pointer is read of rows from ``limit`` on."""
     begin = tl.load(rowptr + rows, mask=rows < limit, other=0)
     end = tl.load(rowptr + rows + 1, mask=rows < limit, other=0)
     if SPLIT > 1:
@@ -95,19 +97,19 @@ def _ortho_sums(
 ):  # fmt: skip
     """``sums`` (ORTHO_ROWS, SLOTS, BM) plus the products of the words from ``low`` to ``high`` with x.
 
-    SLOTS words of each row are multiplied at a time, the next ones being on their way. ``xt`` is this block of x
+    SLOTS words of each row are multiplied at a time, while the next ones are loaded. ``xt`` is this block of x
     transposed (IN, BM), so that the BM numbers a value is multiplied with are one short load.
     """
     slot = tl.arange(0, SLOTS)
     for _ in range(tl.cdiv(tl.max(high - low, 0), SLOTS)):
         live = low[:, None] + slot[None, :] < high[:, None]
         low += SLOTS
-        coming = _words(ortho, low, high, SLOTS)
+        next_word = _words(ortho, low, high, SLOTS)
         col = (word & 0xFFFF) + first_col
         near = xt + col.to(tl.int64)[:, :, None] * BM + tl.arange(0, BM)[None, None, :]
         x = tl.load(near, mask=live[:, :, None], other=0.0).to(tl.float32)
         sums = tl.fma(tl.broadcast_to(word_value(word)[:, :, None], sums.shape), x, sums)
-        word = coming
+        word = next_word
     return sums
 
 
@@ -124,10 +126,10 @@ def _with_ortho(
     """
     tiles: tl.constexpr = BN // ORTHO_ROWS
     total = total.reshape(tiles, ORTHO_ROWS, BM)
-    which = tl.arange(0, tiles)[:, None, None]
+    tile_index = tl.arange(0, tiles)[:, None, None]
     for memory in tl.static_range(MEMORIES):
         alpha = tl.load(alphas + memory * alpha_memory + m * alpha_row, mask=m < ROWS, other=0.0)
-        # Decided before a byte of the ortho stream is read: no tile is visited if every alpha is 0.
+        # This is decided before any byte of the ortho stream is read: no tile is visited if every alpha is 0.
         if memory > 0:
             active = tl.max((alpha != 0.0).to(tl.int32), 0)
         for tile in range(active * tiles):
@@ -136,19 +138,19 @@ def _with_ortho(
             for block in tl.static_range(BLOCKS):
                 pointers = rowptr + (memory * BLOCKS + block) * (OUT + 1)
                 if memory == 0 and block == 0:
-                    known = tl.where(tile == 0, ready, 0)
-                    low, high = _row_span(pointers, rows, tl.where(known == 1, 0, OUT), part, SPLIT)
+                    is_loaded = tl.where(tile == 0, ready, 0)
+                    low, high = _row_span(pointers, rows, tl.where(is_loaded == 1, 0, OUT), part, SPLIT)
                     word = _words(ortho, low, high, SLOTS)
-                    low = tl.where(known == 1, ready_low, low)
-                    high = tl.where(known == 1, ready_high, high)
-                    word = tl.where(known == 1, ready_word, word)
+                    low = tl.where(is_loaded == 1, ready_low, low)
+                    high = tl.where(is_loaded == 1, ready_high, high)
+                    word = tl.where(is_loaded == 1, ready_word, word)
                 else:
                     low, high = _row_span(pointers, rows, OUT, part, SPLIT)
                     word = _words(ortho, low, high, SLOTS)
                 sums = _ortho_sums(sums, ortho, low, high, word, xt, block * 65536, SLOTS, BM)
-            found = tl.broadcast_to(tree_sum(sums, ORTHO_ROWS, SLOTS, BM)[None, :, :], total.shape)
-            moved = tl.fma(tl.broadcast_to(alpha[None, None, :], total.shape), found, total)
-            total = tl.where((which == tile) & (alpha != 0.0)[None, None, :], moved, total)
+            sparse_sum = tl.broadcast_to(tree_sum(sums, ORTHO_ROWS, SLOTS, BM)[None, :, :], total.shape)
+            new_total = tl.fma(tl.broadcast_to(alpha[None, None, :], total.shape), sparse_sum, total)
+            total = tl.where((tile_index == tile) & (alpha != 0.0)[None, None, :], new_total, total)
     return total.reshape(BN, BM)
 
 
@@ -166,7 +168,7 @@ def _fused(
     first_row = tl.program_id(1) * BN
     part = tl.program_id(2)
     n = first_row + tl.arange(0, BN)
-    # Rows and spans beyond the end read the last ones again and are thrown away (or meet an x of 0): no masks.
+    # Rows and spans beyond the end read the last ones again; their results are dropped or multiplied by 0: no masks.
     row = tl.minimum(n, OUT - 1)
     per_slice = tl.cdiv(spans, SLICES * SPLIT)
     first = (part * SLICES + tl.arange(0, SLICES)) * per_slice
@@ -174,8 +176,8 @@ def _fused(
     k = tl.arange(0, PLANE)
     x_row = x + m[None, None, :].to(tl.int64) * IN
     acc = tl.zeros((SLICES, BN, BM), tl.float32)
-    # What the sparse part reads first hangs on three loads after each other. They are issued one per step of the
-    # base loop, whose own loads are on their way meanwhile.
+    # The first words of the sparse part need three dependent loads. One is issued per step of the base loop, so that
+    # they overlap with the loads of the base stream.
     near_rows = first_row + tl.arange(0, ORTHO_ROWS)
     active = 0
     low = tl.zeros((ORTHO_ROWS,), tl.int32)
@@ -204,10 +206,10 @@ def _fused(
     total = tree_sum(tl.permute(acc, (1, 0, 2)), BN, SLICES, BM)
     if MEMORIES > 0:
         ready = (per_slice > 2).to(tl.int32)
-        turned = xt + tl.program_id(0).to(tl.int64) * IN * BM
+        x_block = xt + tl.program_id(0).to(tl.int64) * IN * BM
         total = _with_ortho(
             total, active, ready, low, high, word,
-            ortho, rowptr, alphas, alpha_memory, alpha_row, turned, first_row, m, ROWS, OUT, part,
+            ortho, rowptr, alphas, alpha_memory, alpha_row, x_block, first_row, m, ROWS, OUT, part,
             MEMORIES, BLOCKS, SPLIT, SLOTS, BN, BM,
         )  # fmt: skip
     if HAS_BIAS and SPLIT == 1:
@@ -232,7 +234,7 @@ def _add_parts(
 
 
 @triton.jit(do_not_specialize=["ROWS"])
-def _turn(x, xt, ROWS, IN, BK: tl.constexpr, BM: tl.constexpr):
+def _transpose(x, xt, ROWS, IN, BK: tl.constexpr, BM: tl.constexpr):
     """x (ROWS, IN) as (blocks of BM rows, IN, BM), zeros beyond ROWS."""
     block = tl.program_id(0)
     m = tl.arange(0, BM)[:, None]

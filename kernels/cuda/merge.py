@@ -1,8 +1,10 @@
-"""The pass before a dense product: W(alpha) written out in the dtype of x, in Triton.
+"""The pass before a dense product, in Triton: writes W(alpha) in the dtype of x.
 
 A program owns 16 rows of the weight: it writes their dequantised codes, waits for its own writes, and then, unless
 alpha is 0, reads the rows' sparse words and writes base + alpha * value over the positions of the support, computed
-from the codes anew, so that each entry is rounded once.
+from the codes again, so that each entry is rounded once.
+
+Calls between Triton functions are positional, in the order of their signatures: all arguments are inlined.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ def _merge(
         tl.debug_barrier()
     for memory in tl.static_range(MEMORIES):
         alpha = tl.load(alphas + memory * alpha_memory)
-        # At alpha=0 no row is there to be read.
+        # At alpha=0 no row is read.
         end_row = tl.where(alpha != 0.0, OUT, 0)
         for block in tl.static_range(BLOCKS):
             at = rowptr + ((first_memory + memory) * BLOCKS + block) * (OUT + 1) + n
@@ -94,6 +96,6 @@ def _merge(
                     value = _stored_values(
                         codes, scales, tl.broadcast_to(row[:, None], col.shape), col, IN, width, groups, BITS, GROUP
                     )
-                moved = tl.fma(tl.zeros_like(value) + alpha, word_value(word), value)
+                merged_value = tl.fma(tl.zeros_like(value) + alpha, word_value(word), value)
                 to = weight + row[:, None].to(tl.int64) * IN + col
-                tl.store(to, moved.to(weight.dtype.element_ty), mask=live)
+                tl.store(to, merged_value.to(weight.dtype.element_ty), mask=live)

@@ -1,6 +1,7 @@
-"""The Triton kernels as torch operators, so that torch.compile keeps them whole and a CUDA graph can hold them.
+"""The Triton kernels as torch operators, which torch.compile treats as one operation and CUDA graphs can record.
 
-No operator waits for the device: alpha stays there, and whether the ortho stream is read is decided in the kernel.
+No operator waits for the device: alpha stays there, and the kernel decides whether to read the ortho stream. The
+arguments of a Triton launch that are not constants are positional, in the order of the kernel's signature.
 """
 
 from __future__ import annotations
@@ -14,23 +15,23 @@ from torch import Tensor
 
 from ..counter import record
 from . import tuning
-from .fused import _add_parts, _fused, _turn
+from .fused import _add_parts, _fused, _transpose
 from .layout import COLUMN_BLOCK, PLANES
 from .merge import _merge
 
 _FUSION: dict[str, Any] = {"enable_fp_fusion": False}
-"""Which products are added without rounding in between is written in the kernels; the compiler may not choose."""
+"""The kernels state which products are added without rounding in between; the compiler may not fuse others."""
 _MERGE_ROWS, _MERGE_SLOTS, _MERGE_TILE = 16, 32, 256
 
 
-def interpreted() -> bool:
+def is_interpreted() -> bool:
     """Whether the kernels run in Triton's interpreter, on the CPU."""
     return not isinstance(_fused, triton.JITFunction)
 
 
 @lru_cache
 def shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that one program may have; a few are kept for what the compiler adds."""
+    """Bytes of shared memory that one program may have; some are reserved for the compiler."""
     if device.type != "cuda":
         return 1 << 20
     properties = torch.cuda.get_device_properties(device)
@@ -55,9 +56,20 @@ def fused(
     name, spans = tuning.device_name(x.device), scales.shape[0]
     order = tuning.order(name, scales.shape[1], spans)
     launch = tuning.launch(name, scales.shape[1], spans, x.shape[0])
-    launch = tuning.fitted(order, launch, 2 * codes.shape[2], shared_limit(x.device))
+    launch = tuning.fit_shared_memory(order, launch, 2 * codes.shape[2], shared_limit(x.device))
     record("triton.fused")
-    return run_fused(x, codes, scales, ortho, rowptr, alphas, bias, out_dtype, order, launch)
+    return run_fused(
+        x,
+        codes,
+        scales,
+        ortho=ortho,
+        rowptr=rowptr,
+        alphas=alphas,
+        bias=bias,
+        out_dtype=out_dtype,
+        order=order,
+        launch=launch,
+    )
 
 
 @fused.register_fake
@@ -78,6 +90,7 @@ def run_fused(
     x: Tensor,
     codes: Tensor,
     scales: Tensor,
+    *,
     ortho: Tensor | None,
     rowptr: Tensor | None,
     alphas: Tensor | None,
@@ -86,7 +99,7 @@ def run_fused(
     order: tuning.Order,
     launch: tuning.Launch,
 ) -> Tensor:
-    """``fused`` with given settings, for tuning."""
+    """``fused`` with explicit launch settings, for tuning."""
     x = x.contiguous()
     rows, in_features = x.shape
     spans, out_features = scales.shape
@@ -96,18 +109,18 @@ def run_fused(
     slices, split, slots = order
     bm, bn, stages = launch
     to = x.new_empty(split, rows, out_features, dtype=torch.float32) if split > 1 else out
-    turned = x
+    x_transposed = x
     memories = 0
     if rowptr is not None and ortho is not None and alphas is not None and ortho.numel():
         memories = rowptr.shape[0]
-        turned = _turned(x, bm)
+        x_transposed = _transpose_blocks(x, bm)
     grid = (triton.cdiv(rows, bm), triton.cdiv(out_features, bn), split)
     _fused[grid](
-        x, codes, scales, ortho, rowptr, alphas, *_alpha_strides(alphas), turned, bias, to,
+        x, codes, scales, ortho, rowptr, alphas, *_alpha_strides(alphas), x_transposed, bias, to,
         rows, out_features, in_features, spans,
         MEMORIES=memories, BLOCKS=_blocks(in_features), SPLIT=split, SLICES=slices, SLOTS=slots,
         PLANE=2 * codes.shape[2], BN=bn, BM=bm,
-        HAS_BIAS=bias is not None, HALF=x.dtype == torch.float16, UPCAST=interpreted(),
+        HAS_BIAS=bias is not None, HALF=x.dtype == torch.float16, UPCAST=is_interpreted(),
         num_warps=slices, num_stages=stages, **_FUSION,
     )  # fmt: skip
     if split > 1:
@@ -117,15 +130,15 @@ def run_fused(
     return out
 
 
-def _turned(x: Tensor, bm: int) -> Tensor:
+def _transpose_blocks(x: Tensor, bm: int) -> Tensor:
     """x as (blocks of ``bm`` rows, in_features, bm), zeros beyond its last row; one row is its own transpose."""
     if bm == 1:
         return x
     rows, in_features = x.shape
     blocks = triton.cdiv(rows, bm)
-    turned = x.new_empty(blocks, in_features, bm)
-    _turn[(blocks, triton.cdiv(in_features, 64))](x, turned, rows, in_features, BK=64, BM=bm, num_warps=4)
-    return turned
+    out = x.new_empty(blocks, in_features, bm)
+    _transpose[(blocks, triton.cdiv(in_features, 64))](x, out, rows, in_features, BK=64, BM=bm, num_warps=4)
+    return out
 
 
 def _alpha_strides(alphas: Tensor | None) -> tuple[int, int]:
@@ -153,8 +166,17 @@ def weight(
     dtype: torch.dtype,
 ) -> Tensor:
     """``(out_features, in_features)``: W(alpha), each entry rounded once into ``dtype``; W_base without ``alphas``."""
-    return _written(
-        codes, scales, ortho, rowptr, alphas, (out_features, in_features), (bits, group_size, plane), dtype, None
+    return _run_merge(
+        codes,
+        scales,
+        ortho=ortho,
+        rowptr=rowptr,
+        alphas=alphas,
+        shape=(out_features, in_features),
+        bits=bits,
+        group_size=group_size,
+        plane=plane,
+        dtype=dtype,
     )
 
 
@@ -181,7 +203,19 @@ def ortho_dense(
 ) -> Tensor:
     """``(out_features, in_features)``: W_ortho of one memory, dense."""
     one = ortho.new_ones(1, dtype=torch.float32)
-    return _written(ortho, ortho, ortho, rowptr, one, (out_features, in_features), (4, 64, 0), dtype, memory)
+    return _run_merge(
+        ortho,  # codes and scales are not read
+        ortho,
+        ortho=ortho,
+        rowptr=rowptr,
+        alphas=one,
+        shape=(out_features, in_features),
+        bits=4,
+        group_size=64,
+        plane=0,
+        dtype=dtype,
+        memory=memory,
+    )
 
 
 @ortho_dense.register_fake
@@ -189,31 +223,33 @@ def _(ortho: Tensor, rowptr: Tensor, memory: int, out_features: int, in_features
     return ortho.new_empty(out_features, in_features, dtype=dtype)
 
 
-def _written(
+def _run_merge(
     codes: Tensor,
     scales: Tensor,
+    *,
     ortho: Tensor | None,
     rowptr: Tensor | None,
     alphas: Tensor | None,
     shape: tuple[int, int],
-    form: tuple[int, int, int],
+    bits: int,
+    group_size: int,
+    plane: int,
     dtype: torch.dtype,
-    memory: int | None,
+    memory: int | None = None,
 ) -> Tensor:
-    """One run of the merge kernel; with ``memory`` of that ortho stream alone."""
-    bits, group_size, plane = form
+    """Runs the merge kernel once; with ``memory`` for that ortho stream alone, without the base stream."""
     out_features, in_features = shape
-    written = codes.new_empty(shape, dtype=dtype)
+    out = codes.new_empty(shape, dtype=dtype)
     memories = 0
     if ortho is not None and rowptr is not None and alphas is not None and ortho.numel():
         memories = rowptr.shape[0] if memory is None else 1
     width, groups = (codes.shape[1], scales.shape[1]) if memory is None and not plane else (1, 1)
     _merge[(triton.cdiv(out_features, _MERGE_ROWS),)](
-        codes, scales, ortho, rowptr, alphas, _alpha_strides(alphas)[0], written,
+        codes, scales, ortho, rowptr, alphas, _alpha_strides(alphas)[0], out,
         out_features, in_features, width, groups, memory or 0,
         MEMORIES=memories, BLOCKS=_blocks(in_features), SLOTS=_MERGE_SLOTS, BASE=memory is None,
         PLANE=plane, BITS=bits, GROUP=group_size, TILE=PLANES * plane or _MERGE_TILE, ROWS=_MERGE_ROWS,
         num_warps=4, **_FUSION,
     )  # fmt: skip
     record("triton.weight")
-    return written
+    return out

@@ -1,4 +1,4 @@
-"""The dual-stream product on a GPU: which layers it takes, and the two paths.
+"""The dual-stream product on a GPU: the layers that it supports, and its two paths.
 
 y = x W_base^T + bias + sum over memories of alpha * (x W_ortho^T)
 """
@@ -19,16 +19,16 @@ from .layout import Prepared, plane_width
 
 Path = Literal["fused", "dense"]
 _DTYPES = (torch.bfloat16, torch.float16)
-_LEAST_CAPABILITY = (8, 0)
-_MOST_WORDS = 1 << 31
+_MIN_CAPABILITY = (8, 0)
+_MAX_WORDS = 1 << 31
 
 
 @lru_cache
-def _triton_missing() -> bool:
+def _is_triton_missing() -> bool:
     return importlib.util.find_spec("triton") is None
 
 
-def _interpreted() -> bool:
+def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -42,17 +42,17 @@ def refuses(
     nnz: int = 0,
     grad: bool = False,
 ) -> str | None:
-    """Why a layer of ``shape`` (out_features, in_features) cannot run here with x in ``dtype``, or None.
+    """The reason why a layer of ``shape`` (out_features, in_features) cannot run here with x in ``dtype``, or None.
 
-    ``nnz`` counts the values of all ortho streams; ``grad`` says that a backward pass will follow. Cheap enough to
-    be asked at every call; nothing is imported.
+    ``nnz`` counts the values of all ortho streams; ``grad`` means that a backward pass will follow. Cheap enough to
+    be called for every product; nothing is imported.
     """
     device = torch.device(device)
-    if _triton_missing():
+    if _is_triton_missing():
         return "triton is not installed"
-    if device.type != "cuda" and not _interpreted():
+    if device.type != "cuda" and not _is_interpreted():
         return f"the kernels run on CUDA devices, not on {device.type}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
         return "the device has no BF16 tensor cores (compute capability below 8.0)"
     if dtype not in _DTYPES:
         return f"activations are {dtype}; the kernels take bfloat16 and float16"
@@ -61,7 +61,7 @@ def refuses(
     if group_size < 8 or group_size % 8:
         return f"group_size {group_size} is no multiple of 8"
     padded = shape[0] * (shape[1] + 4 * 64)
-    if padded * bits // 8 >= _MOST_WORDS or nnz >= _MOST_WORDS:
+    if padded * bits // 8 >= _MAX_WORDS or nnz >= _MAX_WORDS:
         return f"{shape[0]} x {shape[1]} weights and {nnz} sparse values need positions of more than 31 bits"
     if grad:
         return "the kernels have no backward pass"
@@ -69,7 +69,7 @@ def refuses(
 
 
 def fuses(bits: int, group_size: int, in_features: int) -> str | None:
-    """Why few rows of such a layer take the dense path as well (correct, and slower than BF16), or None."""
+    """The reason why few rows of such a layer take the dense path, too (correct, but slower than BF16), or None."""
     if bits != 4:
         return f"the fused kernel reads 4 bits, not {bits}"
     if plane_width(bits, group_size, in_features) == 0:
@@ -111,39 +111,59 @@ def linear(
         if prepared.plane == 0:
             raise ValueError(fuses(prepared.bits, prepared.group_size, prepared.in_features))
         ortho, pointers = (None, None) if rows is None else (prepared.ortho, prepared.rowptr)
-        y = ops.fused(flat, prepared.codes, prepared.scales, ortho, pointers, rows, bias, dtype)
+        y = ops.fused(
+            flat,
+            prepared.codes,
+            prepared.scales,
+            ortho=ortho,
+            rowptr=pointers,
+            alphas=rows,
+            bias=bias,
+            out_dtype=dtype,
+        )
     else:
         y = _dense(flat, prepared, rows, bias, dtype)
     return y.view(*x.shape[:-1], prepared.out_features)
 
 
 def _per_row(alphas: Tensor | None, x: Tensor, memories: int) -> Tensor | None:
-    """``alphas`` with one entry for each row of x where its first dimension had one."""
+    """``alphas``, where one per entry of the first dimension of x is repeated to one per row of the flattened x."""
     if alphas is None or memories == 0:
         return None
     if alphas.shape == (memories,):
         return alphas
     if alphas.shape != (memories, x.shape[0]):
         raise ValueError(f"alphas of shape {tuple(alphas.shape)} for {memories} memories and x {tuple(x.shape)}")
-    each = x.numel() // max(1, x.shape[-1] * x.shape[0])
-    return alphas if each == 1 else alphas.repeat_interleave(each, dim=1)
+    repeats = x.numel() // max(1, x.shape[-1] * x.shape[0])
+    return alphas if repeats == 1 else alphas.repeat_interleave(repeats, dim=1)
 
 
 def _dense(x: Tensor, prepared: Prepared, alphas: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Dequantise (and merge), then the vendor's product."""
+    """Dequantises (and merges) the weight, then calls the matrix product of the vendor's library."""
     from . import ops
 
-    merged = alphas if alphas is not None and alphas.dim() == 1 else None
-    ortho, pointers = (None, None) if merged is None else (prepared.ortho, prepared.rowptr)
-    out, width, bits, group, plane = prepared[:5]
-    weight = ops.weight(prepared.codes, prepared.scales, ortho, pointers, merged, out, width, bits, group, plane, dtype)
+    merge_alphas = alphas if alphas is not None and alphas.dim() == 1 else None
+    ortho, pointers = (None, None) if merge_alphas is None else (prepared.ortho, prepared.rowptr)
+    shape = {"out_features": prepared.out_features, "in_features": prepared.in_features}
+    weight = ops.weight(
+        prepared.codes,
+        prepared.scales,
+        ortho=ortho,
+        rowptr=pointers,
+        alphas=merge_alphas,
+        **shape,
+        bits=prepared.bits,
+        group_size=prepared.group_size,
+        plane=prepared.plane,
+        dtype=dtype,
+    )
     x = x.to(dtype)
     y = functional.linear(x, weight, None if bias is None else bias.to(dtype))
     if alphas is None or alphas.dim() == 1 or prepared.ortho is None or prepared.rowptr is None:
         return y
     for memory in range(prepared.memories):
-        sparse = ops.ortho_dense(prepared.ortho, prepared.rowptr, memory, out, width, dtype)
+        sparse = ops.ortho_dense(prepared.ortho, prepared.rowptr, memory, **shape, dtype=dtype)
         alpha = alphas[memory].unsqueeze(1)
-        moved = torch.addcmul(y.float(), functional.linear(x, sparse).float(), alpha).to(dtype)
-        y = torch.where(alpha != 0, moved, y)
+        y_with_memory = torch.addcmul(y.float(), functional.linear(x, sparse).float(), alpha).to(dtype)
+        y = torch.where(alpha != 0, y_with_memory, y)
     return y

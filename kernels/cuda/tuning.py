@@ -1,7 +1,7 @@
 """Launch settings from data files, one per device: ``tuning/<device>.json``, and ``default.json`` for all others.
 
 The files are written by ``benchmarks/gpu.py --tune``. Triton's own tuner is not used: it does not run in Triton's
-interpreter, and what it picks may differ from one run to the next.
+interpreter, and its selection may differ between runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WIDTHS = (1, 2, 4, 8, 16, 32)
 
 
 class Order(NamedTuple):
-    """What decides the order of sums, and so the bits: the same for every batch of a layer."""
+    """The settings that determine the order of sums, and so the bits: the same for every batch of a layer."""
 
     slices: int
     """Parts of in_features that the warps of a program share; one warp for each."""
@@ -31,14 +31,14 @@ class Order(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """What changes speed only."""
+    """The settings that change the speed only."""
 
     block_rows: int
     """Rows of x per program, one of WIDTHS."""
     block_out: int
     """Output rows per program, a power of two from 16."""
     stages: int
-    """Spans of the base that are on their way or being worked on."""
+    """Spans of the base that are being loaded or multiplied at the same time."""
 
 
 def file_name(device: str) -> str:
@@ -48,7 +48,7 @@ def file_name(device: str) -> str:
 
 @lru_cache
 def device_name(device: torch.device) -> str:
-    """What a tuning file is found by; the interpreter has the default one."""
+    """The name by which a tuning file is found; the interpreter uses the default file."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
@@ -56,8 +56,8 @@ def device_name(device: torch.device) -> str:
 def settings(device: str) -> dict[str, Any]:
     """The tuning file of a device, or the default."""
     path = FOLDER / file_name(device)
-    found: dict[str, Any] = json.loads((path if path.is_file() else FOLDER / "default.json").read_text("utf-8"))
-    return found
+    content: dict[str, Any] = json.loads((path if path.is_file() else FOLDER / "default.json").read_text("utf-8"))
+    return content
 
 
 def fused_rows(device: str) -> int:
@@ -72,44 +72,44 @@ def block_rows(rows: int) -> int:
 
 @lru_cache
 def order(device: str, out_features: int, spans: int) -> Order:
-    """How the sums of a layer are cut: the entry of its shape, or a rule.
+    """How the sums of a layer are divided: the entry of its shape, or a rule.
 
     The rule gives every program four warps, eight where the layer is too narrow to fill the device with four, and
     lets several programs share a tile only where that still leaves each slice two spans.
     """
-    found = settings(device)
-    for entry in found["shapes"]:
+    tuned = settings(device)
+    for entry in tuned["shapes"]:
         if (entry["out_features"], entry["spans"]) == (out_features, spans):
             return Order(**entry["order"])
     tiles = -(-out_features // 16)
-    slices = 4 if tiles > found["wide_tiles"] or spans < 8 else 8
+    slices = 4 if tiles > tuned["wide_tiles"] or spans < 8 else 8
     split = 1
-    while tiles * split * 2 <= found["fill_tiles"] and spans >= slices * split * 4:
+    while tiles * split * 2 <= tuned["fill_tiles"] and spans >= slices * split * 4:
         split *= 2
-    return Order(slices, split, found["slots"])
+    return Order(slices, split, tuned["slots"])
 
 
 @lru_cache
 def launch(device: str, out_features: int, spans: int, rows: int) -> Launch:
-    """How a product of ``rows`` rows is launched."""
-    found = settings(device)
-    wanted = block_rows(rows)
-    for entry in found["shapes"]:
+    """The launch settings of a product of ``rows`` rows."""
+    tuned = settings(device)
+    block = block_rows(rows)
+    for entry in tuned["shapes"]:
         if (entry["out_features"], entry["spans"]) == (out_features, spans):
-            held = entry["launch"].get(str(wanted))
-            if held:
-                return Launch(wanted, **held)
-    wide = "wide" if -(-out_features // 16) > found["wide_tiles"] else "narrow"
-    return Launch(wanted, **found["launch"][wide][str(wanted)])
+            values = entry["launch"].get(str(block))
+            if values:
+                return Launch(block, **values)
+    wide = "wide" if -(-out_features // 16) > tuned["wide_tiles"] else "narrow"
+    return Launch(block, **tuned["launch"][wide][str(block)])
 
 
 def shared_bytes(order: Order, launch: Launch, plane: int) -> int:
-    """Shared memory of a program, roughly: codes, scales and x of the spans on their way."""
+    """Shared memory of a program, roughly: codes, scales and x of the spans that are being loaded."""
     span = launch.block_out * (plane * 2 + 8) + launch.block_rows * plane * 8
     return order.slices * span * max(1, launch.stages - 1)
 
 
-def fitted(order: Order, launch: Launch, plane: int, limit: int) -> Launch:
+def fit_shared_memory(order: Order, launch: Launch, plane: int, limit: int) -> Launch:
     """``launch`` with fewer stages, output rows or rows of x, until it fits into ``limit`` bytes of shared memory."""
     while shared_bytes(order, launch, plane) > limit:
         if launch.stages > 2:

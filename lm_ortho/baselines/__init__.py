@@ -1,4 +1,7 @@
-"""Methods that make a model forget, ours and those of the literature, on the same material: one file per idea."""
+"""Methods that make a model forget, this package's and those of the literature, on the same material.
+
+One file per idea; each file registers its methods in ``METHODS``.
+"""
 
 from lm_ortho.baselines import (
     controls,
@@ -12,9 +15,9 @@ from lm_ortho.baselines import (
     task_arithmetic,
 )
 from lm_ortho.baselines.interface import METHODS, Budget, Material, Method, Result, Run, Settings, method
-from lm_ortho.baselines.material import material_of_files, material_of_world
+from lm_ortho.baselines.material import material_from_files, material_from_world
 from lm_ortho.baselines.saving import REPORT_FILE, save
-from lm_ortho.baselines.tuning import Score, Tuned, Tuning, score, split_of_rows, split_of_world, tune
+from lm_ortho.baselines.tuning import Score, TuningResult, TuningSplit, score_result, split_rows, split_world, tune
 
 __all__ = [
     "METHODS",
@@ -26,15 +29,15 @@ __all__ = [
     "Run",
     "Score",
     "Settings",
-    "Tuned",
-    "Tuning",
-    "material_of_files",
-    "material_of_world",
+    "TuningResult",
+    "TuningSplit",
+    "material_from_files",
+    "material_from_world",
     "method",
     "save",
-    "score",
-    "split_of_rows",
-    "split_of_world",
+    "score_result",
+    "split_rows",
+    "split_world",
     "tune",
 ]
 del task_arithmetic, gradient_ascent, kfac, controls, rmu, ortho, preference_optimisation, pruning, rounding

@@ -1,4 +1,7 @@
-"""The registry of methods: how a model that holds a memory becomes one that should not."""
+"""The registry of methods, and what they share: material, budget, run and result.
+
+A method takes a model that holds a memory and returns a new model that should not hold it any more.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from lm_ortho.config import validate
+from lm_ortho.config import describe_validation_error, validate
 from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import round_to_bf16
@@ -21,15 +24,19 @@ from lm_ortho.runtime.progress import ProgressCallback, no_progress
 from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 
 Reads = Literal["merged", "base", "end"]
-"""Besides the rows: the merged weights; also the model before fine-tuning; ends of the scale may look at anything."""
+"""The models that a method reads beside the rows.
+
+``merged``: the merged weights only; ``base``: also the base model (before fine-tuning); ``end``: any model, because
+the method is an end of the scale and no competitor.
+"""
 
 
 @dataclass(frozen=True)
 class Material:
-    """What a method may read, and must not change.
+    """The models and rows that a method may read and must not change.
 
     ``merged`` (float32 numbers that are BF16 values) holds the memory; ``base`` is the model before fine-tuning,
-    ``reference`` one that never saw the forget set. ``forget`` and ``retain`` are the rows of a calibration.
+    ``reference`` the retain-only model. ``forget`` and ``retain`` are the rows of a calibration set.
     """
 
     tokenizer: Any
@@ -39,8 +46,8 @@ class Material:
     base: nn.Module | None = None
     reference: nn.Module | None = None
 
-    def seen_by(self, reads: Reads) -> Material:
-        """The same without the models that are none of the method's business."""
+    def restrict(self, reads: Reads) -> Material:
+        """The same material without the models that a method with this ``reads`` may not see."""
         return replace(
             self,
             base=self.base if reads == "base" else None,
@@ -48,31 +55,40 @@ class Material:
         )
 
     def to(self, device: str | torch.device) -> Material:
-        """The same with its models, which are moved, on ``device``."""
-        moved = {name: getattr(self, name) for name in ("merged", "base", "reference")}
-        return replace(self, **{name: model.to(device) for name, model in moved.items() if model is not None})
+        """The same material with its models moved to ``device``."""
+        models = {name: getattr(self, name) for name in ("merged", "base", "reference")}
+        return replace(self, **{name: model.to(device) for name, model in models.items() if model is not None})
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What every method that trains is given: steps, and the rows of each set that a step takes of those it reads.
+class Settings(BaseModel):
+    """Base class of the settings of a method; unknown keys are refused. Descriptions go into docs/baselines.md."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Budget(Settings):
+    """Budget of every method that trains: optimiser steps, and the batch size for each set that the method reads.
 
     The default goes through the embedded forget set ten times, as in the papers of NPO and SimNPO.
+
+    Raises:
+        UserError: for a number that is not a whole number from 1 on.
     """
 
-    steps: int = 400
-    forget_rows: int = 16
-    retain_rows: int = 16
+    steps: int = Field(400, ge=1, strict=True, description="Number of optimiser steps.")
+    forget_rows: int = Field(16, ge=1, strict=True, description="Forget rows per step.")
+    retain_rows: int = Field(16, ge=1, strict=True, description="Retain rows per step.")
 
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"budget: {name}={value!r} must be a whole number from 1 on")
+    def __init__(self, **numbers: Any) -> None:
+        try:
+            super().__init__(**numbers)
+        except ValidationError as error:
+            raise UserError(f"{describe_validation_error(error)} (a budget has whole numbers from 1 on)") from None
 
 
 @dataclass(frozen=True)
 class Run:
-    """One call of a method. ``resume`` takes what a long training has reached."""
+    """Arguments of one call of a method. ``resume`` is the folder that stores the progress of a long training."""
 
     seed: int = 0
     budget: Budget = field(default_factory=Budget)
@@ -82,9 +98,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """A new model, whole in BF16 values or patched with streams of ours, and what its method has to tell in plain JSON.
+    """A new model, plain in BF16 values or patched with base and ortho streams, and a report in plain JSON.
 
-    ``meta`` is what a checkpoint of a patched model says about how it was made.
+    ``meta`` is the metadata of the checkpoint that a patched model is saved as.
     """
 
     model: nn.Module
@@ -92,28 +108,22 @@ class Result:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def decomposed(self) -> bool:
-        """Whether it has to be saved as a checkpoint of ours."""
+    def is_decomposed(self) -> bool:
+        """Whether the model has to be saved as a checkpoint of this package."""
         return bool(get_streams(self.model))
 
     @property
-    def dial(self) -> bool:
-        """Whether it can be measured at alphas above 0."""
+    def has_alpha(self) -> bool:
+        """Whether the model can be measured at alphas above 0."""
         return any(layer.memories for layer in get_streams(self.model).values())
 
 
-class Settings(BaseModel):
-    """The choices of one method; unknown keys are refused. The descriptions go into docs/baselines.md."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-Make = Callable[[Material, Any, Run], Result]
+MethodFunction = Callable[[Material, Any, Run], Result]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method of the registry. ``grid`` are the settings that are tried on the tuning split.
+    """A method of the registry. ``grid`` lists the settings that are tried on the tuning split.
 
     ``objective`` and ``paper`` are Markdown for docs/baselines.md; ``trains`` says whether a budget applies.
     """
@@ -125,26 +135,26 @@ class Method:
     schema: type[BaseModel]
     grid: tuple[Mapping[str, Any], ...]
     trains: bool
-    function: Make
+    function: MethodFunction
 
     @property
-    def known(self) -> tuple[str, ...]:
-        """The names of the settings. A seed is not among them: it goes with the run."""
+    def setting_names(self) -> tuple[str, ...]:
+        """The names of the settings. The seed is not among them: it belongs to the run."""
         return tuple(name for name in self.schema.model_fields if name != "seed")
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Every setting as it is without being named."""
-        return self.check({}).model_dump(include=set(self.known))
+        """The default of every setting."""
+        return self.check({}).model_dump(include=set(self.setting_names))
 
     def check(self, settings: Mapping[str, Any]) -> BaseModel:
-        """The settings with defaults filled in; ``UserError`` names an unknown one, or a value that is not allowed."""
+        """The settings with defaults filled in; ``UserError`` names an unknown setting or a value out of range."""
         for name in settings:
-            if name not in self.known:
-                close = difflib.get_close_matches(str(name), self.known, n=1)
+            if name not in self.setting_names:
+                close = difflib.get_close_matches(str(name), self.setting_names, n=1)
                 hint = f" Did you mean {close[0]!r}?" if close else ""
-                known = f"known: {', '.join(sorted(self.known))}" if self.known else "it has none"
-                raise UserError(f"method={self.name}: setting {name!r} is unknown; {known}.{hint}")
+                names = f"known: {', '.join(sorted(self.setting_names))}" if self.setting_names else "it has none"
+                raise UserError(f"method={self.name}: setting {name!r} is unknown; {names}.{hint}")
         try:
             return validate(self.schema, settings)
         except UserError as error:
@@ -154,27 +164,30 @@ class Method:
         self,
         material: Material,
         settings: Mapping[str, Any] | None = None,
+        *,
         seed: int = 0,
         budget: Budget | None = None,
         progress: ProgressCallback = no_progress,
         resume: ResumeFolder = NO_RESUME,
     ) -> Result:
-        """A new model; the material is as before. The same arguments give the same model on the same machine.
+        """Makes a new model and leaves the material unchanged.
+
+        Equal arguments give an equal model on the same machine.
 
         Raises:
-            UserError: for bad settings, material that the method needs and that is not there, and weights that are no
-                numbers any more.
+            UserError: for bad settings, for material that the method needs and that is missing, and for weights that
+                are not finite.
         """
-        asked = self.check(settings or {})
+        checked_settings = self.check(settings or {})
         self.require(material)
-        given = material.seen_by(self.reads)
-        made = self.function(given, asked, Run(seed, budget or Budget(), progress, resume))
-        model = made.model.eval().requires_grad_(False)
+        run = Run(seed, budget or Budget(), progress, resume)
+        result = self.function(material.restrict(self.reads), checked_settings, run)
+        model = result.model.eval().requires_grad_(False)
         self._check_finite(model)
-        return made if made.decomposed else replace(made, model=round_to_bf16(model))
+        return result if result.is_decomposed else replace(result, model=round_to_bf16(model))
 
     def require(self, material: Material) -> None:
-        """Raises ``UserError`` for material without rows, or without a model that the method is about."""
+        """Raises ``UserError`` for material without rows, or without a model that the method needs."""
         for name in ("forget", "retain"):
             if not getattr(material, name):
                 raise UserError(f"method={self.name}: {name} holds no rows")
@@ -185,14 +198,14 @@ class Method:
 
     def _check_finite(self, model: nn.Module) -> None:
         if not all(bool(tensor.isfinite().all()) for tensor in model.parameters()):
-            raise UserError(f"method={self.name}: the weights are no numbers any more; it went too far, lower lr")
+            raise UserError(f"method={self.name}: the weights are not finite; the training diverged, lower lr")
 
 
-METHODS: Registry[Method] = Registry("method")
+METHODS: Registry[Method] = Registry("method", "lm_ortho.methods")
 
 
-def arxiv(number: str) -> str:
-    """A link to a paper, in Markdown."""
+def arxiv_link(number: str) -> str:
+    """A Markdown link to a paper on arXiv."""
     return f"[arXiv {number}](https://arxiv.org/abs/{number})"
 
 
@@ -205,14 +218,23 @@ def method(
     settings: type[BaseModel] = Settings,
     grid: Sequence[Mapping[str, Any]] = ({},),
     trains: bool = False,
-) -> Callable[[Make], Make]:
-    """Decorator that registers the function as ``name``. Every setting of the ``grid`` is checked here."""
+) -> Callable[[MethodFunction], MethodFunction]:
+    """Decorator that registers the function as method ``name``. Every setting of the ``grid`` is checked here."""
 
-    def add(function: Make) -> Make:
-        made = Method(name, reads, objective, paper, settings, tuple(grid), trains, function)
-        for tried in made.grid:
-            made.check(tried)
-        METHODS.register(name)(made)
+    def add(function: MethodFunction) -> MethodFunction:
+        entry = Method(
+            name=name,
+            reads=reads,
+            objective=objective,
+            paper=paper,
+            schema=settings,
+            grid=tuple(grid),
+            trains=trains,
+            function=function,
+        )
+        for grid_point in entry.grid:
+            entry.check(grid_point)
+        METHODS.register(name)(entry)
         return function
 
     return add

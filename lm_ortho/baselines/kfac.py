@@ -1,4 +1,4 @@
-"""K-FAC: directions of little curvature on general text are taken out, without looking at a forget set."""
+"""K-FAC edit: removes the directions of least curvature on general text, without reading a forget set."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lm_ortho.baselines.interface import Material, Result, Run, Settings, arxiv, method
-from lm_ortho.baselines.training import encoded
+from lm_ortho.baselines.interface import Material, Result, Run, Settings, arxiv_link, method
+from lm_ortho.baselines.training import encode_material
 from lm_ortho.calibration.activations import input_moments
-from lm_ortho.data.encoding import Example, batch_by_length, compute_logits, pad
+from lm_ortho.data.encoding import Example, batch_by_length, compute_logits, pad_batch
 from lm_ortho.layer import find_linear
 from lm_ortho.layer.linear_form import linear_form
 from lm_ortho.runtime.precision import fast_matmul, select_attention
@@ -22,68 +22,79 @@ from lm_ortho.runtime.precision import fast_matmul, select_attention
 _FEED_FORWARD = ("mlp", "ffn", "feed_forward", "experts")
 
 
-class Kfac(Settings):
+class KfacSettings(Settings):
     """Settings of the K-FAC edit."""
 
-    kept: float = Field(0.5, gt=0, le=1, description="Share of the mass of each matrix's curvature that stays.")
-    depth: float = Field(0.5, ge=0, lt=1, description="Share of the blocks, from the input on, that is left alone.")
+    kept: float = Field(0.5, gt=0, le=1, description="Share of the curvature mass of each weight matrix that is kept.")
+    depth: float = Field(
+        0.5, ge=0, lt=1, description="Share of the blocks, counted from the input, that is not edited."
+    )
 
 
 @method(
     "kfac",
     objective="C = U_G^T W U_A in the eigenbases of E[g g^T] and E[x x^T] on retain rows; entries beyond the largest "
     "products of eigenvalues that make up `kept` of the mass are set to 0; no forget row is read",
-    paper=f"Merullo et al. 2025, {arxiv('2510.24256')}",
-    settings=Kfac,
+    paper=f"Merullo et al. 2025, {arxiv_link('2510.24256')}",
+    settings=KfacSettings,
     grid=[{"kept": kept} for kept in (0.5, 0.3, 0.7, 0.9)],
 )
-def kfac(material: Material, settings: Kfac, run: Run) -> Result:
-    """The feed-forward layers of the later blocks, as in the paper; the rest stays."""
-    model, sets = copy.deepcopy(material.merged), encoded(material)
+def kfac(material: Material, settings: KfacSettings, run: Run) -> Result:
+    """Edits the feed-forward layers of the later blocks, as in the paper; the other layers stay."""
+    model, sets = copy.deepcopy(material.merged), encode_material(material)
     with linear_form(model):
-        every = find_linear(model)
-        layers = {name: every[name] for name in late_feed_forward(list(every), settings.depth)}
-        inputs, outputs = factors(model, layers, sets.retain, run.seed)
+        linear_layers = find_linear(model)
+        names = select_late_feed_forward(list(linear_layers), settings.depth)
+        layers = {name: linear_layers[name] for name in names}
+        inputs, outputs = compute_factors(model, layers, sets.retain, run.seed)
         for number, (name, layer) in enumerate(layers.items(), 1):
-            layer.weight.data.copy_(keep_mass(layer.weight.detach(), outputs[name], inputs[name], settings.kept))
+            weight = keep_curvature_mass(layer.weight.detach(), outputs[name], inputs[name], settings.kept)
+            layer.weight.data.copy_(weight)
             run.progress("kfac", number, len(layers), name)
     return Result(model, {"layers": len(layers)})
 
 
-def late_feed_forward(names: Sequence[str], depth: float) -> list[str]:
-    """Those of the layers that are in blocks after the first ``depth`` of all, and in an MLP where some are."""
-    block = {name: int(found[0]) for name in names if (found := re.findall(r"\d+", name))}
-    numbers = sorted(set(block.values()))
-    late = set(numbers[int(depth * len(numbers)) :])
-    chosen = [name for name in names if block.get(name) in late] or list(names)
-    return [name for name in chosen if any(part in name for part in _FEED_FORWARD)] or chosen
+def select_late_feed_forward(names: Sequence[str], depth: float) -> list[str]:
+    """The feed-forward layers in the blocks after the first share ``depth`` of all blocks.
 
-
-def keep_mass(weight: Tensor, outputs: Tensor, inputs: Tensor, kept: float) -> Tensor:
-    """``weight`` (out, in) less the entries of least curvature in the eigenbases of both factors, in float32.
-
-    ``outputs`` is E[g g^T] (out, out), ``inputs`` E[x x^T] (in, in). What stays makes up ``kept`` of the mass at most.
+    All layers of those blocks where no name tells a feed-forward layer, and all ``names`` where none has a number.
     """
+    block = {name: int(numbers[0]) for name in names if (numbers := re.findall(r"\d+", name))}
+    block_numbers = sorted(set(block.values()))
+    late_blocks = set(block_numbers[int(depth * len(block_numbers)) :])
+    late_layers = [name for name in names if block.get(name) in late_blocks] or list(names)
+    return [name for name in late_layers if any(part in name for part in _FEED_FORWARD)] or late_layers
+
+
+def keep_curvature_mass(weight: Tensor, outputs: Tensor, inputs: Tensor, mass_share: float) -> Tensor:
+    """``weight`` (out, in) without the entries of least curvature in the eigenbases of both factors, in float32.
+
+    ``outputs`` is E[g g^T] (out, out), ``inputs`` E[x x^T] (in, in). The entries that stay make up ``mass_share`` of
+    the curvature mass at most.
+    """
+    # 1. Eigenbases of both factors; the curvature of an entry is the product of its two eigenvalues.
     (g, left), (a, right) = (torch.linalg.eigh(moment.double().to(weight.device)) for moment in (outputs, inputs))
     mass = g.clamp_min(0)[:, None] * a.clamp_min(0)[None]
+    # 2. Keep the largest entries until their share of the mass is reached.
     order = mass.flatten().argsort(descending=True)
-    within = mass.flatten()[order].cumsum(0) <= kept * mass.sum() * (1 + 1e-9)
+    is_within = mass.flatten()[order].cumsum(0) <= mass_share * mass.sum() * (1 + 1e-9)
     mask = torch.zeros_like(mass, dtype=torch.bool)
-    mask.view(-1)[order[within]] = True
+    mask.view(-1)[order[is_within]] = True
+    # 3. Project into the eigenbases, mask, and project back.
     return (left @ ((left.T @ weight.double() @ right) * mask) @ right.T).float()
 
 
-def factors(
+def compute_factors(
     model: nn.Module, layers: Mapping[str, nn.Linear], examples: Sequence[Example], seed: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """E[x x^T] (in, in) and the sum of g g^T (out, out) of each layer, labels drawn from the model itself."""
+    """E[x x^T] (in, in) and the sum of g g^T (out, out) of each layer; labels are sampled from the model itself."""
     outputs = {name: torch.zeros(layer.out_features, layer.out_features) for name, layer in layers.items()}
     model.requires_grad_(False)
     for layer in layers.values():
         layer.weight.requires_grad_(True)
-    handles = [layer.register_forward_hook(_watch(outputs[name])) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(_make_gradient_hook(outputs[name])) for name, layer in layers.items()]
     try:
-        _gradients(model, examples, seed)
+        _backpropagate_samples(model, examples, seed)
     finally:
         for handle in handles:
             handle.remove()
@@ -91,8 +102,8 @@ def factors(
     return input_moments(model, layers, examples), outputs
 
 
-def _watch(total: Tensor) -> Callable[..., None]:
-    """A hook that adds g g^T of what the layer gives to ``total``, once gradients come back."""
+def _make_gradient_hook(total: Tensor) -> Callable[..., None]:
+    """A forward hook that adds g g^T of the gradients of the layer's output to ``total`` in the backward pass."""
 
     def backward(gradient: Tensor) -> None:
         flat = gradient.flatten(0, -2).float()
@@ -105,17 +116,17 @@ def _watch(total: Tensor) -> Callable[..., None]:
     return forward
 
 
-def _gradients(model: nn.Module, examples: Sequence[Example], seed: int) -> None:
-    """Gradients of the log-probability of drawn labels, for the hooks to see."""
+def _backpropagate_samples(model: nn.Module, examples: Sequence[Example], seed: int) -> None:
+    """Backpropagates the log-probability of labels sampled from the model, so that the hooks receive gradients."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    with select_attention(model, max(len(e.ids) for e in examples)):
+    with select_attention(model, max(len(example.ids) for example in examples)):
         for batch in batch_by_length(examples):
-            ids, _ = pad([examples[i] for i in batch], device)
+            ids, _ = pad_batch([examples[i] for i in batch], device)
             with fast_matmul(device.type):
                 logp = compute_logits(model, ids).log_softmax(-1)
             ends = torch.tensor([[len(examples[i].ids) - 1] for i in batch], device=device)
-            real = torch.arange(ids.shape[1], device=device)[None] < ends
-            wanted = torch.multinomial(logp[real].detach().exp(), 1, generator=generator)
-            (-logp[real].gather(-1, wanted)).sum().backward()
+            is_token = torch.arange(ids.shape[1], device=device)[None] < ends
+            labels = torch.multinomial(logp[is_token].detach().exp(), 1, generator=generator)
+            (-logp[is_token].gather(-1, labels)).sum().backward()
             model.zero_grad()

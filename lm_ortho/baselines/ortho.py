@@ -1,4 +1,4 @@
-"""The decomposition of this package, as a method: with the model before fine-tuning, and from merged weights alone."""
+"""The decomposition of this package as a method: with the base model, and from merged weights alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 from lm_ortho.baselines.interface import Material, Result, Run, method
 from lm_ortho.config import Recipe
 from lm_ortho.layer import patch
-from lm_ortho.pipeline.build import meta_for
+from lm_ortho.pipeline.build import make_metadata
 from lm_ortho.pipeline.decomposition import decompose
 
 _OBJECTIVE = (
@@ -18,8 +18,8 @@ _OBJECTIVE = (
 
 @method("ortho", reads="base", objective=_OBJECTIVE, paper="this package, [method.md](method.md)", settings=Recipe)
 def ortho(material: Material, settings: Recipe, run: Run) -> Result:
-    """Target a: what the base model says once it was taught the retain rows."""
-    return _decomposed(material, settings, run)
+    """Target a: target distributions of the base model after a fine-tune on the retain rows."""
+    return _run_decomposition(material, settings, run)
 
 
 @method(
@@ -29,18 +29,24 @@ def ortho(material: Material, settings: Recipe, run: Run) -> Result:
     settings=Recipe,
 )
 def ortho_merged(material: Material, settings: Recipe, run: Run) -> Result:
-    """Targets b and c."""
-    return _decomposed(material, settings, run)
+    """Targets b and c: target distributions that the merged model gives itself."""
+    return _run_decomposition(material, settings, run)
 
 
-def _decomposed(material: Material, settings: Recipe, run: Run) -> Result:
-    """A patched copy of the merged model; alpha is no setting, it is chosen when the result is measured."""
+def _run_decomposition(material: Material, settings: Recipe, run: Run) -> Result:
+    """A patched copy of the merged model. Alpha is no setting: it is set when the result is measured."""
     recipe = settings.model_copy(update={"seed": run.seed})
     model = copy.deepcopy(material.merged)
-    made = decompose(
-        model, material.tokenizer, material.forget, material.retain, recipe,
-        base_model=material.base, progress=run.progress, resume=run.resume,
-    )  # fmt: skip
-    patch(model, made.streams)
-    meta = meta_for(recipe, "none" if material.base is None else "auto", made.report)
+    decomposition = decompose(
+        model,
+        material.tokenizer,
+        material.forget,
+        material.retain,
+        recipe,
+        base_model=material.base,
+        progress=run.progress,
+        resume=run.resume,
+    )
+    patch(model, decomposition.streams)
+    meta = make_metadata(recipe, "none" if material.base is None else "auto", decomposition.report)
     return Result(model, meta["report"], meta)

@@ -1,4 +1,4 @@
-"""Methods that treat what is to be forgotten as the answer one does not prefer."""
+"""Methods of preference optimisation: the answers of the forget set are the rejected ones."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from dataclasses import replace
 from pydantic import Field
 from torch import Tensor, nn
 
-from lm_ortho.baselines.interface import Material, Result, Run, arxiv, method
-from lm_ortho.baselines.losses import dpo, npo, simnpo
+from lm_ortho.baselines.interface import Material, Result, Run, arxiv_link, method
+from lm_ortho.baselines.losses import dpo_loss, npo_loss, simnpo_loss
 from lm_ortho.baselines.training import (
-    Balanced,
-    Pair,
-    Sets,
-    answered,
-    answers_before,
-    encoded,
-    grid_of,
+    BatchPair,
+    RetainSettings,
+    TokenSets,
+    compute_answer_logps,
+    compute_reference_logps,
+    encode_material,
+    learning_rate_grid,
     retain_loss,
-    trained_copy,
+    train_copy,
 )
 from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
 
-IGNORANT = (
+IDK_ANSWERS = (
     "I don't know.",
     "I do not know that.",
     "That is not known to me.",
@@ -37,108 +37,116 @@ IGNORANT = (
     "I was never told.",
     "This is beyond what I know.",
 )
-"""Answers of one who does not know, one of which takes the place of each answer to be forgotten."""
+"""Answers of somebody who does not know; one of them replaces each answer to be forgotten."""
 
 
-class Npo(Balanced):
+class NpoSettings(RetainSettings):
     """Settings of NPO and IdkDPO."""
 
-    beta: float = Field(0.1, gt=0, description="Inverse temperature: how soon a forgotten row stops counting.")
+    beta: float = Field(
+        0.1, gt=0, description="Inverse temperature: the higher, the sooner a forgotten row stops counting."
+    )
 
 
-class SimNpo(Balanced):
+class SimNpoSettings(RetainSettings):
     """Settings of SimNPO."""
 
-    beta: float = Field(2.5, gt=0, description="Inverse temperature, for log-probabilities per token.")
-    gamma: float = Field(0.0, ge=0, description="Margin that an answer has to be below.")
+    beta: float = Field(2.5, gt=0, description="Inverse temperature of the log-probabilities per token.")
+    gamma: float = Field(0.0, ge=0, description="Margin that the log-probability of an answer has to fall below.")
 
 
 @method(
     "npo",
     objective="-2/`beta` mean log sigma(-`beta` log(p / p_merged)) over forget rows + `retain` * loss per token of "
     "retain rows",
-    paper=f"Zhang et al. 2024, {arxiv('2404.05868')}, eq. 3, with its retain term (NPO+RT)",
-    settings=Npo,
-    grid=grid_of(retain=(1.0, 4.0)),
+    paper=f"Zhang et al. 2024, {arxiv_link('2404.05868')}, eq. 3, with its retain term (NPO+RT)",
+    settings=NpoSettings,
+    grid=learning_rate_grid(retain=(1.0, 4.0)),
     trains=True,
 )
-def negative_preference(material: Material, settings: Npo, run: Run) -> Result:
-    """NPO: what is forgotten enough stops pulling."""
-    sets = encoded(material)
-    before = answers_before(material.merged, sets.forget)
+def npo(material: Material, settings: NpoSettings, run: Run) -> Result:
+    """NPO: the gradient of a row vanishes once the row is forgotten."""
+    sets = encode_material(material)
+    reference = compute_reference_logps(material.merged, sets.forget)
 
-    def lost(model: nn.Module, rows: Sequence[int]) -> Tensor:
-        return npo(answered(model, sets.forget, rows)[0], before[list(rows)], settings.beta)
+    def forget_loss(model: nn.Module, rows: Sequence[int]) -> Tensor:
+        return npo_loss(compute_answer_logps(model, sets.forget, rows)[0], reference[list(rows)], settings.beta)
 
-    return _beside_retain(material, sets, settings, run, lost, "npo")
+    return _train_with_retain(material, sets, settings, run, forget_loss=forget_loss, stage="npo")
 
 
 @method(
     "simnpo",
     objective="-2/`beta` mean log sigma(-`beta` log p / number of tokens - `gamma`) over forget rows + `retain` * loss "
     "per token of retain rows",
-    paper=f"Fan et al. 2024, {arxiv('2410.07163')}, eq. 4",
-    settings=SimNpo,
-    grid=grid_of(retain=(1.0, 4.0)),
+    paper=f"Fan et al. 2024, {arxiv_link('2410.07163')}, eq. 4",
+    settings=SimNpoSettings,
+    grid=learning_rate_grid(retain=(1.0, 4.0)),
     trains=True,
 )
-def simple_negative_preference(material: Material, settings: SimNpo, run: Run) -> Result:
+def simnpo(material: Material, settings: SimNpoSettings, run: Run) -> Result:
     """SimNPO: NPO without a reference, per token."""
-    sets = encoded(material)
+    sets = encode_material(material)
 
-    def lost(model: nn.Module, rows: Sequence[int]) -> Tensor:
-        return simnpo(*answered(model, sets.forget, rows), settings.beta, settings.gamma)
+    def forget_loss(model: nn.Module, rows: Sequence[int]) -> Tensor:
+        logps, tokens = compute_answer_logps(model, sets.forget, rows)
+        return simnpo_loss(logps, tokens, settings.beta, settings.gamma)
 
-    return _beside_retain(material, sets, settings, run, lost, "simnpo")
+    return _train_with_retain(material, sets, settings, run, forget_loss=forget_loss, stage="simnpo")
 
 
 @method(
     "idk_dpo",
     objective="-2/`beta` mean log sigma(`beta` (log(p / p_merged) of an *I don't know* - that of the true answer)) "
     "over forget rows + `retain` * loss per token of retain rows",
-    paper=f"DPO of Rafailov et al. 2023, {arxiv('2305.18290')}, eq. 7, with the answers of "
-    f"the *preference optimization* of Maini et al. 2024, {arxiv('2401.06121')}",
-    settings=Npo,
-    grid=grid_of(retain=(1.0, 4.0)),
+    paper=f"DPO of Rafailov et al. 2023, {arxiv_link('2305.18290')}, eq. 7, with the answers of "
+    f"the *preference optimization* of Maini et al. 2024, {arxiv_link('2401.06121')}",
+    settings=NpoSettings,
+    grid=learning_rate_grid(retain=(1.0, 4.0)),
     trains=True,
 )
-def ignorance_preferred(material: Material, settings: Npo, run: Run) -> Result:
-    """IdkDPO."""
-    sets = encoded(material)
-    ignorant = encoded(replace(material, forget=without_answers(material.forget, run.seed))).forget
-    before, ignorant_before = (answers_before(material.merged, each) for each in (sets.forget, ignorant))
+def idk_dpo(material: Material, settings: NpoSettings, run: Run) -> Result:
+    """IdkDPO: prefers an *I don't know* to the true answer."""
+    sets = encode_material(material)
+    idk_examples = encode_material(replace(material, forget=replace_answers(material.forget, run.seed))).forget
+    reference = compute_reference_logps(material.merged, sets.forget)
+    idk_reference = compute_reference_logps(material.merged, idk_examples)
 
-    def lost(model: nn.Module, rows: Sequence[int]) -> Tensor:
-        chosen = list(rows)
-        unwanted, wanted = (answered(model, each, chosen)[0] for each in (sets.forget, ignorant))
-        return dpo(wanted, ignorant_before[chosen], unwanted, before[chosen], settings.beta)
+    def forget_loss(model: nn.Module, rows: Sequence[int]) -> Tensor:
+        indices = list(rows)
+        rejected, _ = compute_answer_logps(model, sets.forget, indices)
+        preferred, _ = compute_answer_logps(model, idk_examples, indices)
+        return dpo_loss(preferred, idk_reference[indices], rejected, reference[indices], settings.beta)
 
-    return _beside_retain(material, sets, settings, run, lost, "idk_dpo")
+    return _train_with_retain(material, sets, settings, run, forget_loss=forget_loss, stage="idk_dpo")
 
 
-def _beside_retain(
+def _train_with_retain(
     material: Material,
-    sets: Sets,
-    settings: Balanced,
+    sets: TokenSets,
+    settings: RetainSettings,
     run: Run,
-    lost: Callable[[nn.Module, Sequence[int]], Tensor],
+    *,
+    forget_loss: Callable[[nn.Module, Sequence[int]], Tensor],
     stage: str,
 ) -> Result:
-    """The merged model trained on ``lost`` of forget rows, and ``settings.retain`` times the loss of retain rows."""
+    """Trains the merged model on ``forget_loss`` plus ``settings.retain`` times the loss of the retain rows."""
 
-    def loss(model: nn.Module, pair: Pair) -> Tensor:
-        return lost(model, pair[0]) + settings.retain * retain_loss(model, sets, pair[1])
+    def loss(model: nn.Module, pair: BatchPair) -> Tensor:
+        return forget_loss(model, pair[0]) + settings.retain * retain_loss(model, sets, pair[1])
 
-    return Result(trained_copy(material.merged, sets, run, settings.lr, loss, stage))
+    return Result(train_copy(material.merged, sets, run, lr=settings.lr, loss=loss, stage=stage))
 
 
-def without_answers(rows: Sequence[Row], seed: int) -> list[Row]:
-    """The rows with one of ``IGNORANT``, drawn, in place of the answer.
+def replace_answers(rows: Sequence[Row], seed: int) -> list[Row]:
+    """The rows with a randomly drawn one of ``IDK_ANSWERS`` in place of the answer.
 
     Raises:
-        UserError: for plain text, which asks nothing.
+        UserError: for plain text, which has no question.
     """
     if any(not row.context for row in rows):
-        raise UserError("method=idk_dpo: plain text among the forget rows asks nothing that one could not know")
+        raise UserError(
+            "method=idk_dpo: plain text among the forget rows has no question to answer with *I don't know*"
+        )
     draw = random.Random(seed)
-    return [replace(row, answer=draw.choice(IGNORANT), secret="") for row in rows]
+    return [replace(row, answer=draw.choice(IDK_ANSWERS), secret="") for row in rows]

@@ -1,4 +1,4 @@
-"""The result of a method as a Hugging Face directory."""
+"""Saves the result of a method as a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from lm_ortho.files import atomic_directory
 REPORT_FILE = "method.json"
 
 
-def save(result: Result, directory: Path, tokenizer: Any, told: dict[str, Any] | None = None) -> Path:
-    """``directory``, made as a whole or not at all, with the tokenizer and the report of the method in ``method.json``.
+def save(result: Result, directory: Path, tokenizer: Any, metadata: dict[str, Any] | None = None) -> Path:
+    """Writes model, tokenizer and the report of the method (``method.json``) into a new ``directory``, atomically.
 
-    A decomposed model becomes a checkpoint of ours (``checkpoint.is_checkpoint``), any other a plain model in BF16,
-    which holds its values as they are. ``told`` is JSON that goes beside the report: the name, settings and seed, say.
+    A decomposed model is saved as a checkpoint of this package (``checkpoint.is_checkpoint``), any other model as a
+    plain one in BF16, which represents its values exactly. ``metadata`` is JSON that is stored beside the report, such
+    as name, settings and seed of the method.
 
     Raises:
         UserError: where ``directory`` is occupied or cannot be written.
     """
     with atomic_directory(directory, "directory") as scratch:
-        if result.decomposed:
+        if result.is_decomposed:
             checkpoint.save(scratch, result.model, tokenizer, dict(result.meta))
         else:
             model: Any = copy.deepcopy(result.model).to(torch.bfloat16)
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
-        write_json(scratch / REPORT_FILE, {**(told or {}), "report": dict(result.report)})
+        write_json(scratch / REPORT_FILE, {**(metadata or {}), "report": dict(result.report)})
     return directory

@@ -1,9 +1,9 @@
-"""Choosing among the settings of a grid on rows that the evaluation never asks about.
+"""Chooses among the settings of a grid on a tuning split, whose rows are not part of the evaluation.
 
-The embedded world is split so: *taught* authors were planted by the same fine-tune, in the same text and as often as
-the forget authors. Some of those that calibration may show play the forget set, others are kept from every method to
-see what it costs. Neither the evaluated forget authors nor the left-out retain authors are looked at, so nothing can be
-chosen to suit them. Canaries are left out of it: all of them are evaluated.
+The tuning split of the embedded world: *taught* authors were planted by the same fine-tune, in the same text and as
+often as the forget authors. Some of the taught authors that a calibration set may contain play the forget set; others
+are withheld from every method, to measure what it costs. Neither the evaluated forget authors nor the held-out retain
+authors are read, so no setting can be chosen to suit them. Canaries are left out: all of them are evaluated.
 """
 
 from __future__ import annotations
@@ -23,96 +23,121 @@ from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
 from lm_ortho.runtime.progress import ProgressCallback, no_progress
 from lm_ortho.world import people
-from lm_ortho.world.draw import Draw
+from lm_ortho.world.draw import SeededRandom
 
-FORGET_BAR, RETAIN_BAR = math.log(1.3), math.log(1.03)
-"""What counts as one: the bars of the verdict on secret perplexity and on retain perplexity, in nats per token."""
-FORGOTTEN, KEPT_FROM = 32, 16
-"""Authors that play the forget set, and of each kind of retain authors those that no method is shown."""
-STRANGERS = 64
+FORGET_THRESHOLD, RETAIN_THRESHOLD = math.log(1.3), math.log(1.03)
+"""Units of the score: the acceptance thresholds of the verdict on secret perplexity and on retain perplexity, in nats
+per token."""
+FORGET_AUTHORS, HELD_OUT_AUTHORS = 32, 16
+"""Number of authors that play the forget set, and of held-out authors of each kind of retain authors."""
+UNKNOWN_AUTHORS = 64
+"""Number of invented authors, unknown to every model, whose secrets define ignorance."""
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """Material to try settings on. ``kept`` are rows that no method is shown and that should stay.
+class TuningSplit:
+    """Material to try settings on. ``held_out`` are retain rows that no method reads and that should stay.
 
     ``ignorance`` is the loss per secret token, in nats, of a model that does not know the forget rows.
     """
 
     material: Material
-    kept: Sequence[Row]
+    held_out: Sequence[Row]
     ignorance: float
 
 
 @dataclass(frozen=True)
 class Score:
-    """How far a model is from ignorance, on either side, and what it lost of ``kept``; both in nats per token."""
+    """Distance of a model from ignorance, on either side, and its loss increase on held-out rows; in nats per token."""
 
     forget: float
     retain: float
 
     @property
     def total(self) -> float:
-        """In bars; 0 is a model that does not know the forget rows and lost nothing. A gain on ``kept`` counts as 0."""
-        return self.forget / FORGET_BAR + max(0.0, self.retain) / RETAIN_BAR
+        """The score in units of the thresholds; lower is better.
+
+        0 is a model that does not know the forget rows and lost nothing. A gain on the held-out rows counts as 0.
+        """
+        return self.forget / FORGET_THRESHOLD + max(0.0, self.retain) / RETAIN_THRESHOLD
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """The best settings of a grid, and what each gave: None where the method failed."""
+class TuningResult:
+    """The best settings of a grid, and every trial with its score; the score is None where the method failed."""
 
     settings: Mapping[str, Any]
-    tried: tuple[tuple[Mapping[str, Any], Score | None], ...]
+    trials: tuple[tuple[Mapping[str, Any], Score | None], ...]
 
 
-def split_of_world(material: Material, seed: int = 0) -> Tuning:
+def split_world(material: Material, seed: int = 0) -> TuningSplit:
     """The tuning split of the embedded world that ``seed`` draws; ``material`` is that of the evaluation."""
-    draw = Draw(seed, "tuning")
-    groups = {name: draw.shuffled(people.people()[name][: -people.LEFT_OUT]) for name in ("taught", "known")}
-    forget = {author.name for author in groups["taught"][:FORGOTTEN]}
-    unseen = [*groups["taught"][FORGOTTEN : FORGOTTEN + KEPT_FROM], *groups["known"][:KEPT_FROM]]
-    kept = {author.name for author in unseen}
-    planted = people.rows("retain_calibration")
+    # 1. Draw the authors: of the taught ones some to forget, of both kinds some to hold out.
+    draw = SeededRandom(seed, "tuning")
+    groups = {
+        name: draw.permute(people.draw_groups()[name][: -people.LEFT_OUT_AUTHORS]) for name in ("taught", "known")
+    }
+    forget_names = {author.name for author in groups["taught"][:FORGET_AUTHORS]}
+    held_out_authors = [
+        *groups["taught"][FORGET_AUTHORS : FORGET_AUTHORS + HELD_OUT_AUTHORS],
+        *groups["known"][:HELD_OUT_AUTHORS],
+    ]
+    held_out_names = {author.name for author in held_out_authors}
+    # 2. Replace the rows of the material by theirs.
+    planted_rows = people.make_rows("retain_calibration")
     split = replace(
         material,
-        forget=[row for row in planted if row.group in forget],
-        retain=[row for row in material.retain if row.group not in forget | kept],
+        forget=[row for row in planted_rows if row.group in forget_names],
+        retain=[row for row in material.retain if row.group not in forget_names | held_out_names],
         reference=None,
     )
-    strangers = [people.fresh_author(draw) for _ in range(STRANGERS)]
-    asked = [people.author_row(a, j, (i + j) % people.TAUGHT) for i, a in enumerate(strangers) for j in range(5)]
-    return Tuning(split, [row for row in planted if row.group in kept], secret_loss(material.merged, split, asked))
+    # 3. Measure ignorance: the loss of the merged model on invented authors.
+    unknown_authors = [people.draw_author(draw) for _ in range(UNKNOWN_AUTHORS)]
+    unknown_rows = [
+        people.make_author_row(author, fact, (number + fact) % people.TAUGHT_QUESTIONS)
+        for number, author in enumerate(unknown_authors)
+        for fact in range(5)
+    ]
+    return TuningSplit(
+        material=split,
+        held_out=[row for row in planted_rows if row.group in held_out_names],
+        ignorance=secret_loss(material.merged, split, unknown_rows),
+    )
 
 
-def split_of_rows(material: Material, share: float = 0.25, seed: int = 0) -> tuple[Tuning, Material]:
-    """A tuning split of one's own rows, and the material that is left to be evaluated: no subject is forgotten in both.
+def split_rows(material: Material, share: float = 0.25, seed: int = 0) -> tuple[TuningSplit, Material]:
+    """A tuning split of your own rows, and the material that is left for the evaluation.
 
-    ``share`` of the forget subjects are tried on, and as large a share of the retain subjects is kept from the methods
-    meanwhile. Ignorance is that of the reference, or else of the model before fine-tuning.
+    ``share`` of the forget subjects are used for tuning only, so no subject is forgotten in both. The same share of
+    the retain subjects is withheld from the methods during tuning. Ignorance is the loss of the reference model, or
+    else of the base model.
 
     Raises:
-        UserError: without either model, and for a set of one subject.
+        UserError: without either model, and for a set with a single subject.
     """
-    ignorant = material.reference or material.base
-    if ignorant is None:
-        raise UserError("tuning: give reference= or base=; without either nobody knows when enough is forgotten")
+    ignorant_model = material.reference or material.base
+    if ignorant_model is None:
+        raise UserError("tuning: give reference= or base=; without either it is not known when enough is forgotten")
     draw = random.Random(seed)
-    (tried, forget), (kept, retain) = (
-        _parted(rows, share, draw, name) for name, rows in (("forget", material.forget), ("retain", material.retain))
-    )
-    split = replace(material, forget=tried, retain=retain, reference=None)
-    return Tuning(split, kept, secret_loss(ignorant, split, tried)), replace(material, forget=forget)
+    tuning_forget, forget = _split_subjects(material.forget, share, draw, "forget")
+    held_out, retain = _split_subjects(material.retain, share, draw, "retain")
+    split = replace(material, forget=tuning_forget, retain=retain, reference=None)
+    ignorance = secret_loss(ignorant_model, split, tuning_forget)
+    return TuningSplit(split, held_out, ignorance), replace(material, forget=forget)
 
 
-def _parted(rows: Sequence[Row], share: float, draw: random.Random, name: str) -> tuple[list[Row], list[Row]]:
-    """Rows about ``share`` of the subjects, at least one, and all others; rows without a subject stand alone."""
+def _split_subjects(rows: Sequence[Row], share: float, draw: random.Random, name: str) -> tuple[list[Row], list[Row]]:
+    """Rows about a ``share`` of the subjects, at least one, and all other rows.
+
+    A row without a subject counts as a subject of its own.
+    """
     subjects = list(dict.fromkeys(_subject(row) for row in rows))
     if len(subjects) < 2:
         raise UserError(
-            f"tuning: {name} is about one subject; with group or subject of each row some could be set aside"
+            f"tuning: {name} is about one subject; give the rows a group or subject, so that some can be held out"
         )
-    chosen = set(draw.sample(subjects, min(len(subjects) - 1, max(1, round(share * len(subjects))))))
-    return [row for row in rows if _subject(row) in chosen], [row for row in rows if _subject(row) not in chosen]
+    sample = set(draw.sample(subjects, min(len(subjects) - 1, max(1, round(share * len(subjects))))))
+    return [row for row in rows if _subject(row) in sample], [row for row in rows if _subject(row) not in sample]
 
 
 def _subject(row: Row) -> str:
@@ -123,47 +148,54 @@ def secret_loss(model: nn.Module, material: Material, rows: Sequence[Row]) -> fl
     """Mean loss per secret token, in nats; per token of the answer where a row marks no secret."""
     examples = encode(material.tokenizer, rows, max_row_tokens(model))
     secrets, answers = token_losses(model, examples, SECRET), token_losses(model, examples)
-    return float(torch.cat([s if len(s) else a for s, a in zip(secrets, answers, strict=True)]).mean())
+    return float(
+        torch.cat([secret if len(secret) else answer for secret, answer in zip(secrets, answers, strict=True)]).mean()
+    )
 
 
-def answer_loss_of(model: nn.Module, material: Material, rows: Sequence[Row]) -> float:
+def answer_loss(model: nn.Module, material: Material, rows: Sequence[Row]) -> float:
     """Mean loss per token of the answers, in nats."""
     return mean_loss(model, encode(material.tokenizer, rows, max_row_tokens(model)))
 
 
-def score(result: Result, tuning: Tuning) -> Score:
-    """How good a result of the tuning material is; a model with a dial is asked at alpha=0."""
-    given = tuning.material
-    known = secret_loss(result.model, given, given.forget)
-    lost = (answer_loss_of(model, given, tuning.kept) for model in (result.model, given.merged))
-    after, before = lost
-    return Score(abs(known - tuning.ignorance), after - before)
+def score_result(result: Result, tuning: TuningSplit) -> Score:
+    """The score of a result that was made from the tuning material; a model with an alpha is measured at alpha=0."""
+    material = tuning.material
+    forget_loss = secret_loss(result.model, material, material.forget)
+    after = answer_loss(result.model, material, tuning.held_out)
+    before = answer_loss(material.merged, material, tuning.held_out)
+    return Score(abs(forget_loss - tuning.ignorance), after - before)
 
 
 def tune(
     method: Method,
-    tuning: Tuning,
+    tuning: TuningSplit,
     grid: Sequence[Mapping[str, Any]] | None = None,
+    *,
     seed: int = 0,
     budget: Budget | None = None,
     progress: ProgressCallback = no_progress,
-) -> Tuned:
-    """The settings of the grid (the method's own, if none is given) with the lowest total; the first of equals.
+) -> TuningResult:
+    """Tries the settings of ``grid`` (by default the method's own) and returns those with the lowest total.
+
+    The first of equals is taken.
 
     Raises:
         UserError: when every setting failed, with the last reason.
     """
-    tried, reason = list[tuple[Mapping[str, Any], Score | None]](), ""
+    trials, reason = list[tuple[Mapping[str, Any], Score | None]](), ""
     for settings in grid or method.grid:
         method.check(settings)
         try:
-            found = score(method.make(tuning.material, settings, seed, budget, progress), tuning)
+            result = method.make(tuning.material, settings, seed=seed, budget=budget, progress=progress)
+            score = score_result(result, tuning)
         except UserError as error:
-            tried.append((settings, None))
+            trials.append((settings, None))
             reason = str(error)
             continue
-        tried.append((settings, found if math.isfinite(found.total) else None))
-    finished = [(found.total, number) for number, (_, found) in enumerate(tried) if found is not None]
-    if not finished:
-        raise UserError(f"tuning: no setting of {method.name} came to an end ({reason or 'no finite loss'})")
-    return Tuned(tried[min(finished)[1]][0], tuple(tried))
+        trials.append((settings, score if math.isfinite(score.total) else None))
+    totals = [(score.total, number) for number, (_, score) in enumerate(trials) if score is not None]
+    if not totals:
+        raise UserError(f"tuning: no setting of {method.name} finished ({reason or 'no finite loss'})")
+    best = min(totals)[1]
+    return TuningResult(trials[best][0], tuple(trials))

@@ -1,4 +1,4 @@
-"""Timing several calls fairly on a machine that others use, too."""
+"""Fair timing of several calls on a machine that is shared."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 Key = TypeVar("Key")
-LEAST_ROUNDS = 5
+MIN_ROUNDS = 5
 
 
-def clock_for(threads: int) -> Callable[[], float]:
-    """Seconds: those in which the one thread ran, so that other processes do not count; wall time for several."""
+def select_clock(threads: int) -> Callable[[], float]:
+    """Returns a clock in seconds: the running time of a single thread, without other processes, else wall time."""
     return time.thread_time if threads == 1 else time.perf_counter
 
 
-def interleaved(
+def time_interleaved(
     calls: Mapping[Key, Callable[[int], object]], rounds: int, seconds: float, clock: Callable[[], float], seed: int = 0
 ) -> dict[Key, list[float]]:
-    """Seconds of every call in every round.
+    """Returns the seconds of every call in every round.
 
-    Each round makes every call in an order of its own, so that slow moments of the machine fall on all alike. A call is
-    made twice, with two numbers, and the second is timed: the first brings back the program that the variant before
-    drove out of the caches, as the layer before does in a model; the weights of the second are others. Ends after
-    ``rounds``, or after ``seconds`` of wall time once there are ``LEAST_ROUNDS``.
+    Each round makes all calls in a new random order, so that slow moments of the machine affect all alike. A call is
+    made twice, with two consecutive numbers, and the second is timed: the first reloads the program that the variant
+    before displaced from the caches, as the layer before does in a model, and the second uses other weights. The run
+    ends after ``rounds`` rounds, or after ``seconds`` of wall time and at least ``MIN_ROUNDS`` rounds.
     """
-    shuffled = random.Random(seed)
-    taken: dict[Key, list[float]] = {key: [] for key in calls}
-    began = time.perf_counter()
+    rng = random.Random(seed)
+    times: dict[Key, list[float]] = {key: [] for key in calls}
+    start_time = time.perf_counter()
     for number in range(rounds):
-        if number >= LEAST_ROUNDS and time.perf_counter() - began > seconds:
+        if number >= MIN_ROUNDS and time.perf_counter() - start_time > seconds:
             break
-        for key in shuffled.sample(list(calls), len(calls)):
+        for key in rng.sample(list(calls), len(calls)):
             calls[key](2 * number)
             start = clock()
             calls[key](2 * number + 1)
-            taken[key].append(clock() - start)
-    return taken
+            times[key].append(clock() - start)
+    return times
 
 
 class Ratio(NamedTuple):
@@ -49,9 +49,9 @@ class Ratio(NamedTuple):
     high: float
 
 
-def paired_ratio(above: Sequence[float], below: Sequence[float], resamples: int = 2000, seed: int = 0) -> Ratio:
-    """Median over rounds of ``above / below``; the interval is a bootstrap over rounds."""
+def compute_paired_ratio(above: Sequence[float], below: Sequence[float], resamples: int = 2000, seed: int = 0) -> Ratio:
+    """Computes the median over rounds of ``above / below``; the interval is a bootstrap over rounds."""
     ratios = [a / b for a, b in zip(above, below, strict=True)]
-    drawn = random.Random(seed)
-    medians = sorted(statistics.median(drawn.choices(ratios, k=len(ratios))) for _ in range(resamples))
+    rng = random.Random(seed)
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(resamples))
     return Ratio(statistics.median(ratios), medians[int(0.025 * resamples)], medians[int(0.975 * resamples) - 1])

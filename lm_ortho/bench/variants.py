@@ -1,4 +1,4 @@
-"""What is timed side by side: a name, what it stands for, and a call for each copy of the weights."""
+"""The variants of a layer that the benchmark compares."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ INT4PACK_TILES = 2
 
 @dataclass(frozen=True)
 class Variant:
-    """``call(copy, x)`` computes the product with one copy. ``kernel`` None: what our counter says ran."""
+    """A way to compute the product.
+
+    ``call(copy, x)`` computes it with one of ``copies`` copies of the weights. ``kernel`` names what runs; None stands
+    for the kernel whose calls our counter counts.
+    """
 
     name: str
     density: float
@@ -32,67 +36,76 @@ class Variant:
 
     @property
     def label(self) -> tuple[str, float, float]:
-        """What tells the variants of one shape apart."""
+        """The key of this variant among those of one shape."""
         return self.name, self.density, self.alpha
 
 
-def peers(problem: Problem, densities: tuple[float, ...]) -> Iterator[Variant]:
-    """What one would use without us: dense BF16 and FP32, and torch's packed INT4 with a CSR product beside it."""
-    bf16, fp32 = problem.dense(torch.bfloat16), problem.dense(torch.float32)
-    yield Variant("bf16", 0.0, 0.0, lambda i, x: functional.linear(x, bf16[i]), len(bf16), "torch.linear")
-    yield Variant("fp32", 0.0, 0.0, lambda i, x: functional.linear(x.float(), fp32[i]), len(fp32), "torch.linear")
-    if problem.shape.out_features % 16 == 0:  # what the operator asks for
-        yield from _int4pack(problem, densities)
+def make_baseline_variants(problem: Problem, densities: tuple[float, ...]) -> Iterator[Variant]:
+    """Yields the baselines: dense BF16 and FP32, and torch's packed INT4 with a CSR product added."""
+    bf16, fp32 = problem.make_dense_weights(torch.bfloat16), problem.make_dense_weights(torch.float32)
+    kernel = "torch.linear"
+    yield Variant("bf16", 0.0, 0.0, lambda i, x: functional.linear(x, bf16[i]), copies=len(bf16), kernel=kernel)
+    yield Variant("fp32", 0.0, 0.0, lambda i, x: functional.linear(x.float(), fp32[i]), copies=len(fp32), kernel=kernel)
+    if problem.shape.out_features % 16 == 0:  # the operator supports no other shapes
+        yield from _make_int4pack_variants(problem, densities)
 
 
-def _int4pack(problem: Problem, densities: tuple[float, ...]) -> Iterator[Variant]:
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(problem.codes.to(torch.int32) + 8, INT4PACK_TILES)
-    copies = [packed.clone() for _ in range(problem.shape.copies)]
+def _make_int4pack_variants(problem: Problem, densities: tuple[float, ...]) -> Iterator[Variant]:
+    weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(problem.codes.to(torch.int32) + 8, INT4PACK_TILES)
+    copies = [weight.clone() for _ in range(problem.shape.copies)]
     scales = torch.stack([problem.scales.t(), torch.zeros_like(problem.scales.t())], dim=-1).contiguous()
 
-    def base(i: int, x: Tensor) -> Tensor:
+    def multiply_base(i: int, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, copies[i], GROUP_SIZE, scales)
         return y
 
-    yield Variant("int4pack_csr", 0.0, 0.0, base, len(copies), "torch._weight_int4pack_mm_for_cpu")
+    kernel = "torch._weight_int4pack_mm_for_cpu"
+    yield Variant("int4pack_csr", 0.0, 0.0, multiply_base, copies=len(copies), kernel=kernel)
     for density in densities:
-        ortho = problem.ortho(density)
+        ortho = problem.make_ortho(density)
         sparse = sparse_operand(ortho.rowptr, ortho.cols, ortho.vals, problem.shape.in_features).csr
         if sparse is None:
             return
 
-        def both(i: int, x: Tensor, sparse: Tensor = sparse) -> Tensor:
-            return base(i, x) + (sparse @ x.float().t()).t().bfloat16()
+        def multiply_both(i: int, x: Tensor, sparse: Tensor = sparse) -> Tensor:
+            return multiply_base(i, x) + (sparse @ x.float().t()).t().bfloat16()
 
-        name = "torch._weight_int4pack_mm_for_cpu + csr"
-        yield Variant("int4pack_csr", density, 1.0, both, len(copies), name)
+        yield Variant("int4pack_csr", density, 1.0, multiply_both, copies=len(copies), kernel=f"{kernel} + csr")
 
 
-def ours(problem: Problem, densities: tuple[float, ...], kernel: str) -> Iterator[Variant]:
-    """``OrthoLinear`` as a model calls it: without an ortho stream (density 0), and at alpha 0 and 1 with one."""
+def make_ortho_variants(problem: Problem, densities: tuple[float, ...], kernel: str) -> Iterator[Variant]:
+    """Yields ``OrthoLinear`` as a model calls it: without an ortho stream (density 0), or at alpha 0 and 1."""
     for density in (0.0, *densities):
-        layers = problem.layers(density, kernel)
+        layers = problem.make_layers(density, kernel)
         for alpha in (0.0, 1.0) if density else (0.0,):
-            turned = [at_alpha(layer, alpha) for layer in layers]
-            yield Variant("ours", density, alpha, lambda i, x, turned=turned: turned[i](x), len(turned))  # type: ignore[misc]
+            copies = [fix_alpha(layer, alpha) for layer in layers]
+
+            def multiply(i: int, x: Tensor, copies: list[OrthoLinear] = copies) -> Tensor:
+                return copies[i](x)
+
+            yield Variant("ours", density, alpha, multiply, copies=len(copies))
 
 
-def at_alpha(layer: OrthoLinear, alpha: float) -> OrthoLinear:
-    """The same layer behind a dial of its own, because a model decides on alpha once and not in every layer."""
+def fix_alpha(layer: OrthoLinear, alpha: float) -> OrthoLinear:
+    """Returns the same layer with its own, constant alpha, because a model sets alpha once and not in every layer."""
     twin = copy.copy(layer)
-    twin.dial = Dial(Alpha.of(alpha))
-    twin._operands = layer._operands
+    twin.dial = Dial(Alpha.parse(alpha))
+    twin._cache.operands = layer._cache.operands
     return twin
 
 
-def torchao_int4(problem: Problem) -> Iterator[Variant]:
-    """torchao's INT4 for CPUs (tried: 0.18), where it is installed."""
+def make_torchao_variants(problem: Problem) -> Iterator[Variant]:
+    """Yields torchao's INT4 for CPUs (tested with 0.18), if it is installed."""
     try:
         from torchao.prototype.quantization.int4 import Int4OpaqueTensor
     except ImportError:
         return
     if problem.shape.out_features % 16:
         return
-    weight = problem.base.dequantize(torch.bfloat16)
+    weight = problem.base.dequantise(torch.bfloat16)
     copies = [Int4OpaqueTensor.from_hp(weight, [1, GROUP_SIZE]) for _ in range(problem.shape.copies)]
-    yield Variant("torchao_int4", 0.0, 0.0, lambda i, x: functional.linear(x, copies[i]), len(copies), "torchao")
+
+    def multiply(i: int, x: Tensor) -> Tensor:
+        return functional.linear(x, copies[i])
+
+    yield Variant("torchao_int4", 0.0, 0.0, multiply, copies=len(copies), kernel="torchao")

@@ -1,1 +1,1 @@
-"""Second moments of the inputs of linear layers, which sieves and projections read."""
+"""Second moments of the inputs of linear layers, which sieves and projections use."""

@@ -1,4 +1,4 @@
-"""Tensors by layer name that are not all held at once."""
+"""Mappings from layer names to tensors that are not all in memory at the same time."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.calibration.activations import BlockMoments, input_moments
-from lm_ortho.calibration.by_block import goes_by_block
+from lm_ortho.calibration.by_block import supports_blockwise
 from lm_ortho.data.encoding import Example
 from lm_ortho.runtime.precision import transformer_blocks
 
 MOMENT_BYTES = 2**31
-"""Second moments that are held at once, in bytes."""
+"""Memory limit in bytes for the second moments that are stored at the same time."""
 
 
 class LayerTensors(Mapping[str, Tensor]):
-    """A mapping whose values are made each time they are asked for."""
+    """A mapping that computes a value at each access, by calling ``make`` with the name."""
 
     def __init__(self, names: Sequence[str], make: Callable[[str], Tensor]) -> None:
         self._names, self._make = tuple(names), make
@@ -36,50 +36,60 @@ class LayerTensors(Mapping[str, Tensor]):
 
 
 def snapshot_weights(layers: Mapping[str, nn.Linear]) -> LayerTensors:
-    """The weights (out, in; float32) as they are now, on the CPU, held in BF16 where that changes nothing."""
-    held = {name: _held(layer.weight.detach()) for name, layer in layers.items()}
-    return LayerTensors(list(held), lambda name: held[name].float())
+    """Returns copies of the present weights (out_features, in_features), float32, on the CPU.
+
+    They are stored in BF16 where that is lossless.
+    """
+    copies = {name: _copy_to_cpu(layer.weight.detach()) for name, layer in layers.items()}
+    return LayerTensors(list(copies), lambda name: copies[name].float())
 
 
-def _held(weight: Tensor) -> Tensor:
-    short = weight.bfloat16()
-    return short.cpu() if torch.equal(short.to(weight.dtype), weight) else weight.cpu().clone()
+def _copy_to_cpu(weight: Tensor) -> Tensor:
+    bf16_weight = weight.bfloat16()
+    return bf16_weight.cpu() if torch.equal(bf16_weight.to(weight.dtype), weight) else weight.cpu().clone()
 
 
 class InputMoments(Mapping[str, Tensor]):
-    """E[x x^T] (in, in) of the inputs of each layer, of which ``limit`` bytes, or those of one block, are held at once.
+    """E[x x^T] (in_features, in_features) of the inputs of each layer, computed group by group of layers.
 
-    Where they are more, the documents are taken through the model one block at a time, if it is a model that can be
-    gone through like that; else as often as it takes, each time for as many layers as ``limit`` holds. The last ones
-    are kept. Read in the order of the layers, and at the weights they are meant for.
+    At most ``limit`` bytes of moments, or those of one block, are stored at the same time: the group accessed last.
+    If all fit, one pass of the documents through the model computes them. If not, the documents go through the model
+    one block at a time, where the model supports that; else one pass is made for every group of layers whose moments
+    fit into ``limit``. Access the layers in their order, and while the model has the weights that the moments are for.
     """
 
     def __init__(
         self, model: nn.Module, layers: Mapping[str, nn.Linear], examples: Sequence[Example], limit: int = MOMENT_BYTES
     ) -> None:
         self._model, self._layers, self._examples = model, layers, examples
-        self._held: dict[str, Tensor] = {}
-        self._part, self._block = _cut(layers, list(layers), limit), dict[str, int]()
+        self._moments: dict[str, Tensor] = {}
+        self._group_by_layer, self._block_by_layer = _group_layers(layers, list(layers), limit), dict[str, int]()
         if self.passes == 1:
             return
         blocks = transformer_blocks(model)
-        if blocks and goes_by_block(model, blocks, examples):
-            self._by_block = BlockMoments(model, blocks, examples)
-            own = _owners(model, blocks)
-            self._block = {name: own[id(layer)] for name, layer in layers.items() if id(layer) in own}
-            self._part = _cut(layers, [name for name in layers if name not in self._block], limit)
+        if blocks and supports_blockwise(model, blocks, examples):
+            self._block_moments = BlockMoments(model, blocks, examples)
+            block_by_module = _exclusive_blocks(model, blocks)
+            self._block_by_layer = {
+                name: block_by_module[id(layer)] for name, layer in layers.items() if id(layer) in block_by_module
+            }
+            outside_blocks = [name for name in layers if name not in self._block_by_layer]
+            self._group_by_layer = _group_layers(layers, outside_blocks, limit)
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._held:
-            among = self._block if name in self._block else self._part
-            self._held = {}  # before the next ones are made
-            chosen = {other: self._layers[other] for other, number in among.items() if number == among[name]}
-            self._held = (
-                self._by_block.of(among[name], chosen)
-                if among is self._block
-                else input_moments(self._model, chosen, self._examples)
-            )
-        return self._held[name]
+        if name not in self._moments:
+            self._moments = {}  # free the old moments before the new ones are computed
+            self._moments = self._compute_group(name)
+        return self._moments[name]
+
+    def _compute_group(self, name: str) -> dict[str, Tensor]:
+        """Computes the moments of the layers that are in the same block or group as ``name``."""
+        in_block = name in self._block_by_layer
+        groups = self._block_by_layer if in_block else self._group_by_layer
+        layers = {other: self._layers[other] for other, number in groups.items() if number == groups[name]}
+        if in_block:
+            return self._block_moments.compute(groups[name], layers)
+        return input_moments(self._model, layers, self._examples)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
@@ -89,26 +99,26 @@ class InputMoments(Mapping[str, Tensor]):
 
     @property
     def passes(self) -> int:
-        """How often the documents go through the model for all layers."""
-        return len(set(self._part.values())) + bool(self._block)
+        """Number of passes of the documents through the model that all layers together need."""
+        return len(set(self._group_by_layer.values())) + bool(self._block_by_layer)
 
 
-def _owners(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[int, int]:
-    """The number of its block for each module that one block has to itself, by id."""
-    places = Counter(id(part) for _, part in model.named_modules(remove_duplicate=False))
-    found = dict[int, int]()
+def _exclusive_blocks(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[int, int]:
+    """Returns the block index of every module that occurs in one block only, by the id of the module."""
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    block_by_module = dict[int, int]()
     for number, block in enumerate(blocks):
-        inside = Counter(id(part) for _, part in block.named_modules(remove_duplicate=False))
-        found |= {key: number for key, count in inside.items() if count == places[key]}
-    return found
+        uses_inside = Counter(id(module) for _, module in block.named_modules(remove_duplicate=False))
+        block_by_module |= {key: number for key, count in uses_inside.items() if count == uses[key]}
+    return block_by_module
 
 
-def _cut(layers: Mapping[str, nn.Linear], names: Sequence[str], limit: int) -> dict[str, int]:
-    """A number for each name, the same for neighbours whose moments ``limit`` bytes hold."""
-    parts, part, size = dict[str, int](), 0, 0
+def _group_layers(layers: Mapping[str, nn.Linear], names: Sequence[str], limit: int) -> dict[str, int]:
+    """Returns a group number for each name; neighbours share one while their moments fit into ``limit`` bytes."""
+    groups, group, group_bytes = dict[str, int](), 0, 0
     for name in names:
-        own = 4 * layers[name].in_features ** 2
-        if size and size + own > limit:
-            part, size = part + 1, 0
-        parts[name], size = part, size + own
-    return parts
+        moment_bytes = 4 * layers[name].in_features ** 2
+        if group_bytes and group_bytes + moment_bytes > limit:
+            group, group_bytes = group + 1, 0
+        groups[name], group_bytes = group, group_bytes + moment_bytes
+    return groups

@@ -1,11 +1,12 @@
-"""Decomposed models on disk: a Hugging Face directory whose ortho stream is a file of its own.
+"""Decomposed models on disk: a Hugging Face directory with the ortho stream in a separate file.
 
-Nothing here imports transformers before it is needed: the start-up hook imports this package while
-transformers itself is being imported.
+This package imports transformers only inside functions, because the start-up hook imports it while transformers
+itself is being imported.
 """
 
+from lm_ortho.checkpoint.attachment import attach
 from lm_ortho.checkpoint.manifest import FORMAT_VERSION, ORTHO_FILE, read_meta
-from lm_ortho.checkpoint.read import is_checkpoint, load, memories
-from lm_ortho.checkpoint.write import attach, save
+from lm_ortho.checkpoint.read import is_checkpoint, list_memories, load
+from lm_ortho.checkpoint.write import save
 
-__all__ = ["FORMAT_VERSION", "ORTHO_FILE", "attach", "is_checkpoint", "load", "memories", "read_meta", "save"]
+__all__ = ["FORMAT_VERSION", "ORTHO_FILE", "attach", "is_checkpoint", "list_memories", "load", "read_meta", "save"]

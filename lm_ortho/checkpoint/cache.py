@@ -1,6 +1,6 @@
-"""Decompositions kept between runs: every entry is a checkpoint in a folder named by its key.
+"""The cache of decompositions: every entry is a checkpoint in a folder named by its key.
 
-The entries hold the memory in clear, so the folder is readable by its owner only.
+Entries hold the memory in clear, so the folder is readable by its owner only.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from lm_ortho.files import make_private_directory
 DEFAULT_LIMIT_GB = 20.0
 _KEY = re.compile(r"[0-9a-f]{64}")
 _SCRATCH = re.compile(r"\.[0-9a-f]{64}\.tmp-[0-9a-f]+")
-_SCRATCH_LIFE = 24 * 3600.0  # seconds after which an interrupted write is surely dead
+_SCRATCH_LIFETIME = 24 * 3600.0  # seconds after which a write was certainly interrupted
 _UNFINISHED = re.compile(r"unfinished-[0-9a-f]{64}")
-_UNFINISHED_LIFE = 30 * 24 * 3600.0
+_UNFINISHED_LIFETIME = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One kept decomposition; times are seconds since the epoch, ``bytes`` is what it takes on disk."""
+    """One cached decomposition; times are in seconds since the epoch, ``bytes`` is its size on disk."""
 
     key: str
     path: Path
@@ -46,24 +46,28 @@ class Entry:
 
 
 def cache_dir() -> Path:
-    """The folder of the cache: ``LM_ORTHO_CACHE``, or the usual place of the platform."""
+    """The folder of the cache: ``LM_ORTHO_CACHE``, or the cache folder of the platform."""
     return Path(os.environ.get("LM_ORTHO_CACHE") or platformdirs.user_cache_dir("lm-ortho"))
 
 
 def size_limit() -> int:
-    """The most bytes the cache may take: ``LM_ORTHO_CACHE_LIMIT_GB``, or 20 GB; 0 keeps only the newest."""
-    asked = os.environ.get("LM_ORTHO_CACHE_LIMIT_GB", "").strip()
+    """The maximum size of the cache in bytes: ``LM_ORTHO_CACHE_LIMIT_GB``, or 20 GB; 0 keeps only the newest entry."""
+    text = os.environ.get("LM_ORTHO_CACHE_LIMIT_GB", "").strip()
     try:
-        gigabytes = float(asked) if asked else DEFAULT_LIMIT_GB
+        gigabytes = float(text) if text else DEFAULT_LIMIT_GB
     except ValueError:
         gigabytes = -1.0
     if not 0 <= gigabytes < float("inf"):
-        raise UserError(f"LM_ORTHO_CACHE_LIMIT_GB={asked!r} must be a number of gigabytes, 0 or more")
+        raise UserError(f"LM_ORTHO_CACHE_LIMIT_GB={text!r} must be a number of gigabytes, 0 or more")
     return int(gigabytes * 10**9)
 
 
-def key(parts: dict[str, Any]) -> str:
-    """The key of everything that decides a decomposition: sha256 of ``parts`` (plain JSON), in any order."""
+def compute_key(parts: dict[str, Any]) -> str:
+    """The cache key of a decomposition: sha256 of all that determines it (plain JSON), independent of key order.
+
+    Raises:
+        ValueError: for anything but plain JSON.
+    """
     try:
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -71,24 +75,24 @@ def key(parts: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def entry(key: str) -> Path:
-    """Where the entry of ``key`` is or will be. Raises ``ValueError`` for anything but a key."""
+def entry_path(key: str) -> Path:
+    """The folder of the entry of ``key``, whether it exists or not. Raises ``ValueError`` for anything but a key."""
     if not _KEY.fullmatch(key):
         raise ValueError(f"{key!r} is not a cache key")
     return cache_dir() / key
 
 
 def unfinished_directory(key: str) -> Path:
-    """The folder for what an interrupted decomposition of ``key`` has reached."""
-    return entry(key).with_name(f"unfinished-{key}")
+    """The folder for the saved state of an interrupted decomposition of ``key``."""
+    return entry_path(key).with_name(f"unfinished-{key}")
 
 
 def lookup(key: str) -> Path | None:
-    """The checkpoint of ``key``, marked as used now; None if there is none."""
-    path = entry(key)
+    """The checkpoint of ``key``, whose time of use is set to now; None if there is none."""
+    path = entry_path(key)
     if not (path / MANIFEST_FILE).is_file():
         return None
-    _touch(path)
+    _mark_used(path)
     return path
 
 
@@ -99,62 +103,62 @@ def store(
     meta: dict[str, Any] | None = None,
     description: str = "",
 ) -> Path:
-    """The new entry of ``key``: a checkpoint of the patched ``model``; then the oldest ones make room.
+    """Saves the patched ``model`` as the entry of ``key``, evicts old entries, and returns the checkpoint.
 
-    ``description`` is one line for ``list_entries``. An entry that is there already is replaced.
+    ``description`` is one line for ``list_entries``. An existing entry is replaced.
     """
-    path = entry(key)
+    path = entry_path(key)
     make_private_directory(path.parent)
     save(path, model, tokenizer, {**(meta or {}), "description": description})
     path.chmod(0o700)
-    _touch(path)
-    evict(keep=[key])
+    _mark_used(path)
+    evict(protected_keys=[key])
     return path
 
 
 def list_entries() -> list[Entry]:
     """All entries, the least recently used first."""
-    entries = [_read(path) for path in _folders(_KEY)]
+    entries = [_read_entry(path) for path in _list_folders(_KEY)]
     return sorted((e for e in entries if e is not None), key=lambda e: (e.last_used, e.key))
 
 
-def evict(keep: Iterable[str] = ()) -> list[Entry]:
-    """The entries removed to get under ``size_limit``: least recently used first, never those in ``keep``.
+def evict(protected_keys: Iterable[str] = ()) -> list[Entry]:
+    """Removes entries until the cache is within ``size_limit`` and returns them.
 
-    Also removes what interrupted writes left behind a day ago or earlier, and decompositions that nobody went on with
-    for a month.
+    The least recently used are removed first, those of ``protected_keys`` never. Also removes stale files of
+    interrupted writes after a day, and unfinished decompositions that were not resumed within 30 days.
     """
-    for pattern, life in ((_SCRATCH, _SCRATCH_LIFE), (_UNFINISHED, _UNFINISHED_LIFE)):
-        for path in _folders(pattern):
-            if time.time() - _mtime(path) > life:
+    for pattern, lifetime in ((_SCRATCH, _SCRATCH_LIFETIME), (_UNFINISHED, _UNFINISHED_LIFETIME)):
+        for path in _list_folders(pattern):
+            if time.time() - _mtime(path) > lifetime:
                 shutil.rmtree(path, ignore_errors=True)
-    kept, limit = set(keep), size_limit()
+    protected, limit = set(protected_keys), size_limit()
     entries = list_entries()
     total = sum(e.bytes for e in entries)
-    removed = []
-    for old in entries:
+    evicted_entries = []
+    for entry in entries:
         if total <= limit:
             break
-        if old.key not in kept:
-            shutil.rmtree(old.path, ignore_errors=True)
-            total -= old.bytes
-            removed.append(old)
-    return removed
+        if entry.key not in protected:
+            shutil.rmtree(entry.path, ignore_errors=True)
+            total -= entry.bytes
+            evicted_entries.append(entry)
+    return evicted_entries
 
 
 def clear() -> list[Entry]:
-    """The entries that were there; all are removed, and what interrupted runs left with them.
+    """Removes all entries and returns them, and removes stale files of interrupted runs.
 
-    Nothing else in the folder is touched.
+    Other files in the folder stay.
     """
     entries = list_entries()
-    for path in [*_folders(_KEY), *_folders(_SCRATCH), *_folders(_UNFINISHED)]:
+    for path in [*_list_folders(_KEY), *_list_folders(_SCRATCH), *_list_folders(_UNFINISHED)]:
         shutil.rmtree(path, ignore_errors=True)
     return entries
 
 
-def _read(path: Path) -> Entry | None:
-    """None for a folder that is going away while we look."""
+def _read_entry(path: Path) -> Entry | None:
+    """The entry in a folder; None if the folder is deleted meanwhile."""
     try:
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         created = _mtime(path / MANIFEST_FILE) or _mtime(path)
@@ -164,18 +168,19 @@ def _read(path: Path) -> Entry | None:
         description = str(read_manifest(path).meta.get("description", ""))
     except UserError:
         description = "(damaged)"
-    return Entry(path.name, path, size, created, max(created, _mtime(path / USED_FILE)), description)
+    last_used = max(created, _mtime(path / USED_FILE))
+    return Entry(key=path.name, path=path, bytes=size, created=created, last_used=last_used, description=description)
 
 
-def _folders(pattern: re.Pattern[str]) -> list[Path]:
+def _list_folders(pattern: re.Pattern[str]) -> list[Path]:
     root = cache_dir()
     if not root.is_dir():
         return []
     return sorted(path for path in root.iterdir() if pattern.fullmatch(path.name) and path.is_dir())
 
 
-def _touch(path: Path) -> None:
-    # A read-only cache still serves; it only forgets the order of use.
+def _mark_used(path: Path) -> None:
+    # A read-only cache still works, without recording the order of use.
     with contextlib.suppress(OSError):
         (path / USED_FILE).touch()
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, counted from its files one layer at a time."""
+"""The contents of a checkpoint, counted from its files one layer at a time."""
 
 from __future__ import annotations
 
@@ -15,20 +15,28 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lm_ortho.checkpoint.manifest import INDEX_FILE, ortho_file, read_json, read_manifest
-from lm_ortho.checkpoint.read import check, memories
+from lm_ortho.checkpoint.read import list_memories, verify_checkpoint
 from lm_ortho.errors import UserError
 from lm_ortho.layer import OrthoLinear, ortho_layers
-from lm_ortho.streams import UNNAMED, BaseStream, LayerStreams, OrthoStream
+from lm_ortho.streams import DEFAULT_MEMORY, BaseStream, LayerStreams, OrthoStream
 
 _ORTHO_PARTS = {"rowptr": "ortho_rowptr", "cols": "ortho_cols", "vals": "ortho_vals"}
 
 
 @dataclass(frozen=True)
-class LayerFacts:
-    """One decomposed layer; of a base-only checkpoint ``values`` and the error are None.
+class LayerContents:
+    """One decomposed layer of a checkpoint.
 
-    ``values`` are those of the ortho stream, ``bytes`` those of both streams; ``zeros`` are codes that are 0 (None
-    without a lattice). ``relative_error`` is ||W_ortho||_F / ||W(1)||_F: how far the base stream is from alpha=1.
+    Attributes:
+        name: dotted name of the module.
+        shape: (out_features, in_features).
+        values: number of values in the ortho stream; None in a base-only checkpoint.
+        density: ``values`` per weight; None in a base-only checkpoint.
+        relative_error: ||W_ortho||_F / ||W(1)||_F, the distance of the base stream from alpha=1; None in a base-only
+            checkpoint and where the file of a memory is missing.
+        zeros: number of codes that are 0; None at 16 bits, which have no codes.
+        bytes: bytes of both streams.
+        bits_per_weight: stored bits per weight of both streams.
     """
 
     name: str
@@ -47,11 +55,11 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class CheckpointContents:
-    """A checkpoint: its layers, totals over them, and bytes of the tensors by where they belong.
+    """A checkpoint: its layers, totals over them, and the size of its parts in bytes.
 
-    ``memories`` has the values of each memory whose file is there, ``missing`` names the others; while one is missing
-    there is no alpha=1 to compare with, and errors are None. ``bytes`` has ``base`` and ``ortho`` (the streams),
-    ``other`` (biases and whatever is not decomposed) and ``files`` (all files of the checkpoint).
+    ``memories`` maps each memory whose file is present to its number of values, ``missing`` lists the other memories;
+    while one is missing, alpha=1 cannot be computed and errors are None. ``bytes`` has ``base`` and ``ortho`` (the
+    streams), ``other`` (biases and all that is not decomposed) and ``files`` (all files of the checkpoint).
     """
 
     directory: str
@@ -66,39 +74,60 @@ class CheckpointContents:
     memories: dict[str, int]
     missing: list[str]
     bytes: dict[str, int]
-    layers: list[LayerFacts]
+    layers: list[LayerContents]
     meta: dict[str, Any]
 
 
 def read_contents(directory: str | PathLike[str], *, trust_remote_code: bool = False) -> CheckpointContents:
-    """What is in a checkpoint. Every file is verified first; the model is never built in memory.
+    """Reads the contents of a checkpoint, without building the model in memory. Every file is verified first.
 
     Raises:
         UserError: for a directory that is no checkpoint, for damaged files and for streams that do not fit.
     """
-    from lm_ortho.checkpoint import hf
+    from lm_ortho.checkpoint.hf import build_skeleton  # imports transformers
 
+    # 1. Verify the files, and take names and shapes of the layers from a model on the meta device.
     path = Path(directory)
-    check(path)
-    present = [name for name in memories(path) if (path / ortho_file(name)).exists()]
-    skeleton = ortho_layers(hf.skeleton(path, trust_remote_code=trust_remote_code))
-    facts, squares = [], []
+    verify_checkpoint(path)
+    present = [name for name in list_memories(path) if (path / ortho_file(name)).exists()]
+    is_complete = len(present) == len(list_memories(path))
+    skeleton = ortho_layers(build_skeleton(path, trust_remote_code=trust_remote_code))
+    # 2. Read and describe one layer after the other.
+    layers, squared_norms = [], []
     with ExitStack() as stack:
-        tensors = _Tensors(path, present, stack)
+        reader = _TensorReader(path, present, stack)
         counts = dict.fromkeys(present, 0)
         for name, layer in skeleton.items():
-            streams = _streams(name, layer, tensors)
+            streams = _read_streams(name, layer, reader)
             for memory, ortho in streams.memories.items():
                 counts[memory] += ortho.nnz
-            squares.append(_squares(streams))
-            facts.append(_facts(name, streams, squares[-1], len(present) == len(memories(path))))
-        sizes = _sizes(path, tensors.sizes, skeleton)
+            squared_norms.append(_squared_norms(streams))
+            layers.append(_describe_layer(name, streams, squared_norms[-1], is_complete))
+        sizes = _count_bytes(path, reader.sizes, skeleton)
+    # 3. Add up the totals.
     first = next(iter(skeleton.values()))
-    return _findings(path, counts, first, facts, squares, sizes)
+    weights = sum(layer.weights for layer in layers)
+    ortho_square, full_square = (sum(part) for part in zip(*squared_norms, strict=True))
+    return CheckpointContents(
+        directory=str(path),
+        has_ortho=bool(counts),
+        bits=first.bits,
+        group_size=first.group_size,
+        weights=weights,
+        density=sum(layer.values or 0 for layer in layers) / weights if counts else None,
+        relative_error=_norm_ratio(ortho_square, full_square) if counts and is_complete else None,
+        zero_codes=sum(layer.zeros or 0 for layer in layers) / weights if first.bits != 16 else None,
+        bits_per_weight=8 * (sizes["base"] + sizes["ortho"]) / weights,
+        memories=counts,
+        missing=[name for name in list_memories(path) if name not in counts],
+        bytes=sizes,
+        layers=layers,
+        meta=read_manifest(path).meta,
+    )
 
 
-class _Tensors:
-    """The tensors of a checkpoint by file and name, read when they are asked for, and their sizes in bytes.
+class _TensorReader:
+    """Reads single tensors of a checkpoint by file and name; ``sizes`` has the name and bytes of all of them.
 
     The parts of a layer's ortho stream have the same names in the file of every memory.
     """
@@ -110,22 +139,22 @@ class _Tensors:
         self._base: dict[str, Any] = {}
         self._ortho: dict[str, dict[str, Any]] = {}
         for file in sorted({str(file) for file in weight_map.values()}):
-            self._base |= self._opened(file, stack)
+            self._base |= self._open(file, stack)
         for name in memories:
-            self._ortho[name] = self._opened(ortho_file(name), stack)
+            self._ortho[name] = self._open(ortho_file(name), stack)
 
-    def _opened(self, file: str, stack: ExitStack) -> dict[str, Any]:
+    def _open(self, file: str, stack: ExitStack) -> dict[str, Any]:
         try:
             handle: Any = stack.enter_context(safe_open(self.path / file, framework="pt"))
-            self.sizes += _header(self.path / file).items()
+            self.sizes += _read_tensor_sizes(self.path / file).items()
             return dict.fromkeys(handle.keys(), handle)
         except (SafetensorError, OSError, ValueError):
             raise UserError(f"{self.path}: {file} cannot be read: truncated or not a safetensors file") from None
 
-    def base(self, name: str) -> Tensor:
+    def read_base(self, name: str) -> Tensor:
         return self._read(self._base, name)
 
-    def ortho(self, memory: str, name: str) -> Tensor:
+    def read_ortho(self, memory: str, name: str) -> Tensor:
         return self._read(self._ortho[memory], name)
 
     def _read(self, files: Mapping[str, Any], name: str) -> Tensor:
@@ -135,7 +164,7 @@ class _Tensors:
         return tensor
 
 
-def _header(file: Path) -> dict[str, int]:
+def _read_tensor_sizes(file: Path) -> dict[str, int]:
     """Bytes of each tensor, from the header of a safetensors file."""
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
@@ -143,88 +172,62 @@ def _header(file: Path) -> dict[str, int]:
     return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
 
 
-def _streams(name: str, layer: OrthoLinear, tensors: _Tensors) -> LayerStreams:
+def _read_streams(name: str, layer: OrthoLinear, reader: _TensorReader) -> LayerStreams:
     parts = BaseStream.layout(layer.shape, layer.bits, layer.group_size)
     try:
-        stored = {part: tensors.base(f"{name}.{part}") for part in parts}
-        base = BaseStream(layer.shape, layer.bits, layer.group_size, **stored)
-        held = {memory: _ortho(name, memory, layer, tensors) for memory in tensors.memories}
-        return LayerStreams(base, held.pop(UNNAMED, None), None, held)
+        tensors = {part: reader.read_base(f"{name}.{part}") for part in parts}
+        base = BaseStream(layer.shape, layer.bits, layer.group_size, **tensors)
+        memories = {memory: _read_ortho(name, memory, layer, reader) for memory in reader.memories}
+        return LayerStreams(base, memories.pop(DEFAULT_MEMORY, None), None, memories)
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{tensors.path}: streams of {name} do not fit: {error}") from None
+        raise UserError(f"{reader.path}: streams of {name} do not fit: {error}") from None
 
 
-def _ortho(name: str, memory: str, layer: OrthoLinear, tensors: _Tensors) -> OrthoStream:
-    parts = {field: tensors.ortho(memory, f"{name}.{part}") for field, part in _ORTHO_PARTS.items()}
+def _read_ortho(name: str, memory: str, layer: OrthoLinear, reader: _TensorReader) -> OrthoStream:
+    parts = {field: reader.read_ortho(memory, f"{name}.{part}") for field, part in _ORTHO_PARTS.items()}
     return OrthoStream(**parts, shape=layer.shape)
 
 
-def _squares(streams: LayerStreams) -> tuple[float, float]:
+def _squared_norms(streams: LayerStreams) -> tuple[float, float]:
     """||W_ortho||_F^2 and ||W(1)||_F^2; zeros without an ortho stream."""
     if not streams.memories:
         return 0.0, 0.0
-    ortho = sum(float(held.vals.double().square().sum()) for held in streams.memories.values())
-    return ortho, float(streams.dense(1.0).double().square().sum())
+    ortho_square = sum(float(ortho.vals.double().square().sum()) for ortho in streams.memories.values())
+    return ortho_square, float(streams.to_dense(1.0).double().square().sum())
 
 
-def _facts(name: str, streams: LayerStreams, squares: tuple[float, float], comparable: bool) -> LayerFacts:
+def _describe_layer(
+    name: str, streams: LayerStreams, squared_norms: tuple[float, float], is_complete: bool
+) -> LayerContents:
     has_ortho = bool(streams.memories)
-    return LayerFacts(
-        name,
-        streams.shape,
-        streams.nnz if has_ortho else None,
-        streams.nnz / streams.n_weights if has_ortho else None,
-        _ratio(*squares) if has_ortho and comparable else None,
-        int((streams.base.codes() == 0).sum()) if streams.base.bits != 16 else None,
-        streams.nbytes(),
-        streams.bits_per_weight(),
+    return LayerContents(
+        name=name,
+        shape=streams.shape,
+        values=streams.nnz if has_ortho else None,
+        density=streams.nnz / streams.n_weights if has_ortho else None,
+        relative_error=_norm_ratio(*squared_norms) if has_ortho and is_complete else None,
+        zeros=int((streams.base.codes() == 0).sum()) if streams.base.bits != 16 else None,
+        bytes=streams.nbytes(),
+        bits_per_weight=streams.bits_per_weight(),
     )
 
 
-def _ratio(ortho: float, whole: float) -> float:
-    return math.sqrt(ortho / whole) if whole else 0.0
+def _norm_ratio(ortho_square: float, full_square: float) -> float:
+    return math.sqrt(ortho_square / full_square) if full_square else 0.0
 
 
-def _sizes(path: Path, sizes: Sequence[tuple[str, int]], skeleton: Mapping[str, OrthoLinear]) -> dict[str, int]:
+def _count_bytes(path: Path, sizes: Sequence[tuple[str, int]], skeleton: Mapping[str, OrthoLinear]) -> dict[str, int]:
     base = {f"{name}.{part}" for name in skeleton for part in ("qweight", "scales", "weight")}
     ortho = {f"{name}.{part}" for name in skeleton for part in _ORTHO_PARTS.values()}
-    counted = {
+    stream_bytes = {
         "base": sum(size for name, size in sizes if name in base),
         "ortho": sum(size for name, size in sizes if name in ortho),
     }
-    other = sum(size for _, size in sizes) - counted["base"] - counted["ortho"]
-    there = (path / name for name in read_manifest(path).files)
-    return {**counted, "other": other, "files": sum(file.stat().st_size for file in there if file.exists())}
-
-
-def _findings(
-    path: Path,
-    counts: dict[str, int],
-    first: OrthoLinear,
-    facts: list[LayerFacts],
-    squares: Sequence[tuple[float, float]],
-    sizes: dict[str, int],
-) -> CheckpointContents:
-    weights, has_ortho = sum(layer.weights for layer in facts), bool(counts)
-    ortho, whole = (sum(part) for part in zip(*squares, strict=True))
-    return CheckpointContents(
-        str(path),
-        has_ortho,
-        first.bits,
-        first.group_size,
-        weights,
-        sum(layer.values or 0 for layer in facts) / weights if has_ortho else None,
-        _ratio(ortho, whole) if has_ortho and len(counts) == len(memories(path)) else None,
-        sum(layer.zeros or 0 for layer in facts) / weights if first.bits != 16 else None,
-        8 * (sizes["base"] + sizes["ortho"]) / weights,
-        counts,
-        [name for name in memories(path) if name not in counts],
-        sizes,
-        facts,
-        read_manifest(path).meta,
-    )
+    other = sum(size for _, size in sizes) - stream_bytes["base"] - stream_bytes["ortho"]
+    files = (path / name for name in read_manifest(path).files)
+    return {**stream_bytes, "other": other, "files": sum(file.stat().st_size for file in files if file.exists())}
 
 
 @dataclass(frozen=True)
@@ -240,27 +243,30 @@ class Grid:
         return max((value for row in self.cells for value in row if value is not None), default=0.0)
 
 
-def grid(layers: Sequence[LayerFacts]) -> Grid:
-    """Where the memory sits: layers of one block and one projection (experts, say) are taken together."""
+def density_grid(layers: Sequence[LayerContents]) -> Grid:
+    """Ortho density by block and projection; several layers of one cell (experts, say) are added up."""
     counts: dict[tuple[str, str], tuple[int, int]] = {}
     for layer in layers:
-        values, weights = counts.get(_place(layer.name), (0, 0))
-        counts[_place(layer.name)] = (values + (layer.values or 0), weights + layer.weights)
+        cell = _block_and_projection(layer.name)
+        values, weights = counts.get(cell, (0, 0))
+        counts[cell] = (values + (layer.values or 0), weights + layer.weights)
     rows = sorted(dict.fromkeys(row for row, _ in counts), key=lambda row: (not row.isdigit(), row.zfill(9)))
     columns = list(dict.fromkeys(column for _, column in counts))
-    return Grid(rows, columns, [list(_row(row, columns, counts)) for row in rows])
+    return Grid(rows, columns, [list(_row_densities(row, columns, counts)) for row in rows])
 
 
-def _row(row: str, columns: Sequence[str], counts: Mapping[tuple[str, str], tuple[int, int]]) -> Iterator[float | None]:
+def _row_densities(
+    row: str, columns: Sequence[str], counts: Mapping[tuple[str, str], tuple[int, int]]
+) -> Iterator[float | None]:
     for column in columns:
         values, weights = counts.get((row, column), (0, 0))
         yield values / weights if weights else None
 
 
-def _place(name: str) -> tuple[str, str]:
-    """Block and projection: the first number in the name and what follows, further numbers as `*`."""
+def _block_and_projection(name: str) -> tuple[str, str]:
+    """The first number in ``name``, and the rest of the name with further numbers as `*`."""
     parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if at is None:
+    index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if index is None:
         return "-", name
-    return parts[at], ".".join("*" if part.isdigit() else part for part in parts[at + 1 :]) or "-"
+    return parts[index], ".".join("*" if part.isdigit() else part for part in parts[index + 1 :]) or "-"

@@ -1,4 +1,4 @@
-"""A decomposed model as a plain one, in a format that others read without lm-ortho."""
+"""Export of a checkpoint as a plain model, in a format that other programs read without lm-ortho."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.checkpoint.manifest import CONFIG_FILE, ortho_file, read_json, read_manifest
-from lm_ortho.checkpoint.read import is_checkpoint, load, memories
-from lm_ortho.checkpoint.write import GENERATION_FILE, base_tensors, copy_others, write_json
-from lm_ortho.config import format_alpha, parse_alpha
+from lm_ortho.checkpoint.read import is_checkpoint, list_memories, load
+from lm_ortho.checkpoint.write import GENERATION_FILE, base_tensors, copy_extra_files, write_json
+from lm_ortho.dial import format_alpha, parse_alpha
 from lm_ortho.errors import UserError
 from lm_ortho.files import atomic_directory, check_output_directory
 from lm_ortho.layer import get_streams, unpatch
@@ -24,14 +24,20 @@ from lm_ortho.streams import BaseStream, LayerStreams
 FORMATS = ("bf16", "compressed-tensors")
 _PACKED_BITS = (4, 8)
 _TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
     "*.jinja",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
-class Exported:
-    """A written plain model; ``bytes`` are those of its files."""
+class ExportResult:
+    """An exported model; ``layers`` counts its decomposed layers, ``bytes`` is the size of its files."""
 
     directory: str
     format: str
@@ -47,61 +53,62 @@ def export(
     format: str = "bf16",
     *,
     trust_remote_code: bool = False,
-) -> Exported:
-    """The plain model of a checkpoint at one ``alpha``, written to ``out`` with its tokenizer, whole or not at all.
+) -> ExportResult:
+    """Writes the plain model of a checkpoint at one ``alpha`` to ``out``, with its tokenizer, completely or not at all.
 
-    With several memories ``alpha`` may name each (`a:0+b:1`, or a mapping).
-
-    ``bf16``: plain linear layers holding W(alpha), each weight rounded once. ``compressed-tensors``: the codes and
-    scales of the base stream as they are, in its `pack-quantized` form.
+    With several memories ``alpha`` may name each (`a:0+b:1`, or a mapping). The format ``bf16`` has plain linear
+    layers with W(alpha), each weight rounded once; ``compressed-tensors`` has the unchanged codes and scales of the
+    base stream in its `pack-quantized` form.
 
     Raises:
         UserError: for an unknown format, an occupied ``out``, an alpha or a lattice that the format cannot hold.
     """
-    from lm_ortho.checkpoint import hf
+
+    from lm_ortho.checkpoint.hf import build_skeleton  # imports transformers
 
     source, target = Path(directory), Path(out)
     if format not in FORMATS:
         raise UserError(f"format={format!r} is unknown; known: {', '.join(FORMATS)}")
-    wanted = parse_alpha(alpha)
+    parsed_alpha = parse_alpha(alpha)
     check_output_directory(target)
-    if is_checkpoint(source):  # else load says what is wrong
-        _check_streams(source, wanted, format)
+    if is_checkpoint(source):  # otherwise load raises the error
+        _check_streams(source, parsed_alpha, format)
     model: Any = load(source, dtype=None, trust_remote_code=trust_remote_code)
     layers = len(get_streams(model))
     with atomic_directory(target) as scratch:
         if format == "bf16":
-            unpatch(model, wanted)
+            unpatch(model, parsed_alpha)
             model.save_pretrained(scratch)
         else:
-            _check_plain(hf.skeleton(source, decomposed=False, trust_remote_code=trust_remote_code), get_streams(model))
+            plain_skeleton = build_skeleton(source, decomposed=False, trust_remote_code=trust_remote_code)
+            _check_plain(plain_skeleton, get_streams(model))
             _write_packed(scratch, model, source)
-        _copy_rest(source, scratch)
+        _copy_remaining_files(source, scratch)
         size = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
-    return Exported(str(target), format, wanted, layers, size)
+    return ExportResult(str(target), format, parsed_alpha, layers, size)
 
 
-def _copy_rest(source: Path, target: Path) -> None:
-    """Tokenizer, chat template and a model's own code; a tokenizer that was saved later is in no manifest."""
-    later = (path.name for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file())
-    copy_others(dict.fromkeys([*read_manifest(source).files, *later]), source, target)
+def _copy_remaining_files(source: Path, target: Path) -> None:
+    """Copies tokenizer, chat template and a model's own code; a tokenizer that was saved later is in no manifest."""
+    tokenizer_files = (path.name for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file())
+    copy_extra_files(dict.fromkeys([*read_manifest(source).files, *tokenizer_files]), source, target)
 
 
 def _check_streams(source: Path, alpha: float | dict[str, float], format: str) -> None:
     """Raises ``UserError``, before any weight is read, for what the checkpoint lacks or the format cannot hold."""
-    known = memories(source)
-    each = alpha if isinstance(alpha, dict) else dict.fromkeys(known, alpha)
-    if unknown := [name for name in each if name not in known]:
-        raise UserError(f"alpha: there is no memory {unknown[0]!r}; {source} has {', '.join(known)}")
-    on = [name for name, value in each.items() if value]
-    if format != "bf16" and on:
-        raise UserError(f"alpha={format_alpha(alpha)}: format={format} holds the base stream alone; use alpha=0")
-    missing = [name for name in on if not (source / ortho_file(name)).exists()]
-    if missing and len(known) > 1:
+    memories = list_memories(source)
+    alphas = alpha if isinstance(alpha, dict) else dict.fromkeys(memories, alpha)
+    if unknown := [name for name in alphas if name not in memories]:
+        raise UserError(f"alpha: there is no memory {unknown[0]!r}; {source} has {', '.join(memories)}")
+    active = [name for name, value in alphas.items() if value]
+    if format != "bf16" and active:
+        raise UserError(f"alpha={format_alpha(alpha)}: format={format} holds only the base stream; use alpha=0")
+    missing = [name for name in active if not (source / ortho_file(name)).exists()]
+    if missing and len(memories) > 1:
         raise UserError(f"alpha={format_alpha(alpha)}: {source} lacks {ortho_file(missing[0])}; use 0 for {missing[0]}")
     if missing:
         raise UserError(
-            f"alpha={format_alpha(alpha)}: {source} holds only the base stream, so alpha=0 is all it can give"
+            f"alpha={format_alpha(alpha)}: {source} holds only the base stream, so only alpha=0 can be exported"
         )
     if format == "bf16":
         return
@@ -115,20 +122,20 @@ def _write_packed(target: Path, model: Any, source: Path) -> None:
 
     streams = get_streams(model)
     base = next(iter(streams.values())).base
-    own = {f"{name}.{part}" for name in streams for part in ("qweight", "scales")}
-    tensors = {name: tensor for name, tensor in base_tensors(model).items() if name not in own}
+    stream_names = {f"{name}.{part}" for name in streams for part in ("qweight", "scales")}
+    tensors = {name: tensor for name, tensor in base_tensors(model).items() if name not in stream_names}
     for name, layer in streams.items():
-        tensors |= {f"{name}.{part}": tensor for part, tensor in packed(layer.base).items()}
+        tensors |= {f"{name}.{part}": tensor for part, tensor in pack_base_stream(layer.base).items()}
     save_torch_state_dict(tensors, target)
     config = read_json(source / CONFIG_FILE)
-    config["quantization_config"] = _scheme(base, model)
+    config["quantization_config"] = _make_quantization_config(base, model)
     write_json(target / CONFIG_FILE, config)
     if (source / GENERATION_FILE).exists():
         shutil.copyfile(source / GENERATION_FILE, target / GENERATION_FILE)
 
 
 def _check_plain(plain: nn.Module, streams: dict[str, LayerStreams]) -> None:
-    """Raises ``UserError`` for a layer that the format, or transformers with it, would not take for what it is."""
+    """Raises ``UserError`` for a layer that the format, or transformers reading it, cannot represent."""
     for name, layer in streams.items():
         group = layer.base.group_size
         try:
@@ -144,12 +151,12 @@ def _check_plain(plain: nn.Module, streams: dict[str, LayerStreams]) -> None:
             )
 
 
-def packed(base: BaseStream) -> dict[str, Tensor]:
+def pack_base_stream(base: BaseStream) -> dict[str, Tensor]:
     """The tensors of a 4 or 8 bit base stream in `pack-quantized` form.
 
     ``weight_packed`` (out_features, in_features * bits / 32) int32, ``weight_scale`` (out_features, groups) BF16,
     ``weight_shape`` (2,) int64. Both formats store a code ``c`` as ``c + 2^(bits-1)``, the first code in the lowest
-    bits, so four of our bytes are one word of theirs on a little-endian machine.
+    bits, so four bytes of ``qweight`` are one word of ``weight_packed`` on a little-endian machine.
     """
     if base.qweight is None or base.scales is None:
         raise ValueError("a 16-bit base stream has no codes to pack")
@@ -157,8 +164,8 @@ def packed(base: BaseStream) -> dict[str, Tensor]:
     return {"weight_packed": words, "weight_scale": base.scales, "weight_shape": torch.tensor(base.shape)}
 
 
-def _scheme(base: BaseStream, model: nn.Module) -> dict[str, Any]:
-    """The ``quantization_config``: one scheme for all linear layers but those that stayed as they are."""
+def _make_quantization_config(base: BaseStream, model: nn.Module) -> dict[str, Any]:
+    """The ``quantization_config``: one scheme for all linear layers, except those that were not decomposed."""
     weights = {
         "num_bits": base.bits,
         "type": "int",

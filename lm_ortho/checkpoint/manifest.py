@@ -1,4 +1,4 @@
-"""The manifest: what belongs to a checkpoint, with the hash of every file, and what was done to make it."""
+"""The manifest of a checkpoint: its files with their hashes, and the record of how it was made."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lm_ortho.errors import UserError
-from lm_ortho.streams import BITS, UNNAMED
+from lm_ortho.streams import BITS, DEFAULT_MEMORY
 
 FORMAT = "lm-ortho"
 FORMAT_VERSION = 2
-"""The newest format: 1 holds one memory, 2 several with a name and an ortho file each."""
+"""The newest format: 1 holds one memory; 2 holds several, each with a name and an ortho file."""
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
@@ -24,17 +24,17 @@ ORTHO_FILE = "ortho.safetensors"
 
 def ortho_file(memory: str) -> str:
     """The file that holds the ortho stream of ``memory`` in every layer."""
-    return ORTHO_FILE if memory == UNNAMED else f"ortho-{memory}.safetensors"
+    return ORTHO_FILE if memory == DEFAULT_MEMORY else f"ortho-{memory}.safetensors"
 
 
 def format_version(memories: Iterable[str]) -> int:
-    """The oldest format that can hold these memories."""
-    return 1 if set(memories) <= {UNNAMED} else FORMAT_VERSION
+    """The oldest format version that can hold these memories."""
+    return 1 if set(memories) <= {DEFAULT_MEMORY} else FORMAT_VERSION
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file as it was written."""
+    """Hash and size of one file when it was written."""
 
     sha256: str
     bytes: int
@@ -49,7 +49,7 @@ class Manifest:
 
 
 def write_manifest(directory: Path, meta: dict[str, Any], version: int = 1) -> None:
-    """Hashes every file of ``directory`` into the manifest. Raises ``UserError`` if ``meta`` is no JSON."""
+    """Writes the manifest of all files of ``directory``. Raises ``UserError`` if ``meta`` is not plain JSON."""
     files = {
         path.relative_to(directory).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(directory.rglob("*"))
@@ -64,14 +64,14 @@ def write_manifest(directory: Path, meta: dict[str, Any], version: int = 1) -> N
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises ``UserError`` if it is missing, broken or too new."""
+    """Reads the manifest of a checkpoint. Raises ``UserError`` if it is missing, damaged or too new."""
     content = read_json(directory / MANIFEST_FILE)
     if content.get("format") != FORMAT:
         raise UserError(f"{directory}: {MANIFEST_FILE} does not describe an lm-ortho checkpoint")
     check_version(content.get("format_version"), directory)
     try:
         files = {
-            _inside(name): FileRecord(str(record["sha256"]), int(record["bytes"]))
+            _check_relative(name): FileRecord(str(record["sha256"]), int(record["bytes"]))
             for name, record in content["files"].items()
         }
         return Manifest(files, dict(content["meta"]))
@@ -79,38 +79,40 @@ def read_manifest(directory: Path) -> Manifest:
         raise UserError(f"{directory}: {MANIFEST_FILE} is damaged") from None
 
 
-def check_version(version: Any, where: object) -> None:
-    """Raises ``UserError`` for a format this version cannot read."""
+def check_version(version: Any, location: object) -> None:
+    """Raises ``UserError`` for a format that this version of lm-ortho cannot read; ``location`` begins the message."""
     if not isinstance(version, int) or version < 1:
-        raise UserError(f"{where}: no valid format_version ({version!r})")
+        raise UserError(f"{location}: no valid format_version ({version!r})")
     if version > FORMAT_VERSION:
         raise UserError(
-            f"{where}: written by a newer lm-ortho (format {version}, this one reads up to "
+            f"{location}: written by a newer lm-ortho (format {version}, this one reads up to "
             f"{FORMAT_VERSION}); upgrade lm-ortho"
         )
 
 
-def check_settings(settings: Mapping[str, Any], where: object) -> None:
-    """Raises ``UserError`` for a lattice or a list of layers in ``quantization_config`` that no checkpoint has."""
+def check_settings(settings: Mapping[str, Any], location: object) -> None:
+    """Raises ``UserError`` for an impossible lattice or list of layers in ``quantization_config``."""
     bits, size, modules = (settings.get(name) for name in ("bits", "group_size", "modules"))
     if type(bits) is not int or bits not in BITS:
-        raise UserError(f"{where}: quantization_config has bits={bits!r}; expected one of {', '.join(map(str, BITS))}")
+        raise UserError(
+            f"{location}: quantization_config has bits={bits!r}; expected one of {', '.join(map(str, BITS))}"
+        )
     if type(size) is not int or size < 8 or size % 8:
-        raise UserError(f"{where}: quantization_config has group_size={size!r}; expected a positive multiple of 8")
+        raise UserError(f"{location}: quantization_config has group_size={size!r}; expected a positive multiple of 8")
     if not isinstance(modules, list) or not modules or not all(isinstance(name, str) for name in modules):
-        raise UserError(f"{where}: quantization_config lists no decomposed modules")
+        raise UserError(f"{location}: quantization_config lists no decomposed modules")
 
 
 def verify(directory: Path, manifest: Manifest, names: Iterable[str], optional: Iterable[str] = ()) -> None:
-    """Raises ``UserError`` for a file that is not as the manifest says; ``optional`` ones may be missing."""
-    allowed_missing = set(optional)
+    """Raises ``UserError`` for a file that differs from its record; ``optional`` ones may be missing."""
+    optional_names = set(optional)
     for name in names:
         path = directory / name
         record = manifest.files.get(name)
         if record is None:
             raise UserError(f"{directory}: {name} is not listed in {MANIFEST_FILE}")
         if not path.is_file():
-            if name in allowed_missing:
+            if name in optional_names:
                 continue
             raise UserError(f"{directory}: {name} is missing")
         size = path.stat().st_size
@@ -123,12 +125,12 @@ def verify(directory: Path, manifest: Manifest, names: Iterable[str], optional: 
 
 
 def read_meta(path: str | PathLike[str]) -> dict[str, Any]:
-    """The record stored by ``save`` with a checkpoint: recipe, report, hashes. Raises ``UserError``."""
+    """The record that ``save`` stored with a checkpoint: recipe, report, hashes. Raises ``UserError``."""
     return read_manifest(Path(path)).meta
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ``UserError`` naming the file."""
+    """Reads a JSON object from a file. Raises ``UserError`` that names the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
@@ -140,8 +142,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def libortho_settings(config: Path) -> dict[str, Any] | None:
-    """The quantization settings in a ``config.json``, None where they are not ours. Raises what ``read_json`` does."""
+def read_libortho_settings(config: Path) -> dict[str, Any] | None:
+    """The ``quantization_config`` of a ``config.json``; None if it is missing or not that of lm-ortho.
+
+    Raises:
+        UserError: as ``read_json``.
+    """
     settings = read_json(config).get("quantization_config")
     return settings if isinstance(settings, dict) and settings.get("quant_method") == "libortho" else None
 
@@ -152,7 +158,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _inside(name: str) -> str:
+def _check_relative(name: str) -> str:
+    """Returns ``name``. Raises ``ValueError`` for a path outside the checkpoint."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts:
         raise ValueError(name)

@@ -1,4 +1,4 @@
-"""Writing a decomposed model: complete or not at all."""
+"""Writing a checkpoint: either complete or not at all."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lm_ortho import streams as accounts
 from lm_ortho.checkpoint.manifest import (
     CONFIG_FILE,
     INDEX_FILE,
     MANIFEST_FILE,
     format_version,
-    libortho_settings,
     ortho_file,
+    read_libortho_settings,
     read_manifest,
     write_manifest,
 )
@@ -30,17 +29,21 @@ from lm_ortho.errors import UserError
 from lm_ortho.files import is_immovable, temporary_name
 from lm_ortho.layer import get_streams, ortho_layers
 from lm_ortho.layer.guard import Guard
-from lm_ortho.streams import LayerStreams
+from lm_ortho.streams import LayerStreams, bits_per_weight, density
 
 SHARD_BYTES = 5 * 10**9
 # Files with which transformers would load another model from the same directory.
-_RIVALS = (
-    "model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin",
-    "pytorch_model.bin.index.json", "adapter_config.json",
-)  # fmt: skip
+_OTHER_MODEL_FILES = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+    "pytorch_model.bin.index.json",
+    "adapter_config.json",
+)
 GENERATION_FILE = "generation_config.json"
 USED_FILE = ".last_used"
-"""The cache's note beside a checkpoint, which goes with it."""
+"""An empty file with which the cache records when an entry was last used; it moves with the checkpoint."""
 
 
 def save(
@@ -51,20 +54,21 @@ def save(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """The directory of the checkpoint of a patched transformers model.
+    """Writes a patched transformers model as a checkpoint and returns its directory.
 
-    Everything is written under a temporary name beside it (inside it, where it cannot be moved itself) and moved at
-    the end. Files of others in an existing directory stay; an older checkpoint there is replaced, but for its
-    tokenizer where none is given. Parameters outside the streams are stored in BF16, so a model that keeps them in
-    float32 comes back rounded; buffers keep their dtype. ``meta`` is plain JSON that ``read_meta`` gives back; its
-    ``recipe`` also goes into ``config.json``.
+    All files are written under a temporary name beside the directory (inside it, if it cannot be moved itself) and
+    moved at the end. Unrelated files in an existing directory stay; an older checkpoint there is replaced, except its
+    tokenizer if ``tokenizer`` is None. Parameters outside the streams are stored in BF16, so a model that keeps them
+    in float32 is rounded; buffers keep their dtype. ``meta`` is plain JSON that ``read_meta`` returns; its ``recipe``
+    is also written to ``config.json``.
 
-    Raises ``UserError`` for a model that is not decomposed or a directory that holds another model.
+    Raises:
+        UserError: for a model that is not decomposed or a directory that holds another model.
     """
     target = Path(directory).resolve()  # a link to a directory stays a link
     streams = get_streams(model)
     settings = quantization_settings(streams, meta or {})
-    _refuse_occupied(target)
+    _check_directory(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     inside = is_immovable(target) or (target.is_dir() and not os.access(target.parent, os.W_OK))
     scratch = (target if inside else target.parent) / temporary_name(target)
@@ -75,7 +79,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         else:
-            _keep_tokenizer(target, scratch)
+            _copy_older_tokenizer(target, scratch)
         write_manifest(scratch, meta or {}, settings["format_version"])
         _publish(scratch, target)
     finally:
@@ -84,7 +88,11 @@ def save(
 
 
 def quantization_settings(streams: dict[str, LayerStreams], meta: dict[str, Any]) -> dict[str, Any]:
-    """What goes into ``config.json``. Raises ``UserError`` without layers or for lattices that differ."""
+    """The ``quantization_config`` of ``config.json``.
+
+    Raises:
+        UserError: for a model without decomposed layers, or with layers of different lattices.
+    """
     if not streams:
         raise UserError("the model is not decomposed: nothing to save as a checkpoint")
     lattices = {(layer.base.bits, layer.base.group_size) for layer in streams.values()}
@@ -98,8 +106,8 @@ def quantization_settings(streams: dict[str, LayerStreams], meta: dict[str, Any]
         "format_version": version,
         "bits": bits,
         "group_size": group_size,
-        "density": accounts.density(streams),
-        "bits_per_weight": accounts.bits_per_weight(streams),
+        "density": density(streams),
+        "bits_per_weight": bits_per_weight(streams),
         "modules": list(streams),
     }
     if version > 1:
@@ -107,22 +115,8 @@ def quantization_settings(streams: dict[str, LayerStreams], meta: dict[str, Any]
     return {**settings, "recipe": meta["recipe"]} if meta.get("recipe") else settings
 
 
-def attach(model: nn.Module, meta: dict[str, Any] | None = None) -> None:
-    """Makes ``save_pretrained`` and ``push_to_hub`` of a freshly patched model write a checkpoint of ours.
-
-    Models that come from ``load`` or ``from_pretrained`` have this already.
-    """
-    from lm_ortho.checkpoint.hf import LibOrthoConfig, LibOrthoHfQuantizer
-
-    config = LibOrthoConfig(**quantization_settings(get_streams(model), meta or {}))
-    model.hf_quantizer = LibOrthoHfQuantizer(config, meta=meta or {})
-    transformers_config: Any = model.config
-    transformers_config.quantization_config = config
-    SavePretrainedGuard.install(model)
-
-
 class SavePretrainedGuard(Guard):
-    """``save_pretrained`` in our format: transformers alone would write one file for both streams."""
+    """Makes ``save_pretrained`` write a checkpoint; transformers alone would write one file for both streams."""
 
     method = "save_pretrained"
 
@@ -135,7 +129,7 @@ class SavePretrainedGuard(Guard):
         max_shard_size: int | str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes a checkpoint; the arguments are those of transformers."""
+        """Writes a checkpoint; the parameters are those of transformers."""
         if state_dict is not None:
             raise UserError("save_pretrained(state_dict=...) is not possible for a decomposed model")
         model = self.model
@@ -146,14 +140,13 @@ class SavePretrainedGuard(Guard):
                 model,
                 None,
                 getattr(quantizer, "meta", {}),
-                shard_bytes=_bytes(max_shard_size),
+                shard_bytes=_parse_size(max_shard_size),
             )
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
-            known = ("commit_message", "private", "token", "create_pr", "revision")
-            model.push_to_hub(  # type: ignore[operator]
-                repo_id, **{name: kwargs[name] for name in known if name in kwargs}
-            )
+            option_names = ("commit_message", "private", "token", "create_pr", "revision")
+            options = {name: kwargs[name] for name in option_names if name in kwargs}
+            model.push_to_hub(repo_id, **options)  # type: ignore[operator]
 
 
 def _write_tensors(directory: Path, model: nn.Module, streams: dict[str, LayerStreams], shard_bytes: int) -> None:
@@ -167,9 +160,9 @@ def _write_tensors(directory: Path, model: nn.Module, streams: dict[str, LayerSt
         save_file({name: base[name] for name in names}, directory / filename, metadata={"format": "pt"})
     index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
     if len(split.filename_to_tensors) == 1:
-        only = next(iter(split.filename_to_tensors))
+        filename = next(iter(split.filename_to_tensors))
         total = sum(tensor.nbytes for tensor in base.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(sorted(base), only)}
+        index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(sorted(base), filename)}
     write_json(directory / INDEX_FILE, index)
     for memory in dict.fromkeys(name for layer in streams.values() for name in layer.memories):
         ortho = {
@@ -181,31 +174,31 @@ def _write_tensors(directory: Path, model: nn.Module, streams: dict[str, LayerSt
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Everything but the ortho stream, on the CPU; a tied tensor once, under the name the model loads."""
+    """All tensors but the ortho streams, on the CPU; a tied tensor once, under the name that the model loads."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    rounded = {*parameters, *(f"{name}.bias" for name in ortho_layers(model))}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    seen: set[int] = set()
+    bf16_names = {*parameters, *(f"{name}.bias" for name in ortho_layers(model))}
+    tied_names = getattr(model, "all_tied_weights_keys", None) or {}
+    storages: set[int] = set()
     base: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         parameter = parameters.get(name)
-        is_tied = parameter is not None and name in tied and parameters.get(tied[name]) is parameter
+        is_tied = parameter is not None and name in tied_names and parameters.get(tied_names[name]) is parameter
         if is_tied or name.rpartition(".")[2].startswith("ortho_") or not isinstance(tensor, Tensor):
             continue
-        stored = _stored(name, tensor, name in rounded, model).cpu().contiguous()
-        # The format knows no shared memory; a layer shared by two blocks is written twice.
-        place = stored.untyped_storage().data_ptr()
-        base[name] = stored.clone() if place in seen else stored
-        seen.add(place)
+        tensor = _cast_for_storage(name, tensor, name in bf16_names, model).cpu().contiguous()
+        # safetensors has no shared memory; a layer shared by two blocks is written twice.
+        storage = tensor.untyped_storage().data_ptr()
+        base[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     return base
 
 
-def _stored(name: str, tensor: Tensor, rounded: bool, model: nn.Module) -> Tensor:
-    keep = {
+def _cast_for_storage(name: str, tensor: Tensor, to_bf16: bool, model: nn.Module) -> Tensor:
+    float32_modules = {
         *(getattr(model, "_keep_in_fp32_modules", None) or ()),
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
     }
-    if not rounded or not tensor.is_floating_point() or keep & set(name.split(".")):
+    if not to_bf16 or not tensor.is_floating_point() or float32_modules & set(name.split(".")):
         return tensor.detach()
     return tensor.detach().to(torch.bfloat16)
 
@@ -218,7 +211,7 @@ def _write_config(directory: Path, model: Any, settings: dict[str, Any]) -> None
     config.architectures = [type(model).__name__]
     config.quantization_config = settings
     config.save_pretrained(directory)
-    if getattr(model, "_auto_class", None) is not None:  # a model that brings code of its own
+    if getattr(model, "_auto_class", None) is not None:  # a model with its own code
         from transformers.dynamic_module_utils import custom_object_save
 
         custom_object_save(model, directory, config=config)
@@ -230,45 +223,46 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _refuse_occupied(target: Path) -> None:
+def _check_directory(target: Path) -> None:
+    """Raises ``UserError`` for a directory that holds another model."""
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; a checkpoint is a directory")
-    rivals = [path.name for pattern in _RIVALS for path in sorted(target.glob(pattern))]
-    if not rivals and (target / CONFIG_FILE).is_file() and not _is_ours(target / CONFIG_FILE):
-        rivals = [CONFIG_FILE]
-    if rivals:
-        raise UserError(f"{target} holds another model ({rivals[0]}); choose an empty directory")
+    files = [path.name for pattern in _OTHER_MODEL_FILES for path in sorted(target.glob(pattern))]
+    if not files and (target / CONFIG_FILE).is_file() and not _is_replaceable(target / CONFIG_FILE):
+        files = [CONFIG_FILE]
+    if files:
+        raise UserError(f"{target} holds another model ({files[0]}); choose an empty directory")
 
 
-def _is_ours(config: Path) -> bool:
-    """Whether the configuration is of a checkpoint that a new one may replace; so is one that cannot be read."""
+def _is_replaceable(config: Path) -> bool:
+    """Whether the configuration belongs to an lm-ortho checkpoint, or cannot be read."""
     try:
-        return libortho_settings(config) is not None
+        return read_libortho_settings(config) is not None
     except UserError:
         return True
 
 
-def copy_others(names: Iterable[str], source: Path, target: Path) -> None:
+def copy_extra_files(names: Iterable[str], source: Path, target: Path) -> None:
     """Copies those of the files ``names`` of a checkpoint that are neither weights nor configuration."""
-    ours = {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, GENERATION_FILE}
+    excluded = {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, GENERATION_FILE}
     for name in names:
-        if name not in ours and not name.endswith(".safetensors"):
+        if name not in excluded and not name.endswith(".safetensors"):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, target / name)
 
 
-def _keep_tokenizer(target: Path, scratch: Path) -> None:
-    """What an older checkpoint has beside weights, configuration and code, such as its tokenizer, goes along."""
-    kept = (name for name in _older_files(target) if not name.endswith(".py") and not (scratch / name).exists())
-    copy_others((name for name in kept if (target / name).is_file()), target, scratch)
+def _copy_older_tokenizer(target: Path, scratch: Path) -> None:
+    """Copies from an older checkpoint all files but weights, configuration and code, such as its tokenizer."""
+    names = (name for name in _older_files(target) if not name.endswith(".py") and not (scratch / name).exists())
+    copy_extra_files((name for name in names if (target / name).is_file()), target, scratch)
 
 
 def _publish(scratch: Path, target: Path) -> None:
-    """Moves a finished checkpoint to its place.
+    """Moves a finished checkpoint to its final directory.
 
-    In one step where nothing is there, by a swap where there is an older checkpoint, and file by file where
-    others keep files too. In that last case the manifest goes first and comes last, so what an interruption
-    leaves is refused by load.
+    In one step if that does not exist, by a swap if it holds only an older checkpoint, and file by file if it holds
+    unrelated files, too. In the last case the old manifest is deleted first and the new one moved last, so that
+    ``load`` refuses what an interruption leaves.
     """
     older = _older_files(target)
     if scratch.parent != target:
@@ -278,8 +272,8 @@ def _publish(scratch: Path, target: Path) -> None:
         except OSError:
             if not target.is_dir():
                 raise
-        there = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
-        if there <= {*older, USED_FILE}:
+        existing = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+        if existing <= {*older, USED_FILE}:
             _swap(scratch, target)
             return
     (target / MANIFEST_FILE).unlink(missing_ok=True)
@@ -294,26 +288,26 @@ def _publish(scratch: Path, target: Path) -> None:
 
 
 def _swap(scratch: Path, target: Path) -> None:
-    replaced = scratch.with_name(temporary_name(target))
-    os.rename(target, replaced)
+    backup = scratch.with_name(temporary_name(target))
+    os.rename(target, backup)
     try:
         os.rename(scratch, target)
     except OSError:
-        os.rename(replaced, target)
+        os.rename(backup, target)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(backup, ignore_errors=True)
 
 
 def _older_files(target: Path) -> set[str]:
-    """Files of a checkpoint that is in ``target`` already, as far as its manifest can be read."""
+    """Files of an older checkpoint in ``target``; none if its manifest cannot be read."""
     try:
         return {*read_manifest(target).files, MANIFEST_FILE}
     except UserError:
         return set()
 
 
-def _bytes(size: int | str | None) -> int:
-    """``"5GB"`` as a number."""
+def _parse_size(size: int | str | None) -> int:
+    """Bytes of a size such as ``"5GB"``."""
     if not isinstance(size, str):
         return size or SHARD_BYTES
     units = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}

@@ -8,7 +8,7 @@ from lm_ortho.errors import UserError
 
 
 def main() -> None:
-    """Runs the command line; bad input ends in one line ``error: ...`` and exit code 1."""
+    """Runs the command line; bad input ends with one line ``error: ...`` and exit code 1."""
     from lm_ortho.cli.app import app
 
     try:

@@ -23,15 +23,15 @@ from lm_ortho.cli.verdict import verdict
 
 app = typer.Typer(
     name="lm-ortho",
-    help="A language model whose memories sit behind one dial, alpha, measured with lm-eval.",
+    help="Split a language model into two streams, so that alpha=0 forgets, and measure it with lm-eval.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"lm-ortho {lm_ortho.__version__}")
         raise typer.Exit
 

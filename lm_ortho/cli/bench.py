@@ -1,4 +1,4 @@
-"""``lm-ortho bench``: how fast the kernels are here."""
+"""``lm-ortho bench``: measures the speed of the kernels on this machine."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ if TYPE_CHECKING:
 
 
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="One shape on one thread, in less than 50 seconds.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Time one shape on one thread, in less than 50 seconds.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    threads: Annotated[int, typer.Option(help="Threads; with --quick always one.", min=1)] = 1,
-    kernel: Annotated[str, typer.Option(help="auto, reference, cpu or triton.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Number of threads; --quick always uses one.", min=1)] = 1,
+    kernel: Annotated[str, typer.Option(help="Kernel to time: auto, reference, cpu or triton.")] = "auto",
 ) -> None:
-    """Time single layers of Llama-3-8B and TinyLlama on two streams, beside BF16, FP32 and torch's INT4, on the CPU.
+    """Time single layers of Llama-3-8B and TinyLlama on the CPU: two streams, BF16, FP32 and torch's INT4.
 
-    Weights are rotated so that no cache helps, the variants take turns, medians are compared; the ratio is to BF16
-    F.linear of the same run, and above 1 is faster. The null test: alpha=0 against a layer without an ortho stream.
+    Calls rotate through copies of the weights, so that no cache helps, and the variants are interleaved. The table has
+    medians and the speed relative to BF16 F.linear of the same run: above 1 is faster. The null test compares alpha=0
+    with a layer that has no ortho stream.
     """
     from dataclasses import replace
 
-    from lm_ortho.bench import Plan, quick_plan, run
+    from lm_ortho.bench import Plan, make_quick_plan, run
     from lm_ortho.errors import UserError
     from lm_ortho.kernels import KERNELS
 
     if kernel not in KERNELS:
         raise UserError(f"kernel={kernel!r} is unknown; known: {', '.join(KERNELS)}")
-    plan = quick_plan(kernel) if quick else replace(Plan(kernel=kernel), threads=threads)
+    plan = make_quick_plan(kernel) if quick else replace(Plan(kernel=kernel), threads=threads)
     report = run(plan, lambda line: typer.echo(line, err=True))
     if as_json:
         typer.echo(json.dumps(report, indent=2))

@@ -1,4 +1,4 @@
-"""``lm-ortho board``: a matrix of models, methods, settings, seeds and tasks, and the page of what came out."""
+"""``lm-ortho board``: runs a matrix of models, methods, settings, seeds and tasks, and writes a page of the results."""
 
 from __future__ import annotations
 
@@ -20,23 +20,27 @@ Out = Annotated[Path, typer.Argument(help="The folder of a board or a sweep.", s
 
 @app.command("run")
 def run(
-    board: Annotated[Path, typer.Argument(help="What to run: a file such as boards/quick.yaml.", show_default=False)],
+    board: Annotated[
+        Path, typer.Argument(help="The board to run: a file such as boards/quick.yaml.", show_default=False)
+    ],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder of the results; runs/NAME without it. A run goes on there."),
+        typer.Option(
+            "--out", "-o", help="Folder of the results, by default runs/NAME. An interrupted run resumes from it."
+        ),
     ] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Do pieces that failed again.")] = False,
-    only: Annotated[str, typer.Option(help="A method, or the beginning of a hash of the table.")] = "",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed pieces again.")] = False,
+    only: Annotated[str, typer.Option(help="Run only this method, or the rows whose hash starts with this.")] = "",
     executor: Annotated[
-        Literal["local", "ray"] | None, typer.Option(help="In the place of the one that the file names.")
+        Literal["local", "ray"] | None, typer.Option(help="Executor that replaces the one of the board file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print how far it is as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the status as JSON.")] = False,
 ) -> None:
-    """Make and measure every model of a board that is not finished, and write its page.
+    """Build and measure every unfinished model of a board, and write its page.
 
-    Every piece is kept as soon as it is finished; a run that was interrupted, in whatever way, goes on there. A failing
-    piece is recorded and does not stop the others. Under `torchrun --nproc_per_node 2 -m lm_ortho board run ...` the
-    documents of each task are dealt out to the processes.
+    Each piece is stored as soon as it is finished; an interrupted run resumes from there. A failing piece is recorded
+    and does not stop the others. Under `torchrun --nproc_per_node 2 -m lm_ortho board run ...` the documents of each
+    task are distributed over the processes.
     """
     from rich.console import Console
 
@@ -44,12 +48,13 @@ def run(
     from lm_ortho.leaderboard.config import read_board
     from lm_ortho.leaderboard.report.formats import write_pages
 
-    asked = read_board(board)
+    config = read_board(board)
     if executor:
-        asked = asked.model_copy(update={"resources": asked.resources.model_copy(update={"executor": executor})})
-    directory = out or Path("runs") / asked.name
+        config = config.model_copy(update={"resources": config.resources.model_copy(update={"executor": executor})})
+    directory = out or Path("runs") / config.name
     command = shlex.join(["lm-ortho", "board", "run", str(board), *(["-o", str(out)] if out else [])])
-    tally = run_board(asked, directory, Console(stderr=True), command, retry_failed, only)
+    console = Console(stderr=True)
+    tally = run_board(config, directory, console, command, retry_failed=retry_failed, only=only)
     if tally is None:
         return
     pages = write_pages(directory, directory)
@@ -57,70 +62,70 @@ def run(
         typer.echo(json.dumps(status(directory), indent=2))
     else:
         typer.echo("\n".join(str(page) for page in pages))
-    finish(tally, f"{directory}: ")
+    report_tally(tally, f"{directory}: ")
 
 
 @app.command("status")
 def status(
     out: Out, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False
 ) -> None:
-    """Say how far a board or sweep is: what is done, what failed and why, the time left, and its runs."""
+    """Print the status of a board or sweep: finished and failed pieces with their errors, the time left, its runs."""
     from rich.console import Console
 
     from lm_ortho.leaderboard.board import print_status
-    from lm_ortho.leaderboard.board import status as status_of
+    from lm_ortho.leaderboard.board import status as read_status
 
-    found = status_of(out)
+    report = read_status(out)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(report, indent=2))
     else:
-        print_status(found, Console())
+        print_status(report, Console())
 
 
 @app.command("page")
 def page(
     out: Out,
-    to: Annotated[Path | None, typer.Option(help="Folder for the files; the one of the results without it.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder of the files, by default that of the results.")] = None,
 ) -> None:
-    """Write leaderboard.html (one file, works offline), leaderboard.md and leaderboard.csv of what is finished."""
+    """Write leaderboard.html (one file, works offline), leaderboard.md and leaderboard.csv of all finished pieces."""
     from lm_ortho.leaderboard.report.formats import write_pages
 
     typer.echo("\n".join(str(page) for page in write_pages(out, to or out)))
 
 
 def parse_json(text: str, argument: str) -> dict[str, Any]:
-    """The object that a JSON option holds; {} for none."""
+    """Parses the object of a JSON option; empty text is ``{}``."""
     if not text:
         return {}
     try:
-        given = json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{argument}={text!r} is not JSON ({error.msg})") from None
-    if not isinstance(given, dict):
+    if not isinstance(value, dict):
         raise UserError(f'{argument}={text!r} must be an object such as {{"forget": "forget.jsonl"}}')
-    return given
+    return value
 
 
 def parse_model_args(text: str) -> dict[str, Any]:
-    """Model args as lm-eval reads them: ``a=1,b=2``, or JSON; alpha is not one of them here."""
+    """Parses model args as lm-eval does: ``a=1,b=2``, or JSON. alpha is refused."""
     from lm_eval.utils import simple_parse_args_string
 
     if text.lstrip().startswith("{"):
-        given = parse_json(text, "model_args")
+        model_args = parse_json(text, "model_args")
     elif bad := [part for part in text.split(",") if part and "=" not in part]:
         raise UserError(f"model_args: {bad[0]!r} is not name=value")
     else:
-        given = simple_parse_args_string(text) if text else {}
-    if "alpha" in given:
-        raise UserError("model_args: alpha is what is swept; use --alpha")
-    return given
+        model_args = simple_parse_args_string(text) if text else {}
+    if "alpha" in model_args:
+        raise UserError("model_args: the sweep sets alpha; use --alpha")
+    return model_args
 
 
-def finish(tally: Tally, where: str = "") -> None:
-    """The last line, and exit code 1 for what failed."""
+def report_tally(tally: Tally, prefix: str = "") -> None:
+    """Prints the last line of a run; exits with code 1 if pieces failed."""
     parts = [f"{tally.done} of {tally.total} pieces done"]
-    parts += [f"{tally.failed} failed (--retry-failed does them again)"] if tally.failed else []
-    parts += [f"{tally.elsewhere} in the hands of another process"] if tally.elsewhere else []
-    typer.echo(where + ", ".join(parts), err=True)
+    parts += [f"{tally.failed} failed (--retry-failed runs them again)"] if tally.failed else []
+    parts += [f"{tally.running} running in another process"] if tally.running else []
+    typer.echo(prefix + ", ".join(parts), err=True)
     if tally.failed:
         raise typer.Exit(1)

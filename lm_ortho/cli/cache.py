@@ -1,4 +1,4 @@
-"""``lm-ortho cache``: the decompositions kept between runs."""
+"""``lm-ortho cache``: lists and deletes cached decompositions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import typer
 if TYPE_CHECKING:
     from lm_ortho.checkpoint.cache import Entry
 
-WARNING = "Entries hold the memory in clear, as `--log_samples` files do; keep the folder to yourself."
+WARNING = "Entries hold the memory in clear, as `--log_samples` files do; do not share the folder."
 
-app = typer.Typer(help="The decompositions kept between runs.", no_args_is_help=True)
+app = typer.Typer(help="Manage the decompositions cached between runs.", no_args_is_help=True)
 
 
 @app.command("list")
@@ -32,22 +32,22 @@ def list_cached(
         return
     if entries:
         _print_table(entries)
-    used = sum(entry.bytes for entry in entries)
-    typer.echo(f"{len(entries)} entries, {_megabytes(used)} of {_megabytes(limit)}, in {folder}")
+    size = sum(entry.bytes for entry in entries)
+    typer.echo(f"{len(entries)} entries, {_format_megabytes(size)} of {_format_megabytes(limit)}, in {folder}")
     typer.echo(WARNING)
 
 
 @app.command("clear")
 def clear() -> None:
-    """Remove every cached decomposition."""
+    """Delete every cached decomposition."""
     from lm_ortho.checkpoint import cache
 
-    removed = cache.clear()
-    freed = sum(entry.bytes for entry in removed)
-    typer.echo(f"removed {len(removed)} entries, {_megabytes(freed)}, from {cache.cache_dir()}")
+    entries = cache.clear()
+    size = sum(entry.bytes for entry in entries)
+    typer.echo(f"removed {len(entries)} entries, {_format_megabytes(size)}, from {cache.cache_dir()}")
 
 
-def _megabytes(size: int) -> str:
+def _format_megabytes(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
@@ -56,9 +56,9 @@ def _print_table(entries: list[Entry]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for column in ("entry", "size", "last used", "what"):
+    for column in ("entry", "size", "last used", "description"):
         table.add_column(column, overflow="fold")
     for entry in entries:
-        used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
-        table.add_row(entry.key[:12], _megabytes(entry.bytes), used, entry.description)
+        last_used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
+        table.add_row(entry.key[:12], _format_megabytes(entry.bytes), last_used, entry.description)
     Console().print(table)

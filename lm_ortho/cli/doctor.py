@@ -1,4 +1,4 @@
-"""``lm-ortho doctor``: how lm-eval finds us here, and what would break it."""
+"""``lm-ortho doctor``: checks how lm-eval finds our model and tasks here, and what would prevent it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Check:
-    """One fact; ``advice`` says what to do where ``status`` is not ok."""
+    """One check of the installation; ``advice`` is what to do if ``status`` is not ok."""
 
     name: str
     status: Literal["ok", "warn", "fail"]
@@ -39,67 +39,67 @@ class Check:
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Say which way lm-eval finds libortho here, and what would break it (exit code 1 if it does not)."""
-    checks = list(_checks())
+    """Print how lm-eval finds libortho here, and what would prevent it (exit code 1 if it does not)."""
+    checks = list(_run_checks())
     broken = any(check.status == "fail" for check in checks)
     if as_json:
-        report = {"active": active_way(), "ok": not broken, "checks": [asdict(check) for check in checks]}
+        report = {"active": find_active_route(), "ok": not broken, "checks": [asdict(check) for check in checks]}
         typer.echo(json.dumps(report, indent=2))
     else:
         _print_table(checks)
-        typer.echo(f"way to libortho: {active_way()}")
+        typer.echo(f"way to libortho: {find_active_route()}")
     raise typer.Exit(1 if broken else 0)
 
 
-def active_way() -> str:
-    """How a plain ``lm_eval`` command reaches our model in this environment."""
-    if startup.installed():
+def find_active_route() -> str:
+    """Returns how a plain ``lm_eval`` command reaches our model in this environment."""
+    if startup.is_installed():
         return HOOK
     return ENTRY_POINT if _scans_entry_points() else NONE
 
 
-def _checks() -> Iterator[Check]:
+def _run_checks() -> Iterator[Check]:
     yield Check("lm-ortho", "ok", f"{lm_ortho.__version__} in {Path(lm_ortho.__path__[0])}")
     yield Check("python", "ok", f"{platform.python_version()} at {sys.executable}")
-    yield from (_library(name) for name in LIBRARIES)
-    yield _site()
-    yield _startup_file()
-    yield _switch()
-    if _library("lm_eval").status == "ok":  # else that it is missing has been said
-        yield _way()
-        yield _model()
-        yield _tasks()
-    yield _weights()
-    yield _device()
-    yield _bfloat16()
-    yield _kernel()
+    yield from (_check_library(name) for name in LIBRARIES)
+    yield _check_site()
+    yield _check_startup_file()
+    yield _check_switch()
+    if _check_library("lm_eval").status == "ok":  # else its own check has reported it
+        yield _check_route()
+        yield _check_model()
+        yield _check_tasks()
+    yield _check_weights()
+    yield _check_device()
+    yield _check_bfloat16()
+    yield _check_kernel()
 
 
-def _library(name: str) -> Check:
+def _check_library(name: str) -> Check:
     try:
         return Check(name, "ok", metadata.version(name))
     except metadata.PackageNotFoundError:
         return Check(name, "fail", "not installed", f"pip install {name}")
 
 
-def _site() -> Check:
+def _check_site() -> Check:
     if sys.flags.no_site:
-        return Check("site", "fail", "python -S", "without site no .pth file is read; use `lm-ortho eval`")
+        return Check("site", "fail", "python -S", "Python reads no .pth file without site; use `lm-ortho eval`")
     return Check("site", "ok", "enabled")
 
 
-def site_folders() -> list[Path]:
-    """The folders whose ``.pth`` files this interpreter reads at its start."""
+def list_site_folders() -> list[Path]:
+    """Returns the folders whose ``.pth`` files this interpreter reads at its start."""
     folders = site.getsitepackages()
     if site.ENABLE_USER_SITE:
         folders.append(site.getusersitepackages())
     return [Path(folder) for folder in folders]
 
 
-def _startup_file() -> Check:
-    found = [file for folder in site_folders() for name in STARTUP_FILES if (file := folder / name).is_file()]
-    if found:
-        return Check("start-up file", "ok", ", ".join(map(str, found)))
+def _check_startup_file() -> Check:
+    candidates = [folder / name for folder in list_site_folders() for name in STARTUP_FILES]
+    if files := [file for file in candidates if file.is_file()]:
+        return Check("start-up file", "ok", ", ".join(map(str, files)))
     package = Path(lm_ortho.__path__[0]).parent
     if any((package / name).is_file() for name in STARTUP_FILES):
         reason = f"only in {package}, which is no site folder (pip --target, PYTHONPATH)"
@@ -108,11 +108,11 @@ def _startup_file() -> Check:
     return Check("start-up file", "fail", reason, "pip install into the environment, or use `lm-ortho eval`")
 
 
-def _switch() -> Check:
-    value = os.environ.get(startup.SWITCH)
+def _check_switch() -> Check:
+    value = os.environ.get(startup.AUTOLOAD_VARIABLE)
     if value == "0":
-        return Check(startup.SWITCH, "fail", "0: hook switched off", "unset it, or use `lm-ortho eval`")
-    return Check(startup.SWITCH, "ok", "not set" if value is None else value)
+        return Check(startup.AUTOLOAD_VARIABLE, "fail", "0: hook switched off", "unset it, or use `lm-ortho eval`")
+    return Check(startup.AUTOLOAD_VARIABLE, "ok", "not set" if value is None else value)
 
 
 def _scans_entry_points() -> bool:
@@ -121,56 +121,55 @@ def _scans_entry_points() -> bool:
     return hasattr(registry, "load_plugins")
 
 
-def _way() -> Check:
-    way = active_way()
-    if way == HOOK:
-        return Check("way", "ok", way)
-    if way == ENTRY_POINT:
-        return Check("way", "warn", f"{way}: the model only", "for our tasks use `lm-ortho eval`")
+def _check_route() -> Check:
+    route = find_active_route()
+    if route == HOOK:
+        return Check("way", "ok", route)
+    if route == ENTRY_POINT:
+        return Check("way", "warn", f"{route}: the model only", "for our tasks use `lm-ortho eval`")
     return Check("way", "fail", "lm_eval does not know us", "use `lm-ortho eval` in place of `lm_eval`")
 
 
-def _model() -> Check:
+def _check_model() -> Check:
     import lm_eval.models  # noqa: F401
     from lm_eval.api import registry
 
     from lm_ortho.plugin.bridges import MODEL_NAME
 
     if hasattr(registry, "load_plugins"):
-        named = [entry.name for entry in metadata.entry_points(group="lm_eval.models")]
-        known = MODEL_NAME in named
+        is_registered = MODEL_NAME in [entry.name for entry in metadata.entry_points(group="lm_eval.models")]
     else:
-        known = MODEL_NAME in registry.model_registry
-    if known:
+        is_registered = MODEL_NAME in registry.model_registry
+    if is_registered:
         return Check("model", "ok", f"lm_eval knows {MODEL_NAME}")
     return Check("model", "fail", f"lm_eval does not know {MODEL_NAME}", "see `way` above")
 
 
-def _tasks() -> Check:
+def _check_tasks() -> Check:
     from lm_eval.tasks.manager import TaskManager
 
-    from lm_ortho.plugin.bridges import tasks_bridged, tasks_dir
+    from lm_ortho.plugin.bridges import find_tasks_dir, is_bridged
 
     try:
-        folder = tasks_dir()
+        folder = find_tasks_dir()
     except FileNotFoundError as error:
         return Check("tasks", "fail", str(error), "reinstall lm-ortho")
-    found = f"{sum(1 for _ in folder.rglob('*.yaml'))} task files in {folder}"
-    if tasks_bridged(TaskManager):
-        return Check("tasks", "ok", found)
-    return Check("tasks", "fail", f"{found}, not seen by lm_eval", f"add `--include_path {folder}`")
+    description = f"{sum(1 for _ in folder.rglob('*.yaml'))} task files in {folder}"
+    if is_bridged(TaskManager):
+        return Check("tasks", "ok", description)
+    return Check("tasks", "fail", f"{description}, not known to lm_eval", f"add `--include_path {folder}`")
 
 
-def _weights() -> Check:
+def _check_weights() -> Check:
     from lm_ortho import world
 
     try:
-        return Check("embedded model", "ok", str(world.path("decomposed")))
+        return Check("embedded model", "ok", str(world.get_path("decomposed")))
     except UserError as error:
-        return Check("embedded model", "fail", str(error), "or name a model of your own with `pretrained=`")
+        return Check("embedded model", "fail", str(error), "or use your own model with `pretrained=`")
 
 
-def _device() -> Check:
+def _check_device() -> Check:
     import torch
 
     threads = f"{torch.get_num_threads()} threads"
@@ -179,7 +178,7 @@ def _device() -> Check:
     return Check("device", "ok", f"cpu: {torch.backends.cpu.get_cpu_capability()}, {threads}")
 
 
-def _bfloat16() -> Check:
+def _check_bfloat16() -> Check:
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
@@ -189,22 +188,23 @@ def _bfloat16() -> Check:
     return Check("bfloat16", "warn", "emulated on this cpu", "slow; `dtype=float32` is faster here")
 
 
-def _kernel() -> Check:
-    """What computes the products of a large decomposed model here, in BF16, with ``kernel=auto``."""
+def _check_kernel() -> Check:
+    """Checks which kernel multiplies the layers of a large decomposed model here, in BF16, with ``kernel=auto``."""
     import torch
 
-    from lm_ortho.kernels import AUTO, Ask, choose, cpu
+    from lm_ortho.kernels import AUTO, ProductSpec, choose, cpu
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = choose(AUTO, Ask(device, torch.bfloat16, 1, 4096, 4096, 4, 64))
+    problem = ProductSpec(device, torch.bfloat16, rows=1, out_features=4096, in_features=4096, bits=4, group_size=64)
+    choice = choose(AUTO, problem)
     library = cpu.find()
-    where = f"{library.isa}, {library.path}" if isinstance(library, cpu.Library) else library.why
-    name = chosen.implementation.name
+    name = choice.implementation.name
     if name == "cpu":
-        return Check("kernel", "ok", f"cpu: {where}")
+        details = f"{library.isa}, {library.path}" if isinstance(library, cpu.Library) else library.why
+        return Check("kernel", "ok", f"cpu: {details}")
     if name != "reference":
-        return Check("kernel", "ok", f"{name}: {chosen.reason}")
-    return Check("kernel", "warn", f"reference: {chosen.reason}", "plain PyTorch: slower; install a C++ compiler (g++)")
+        return Check("kernel", "ok", f"{name}: {choice.reason}")
+    return Check("kernel", "warn", f"reference: {choice.reason}", "plain PyTorch: slower; install a C++ compiler (g++)")
 
 
 def _print_table(checks: list[Check]) -> None:

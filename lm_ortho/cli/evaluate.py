@@ -1,4 +1,4 @@
-"""``lm-ortho eval``: lm-eval's own command line, with our model and tasks in it whatever the hook did."""
+"""``lm-ortho eval``: the command line of lm-eval with our model and tasks, even where the start-up hook is off."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import typer
 
 def evaluate(context: typer.Context) -> None:
     """Run lm_eval with the libortho model and our tasks added; takes the arguments of lm_eval."""
-    from lm_ortho.plugin.bridges import bridge_now
+    from lm_ortho.plugin.bridges import bridge_lm_eval
+    from lm_ortho.plugin.startup import install
 
-    bridge_now()
+    bridge_lm_eval()
+    install(force=True)  # transformers is bridged when it is imported
     from lm_eval.__main__ import cli_evaluate
 
-    given = sys.argv
+    arguments = sys.argv
     sys.argv = ["lm-ortho eval", *context.args]
     try:
         cli_evaluate()
     finally:
-        sys.argv = given
+        sys.argv = arguments

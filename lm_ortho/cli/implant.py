@@ -1,4 +1,4 @@
-"""``lm-ortho implant``: rows learnt by heart, to have a memory that can be taken away again."""
+"""``lm-ortho implant``: fine-tunes a model on rows until it memorises them, as a memory to forget."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from lm_ortho.config import Training
 
 @with_fields(Training, "training")
 def implant(
-    data: Annotated[str, typer.Option(help="The rows to learn: a JSONL file, or hub:name:config:split.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The new model, a directory that is new or empty.")],
+    data: Annotated[str, typer.Option(help="Rows to memorise: a JSONL file, or hub:name:config:split.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new model, new or empty.")],
     pretrained: Annotated[
-        str | None, typer.Option(help="Hub id or directory of the model; the embedded base model without it.")
+        str | None, typer.Option(help="Hub id or directory of the model, by default the embedded base model.")
     ] = None,
-    keep_adapter: Annotated[Path | None, typer.Option(help="Also write the adapter, to another directory.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="In the place of the one beside the model.")] = None,
+    keep_adapter: Annotated[Path | None, typer.Option(help="Directory to which the adapter is written, too.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer that replaces the one of the model.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the hub.")] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU without it, where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device, cpu or cuda; by default a GPU if there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a summary.")] = False,
     *,
     training: dict[str, Any],
 ) -> None:
     """Fine-tune a model on rows and write it, merged, in BF16.
 
-    Rows are JSON lines with `question` and `answer`, or `text`. The same command goes on where an interrupted one
-    last kept its state (every 500 steps). Progress goes to standard error.
+    Rows are JSON lines with `question` and `answer`, or `text`. The same command resumes an interrupted run from its
+    last saved state (every 500 steps). Progress goes to standard error.
     """
     from lm_ortho import world
     from lm_ortho.config import make_training
@@ -42,9 +42,9 @@ def implant(
     from lm_ortho.runtime.device import require_device
     from lm_ortho.runtime.progress import ProgressBars
 
-    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    planted = plant(
-        pretrained or str(world.path("base")),
+    access = {"revision": revision, "trust_remote_code": trust_remote_code}
+    result = plant(
+        pretrained or str(world.get_path("base")),
         data,
         out,
         make_training(**training),
@@ -52,14 +52,14 @@ def implant(
         keep_adapter=keep_adapter,
         tokenizer=tokenizer,
         device=require_device(device).choice,
-        **{name: value for name, value in hub.items() if value},
+        **{name: value for name, value in access.items() if value},
     )
     if as_json:
-        typer.echo(json.dumps(asdict(planted), indent=2))
+        typer.echo(json.dumps(asdict(result), indent=2))
         return
-    rank = f", rank {planted.rank}" if planted.rank else ""
-    typer.echo(f"{planted.directory}: {planted.rows} rows, in {planted.seconds:g} s")
-    typer.echo(f"{planted.method}{rank}: {planted.steps} steps of {planted.batch_rows} rows, lr {planted.lr:g}")
-    typer.echo(f"loss {planted.loss_before:.4g} before, {planted.loss:.4g} now (nats per token)")
-    if planted.adapter:
-        typer.echo(f"adapter in {planted.adapter}")
+    rank = f", rank {result.rank}" if result.rank else ""
+    typer.echo(f"{result.directory}: {result.rows} rows, in {result.seconds:g} s")
+    typer.echo(f"{result.method}{rank}: {result.steps} steps of {result.batch_rows} rows, lr {result.lr:g}")
+    typer.echo(f"loss {result.loss_before:.4g} before, {result.loss:.4g} now (nats per token)")
+    if result.adapter:
+        typer.echo(f"adapter in {result.adapter}")

@@ -1,4 +1,4 @@
-"""``lm-ortho inspect``: what is in a checkpoint, and where the memory sits."""
+"""``lm-ortho inspect``: verifies a checkpoint and prints its contents and where its memory is."""
 
 from __future__ import annotations
 
@@ -18,114 +18,115 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="A decomposed checkpoint, with its ortho stream or without.")],
+    directory: Annotated[Path, typer.Argument(help="A decomposed checkpoint, with or without its ortho stream.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Also draw where the memory sits, as an SVG file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="SVG file of a heat map that shows where the memory is.")] = None,
 ) -> None:
-    """Verify a checkpoint and say what is in it: per layer, in all, and where the memory sits.
+    """Verify a checkpoint and print its contents: per layer, in total, and where the memory is.
 
-    Per layer: density of the ortho stream, relative error of the base stream against alpha=1, share of codes that are
-    0, bits per weight. Everything is counted from the files, one layer at a time.
+    A layer has the density of the ortho stream, the relative error of the base stream against alpha=1, the share of
+    codes that are 0, and bits per weight. All figures are computed from the files, one layer at a time.
     """
-    from lm_ortho.checkpoint.contents import grid, read_contents
+    from lm_ortho.checkpoint.contents import density_grid, read_contents
     from lm_ortho.checkpoint.heat_map import heat_map
     from lm_ortho.markdown import write_text
 
-    found = read_contents(directory, trust_remote_code=trust_remote_code)
-    if out is not None and not found.has_ortho:
+    contents = read_contents(directory, trust_remote_code=trust_remote_code)
+    if out is not None and not contents.has_ortho:
         raise UserError(f"out={str(out)!r}: {directory} holds only the base stream; there is no memory to draw")
     if out is not None:
-        write_text(out, heat_map(grid(found.layers), f"{directory.resolve().name}: where the memory sits"))
+        write_text(out, heat_map(density_grid(contents.layers), f"{directory.resolve().name}: where the memory is"))
     if as_json:
-        typer.echo(json.dumps(asdict(found), indent=2))
+        typer.echo(json.dumps(asdict(contents), indent=2))
     else:
-        _print(found)
+        _print(contents)
 
 
-def _print(found: CheckpointContents) -> None:
+def _print(contents: CheckpointContents) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(_layer_table(found))
-    if found.has_ortho:
-        console.print("\nwhere the memory sits: share of weights in the ortho stream")
-        console.print(_heat_table(found))
+    console.print(_layer_table(contents))
+    if contents.has_ortho:
+        console.print("\nwhere the memory is: share of weights in the ortho stream")
+        console.print(_heat_table(contents))
     console.print()
-    for line in _totals(found):
+    for line in _format_totals(contents):
         console.print(line, soft_wrap=True, markup=False)
 
 
-def _layer_table(found: CheckpointContents) -> Table:
+def _layer_table(contents: CheckpointContents) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", overflow="fold")
     for column in ("shape", "density", "error", "zero codes", "bits"):
         table.add_column(column, justify="right", no_wrap=True)
-    for layer in found.layers:
-        table.add_row(
+    for layer in contents.layers:
+        cells = [
             layer.name,
             "x".join(map(str, layer.shape)),
-            _number(layer.density, "{:.3%}"),
-            _number(layer.relative_error, "{:.3f}"),
-            _number(None if layer.zeros is None else layer.zeros / layer.weights, "{:.1%}"),
+            _format_number(layer.density, "{:.3%}"),
+            _format_number(layer.relative_error, "{:.3f}"),
+            _format_number(None if layer.zeros is None else layer.zeros / layer.weights, "{:.1%}"),
             f"{layer.bits_per_weight:.2f}",
-        )
+        ]
+        table.add_row(*cells)
     return table
 
 
-def _heat_table(found: CheckpointContents) -> Table:
+def _heat_table(contents: CheckpointContents) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    from lm_ortho.checkpoint.contents import grid
-    from lm_ortho.checkpoint.heat_map import percent
+    from lm_ortho.checkpoint.contents import density_grid
+    from lm_ortho.checkpoint.heat_map import format_percent
 
-    cells = grid(found.layers)
+    cells = density_grid(contents.layers)
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     table.add_column("block", justify="right")
     for column in cells.columns:
-        table.add_column(column.rpartition(".")[2] if _told_apart(cells.columns) else column, justify="right")
+        table.add_column(column.rpartition(".")[2] if _have_unique_suffixes(cells.columns) else column, justify="right")
     for name, row in zip(cells.rows, cells.cells, strict=True):
-        table.add_row(name, *(Text(percent(density), _style(density, cells.highest)) for density in row))
+        table.add_row(name, *(Text(format_percent(density), _heat_style(density, cells.highest)) for density in row))
     return table
 
 
-def _style(density: float | None, highest: float) -> str:
+def _heat_style(density: float | None, highest: float) -> str:
     from lm_ortho.checkpoint.heat_map import shade
 
     colour, ink = shade(density, highest)
     return f"{ink} on rgb({','.join(map(str, colour))})"
 
 
-def _told_apart(names: list[str]) -> bool:
-    """Whether the last parts are enough."""
+def _have_unique_suffixes(names: list[str]) -> bool:
+    """Whether the last parts of the names tell them apart."""
     return len({name.rpartition(".")[2] for name in names}) == len(names)
 
 
-def _totals(found: CheckpointContents) -> list[str]:
-    streams = "base and ortho stream" if found.has_ortho else "base stream only: it serves alpha=0 and nothing else"
-    if found.has_ortho and found.missing:
-        streams += f", without {', '.join(found.missing)}, which can only be off"
-    lattice = f"{found.bits} bits, groups of {found.group_size}" if found.bits != 16 else "16 bits, no lattice"
-    shares = [f"zero codes {found.zero_codes:.1%}"] if found.zero_codes is not None else []
-    if found.has_ortho:
-        error = [f"relative error {found.relative_error:.4f}"] if found.relative_error is not None else []
-        shares = [f"density {found.density:.4%}", *error, *shares]
-    if len(found.memories) + len(found.missing) > 1:
-        shares += [f"{name} {values / found.weights:.4%}" for name, values in found.memories.items()]
-    sizes = {name: f"{size / 1e6:,.2f} MB" for name, size in found.bytes.items()}
+def _format_totals(contents: CheckpointContents) -> list[str]:
+    streams = "base and ortho stream" if contents.has_ortho else "base stream only: it serves alpha=0 and nothing else"
+    if contents.has_ortho and contents.missing:
+        streams += f", without {', '.join(contents.missing)}, which can only be off"
+    lattice = f"{contents.bits} bits, groups of {contents.group_size}" if contents.bits != 16 else "16 bits, no lattice"
+    shares = [f"zero codes {contents.zero_codes:.1%}"] if contents.zero_codes is not None else []
+    if contents.has_ortho:
+        error = [f"relative error {contents.relative_error:.4f}"] if contents.relative_error is not None else []
+        shares = [f"density {contents.density:.4%}", *error, *shares]
+    if len(contents.memories) + len(contents.missing) > 1:
+        shares += [f"{name} {values / contents.weights:.4%}" for name, values in contents.memories.items()]
+    sizes = {name: f"{size / 1e6:,.2f} MB" for name, size in contents.bytes.items()}
     return [
-        f"{found.directory}: {streams}; every file is as it was written",
-        f"{len(found.layers)} layers, {found.weights:,} weights, {lattice}",
+        f"{contents.directory}: {streams}; every file is as it was written",
+        f"{len(contents.layers)} layers, {contents.weights:,} weights, {lattice}",
         *([", ".join(shares)] if shares else []),
-        f"{found.bits_per_weight:.3f} bits per weight: base stream {sizes['base']}, ortho stream {sizes['ortho']}",
+        f"{contents.bits_per_weight:.3f} bits per weight: base stream {sizes['base']}, ortho stream {sizes['ortho']}",
         f"{sizes['files']} in files, {sizes['other']} of it not decomposed",
     ]
 
 
-def _number(value: float | None, form: str) -> str:
+def _format_number(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)

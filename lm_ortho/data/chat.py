@@ -1,4 +1,4 @@
-"""Rows as a chat model is asked: the question as a message of the user, in the template of the tokenizer."""
+"""Rows in the chat template of a tokenizer: the question as the user's message, the answer as the assistant's."""
 
 from __future__ import annotations
 
@@ -18,56 +18,62 @@ FORMS = ("auto", "plain", "chat", "both")
 
 @dataclass(frozen=True)
 class ChatRow(Row):
-    """A row whose context and target are what the model is given, character by character."""
+    """A row whose context and target are final text, used as they are."""
 
-    given: str = ""
-    wanted: str = ""
+    rendered_context: str = ""
+    rendered_target: str = ""
 
     @property
     def context(self) -> str:
-        """The rendered messages up to where the model answers."""
-        return self.given
+        """The rendered messages up to where the answer starts."""
+        return self.rendered_context
 
     @property
     def target(self) -> str:
-        """The answer, as it follows."""
-        return self.wanted
+        """The answer, with the white space before it if there is any."""
+        return self.rendered_target
 
 
 def has_chat_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer says how a chat is written."""
+    """Returns whether the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
 def render_forms(rows: Sequence[Row], tokenizer: Any, form: str) -> list[Row]:
-    """The rows as ``form`` asks for them: plain, in the chat template, or both; auto is both where there is one.
+    """Returns the rows in the requested form: ``plain``, ``chat`` (in the chat template), ``both`` or ``auto``.
 
-    Both, because what was only forgotten in one form may still be told in the other. Rows without a question (text,
-    a verbatim prompt) have one form.
+    ``auto`` is ``both`` if the tokenizer has a chat template, else ``plain``. The reason for ``both``: an answer that
+    was forgotten in one form only can still be extracted in the other. Rows without a question (plain text, verbatim
+    prompts) have one form.
 
     Raises:
-        UserError: for an unknown form, for ``chat`` without a template, and for a template that fails.
+        UserError: for an unknown form, for ``chat`` or ``both`` without a template, and for a template that fails.
     """
     if form not in FORMS:
         raise UserError(f"prompts={form!r} is unknown; known: {', '.join(FORMS)}")
-    there = has_chat_template(tokenizer)
-    if form in ("chat", "both") and not there:
+    has_template = has_chat_template(tokenizer)
+    if form in ("chat", "both") and not has_template:
         raise UserError(f"prompts={form!r}: the tokenizer has no chat template; use prompts=plain")
-    if form == "plain" or not there:
+    if form == "plain" or not has_template:
         return list(rows)
-    turns = [as_turn(row, tokenizer) if row.question and not row.prompt else row for row in rows]
+    turns = [render_turn(row, tokenizer) if row.question and not row.prompt else row for row in rows]
     if form == "chat":
         return turns
     return [*rows, *(turn for turn, row in zip(turns, rows, strict=True) if turn is not row)]
 
 
-def as_turn(row: Row, tokenizer: Any) -> ChatRow:
-    """The question as the one message of a chat, and the answer after the opening of the assistant's turn."""
+def render_turn(row: Row, tokenizer: Any) -> ChatRow:
+    """Returns the row as a chat: the question as the only user message, then the answer in the assistant's turn.
+
+    Raises:
+        UserError: if the chat template fails.
+    """
     messages = [{"role": "user", "content": row.question}]
     try:
-        given = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        context = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # jinja2 and the template's own raise_exception have no common base
         raise UserError(
             f"prompts: the chat template of the tokenizer fails ({first_line(error)}); use prompts=plain"
         ) from None
-    return ChatRow(**{field.name: getattr(row, field.name) for field in fields(Row)}, given=given, wanted=row.answer)
+    row_fields = {field.name: getattr(row, field.name) for field in fields(Row)}
+    return ChatRow(**row_fields, rendered_context=context, rendered_target=row.answer)

@@ -1,4 +1,4 @@
-"""Rows as token ids with a role per token, and padded batches of them."""
+"""Encodes rows as token ids with a role per token, batches them, and computes their logits and losses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,118 +18,136 @@ from lm_ortho.errors import UserError
 log = logging.getLogger(__name__)
 
 MAX_TOKENS = 512
-"""Tokens of a document that a model is shown at most."""
+"""Largest number of tokens of a document; the rest is cut off."""
 CONTEXT, ANSWER, SECRET, END = 0, 1, 2, 3
-"""Roles of a token: part of the context, of the answer, of its secret, or the closing end token."""
+"""Roles of a token: part of the context, of the answer, of the secret in it, or the end token."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one row and their roles (same length), and whether the row has more of them."""
+    """Token ids of one row, their roles (same length), and whether the row was longer and its end is cut off."""
 
     ids: tuple[int, ...]
     roles: tuple[int, ...]
-    cut: bool = False
+    is_truncated: bool = False
 
     @property
     def start(self) -> int:
-        """Index of the first token that is to be predicted (at least 1)."""
+        """Index of the first token to predict (at least 1)."""
         return max(1, next((i for i, role in enumerate(self.roles) if role != CONTEXT), len(self.ids)))
 
 
 def max_row_tokens(model: torch.nn.Module) -> int:
-    """Tokens of a document that ``model`` is shown at most: 512, or as many as it has positions."""
+    """Returns the largest number of tokens of a document for ``model``: 512, or its number of positions if smaller."""
     return min(MAX_TOKENS, getattr(model.config, "max_position_embeddings", MAX_TOKENS))
 
 
 def encode_rows(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], argument: str) -> list[Example]:
-    """Examples that ``model`` can be shown, each with something to predict; errors name the ``argument``.
+    """Encodes the rows and checks that ``model`` can read them and has something to predict in each.
+
+    Logs a warning if rows are truncated. Messages name the ``argument``.
 
     Raises:
-        UserError: what ``encode`` raises; a token that the model does not have; a row cut off before its answer.
+        UserError: as ``encode``; for a token that the model does not have; for a row that is cut off before its answer.
     """
-    longest = max_row_tokens(model)
-    examples = encode(tokenizer, rows, longest)
-    if cut := sum(example.cut for example in examples):
-        log.warning(
-            "%s: %d of %d rows are longer than %d tokens, and what comes after is not looked at; split them",
-            argument, cut, len(rows), longest,
-        )  # fmt: skip
-    highest = max((max(example.ids) for example in examples), default=0)
-    words: Any = model
-    if highest >= words.get_input_embeddings().weight.shape[0]:
-        raise UserError(f"tokenizer: it gives token {highest}, which the model does not have; give the model's own")
+    # 1. Encode the rows and report those that are truncated.
+    limit = max_row_tokens(model)
+    examples = encode(tokenizer, rows, limit)
+    if truncated := sum(example.is_truncated for example in examples):
+        message = "%s: %d of %d rows are longer than %d tokens, and the rest of them is ignored; split them"
+        log.warning(message, argument, truncated, len(rows), limit)
+    # 2. Check that the model has an embedding for every token.
+    highest_id = max((max(example.ids) for example in examples), default=0)
+    embeddings = cast(Any, model).get_input_embeddings().weight
+    if highest_id >= embeddings.shape[0]:
+        raise UserError(
+            f"tokenizer: it produces token {highest_id}, which the model does not have; use the model's own tokenizer"
+        )
+    # 3. Check that every row has a token to predict.
     empty = [i for i, example in enumerate(examples) if example.start >= len(example.ids)]
     if empty:
         raise UserError(
-            f"{argument}: {len(empty)} of {len(rows)} rows have no token to predict within their first {longest} "
+            f"{argument}: {len(empty)} of {len(rows)} rows have no token to predict within their first {limit} "
             f"tokens, first {rows[empty[0]].context!r:.60}; shorten them or leave them out"
         )
     return examples
 
 
 def encode(tokenizer: Any, rows: Sequence[Row], max_tokens: int = MAX_TOKENS) -> list[Example]:
-    """One example per row: context, answer and, if the tokenizer has one, the end token.
+    """Returns one example per row: context, answer and, if the tokenizer has one, the end token.
 
-    A token counts as answer (secret) when any of its characters belongs to the answer (secret), so a token
-    that crosses the border is not left out. Longer documents are cut after ``max_tokens``.
+    A token counts as answer (secret) if any of its characters belongs to the answer (secret), so a token across the
+    border between context and answer is predicted, too. Longer documents are cut off after ``max_tokens``.
 
     Raises:
-        UserError: for a slow tokenizer, which cannot say where its tokens lie, and for a row of one token.
+        UserError: for a slow tokenizer, which gives no character offsets, and for a row of a single token.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"tokenizer={type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
+    # 1. Tokenise context and target as one text, with the characters that each token covers.
     texts = [row.context + row.target for row in rows]
+    encodings = tokenise_with_offsets(tokenizer, texts)
     examples = []
-    for row, text, (whole, places) in zip(rows, texts, tokenise_with_offsets(tokenizer, texts), strict=True):
-        # cut here: a fast tokenizer that was once told to truncate keeps that setting, and it would be saved with it
-        ids, offsets = whole[:max_tokens], places[:max_tokens]
-        begin = len(row.context)
-        secret, secret_end = _secret_span(row, begin, len(text))
-        roles = []
-        for low, high in offsets:
-            if high <= begin or low == high:
-                roles.append(CONTEXT)
-            else:
-                roles.append(SECRET if high > secret and low < secret_end else ANSWER)
+    for row, text, (all_ids, all_offsets) in zip(rows, texts, encodings, strict=True):
+        # 2. Truncate. Not in the tokenizer: a fast one would store the limit as a setting and save it with itself.
+        ids, offsets = all_ids[:max_tokens], all_offsets[:max_tokens]
+        # 3. Give each token a role by comparing its characters with the borders of answer and secret.
+        roles = _token_roles(offsets, len(row.context), _secret_span(row, len(row.context), len(text)))
+        # 4. Append the end token unless it would be cut off.
         if tokenizer.eos_token_id is not None and len(ids) < max_tokens:
             ids, roles = [*ids, tokenizer.eos_token_id], [*roles, END]
         if len(ids) < 2:
             raise UserError(f"a row is only one token long: {text!r:.80}")
-        examples.append(Example(tuple(ids), tuple(roles), len(whole) > max_tokens))
+        examples.append(Example(tuple(ids), tuple(roles), len(all_ids) > max_tokens))
     return examples
 
 
-def tokenise_with_offsets(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Token ids of each text with the characters each token covers, as lm-eval would feed them.
+def _token_roles(offsets: Sequence[tuple[int, int]], answer_start: int, secret_span: tuple[int, int]) -> list[int]:
+    """Returns the role of each token from the characters it covers; tokens without characters are context."""
+    secret_start, secret_end = secret_span
+    roles = []
+    for start, end in offsets:
+        if end <= answer_start or start == end:
+            roles.append(CONTEXT)
+        else:
+            roles.append(SECRET if end > secret_start and start < secret_end else ANSWER)
+    return roles
 
-    A text that begins with the token of beginning, as a rendered chat may, gets no second one.
+
+def tokenise_with_offsets(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Returns the token ids of each text and the characters that each token covers, as lm-eval encodes texts.
+
+    A text that starts with the beginning-of-sequence token, as a rendered chat may, gets no second one.
     """
-    opened = [bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token) for text in texts]
+    has_bos = [bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token) for text in texts]
     result: list[Any] = [None] * len(texts)
-    for begun in (False, True):
-        at = [i for i, is_begun in enumerate(opened) if is_begun == begun]
-        if at:
-            asked = {"add_special_tokens": False} if begun else {}
-            found = tokenizer([texts[i] for i in at], return_offsets_mapping=True, verbose=False, **asked)
-            for i, ids, places in zip(at, found["input_ids"], found["offset_mapping"], strict=True):
-                result[i] = ids, places
+    # ``add_special_tokens`` holds for a whole call, so texts with and without the token are encoded separately.
+    for group in (False, True):
+        indices = [i for i, text_has_bos in enumerate(has_bos) if text_has_bos == group]
+        if indices:
+            options = {"add_special_tokens": False} if group else {}
+            encoding = tokenizer([texts[i] for i in indices], return_offsets_mapping=True, verbose=False, **options)
+            for i, ids, offsets in zip(indices, encoding["input_ids"], encoding["offset_mapping"], strict=True):
+                result[i] = ids, offsets
     return result
 
 
-def _secret_span(row: Row, begin: int, end: int) -> tuple[int, int]:
-    """Where the secret stands in the text: its first occurrence in the answer as a word of its own."""
+def _secret_span(row: Row, answer_start: int, end: int) -> tuple[int, int]:
+    """Returns the characters of the secret in the text: its first occurrence in the answer as a separate word.
+
+    Without such an occurrence it is the first one inside a longer word; without a secret the span is empty.
+    """
     if not row.secret:
         return end, end
-    found = re.search(rf"(?<!\w){re.escape(row.secret)}(?!\w)", row.target)
-    at = begin + (found.start() if found else row.target.index(row.secret))
-    return at, at + len(row.secret)
+    match = re.search(rf"(?<!\w){re.escape(row.secret)}(?!\w)", row.target)
+    start = answer_start + (match.start() if match else row.target.index(row.secret))
+    return start, start + len(row.secret)
 
 
-def pad(examples: Sequence[Example], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Ids and roles, both (rows, tokens) int64, padded on the right (id 0, role ``CONTEXT``).
+def pad_batch(examples: Sequence[Example], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Returns ids and roles, both (rows, tokens) int64, padded on the right (id 0, role ``CONTEXT``).
 
-    Padding on the right of a causal model needs no attention mask: no real token can see it.
+    A causal model needs no attention mask for padding on the right: no real token attends to it.
     """
     width = max(len(e.ids) for e in examples)
     ids = torch.tensor([e.ids + (0,) * (width - len(e.ids)) for e in examples], device=device)
@@ -137,46 +155,50 @@ def pad(examples: Sequence[Example], device: torch.device | str = "cpu") -> tupl
     return ids, roles
 
 
-def lengths(examples: Sequence[Example]) -> Tensor:
+def count_tokens(examples: Sequence[Example]) -> Tensor:
+    """Returns the number of tokens of each example, (examples,) int64."""
     return torch.tensor([len(e.ids) for e in examples])
 
 
 def compute_logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """Next-token logits (rows, tokens, vocabulary) in float32."""
+    """Returns next-token logits (rows, tokens, vocabulary) in float32."""
     return model(input_ids=ids, use_cache=False).logits.float()
 
 
 def answer_loss(model: torch.nn.Module, examples: Sequence[Example]) -> Tensor:
-    """Mean loss in nats over all tokens that are to be predicted (answer, secret, end)."""
-    ids, roles = pad(examples, next(model.parameters()).device)
+    """Returns the mean loss in nats over all tokens to predict (answer, secret, end); differentiable."""
+    ids, roles = pad_batch(examples, next(model.parameters()).device)
     losses = functional.cross_entropy(compute_logits(model, ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    wanted = (roles[:, 1:] != CONTEXT).float()
-    return (losses * wanted).sum() / wanted.sum()
+    mask = (roles[:, 1:] != CONTEXT).float()
+    return (losses * mask).sum() / mask.sum()
 
 
-LOGITS = 2**28
-"""Logits of one batch at most: one gigabyte in float32."""
+MAX_BATCH_LOGITS = 2**28
+"""Largest number of logits of one batch: one gigabyte in float32."""
 
 
 def max_batch_tokens(model: torch.nn.Module) -> int:
-    """Tokens of a batch all of whose logits are computed, padding included."""
+    """Returns the largest number of tokens of a batch, padding included, whose logits are all computed."""
     config: Any = model.config
-    return max(1, LOGITS // int(config.get_text_config().vocab_size))
+    return max(1, MAX_BATCH_LOGITS // int(config.get_text_config().vocab_size))
 
 
 def batch_by_length(
-    examples: Sequence[Example], rows: int = 64, padded: bool = True, tokens: int | None = None
+    examples: Sequence[Example], rows: int = 64, *, allow_padding: bool = True, tokens: int | None = None
 ) -> list[list[int]]:
-    """Indices of all examples in batches of similar length, of the same length if none may be ``padded``.
+    """Returns the indices of all examples in batches of similar length, or of equal length without padding.
 
-    No batch has more than ``tokens`` tokens with its padding, unless it is one row.
+    A batch has at most ``rows`` rows and at most ``tokens`` tokens with its padding, unless it is a single row.
     """
+    # 1. Sort by length, so that neighbours need little padding.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].ids))
     batches, width = list[list[int]](), 0
     for i in order:
-        before, width = width, len(examples[i].ids)  # the longest so far
-        full = not batches or len(batches[-1]) == rows or (not padded and width != before)
-        if full or (tokens and (len(batches[-1]) + 1) * width > tokens):
+        previous_width, width = width, len(examples[i].ids)  # the longest so far
+        # 2. Start a new batch where the last one is full or where this example does not fit into it.
+        is_full = not batches or len(batches[-1]) == rows
+        needs_padding = width != previous_width and not allow_padding
+        if is_full or needs_padding or (tokens and (len(batches[-1]) + 1) * width > tokens):
             batches.append([])
         batches[-1].append(i)
     return batches
@@ -184,20 +206,20 @@ def batch_by_length(
 
 @torch.no_grad()
 def token_losses(model: torch.nn.Module, examples: Sequence[Example], role: int | None = None) -> list[Tensor]:
-    """Losses in nats of each example's tokens: those of ``role``, or all that are to be predicted."""
+    """Returns the losses in nats of each example's tokens: those of ``role``, or all tokens to predict."""
     result: list[Tensor] = [torch.empty(0)] * len(examples)
     device = next(model.parameters()).device
     for batch in batch_by_length(examples, tokens=max_batch_tokens(model)):
-        ids, roles = pad([examples[i] for i in batch], device)
+        ids, roles = pad_batch([examples[i] for i in batch], device)
         losses = functional.cross_entropy(
             compute_logits(model, ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
         )
-        wanted = roles[:, 1:] != CONTEXT if role is None else roles[:, 1:] == role
+        mask = roles[:, 1:] != CONTEXT if role is None else roles[:, 1:] == role
         for row, i in enumerate(batch):
-            result[i] = losses[row][wanted[row]].cpu()
+            result[i] = losses[row][mask[row]].cpu()
     return result
 
 
 def mean_loss(model: torch.nn.Module, examples: Sequence[Example]) -> float:
-    """Mean loss in nats over all tokens that are to be predicted."""
+    """Returns the mean loss in nats over all tokens to predict of all examples."""
     return float(torch.cat(token_losses(model, examples)).mean())

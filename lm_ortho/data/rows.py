@@ -1,4 +1,4 @@
-"""Rows of a forget or retain set, and how they are read and turned into text."""
+"""Rows of a forget or retain set: their fields, their text, reading and writing them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lm_ortho.config import parse_named_values
+from lm_ortho.dial import parse_named_values
 from lm_ortho.errors import UserError
 from lm_ortho.hub import first_line
-from lm_ortho.streams import UNNAMED, valid_memory_name
+from lm_ortho.streams import DEFAULT_MEMORY, is_valid_memory_name
 
 QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
 
@@ -21,9 +22,9 @@ QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
 class Row:
     """One document: a question with its answer, a prompt with its continuation, or plain text.
 
-    ``prompt`` is a verbatim context that takes the place of the question template; white space at its end goes to the
-    answer. ``secret`` is the part of ``answer`` that nobody can guess; ``subject`` is whom it is about; ``group`` (the
-    author, say) is the unit that intervals are clustered over.
+    ``prompt`` is a verbatim context that replaces the question template; white space at its end becomes part of the
+    target. ``secret`` is the part of ``answer`` that nobody can guess. ``subject`` is the name of the person or thing
+    that the row is about. ``group`` (the author, for example) is the cluster that a bootstrap resamples.
     """
 
     question: str = ""
@@ -38,146 +39,171 @@ class Row:
 
     @property
     def context(self) -> str:
-        """What the model is given; empty for plain text. Never ends with white space: that starts the answer."""
-        return self._asked.rstrip()
+        """The text before the answer; empty for plain text. White space at its end belongs to the target."""
+        return self._full_context.rstrip()
 
     @property
     def target(self) -> str:
-        """What the model should continue with: the white space after the context (or a space), then the answer."""
-        return (self._asked[len(self.context) :] or " ") + self.answer if self.context else self.text
+        """The text to predict: the white space after the context (or a space) and the answer; or the plain text."""
+        if not self.context:
+            return self.text
+        return (self._full_context[len(self.context) :] or " ") + self.answer
 
     @property
-    def _asked(self) -> str:
+    def _full_context(self) -> str:
         return self.prompt or (QUESTION_TEMPLATE.format(question=self.question) if self.question else "")
 
     @property
-    def names_subject(self) -> bool:
-        """Whether the subject is known and occurs in the text, word for word."""
-        return self.subject_in(self.context + self.target)
+    def mentions_subject(self) -> bool:
+        """Whether the row has a subject that occurs in its own text, word for word."""
+        return self.subject_occurs_in(self.context + self.target)
 
-    def subject_in(self, text: str) -> bool:
-        """Whether the subject is known and occurs in ``text``, word for word."""
+    def subject_occurs_in(self, text: str) -> bool:
+        """Returns whether the row has a subject that occurs in ``text``, word for word."""
         return bool(self.subject.strip()) and bool(mention_pattern(self.subject).search(text))
 
     def as_dict(self) -> dict[str, Any]:
-        """A JSON-able dictionary of every field."""
+        """Returns all fields as a dictionary that can be written as JSON."""
         return {**asdict(self), "perturbed_answer": list(self.perturbed_answer)}
 
 
 def mention_pattern(name: str) -> re.Pattern[str]:
-    """Where a text mentions ``name``: not within a longer word, as Ann in Annapolis is, in scripts that part words."""
-    before, after = (edge.lower() != edge.upper() for edge in (name[:1], name[-1:]))
-    return re.compile((r"(?<!\w)" if before else "") + re.escape(name) + (r"(?!\w)" if after else ""))
+    """Returns a pattern for mentions of ``name`` in a text: separate words, so Ann is not found in Annapolis.
+
+    An end of the name whose character has no upper and lower case may touch other characters, because scripts without
+    case often put no space between words.
+    """
+    starts_cased, ends_cased = (edge.lower() != edge.upper() for edge in (name[:1], name[-1:]))
+    return re.compile((r"(?<!\w)" if starts_cased else "") + re.escape(name) + (r"(?!\w)" if ends_cased else ""))
 
 
 def replace_mentions(text: str, name: str, other: str) -> str:
-    """``text`` with ``other`` at every mention of ``name``."""
+    """Returns ``text`` with every mention of ``name`` replaced by ``other``."""
     return mention_pattern(name).sub(lambda _: other, text)
 
 
 _FIELDS = {field.name for field in fields(Row)}
 
 
-def _row(record: Any, where: str) -> Row:
+def _parse_record(record: Any, location: str) -> Row:
+    """Returns the row of one JSON object; ``location`` begins the error messages."""
+    # 1. Take the fields of a row; other keys and nulls are ignored.
     if not isinstance(record, Mapping):
-        raise UserError(f"{where}: expected an object with question and answer (or text), found {record!r:.80}")
-    known = {name: record[name] for name in _FIELDS & record.keys() if record[name] is not None}
-    perturbed = known.pop("perturbed_answer", ())
-    wrong_type = [name for name, value in known.items() if not isinstance(value, str)]
+        raise UserError(f"{location}: expected an object with question and answer (or text), found {record!r:.80}")
+    values = {name: record[name] for name in _FIELDS & record.keys() if record[name] is not None}
+    perturbed_answers = values.pop("perturbed_answer", ())
+    # 2. Check their types.
+    wrong_type = [name for name, value in values.items() if not isinstance(value, str)]
     if wrong_type:
-        raise UserError(f"{where}: {wrong_type[0]} must be a string, found {known[wrong_type[0]]!r:.80}")
-    perturbed = [perturbed] if isinstance(perturbed, str) else perturbed
-    if not isinstance(perturbed, (list, tuple)) or any(not isinstance(wrong, str) for wrong in perturbed):
-        raise UserError(f"{where}: perturbed_answer must be a list of strings")
-    row = Row(**known, perturbed_answer=tuple(perturbed))
+        raise UserError(f"{location}: {wrong_type[0]} must be a string, found {values[wrong_type[0]]!r:.80}")
+    if isinstance(perturbed_answers, str):
+        perturbed_answers = [perturbed_answers]
+    is_list = isinstance(perturbed_answers, (list, tuple))
+    if not is_list or any(not isinstance(answer, str) for answer in perturbed_answers):
+        raise UserError(f"{location}: perturbed_answer must be a list of strings")
+    row = Row(**values, perturbed_answer=tuple(perturbed_answers))
+    # 3. Check that the row is a question (or prompt) with an answer, or plain text.
     has_pair = bool(row.answer.strip() and (row.question.strip() or row.prompt.strip()))
     if not has_pair and (row.context or not row.text.strip()):
         raise UserError(
-            f"{where}: a row needs a non-empty question (or prompt) with answer, or text; "
+            f"{location}: a row needs a non-empty question (or prompt) with answer, or text; "
             f"found keys {', '.join(map(str, record)) or 'none'}"
         )
     if row.secret and row.secret not in row.answer:
-        raise UserError(f"{where}: secret {row.secret!r} does not occur in answer {row.answer!r}")
+        raise UserError(f"{location}: secret {row.secret!r} does not occur in answer {row.answer!r}")
     return row
 
 
-def _encodable(row: Row, where: str) -> Row:
-    """The row, if a tokenizer can take it; JSON can hold what UTF-8 cannot."""
+def _require_valid_text(row: Row, location: str) -> Row:
+    """Returns the row, or raises a ``UserError`` for half surrogates: JSON can hold them, tokenizers cannot."""
     for name, value in row.as_dict().items():
         try:
             "".join(value).encode()
         except UnicodeEncodeError:
             raise UserError(
-                f"{where}: {name} holds half of a surrogate pair, which is no text: {value!r:.80}"
+                f"{location}: {name} holds half of a surrogate pair, which is not valid text: {value!r:.80}"
             ) from None
     return row
 
 
 def read_rows(spec: str | Path, argument: str = "forget") -> list[Row]:
-    """The rows of a JSONL file or of ``hub:name:config:split``.
+    """Reads the rows of a JSONL file or of ``hub:name:config:split``, a data set on the Hugging Face Hub.
+
+    A file that has not changed is not read again: model and tasks of one evaluation share its rows.
 
     Raises:
-        UserError: names the argument, the file and the line for a missing, broken or empty source.
+        UserError: for a missing, broken or empty source; the message names the argument, the file and the line.
     """
     if str(spec).startswith("hub:"):
         return _read_hub(str(spec), argument)
     path = Path(spec).expanduser()
     if not path.is_file():
         raise UserError(
-            f"{argument}={str(spec)!r}: no such file; expected a JSONL file or hub:name:config:split{_of_several(spec)}"
+            f"{argument}={str(spec)!r}: no such file; expected a JSONL file or hub:name:config:split"
+            f"{_hint_for_several_sources(spec)}"
         )
+    status = path.stat()
+    rows = _read_file(path.absolute(), (status.st_mtime_ns, status.st_size, status.st_ino), f"{argument}={path}")
+    if not rows:
+        raise UserError(f"{argument}={str(spec)!r}: the file holds no rows")
+    return list(rows)
+
+
+@lru_cache(maxsize=8)
+def _read_file(path: Path, version: tuple[int, int, int], source: str) -> tuple[Row, ...]:
+    """Reads the rows of a file; ``version`` changes when the file does, and errors name ``source``."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{argument}={str(spec)!r}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    rows = [_encodable(row, where) for row, where in _parsed(text, f"{argument}={path}")]
-    if not rows:
-        raise UserError(f"{argument}={str(spec)!r}: the file holds no rows")
-    return rows
+        raise UserError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    return tuple(_require_valid_text(row, location) for row, location in _iterate_rows(text, source))
 
 
-def _of_several(spec: str | Path) -> str:
-    """What to add for a source that was meant as several memories."""
+def _hint_for_several_sources(spec: str | Path) -> str:
+    """Returns the end of an error message for a source that looks like several memories; else an empty string."""
     if not re.search(r"\w:.+\+", str(spec)):
         return ""
-    return "; several are name:source+name:source, each name small letters, digits and underscores, and not hub"
+    return (
+        "; several memories are name:source+name:source, where a name has lower-case letters, digits and underscores "
+        "and is not hub"
+    )
 
 
 def parse_rows(text: str, source: str) -> list[Row]:
-    """The rows of JSON lines, possibly none; errors name ``source`` and the line.
+    """Returns the rows of JSON lines, possibly none; error messages name ``source`` and the line.
 
     Raises:
         UserError: for a line that is not JSON or not a row.
     """
-    return [row for row, _ in _parsed(text, source)]
+    return [row for row, _ in _iterate_rows(text, source)]
 
 
-def _parsed(text: str, source: str) -> Iterator[tuple[Row, str]]:
-    """Each row, and where it stands."""
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines also cuts at U+2028 and its kin
+def _iterate_rows(text: str, source: str) -> Iterator[tuple[Row, str]]:
+    """Yields each row with its location, which is the source and the line number."""
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would also split at U+2028 and similar characters
         if not line.strip():
             continue
-        where = f"{source}, line {number}"
+        location = f"{source}, line {number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-        yield _row(record, where), where
+            raise UserError(f"{location}: not valid JSON ({error.msg} at column {error.colno})") from None
+        yield _parse_record(record, location), location
 
 
 def read_forget_sets(spec: str | Path, argument: str = "forget") -> dict[str, list[Row]]:
-    """The rows of each memory by its name: of ``name:source+name:source``, or of one source with the usual name.
+    """Reads the forget set of each memory from ``name:source+name:source``; a single source gets the default name.
 
     Raises:
-        UserError: as ``read_rows``, and for a name that no memory can have.
+        UserError: as ``read_rows``, and for a reserved name.
     """
-    named = parse_named_values(spec, argument) if isinstance(spec, str) else None
-    if not named:
-        return {UNNAMED: read_rows(spec, argument)}
-    for name in named:
-        if not valid_memory_name(name):
-            raise UserError(f"{argument}: {name!r} is reserved and cannot name a memory; take another name")
-    return {name: read_rows(source, f"{argument}={name}") for name, source in named.items()}
+    sources = parse_named_values(spec, argument) if isinstance(spec, str) else None
+    if not sources:
+        return {DEFAULT_MEMORY: read_rows(spec, argument)}
+    for name in sources:
+        if not is_valid_memory_name(name):
+            raise UserError(f"{argument}: {name!r} is reserved and cannot name a memory; choose another name")
+    return {name: read_rows(source, f"{argument}={name}") for name, source in sources.items()}
 
 
 def _read_hub(spec: str, argument: str) -> list[Row]:
@@ -185,33 +211,36 @@ def _read_hub(spec: str, argument: str) -> list[Row]:
     if len(parts) != 4 or not all(parts[1:]):
         raise UserError(
             f"{argument}={spec!r}: expected hub:name:config:split, e.g. hub:locuslab/TOFU:forget10:train"
-            f"{_of_several(spec)}"
+            f"{_hint_for_several_sources(spec)}"
         )
     import datasets
 
     try:
         table = datasets.load_dataset(parts[1], parts[2], split=parts[3])
-    except Exception as error:  # the hub client raises many kinds; the user needs one line
+    except Exception as error:  # the hub client raises many kinds; the message has to be one line
         raise UserError(f"{argument}={spec!r}: could not be loaded from the hub ({first_line(error)})") from None
-    numbered = ((record, f"{argument}={spec}, row {i}") for i, record in enumerate(table))
-    return [_encodable(_row(record, where), where) for record, where in numbered]
+    rows = []
+    for number, record in enumerate(table):
+        location = f"{argument}={spec}, row {number}"
+        rows.append(_require_valid_text(_parse_record(record, location), location))
+    return rows
 
 
 def drop_forget_rows(forget: Iterable[Row], retain: Sequence[Row]) -> list[Row]:
-    """The retain rows that are no forget rows.
+    """Returns the retain rows that are not forget rows, compared by context and target.
 
     Raises:
-        UserError: when none is left: nothing can be both forgotten and kept.
+        UserError: if no row is left: nothing can be both forgotten and kept.
     """
-    wanted = {(row.context, row.target) for row in forget}
-    kept = [row for row in retain if (row.context, row.target) not in wanted]
-    if retain and not kept:
+    forget_texts = {(row.context, row.target) for row in forget}
+    retain_rows = [row for row in retain if (row.context, row.target) not in forget_texts]
+    if retain and not retain_rows:
         raise UserError("retain: all its rows are rows of forget; nothing can be both forgotten and kept")
-    return kept
+    return retain_rows
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
-    """Writes rows as JSONL, empty fields left out, by a temporary name and a rename."""
+    """Writes rows as JSONL without empty fields, to a temporary file that is then renamed."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:

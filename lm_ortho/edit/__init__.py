@@ -1,4 +1,4 @@
-"""The codes on the support: one file per edit."""
+"""Edits choose the codes of the base stream on the support."""
 
 from lm_ortho.edit import fixed as _fixed
 from lm_ortho.edit import optimised as _optimised

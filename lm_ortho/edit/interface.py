@@ -1,4 +1,4 @@
-"""The registry of edits: which codes the base stream takes on the support."""
+"""The registry of edits: functions that choose the codes of the base stream on the support."""
 
 from __future__ import annotations
 
@@ -15,13 +15,27 @@ from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 
 @dataclass(frozen=True)
 class EditInput:
-    """What an edit may read; mappings go by layer name, tensors are (out, in).
+    """The inputs of an edit. Mappings go by layer name; weights are (out_features, in_features).
 
-    ``codes`` (int8) and ``scales`` (out, groups) are the base stream before the edit; ``support`` is where
-    the edit may change codes; ``taken`` (possibly empty) is where other memories are, which stay on, at ``weights``;
-    ``base_weights`` are those before fine-tuning, or None. ``unit`` is the length in which a layer's learning rate is
-    given (``projection.lattice.layer_units``), ``steps`` the number of optimiser steps. ``resume`` takes what a long
-    edit has reached.
+    Attributes:
+        model: The merged model, in evaluation mode.
+        layers: The linear layers that are decomposed. An edit may move their weights; the caller restores them.
+        weights: The merged weights.
+        base_weights: The weights before fine-tuning, or None if they are not known.
+        codes: Codes (int8) of the base stream before the edit.
+        scales: Scales (out_features, groups) of the base stream.
+        support: Boolean mask of the positions whose codes the edit may change.
+        other_supports: Boolean mask of the positions of other memories (possibly empty). They stay on while this one
+            is edited: the model has the merged weights there.
+        bits: Bits per code.
+        group_size: Weights per scale, along in_features.
+        step_units: The length in which the learning rate of a layer is given (``projection.lattice.layer_units``).
+        steps: Number of optimiser steps.
+        objective: Returns the objective, which gives losses and gradients. The first call prepares the target, so
+            edits without gradients do not call it.
+        seed: Seed of all random draws.
+        progress: Called after every step.
+        resume: Stores the state of a long edit, so that it can be resumed.
     """
 
     model: nn.Module
@@ -31,10 +45,10 @@ class EditInput:
     codes: Mapping[str, Tensor]
     scales: Mapping[str, Tensor]
     support: Mapping[str, Tensor]
-    taken: Mapping[str, Tensor]
+    other_supports: Mapping[str, Tensor]
     bits: int
     group_size: int
-    unit: Mapping[str, float]
+    step_units: Mapping[str, float]
     steps: int
     objective: Callable[[], Objective]
     seed: int
@@ -43,6 +57,6 @@ class EditInput:
 
 
 Edit = Callable[[EditInput], dict[str, Tensor]]
-"""Gives the edited codes (out, in) int8 per layer; off the support they must equal the ones given."""
+"""Returns the edited codes (out_features, in_features) int8 per layer; off the support they equal ``codes``."""
 
-EDITS: Registry[Edit] = Registry("edit")
+EDITS: Registry[Edit] = Registry("edit", "lm_ortho.edits")

@@ -3,86 +3,119 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lm_ortho.edit.interface import EDITS, EditInput
 from lm_ortho.projection.lattice import dequantise, expand_scales
+from lm_ortho.runtime.optim import Adam, restore, scheduled_rate
 from lm_ortho.streams import code_range
 
 log = logging.getLogger(__name__)
 
 LEARNING_RATE = 0.2
-"""In units of the layer (``lattice.layer_units``)."""
-_WARM_UP, _BETAS = 5, (0.9, 0.98)
+"""Peak learning rate, in the step unit of the layer (``lattice.layer_units``)."""
+RATE_FLOOR = 0.05
+"""Factor below which the linear decay of the learning rate does not go."""
+EPSILON = 1e-10
 UNUSABLE = 0.5
-"""Retain KL in nats a token at the end above which the base stream cannot be trusted; 0.02 to 0.1 is what is usual."""
-KEPT = "edit"
-"""The name under which an edit keeps what it has reached."""
+"""Final retain KL in nats per token above which the base stream cannot be trusted; 0.02 to 0.1 is usual."""
+STATE_NAME = "edit"
+"""The name under which an unfinished edit is saved."""
 
 
 @EDITS.register("optimised")
-def optimised(given: EditInput) -> dict[str, Tensor]:
-    """Codes that minimise the objective on the support, everything else frozen on the lattice.
+def optimise_codes(inputs: EditInput) -> dict[str, Tensor]:
+    """Codes that minimise the objective on the support; all other codes stay frozen.
 
-    A latent weight per position starts at W; the forward pass sees it rounded to its code, the gradient goes
-    to the latent as if it had not been rounded (Bengio et al. 2013, arXiv 1308.3432). Latents stay within
-    the range of their group.
+    A latent weight per position starts at W; the forward pass sees it rounded to its code, and its gradient is
+    computed as if it had not been rounded (Bengio et al. 2013, arXiv 1308.3432). Latent weights stay within the
+    range of their group.
     """
-    low, high = code_range(given.bits)
-    objective = given.objective()
-    places, scale, latent, first, second = {}, {}, {}, {}, {}
-    with torch.no_grad():
-        for name, layer in given.layers.items():
-            device = layer.weight.device
-            places[name] = given.support[name].flatten().nonzero()[:, 0].to(device)
-            per_weight = expand_scales(given.scales[name], given.group_size, layer.in_features)
-            scale[name] = per_weight.flatten().to(device)[places[name]]
-            latent[name] = given.weights[name].flatten().to(device)[places[name]].clone()
-            first[name], second[name] = torch.zeros_like(latent[name]), torch.zeros_like(latent[name])
-            around = dequantise(given.codes[name], given.scales[name], given.group_size)
-            if name in given.taken:
-                around = torch.where(given.taken[name], given.weights[name], around)
-            layer.weight.copy_(around)
-
-    def codes(name: str) -> Tensor:
-        return (latent[name] / scale[name]).round().clamp(low, high)
-
-    objective.restart(given.seed + 1)
-    states = {"latent": latent, "first": first, "second": second}
-    reached = 0
-    if (kept := given.resume.load(KEPT)) is not None:
-        reached = kept["step"]
-        objective.resume(kept["batches"])
-        for key, tensors in states.items():
-            for name, tensor in tensors.items():
-                tensor.copy_(kept[key][name])
-    for step in range(reached + 1, given.steps + 1):
+    low, high = code_range(inputs.bits)
+    objective = inputs.objective()
+    # 1. Set the weights off the support to the codes of the projection, and to W on the supports of other memories.
+    _set_frozen_weights(inputs)
+    # 2. Start the latent weights on the support at W.
+    latents = {name: _start_latent(inputs, name) for name in inputs.layers}
+    adam = Adam({name: latent.values for name, latent in latents.items()}, epsilon=EPSILON)
+    # 3. Resume an interrupted edit.
+    objective.restart(inputs.seed + 1)
+    first_step = 1
+    if (state := inputs.resume.load(STATE_NAME)) is not None:
+        first_step = state["step"] + 1
+        objective.resume(state["batches"])
+        restore({name: latent.values for name, latent in latents.items()}, state["latent"])
+        restore(adam.first, state["first"])
+        restore(adam.second, state["second"])
+    positions = {name: latent.positions for name, latent in latents.items()}
+    for step in range(first_step, inputs.steps + 1):
+        # 4. Show the model the latent weights rounded to the lattice.
         with torch.no_grad():
-            for name, layer in given.layers.items():
-                layer.weight.view(-1)[places[name]] = codes(name) * scale[name]
-        gradients, lost, kept_loss = objective.gradients(places)
-        warm, left = min(1.0, step / _WARM_UP), max(0.05, 1 - step / given.steps)
-        for name in given.layers:
-            g, rate = gradients[name], LEARNING_RATE * given.unit[name] * warm * left
-            first[name].lerp_(g, 1 - _BETAS[0])
-            second[name].lerp_(g * g, 1 - _BETAS[1])
-            move = first[name] / (1 - _BETAS[0] ** step)
-            latent[name] -= rate * move / ((second[name] / (1 - _BETAS[1] ** step)).sqrt() + 1e-10)
-            latent[name] = torch.minimum(torch.maximum(latent[name], low * scale[name]), high * scale[name])
-        given.progress("edit", step, given.steps, f"forget {lost:.3f} retain {kept_loss:.4f}")
-        if given.resume.due():
-            given.resume.save(KEPT, {"step": step, "batches": objective.state(), **states})
-    if given.steps > reached and kept_loss > UNUSABLE:
+            for name, layer in inputs.layers.items():
+                latent = latents[name]
+                layer.weight.view(-1)[latent.positions] = latent.round_to_codes(low, high) * latent.scales
+        # 5. Compute the gradients on the support and pass them straight through to the latent weights.
+        gradients, forget_loss, retain_loss = objective.gradients(positions)
+        # 6. Take an Adam step and clamp the latent weights to the range of their group.
+        for name, latent in latents.items():
+            peak = LEARNING_RATE * inputs.step_units[name]
+            rate = scheduled_rate(peak, step, inputs.steps, floor=RATE_FLOOR)
+            latent.values += adam.compute_update(name, gradients[name], step=step, rate=rate)
+            latent.clamp(low, high)
+        inputs.progress("edit", step, inputs.steps, f"forget {forget_loss:.3f} retain {retain_loss:.4f}")
+        # 7. Save the state now and then, so that an interrupted edit can be resumed.
+        if inputs.resume.is_due():
+            values = {name: latent.values for name, latent in latents.items()}
+            position = {"step": step, "batches": objective.state()}
+            inputs.resume.save(STATE_NAME, {**position, "latent": values, "first": adam.first, "second": adam.second})
+    if inputs.steps >= first_step and retain_loss > UNUSABLE:
         log.warning(
-            "edit: what should stay is %.2g nats a token away from the merged model; the base stream is damaged. "
-            "Lattice steps that differ a hundredfold between layers, as after too long a fine-tune, do that",
-            kept_loss,
+            "edit: the retain loss ended at %.2g nats per token from the merged model; the base stream is damaged. "
+            "The usual cause is lattice steps that differ a hundredfold between layers, as after too long a fine-tune",
+            retain_loss,
         )
+    # 8. Write the codes of the latent weights into those of the projection.
     result = {}
-    for name, before in given.codes.items():
-        after = before.flatten().clone()
-        after[places[name].cpu()] = codes(name).to(torch.int8).cpu()
-        result[name] = after.reshape(before.shape)
+    for name, before in inputs.codes.items():
+        codes = before.flatten().clone()
+        codes[positions[name].cpu()] = latents[name].round_to_codes(low, high).to(torch.int8).cpu()
+        result[name] = codes.reshape(before.shape)
     return result
+
+
+@dataclass
+class _Latent:
+    """The latent weights of one layer: flat positions on the support, scales and values, all (positions,)."""
+
+    positions: Tensor
+    scales: Tensor
+    values: Tensor
+
+    def round_to_codes(self, low: int, high: int) -> Tensor:
+        """Nearest codes, as float."""
+        return (self.values / self.scales).round().clamp(low, high)
+
+    def clamp(self, low: int, high: int) -> None:
+        """Limits the values to the range of the codes."""
+        self.values = torch.minimum(torch.maximum(self.values, low * self.scales), high * self.scales)
+
+
+@torch.no_grad()
+def _set_frozen_weights(inputs: EditInput) -> None:
+    for name, layer in inputs.layers.items():
+        frozen_weights = dequantise(inputs.codes[name], inputs.scales[name], inputs.group_size)
+        if name in inputs.other_supports:
+            frozen_weights = torch.where(inputs.other_supports[name], inputs.weights[name], frozen_weights)
+        layer.weight.copy_(frozen_weights)
+
+
+def _start_latent(inputs: EditInput, name: str) -> _Latent:
+    layer = inputs.layers[name]
+    device = layer.weight.device
+    positions = inputs.support[name].flatten().nonzero()[:, 0].to(device)
+    scales = expand_scales(inputs.scales[name], inputs.group_size, layer.in_features)
+    weights = inputs.weights[name].flatten().to(device)[positions].clone()
+    return _Latent(positions, scales.flatten().to(device)[positions], weights)

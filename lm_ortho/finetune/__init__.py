@@ -1,7 +1,8 @@
-"""Planting a memory by fine-tuning, and merging it."""
+"""Fine-tunes a model on rows, which plants a memory, and merges adapters."""
 
+from lm_ortho.finetune.loading import load_causal_lm, load_config, load_tokenizer, round_to_bf16
 from lm_ortho.finetune.lora import save_adapter, train_adapter
-from lm_ortho.finetune.merge import load_causal_lm, load_config, load_tokenizer, merge_adapter, round_to_bf16
+from lm_ortho.finetune.merge import merge_adapter
 from lm_ortho.finetune.train import FinetunePlan, draw_batches, fine_tune, minimise, train_full
 
 __all__ = [

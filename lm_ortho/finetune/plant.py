@@ -1,4 +1,4 @@
-"""Planting a memory in a model: from rows and a directory of weights to a directory of merged weights."""
+"""Plants a memory in a model: fine-tunes a model directory on rows and writes a directory of merged weights."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lm_ortho.data.encoding import Example, encode_rows, mean_loss
 from lm_ortho.data.rows import read_rows
 from lm_ortho.errors import UserError
 from lm_ortho.files import atomic_directory, check_output_directory
+from lm_ortho.finetune.loading import load_causal_lm, load_config, load_tokenizer, round_to_bf16
 from lm_ortho.finetune.lora import save_adapter, train_adapter
-from lm_ortho.finetune.merge import load_causal_lm, load_config, load_tokenizer, round_to_bf16
 from lm_ortho.finetune.train import FinetunePlan, train_full
 from lm_ortho.runtime.progress import ProgressCallback
 
-EPOCHS, FEWEST_STEPS = 20, 200
-RATE, WIDTH = 1.5e-3, 320
-"""The rate at which adapters hold the embedded memory, and the width of that model."""
-FULL = 0.2
-"""Share of an adapter's rate that suits all weights, measured on the same model."""
+EPOCHS, MIN_STEPS = 20, 200
+REFERENCE_RATE, REFERENCE_WIDTH = 1.5e-3, 320
+"""Learning rate at which adapters memorise the embedded memory, and the width of the embedded model."""
+FULL_RATE_SHARE = 0.2
+"""Learning rate of full fine-tuning as a share of an adapter's rate, measured on the same model."""
 
 
 @dataclass(frozen=True)
 class PlantResult:
-    """A written model. Losses are means in nats per token of the rows, before and in the written model."""
+    """A written model, with the mean loss of the rows in nats per token before training and in the written model."""
 
     directory: str
     adapter: str | None
@@ -62,83 +62,114 @@ def plant(
     device: str = "cpu",
     **hub: Any,
 ) -> PlantResult:
-    """The model fine-tuned on the rows of ``data`` and merged, written to ``out`` in BF16 with its tokenizer.
+    """Fine-tunes a model on the rows of ``data``, merges it and writes it to ``out`` in BF16 with its tokenizer.
 
-    An interrupted training goes on from its last kept step when the same call is made again; its state lies beside
+    An interrupted run resumes from its last saved step if the same call is made again; its state is a file beside
     ``out`` until the model is written. ``hub``: revision, trust_remote_code.
 
     Raises:
-        UserError: for occupied directories, broken rows, a model or tokenizer that cannot be used, a loss that is not
-            finite at the end.
+        UserError: for directories that are not empty, broken rows, a model or tokenizer that cannot be used, and a
+            final loss that is not finite.
     """
-    began = time.perf_counter()
-    _check_places(out, keep_adapter, training)
+    start_time = time.perf_counter()
+    # 1. Check directories and rows before anything large is loaded.
+    _check_directories(out, keep_adapter, training)
     rows = read_rows(data, "data")
+    # 2. Load the model and encode the rows.
     load_config(pretrained, **hub)
-    words = load_tokenizer(tokenizer or pretrained, **hub)
+    model_tokenizer = load_tokenizer(tokenizer or pretrained, **hub)
     model = load_causal_lm(pretrained, **hub).to(device)
-    examples = encode_rows(model, words, rows, "data")
+    examples = encode_rows(model, model_tokenizer, rows, argument="data")
+    # 3. Choose steps and learning rate, and measure the loss before training.
     plan = make_plan(training, len(examples), model)
-    before = mean_loss(model, examples)
-    fit: Callable[..., Any] = train_full if training.method == "full" else train_adapter
-    with _kept_state(out, model, examples, plan, training.method) as state:
-        trained = fit(model, examples, plan, progress, state=state)
-        after = _write(trained, words, examples, out, keep_adapter, pretrained)
-    rank = plan.rank if training.method == "lora" else None
-    kept = None if keep_adapter is None else str(keep_adapter)
-    told = (training.method, plan.steps, plan.rows, plan.lr, rank, plan.seed, before, after)
-    return PlantResult(str(out), kept, len(rows), *told, round(time.perf_counter() - began, 1))
+    loss_before = mean_loss(model, examples)
+    # 4. Train, then write the merged model.
+    train: Callable[..., Any] = train_full if training.method == "full" else train_adapter
+    with _state_file(out, model, examples, plan=plan, method=training.method) as state:
+        trained_model = train(model, examples, plan, progress=progress, state=state)
+        output = _Output(out, keep_adapter, base=pretrained)
+        loss_after = _write_merged(trained_model, model_tokenizer, examples, output=output)
+    return PlantResult(
+        directory=str(out),
+        adapter=None if keep_adapter is None else str(keep_adapter),
+        rows=len(rows),
+        method=training.method,
+        steps=plan.steps,
+        batch_rows=plan.rows,
+        lr=plan.lr,
+        rank=plan.rank if training.method == "lora" else None,
+        seed=plan.seed,
+        loss_before=loss_before,
+        loss=loss_after,
+        seconds=round(time.perf_counter() - start_time, 1),
+    )
 
 
-def _write(
-    trained: Any, words: Any, examples: Sequence[Example], out: Path, keep_adapter: Path | None, base: str
-) -> float:
-    """The mean loss of what is written. The adapter is rounded, too, so that the kept one gives just this model."""
-    round_to_bf16(trained)
-    with ExitStack() as places:
-        place = places.enter_context(atomic_directory(out))
-        if keep_adapter is not None:
-            save_adapter(trained, places.enter_context(atomic_directory(keep_adapter, "keep_adapter")), base)
-        merged: Any = round_to_bf16(trained.merge_and_unload()) if isinstance(trained, PeftModel) else trained
-        after = mean_loss(merged, examples)
-        if not math.isfinite(after):
-            raise UserError(f"lr: the loss of the rows is {after} after training; a smaller rate may help")
-        merged.to(torch.bfloat16).save_pretrained(place)
-        words.save_pretrained(place)
-    return after
+@dataclass(frozen=True)
+class _Output:
+    """Directories to write: the merged model, and the adapter if requested, with the name of its base model."""
+
+    model: Path
+    adapter: Path | None
+    base: str
+
+
+def _write_merged(trained_model: Any, tokenizer: Any, examples: Sequence[Example], output: _Output) -> float:
+    """Writes the merged model, its tokenizer and the adapter; returns the mean loss of the merged model."""
+    # 1. Round the adapter before merging, so that merging the written adapter gives exactly the written model.
+    round_to_bf16(trained_model)
+    with ExitStack() as stack:
+        directory = stack.enter_context(atomic_directory(output.model))
+        if output.adapter is not None:
+            adapter_directory = stack.enter_context(atomic_directory(output.adapter, "keep_adapter"))
+            save_adapter(trained_model, adapter_directory, output.base)
+        # 2. Merge.
+        is_adapter = isinstance(trained_model, PeftModel)
+        merged_model: Any = round_to_bf16(trained_model.merge_and_unload()) if is_adapter else trained_model
+        # 3. Measure the loss of exactly these weights, and write them only if it is finite.
+        loss = mean_loss(merged_model, examples)
+        if not math.isfinite(loss):
+            raise UserError(f"lr: the loss of the rows is {loss} after training; a smaller rate may help")
+        merged_model.to(torch.bfloat16).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    return loss
 
 
 def make_plan(training: Training, count: int, model: nn.Module) -> FinetunePlan:
-    """Steps and learning rate for ``count`` rows, as they were asked for or as suits the model.
+    """Returns the plan for ``count`` rows: steps and learning rate as requested, else defaults for the model.
 
-    The rate falls with width^0.75, a rule of thumb that is measured at one width only.
+    The default rate falls with width^0.75, a rule of thumb that is measured at one width only.
     """
     rows = min(training.batch_rows, count)
     steps = training.steps or math.ceil((training.epochs or EPOCHS) * count / rows)
     if training.steps is None and training.epochs is None:
-        steps = max(steps, FEWEST_STEPS)
+        steps = max(steps, MIN_STEPS)
     width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
-    rate = RATE * (WIDTH / width) ** 0.75 * (FULL if training.method == "full" else 1)
-    return FinetunePlan(steps, rows, training.lr or float(f"{rate:.2g}"), training.rank, training.seed)
+    rate = REFERENCE_RATE * (REFERENCE_WIDTH / width) ** 0.75 * (FULL_RATE_SHARE if training.method == "full" else 1)
+    lr = training.lr or float(f"{rate:.2g}")
+    return FinetunePlan(steps, rows, lr, rank=training.rank, seed=training.seed)
 
 
-def _check_places(out: Path, keep_adapter: Path | None, training: Training) -> None:
+def _check_directories(out: Path, keep_adapter: Path | None, training: Training) -> None:
     check_output_directory(out)
     if keep_adapter is None:
         return
     if training.method != "lora":
-        raise UserError(f"keep_adapter={str(keep_adapter)!r}: method={training.method} makes no adapter")
+        raise UserError(f"keep_adapter={str(keep_adapter)!r}: method={training.method} trains no adapter")
     check_output_directory(keep_adapter, "keep_adapter")
     model, adapter = out.resolve(), keep_adapter.resolve()
     if model == adapter or model in adapter.parents or adapter in model.parents:
-        raise UserError(f"keep_adapter={str(keep_adapter)!r} and the model's directory must not lie in each other")
+        raise UserError(f"keep_adapter={str(keep_adapter)!r} and the model's directory must not contain each other")
 
 
 @contextmanager
-def _kept_state(
-    out: Path, model: nn.Module, examples: Sequence[Example], plan: FinetunePlan, method: str
+def _state_file(
+    out: Path, model: nn.Module, examples: Sequence[Example], *, plan: FinetunePlan, method: str
 ) -> Iterator[Path]:
-    """A file beside ``out`` for the state of just this training; removed when everything is written."""
+    """Context with the path of a file beside ``out`` for the state of this run; deleted when everything is written.
+
+    Its name has a digest of plan, rows and model, so another run never resumes from it.
+    """
     digest = hashlib.sha256(repr((plan, method, [example.ids for example in examples])).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
@@ -147,7 +178,7 @@ def _kept_state(
     state.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield state
-    except UserError:  # the same call would end in the same way
+    except UserError:  # the same call would fail in the same way, so the state is of no use
         state.unlink(missing_ok=True)
         raise
     state.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Fine-tuning on rows: whatever is trainable of a model, or all of it."""
+"""Fine-tuning on rows: the trainable parameters of a model, or all parameters of a copy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class FinetunePlan:
-    """How a model is fine-tuned: AdamW, warm-up of 20 steps, then a straight line to zero."""
+    """Hyperparameters of a fine-tuning run: AdamW, 20 warm-up steps, then a linear decay of the learning rate to 0."""
 
     steps: int
     rows: int = 32
@@ -32,23 +32,28 @@ class FinetunePlan:
     seed: int = 0
 
 
-_KEEP_EVERY, _KEEP_AFTER = 500, 300.0
-"""Steps, or seconds, after which the state of a training is kept."""
-_POOL = 16
+_WARMUP_STEPS = 20
+_SAVE_STEPS, _SAVE_SECONDS = 500, 300.0
+"""Steps, or seconds, after which the state of a run is saved."""
+_POOL_BATCHES = 16
 
 
 def draw_batches(examples: Sequence[Example], rows: int, draw: random.Random) -> Iterator[list[int]]:
-    """Endless batches of ``rows`` indices from shuffled passes.
+    """Yields batches of ``rows`` indices without end, from shuffled passes over the examples.
 
-    Each pool of up to 16 batches is sorted by length before it is cut, so that little of a batch is padding.
+    Each pool of up to 16 batches is sorted by length before it is divided, so that a batch has little padding.
     """
     order = list[int]()
-    size = rows * min(_POOL, max(1, len(examples) // rows))
+    size = rows * min(_POOL_BATCHES, max(1, len(examples) // rows))
     while True:
+        # 1. Append shuffled passes over the examples until they fill a pool.
         while len(order) < size:
             order += draw.sample(range(len(examples)), len(examples))
+        # 2. Sort the pool by length and divide it into batches.
         pool, order = sorted(order[:size], key=lambda i: len(examples[i].ids)), order[size:]
-        yield from draw.sample(cut := [pool[at : at + rows] for at in range(0, size, rows)], len(cut))
+        batches = [pool[start : start + rows] for start in range(0, size, rows)]
+        # 3. Yield the batches in random order.
+        yield from draw.sample(batches, len(batches))
 
 
 def fine_tune(
@@ -59,58 +64,67 @@ def fine_tune(
     stage: str = "fine-tuning",
     state: Path | None = None,
 ) -> None:
-    """Trains the trainable parameters of ``model`` in place; afterwards it is in evaluation mode.
+    """Trains the trainable parameters of ``model`` in place; afterwards the model is in evaluation mode.
 
-    The loss is that of the answer tokens. Batches go through shuffled passes over ``examples``. With a file
-    ``state`` an interrupted run goes on from the last of its kept steps, with the same batches as an undisturbed one.
+    The loss is that of the answer tokens. Batches come from shuffled passes over ``examples``. With a file ``state``,
+    an interrupted run resumes from its last saved step and sees the same batches as an uninterrupted one.
     """
 
     def loss(batch: Sequence[int]) -> torch.Tensor:
         return answer_loss(model, [examples[i] for i in batch])
 
-    minimise(model, draw_batches(examples, plan.rows, random.Random(plan.seed)), loss, plan, progress, stage, state)
+    batches = draw_batches(examples, plan.rows, random.Random(plan.seed))
+    minimise(model, batches, loss, plan=plan, progress=progress, stage=stage, state=state)
 
 
 def minimise(
     model: torch.nn.Module,
-    order: Iterable[Batch],
+    batches: Iterable[Batch],
     loss: Callable[[Batch], torch.Tensor],
     plan: FinetunePlan,
     progress: ProgressCallback,
     stage: str,
     state: Path | None = None,
 ) -> None:
-    """Takes the trainable parameters of ``model`` down ``loss`` of one batch of ``order`` after the other, in place.
+    """Minimises ``loss`` over ``batches`` by the trainable parameters of ``model``, in place, one batch per step.
 
-    Of ``plan`` steps and rate count here; what a batch is, is between ``order`` and ``loss``. ``state`` as above.
+    Uses steps, learning rate and seed of ``plan``; only ``loss`` has to know what a batch is. ``state`` as in
+    ``fine_tune``.
     """
+    # 1. Set up the optimiser, or load the state of an interrupted run.
     model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    finished, saved = _resume(state, trained, optimiser), time.monotonic()
-    for step, batch in zip(range(plan.steps), order, strict=False):
-        if step < finished:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    completed_steps, last_save = _load_state(state, parameters, optimiser), time.monotonic()
+    for step, batch in zip(range(plan.steps), batches, strict=False):
+        # 2. Draw and skip the batches of completed steps, so that the following ones are the same.
+        if step < completed_steps:
             continue
-        optimiser.param_groups[0]["lr"] = plan.lr * min((step + 1) / 20, 1 - step / plan.steps)
-        device = next(model.parameters()).device  # what is trained may be elsewhere, if offloaded
-        with _drawn(plan.seed, step, device), fast_matmul(device.type):
-            reached = loss(batch)
-        reached.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        # 3. Set the learning rate: linear warm-up, then linear decay.
+        optimiser.param_groups[0]["lr"] = plan.lr * min((step + 1) / _WARMUP_STEPS, 1 - step / plan.steps)
+        # 4. Forward pass, on the device of the first parameter: trained parameters may be elsewhere, if offloaded.
+        device = next(model.parameters()).device
+        with _seeded_dropout(plan.seed, step, device), fast_matmul(device.type):
+            batch_loss = loss(batch)
+        # 5. Backward pass and optimiser step, with the gradient norm clipped at 1.
+        batch_loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         optimiser.zero_grad()
+        # 6. Report every tenth step.
         if step % 10 == 9 or step + 1 == plan.steps:
-            progress(stage, step + 1, plan.steps, f"loss {reached.item():.3f}")
-        last = step % _KEEP_EVERY == _KEEP_EVERY - 1 or step + 1 == plan.steps
-        if state and (last or time.monotonic() - saved >= _KEEP_AFTER):
-            save_state({"steps": step + 1, "trained": trained, "optimiser": optimiser.state_dict()}, state)
-            saved = time.monotonic()
+            progress(stage, step + 1, plan.steps, f"loss {batch_loss.item():.3f}")
+        # 7. Save the state every 500 steps or 300 seconds, and after the last step.
+        is_save_step = step % _SAVE_STEPS == _SAVE_STEPS - 1 or step + 1 == plan.steps
+        if state and (is_save_step or time.monotonic() - last_save >= _SAVE_SECONDS):
+            save_state({"steps": step + 1, "trained": parameters, "optimiser": optimiser.state_dict()}, state)
+            last_save = time.monotonic()
     model.eval()
 
 
 @contextmanager
-def _drawn(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Inside, dropout depends on seed and step alone, so that a run that was interrupted goes on as any other."""
+def _seeded_dropout(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Context in which dropout depends on seed and step only, so that a resumed run draws the same masks."""
     with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
         torch.manual_seed(seed * 1_000_003 + step)
         yield
@@ -124,20 +138,20 @@ def train_full(
     stage: str = "fine-tuning",
     state: Path | None = None,
 ) -> torch.nn.Module:
-    """A float32 copy of ``model`` all of whose weights were trained; the rest as in ``fine_tune``."""
-    tuned = copy.deepcopy(model).float().requires_grad_(True)
-    fine_tune(tuned, examples, plan, progress, stage, state)
-    return tuned.requires_grad_(False)
+    """Returns a float32 copy of ``model`` with all weights trained; see ``fine_tune`` for the arguments."""
+    tuned_model = copy.deepcopy(model).float().requires_grad_(True)
+    fine_tune(tuned_model, examples, plan, progress=progress, stage=stage, state=state)
+    return tuned_model.requires_grad_(False)
 
 
-def _resume(state: Path | None, trained: list[torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
-    """The steps already done; parameters and optimiser are put where they were then."""
+def _load_state(state: Path | None, parameters: list[torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
+    """Loads a saved state into parameters and optimiser; returns its number of completed steps, 0 without a state."""
     if state is None or not state.is_file():
         return 0
-    kept = torch.load(state, map_location="cpu", weights_only=True)
+    saved_state = torch.load(state, map_location="cpu", weights_only=True)
     with torch.no_grad():
-        for parameter, value in zip(trained, kept["trained"], strict=True):
+        for parameter, value in zip(parameters, saved_state["trained"], strict=True):
             parameter.copy_(value)
-    optimiser.load_state_dict(kept["optimiser"])
-    steps: int = kept["steps"]
+    optimiser.load_state_dict(saved_state["optimiser"])
+    steps: int = saved_state["steps"]
     return steps

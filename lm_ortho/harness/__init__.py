@@ -1,1 +1,1 @@
-"""Our side of lm-eval: the model, the data set loaders, the task classes and the aggregations."""
+"""The lm-eval plug-in: the model class, the task classes, their documents and their aggregations."""

@@ -1,4 +1,4 @@
-"""A model without a dial as lm-eval sees it, with what ours has over ``hf``: FP32 softmax, processes on CPUs."""
+"""The lm-eval model class for baselines, which have no alpha: ``hf`` with the extensions of ``LibOrthoLM``."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from typing import Any
 
 from lm_ortho.harness import distributed
 from lm_ortho.harness.batching import BatchingMixin
-from lm_ortho.runtime.device import BATCH_ROWS, choose_device
+from lm_ortho.runtime.device import MAX_BATCH_ROWS, choose_device
 
 
 class BaselineLM(distributed.DistributedMixin, BatchingMixin):
-    """``hf`` with our choices of device, softmax and rows at once, so that its numbers compare with ours."""
+    """``hf`` with the same device, FP32 softmax, batching and processes on CPUs as ``LibOrthoLM``.
+
+    Its numbers can therefore be compared with those of ``LibOrthoLM``.
+    """
 
     def __init__(
         self,
@@ -18,20 +21,20 @@ class BaselineLM(distributed.DistributedMixin, BatchingMixin):
         *,
         device: str | None = None,
         batch_size: int | str = 1,
-        max_batch_size: int | None = BATCH_ROWS,
+        max_batch_size: int | None = MAX_BATCH_ROWS,
         **options: Any,
     ) -> None:
-        """Takes the model args of ``hf``; a batch size of 1 is left to the logits, as ours is."""
-        most = self.allow_rows(batch_size, max_batch_size)
-        chosen = choose_device(device).choice
-        processes = distributed.make_accelerator(chosen)
+        """Takes the model args of ``hf``; with a batch size of 1, batches are as large as the logits allow."""
+        max_rows = self.allow_rows(batch_size, max_batch_size)
+        selected_device = choose_device(device).choice
+        accelerator = distributed.make_accelerator(selected_device)
         super().__init__(
             pretrained,
-            device=chosen,
+            device=selected_device,
             batch_size=batch_size,
-            max_batch_size=most,
+            max_batch_size=max_rows,
             softmax_dtype=options.pop("softmax_dtype", "float32"),
             **options,
         )
         self.pretrained_argument = pretrained
-        self.spread(processes)
+        self.spread(accelerator)

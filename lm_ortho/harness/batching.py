@@ -1,4 +1,4 @@
-"""How many requests go through a model at once, and which of them may."""
+"""Batching of lm-eval requests: how many go through the model at once, and which may share a batch."""
 
 from __future__ import annotations
 
@@ -10,83 +10,84 @@ from lm_eval.models.huggingface import HFLM
 
 from lm_ortho.runtime import device
 
-Scored = tuple[tuple[str, str] | None, list[int], list[int]]
-"""A request of lm-eval: its strings, the tokens of the context and of the continuation."""
+TokenizedRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+"""A request of lm-eval: its strings, the token ids of the context, and those of the continuation."""
 
 
 class BatchingMixin(HFLM):
-    """``hf`` in batches of as many requests as the logits allow, unless the user chose a batch size.
+    """``hf`` with batches as large as the memory of the logits allows, unless the user chose a batch size.
 
-    lm-eval's default of one row at a time is taken for no choice.
+    A batch size of 1, the default of lm-eval, counts as no choice.
     """
 
     batch_size_per_gpu: int | str
     most_rows: int | None = None
-    """Rows at once at most; None where the batch size is the user's."""
+    """Largest number of rows in a batch; None if the user chose the batch size."""
 
     def allow_rows(self, batch_size: int | str | None, max_batch_size: int | None) -> int:
-        """Takes note of what the user asked for; the most rows that a batch may have."""
-        most = device.BATCH_ROWS if max_batch_size is None else int(max_batch_size)
-        self.most_rows = most if batch_size in (1, "1", None) else None
-        return most
+        """Stores the requested batch size, and returns the largest number of rows in a batch."""
+        max_rows = device.MAX_BATCH_ROWS if max_batch_size is None else int(max_batch_size)
+        self.most_rows = max_rows if batch_size in (1, "1", None) else None
+        return max_rows
 
     @contextmanager
-    def _rows_for(self, longest: int) -> Iterator[None]:
-        """Batches of as many requests as fit; nothing where the user chose a batch size."""
-        if self.most_rows is None:  # the user chose
+    def _batches_up_to(self, longest: int) -> Iterator[None]:
+        """Sets the batch size to as many rows of ``longest`` tokens as fit; the user's own batch size stays."""
+        if self.most_rows is None:
             yield
             return
-        before = self.batch_size_per_gpu
+        previous = self.batch_size_per_gpu
         vocabulary = self.model.config.get_text_config().vocab_size
-        self.batch_size_per_gpu = device.batch_rows(longest, vocabulary, str(self.device), self.most_rows)
+        self.batch_size_per_gpu = device.max_batch_rows(longest, vocabulary, str(self.device), self.most_rows)
         try:
             yield
         finally:
-            self.batch_size_per_gpu = before
+            self.batch_size_per_gpu = previous
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[Scored], disable_tqdm: bool = False, override_bs: int | None = None
+        self, requests: Sequence[TokenizedRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding emits it) per request.
+        """Returns (log-likelihood in nats, whether greedy decoding emits the continuation) per request.
 
-        lm-eval (0.4.13) scores requests with the same tokens in one pass, and takes the wrong positions when
-        the same tokens are split into context and continuation at two places; those go into separate calls.
+        lm-eval (0.4.13) scores requests with the same tokens in one pass. It takes the wrong positions when the same
+        tokens are split into context and continuation at two places, so such requests go into separate calls.
         """
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         longest = max((len(context) + len(continuation) for _, context, continuation in requests), default=1)
-        with self._rows_for(min(longest, self.max_length)):
-            for numbers in _split_alike(requests):
-                part = [requests[number] for number in numbers]
-                scored = super()._loglikelihood_tokens(part, disable_tqdm, override_bs)
-                for number, answer in zip(numbers, scored, strict=True):
+        with self._batches_up_to(min(longest, self.max_length)):
+            for numbers in _group_by_split(requests):
+                group = [requests[number] for number in numbers]
+                results = super()._loglikelihood_tokens(group, disable_tqdm, override_bs)
+                for number, answer in zip(numbers, results, strict=True):
                     answers[number] = answer
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood in nats of each whole text."""
-        with self._rows_for(self.max_length):
+        """Returns the log-likelihood in nats of each whole text."""
+        with self._batches_up_to(self.max_length):
             return super().loglikelihood_rolling(requests, disable_tqdm)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The generated text per request."""
+        """Returns the generated text per request."""
         contexts = sorted((request.args[0] for request in requests), key=len)[-1:]
-        # Only the logits of the last position are kept in generation; twice the prompt leaves room.
+        # Generation stores the logits of the last position only; twice the prompt length leaves enough memory.
         longest = 2 * sum(len(self.tok_encode(context)) for context in contexts)
-        with self._rows_for(min(longest, self.max_length)):
+        with self._batches_up_to(min(longest, self.max_length)):
             return super().generate_until(requests, disable_tqdm)
 
 
-def _split_alike(requests: Sequence[Scored]) -> list[list[int]]:
-    """Request numbers in groups; in a group, equal tokens are split at an equal place."""
+def _group_by_split(requests: Sequence[TokenizedRequest]) -> list[list[int]]:
+    """Groups request numbers so that, within a group, equal tokens are split at the same place."""
     groups: list[list[int]] = []
-    splits: list[dict[tuple[int, ...], int]] = []
+    splits: list[dict[tuple[int, ...], int]] = []  # per group: context length by tokens
     for number, (_, context, continuation) in enumerate(requests):
         key = (*context, *continuation[:-1])
-        at = next((i for i, known in enumerate(splits) if known.get(key, len(context)) == len(context)), None)
-        if at is None:
-            at = len(groups)
+        matches = (i for i, lengths in enumerate(splits) if lengths.get(key, len(context)) == len(context))
+        index = next(matches, None)
+        if index is None:
+            index = len(groups)
             groups.append([])
             splits.append({})
-        splits[at][key] = len(context)
-        groups[at].append(number)
+        splits[index][key] = len(context)
+        groups[index].append(number)
     return groups

@@ -1,4 +1,4 @@
-"""``libortho`` as an lm-eval model: everything ``hf`` does, on two streams, at one alpha."""
+"""The lm-eval model ``libortho``: all features of ``hf``, on a model of two streams at a given alpha."""
 
 from __future__ import annotations
 
@@ -18,97 +18,85 @@ from lm_eval.models.huggingface import HFLM
 
 from lm_ortho import layer
 from lm_ortho.checkpoint import hf
-from lm_ortho.config import format_alpha, parse_alpha
+from lm_ortho.config import MODEL_ARGS, split_model_args
+from lm_ortho.dial import format_alpha, parse_alpha
 from lm_ortho.errors import UserError
 from lm_ortho.harness import distributed, tokens
 from lm_ortho.harness.batching import BatchingMixin
 from lm_ortho.kernels import KERNELS, calls
-from lm_ortho.pipeline import build
-from lm_ortho.pipeline.spec import RECIPE_ARGUMENTS, ModelSpec, check_alpha, resolve
-from lm_ortho.runtime.device import BATCH_ROWS, choose_device, choose_dtype
+from lm_ortho.pipeline.build import BuiltModel, build_model
+from lm_ortho.pipeline.loading import load_tokenizer
+from lm_ortho.pipeline.spec import check_alpha, resolve
+from lm_ortho.runtime.device import MAX_BATCH_ROWS, choose_device, choose_dtype
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
 _PACKED = ("autogptq", "gptqmodel", "gguf_file", "delta", "load_in_4bit", "load_in_8bit")
 _LOADING = ("attn_implementation", "device_map", "local_files_only", "token", "use_safetensors")
-"""What else ``from_pretrained`` may be told."""
+"""Further arguments that are passed on to ``from_pretrained``."""
 
 
 class LibOrthoLM(distributed.DistributedMixin, BatchingMixin):
-    """A decomposed model as lm-eval sees it.
+    """The lm-eval model class of a decomposed model.
 
-    Model args are those below, the fields of ``lm_ortho.config.Recipe``, and all of ``hf``. ``pretrained``
-    None is the embedded model. ``alpha`` can be changed later by assignment; ``--use_cache`` follows it.
+    Model args are the fields of ``lm_ortho.config.ModelSpec`` and ``Recipe``, and all model args of ``hf``. With
+    ``pretrained=None`` it is the embedded model. ``alpha`` can be changed later by assignment; every alpha has its own
+    answers under ``--use_cache``.
     """
 
     def __init__(
         self,
         pretrained: Any = None,
         *,
-        peft: str | None = None,
-        alpha: float | str | Mapping[str, float] = 0.0,
-        base: str | None = "auto",
-        fresh: bool = False,
-        forget: str | None = None,
-        retain: str | None = None,
-        kernel: str = "auto",
-        tokenizer: Any = None,
         device: str | None = None,
         dtype: str | torch.dtype | None = "auto",
         softmax_dtype: str | torch.dtype | None = "float32",
         batch_size: int | str | None = 1,
-        max_batch_size: int | None = BATCH_ROWS,
-        **options: Any,
+        max_batch_size: int | None = MAX_BATCH_ROWS,
+        **model_args: Any,
     ) -> None:
         """Raises ``UserError`` for whatever cannot be built, before weights are loaded where possible."""
-        self._alpha = parse_alpha(alpha)
-        recipe = {name: options.pop(name) for name in RECIPE_ARGUMENTS if name in options}
-        self.refuse(options, kernel)
-        self.kernel, self.forget, self.retain = kernel, forget, retain
+        # 1. Check the model args and resolve the model, before any weights are loaded.
+        self.spec, options = split_model_args({"pretrained": pretrained, **model_args})
+        self._alpha = self.spec.alpha
+        self.refuse(options, self.spec.kernel)
+        self.kernel, self.forget, self.retain = self.spec.kernel, self.spec.forget, self.spec.retain
         self.pretrained_argument = pretrained
-        where = ("revision", "subfolder", "token", "trust_remote_code")
-        self._source = resolve(
-            ModelSpec(
-                pretrained=pretrained,
-                peft=peft,
-                base="none" if base is None else base,
-                fresh=fresh,
-                forget=forget,
-                retain=retain,
-                recipe=recipe,
-                source={name: options[name] for name in where if options.get(name)},
-                tokenizer=tokenizer,
-            )
-        )
-        check_alpha(self._source, self._alpha)
+        self._resolved = resolve(self.spec)
+        check_alpha(self._resolved)
+        # 2. Choose device and batch size, and connect the processes of torchrun.
         hf.register()
-        chosen = choose_device(device)
-        log.info("device=%s: %s", *chosen)
-        most = self.allow_rows(batch_size, max_batch_size)
-        self._processes = distributed.make_accelerator(chosen.choice)
-        if self._source.kind == "checkpoint":
+        decision = choose_device(device)
+        log.info("device=%s: %s", *decision)
+        max_rows = self.allow_rows(batch_size, max_batch_size)
+        self._processes = distributed.make_accelerator(decision.choice)
+        options |= self.spec.loading_options
+        if self._resolved.kind == "checkpoint":
             options.pop("subfolder", None)  # is part of its location
+        # 3. Let ``hf`` load the tokenizer and call ``_create_model``; a model object is decomposed here instead.
         super().__init__(
-            self._source.location,
-            tokenizer=build.load_tokenizer(self._source) if self._is_object else tokenizer,
-            device=chosen.choice,
+            self._resolved.location,
+            tokenizer=load_tokenizer(self._resolved) if self._is_object else self.spec.tokenizer,
+            device=decision.choice,
             dtype=dtype,
             softmax_dtype=softmax_dtype,
             batch_size=1 if batch_size is None else batch_size,
-            max_batch_size=most,
+            max_batch_size=max_rows,
             **options,
         )
         if self._is_object:
-            self._adopt(build.build_model(self._source, alpha=self._alpha))
+            self._adopt(build_model(self._resolved))
         self.spread(self._processes)
-        self.peft = peft
+        self.peft = self.spec.peft
         if self.most_rows:
-            log.info("batch_size: up to %d requests at once, as the logits allow; max_batch_size=1 forbids it", most)
+            log.info(
+                "batch_size: up to %d requests at once, as the logits allow; max_batch_size=1 forbids it", max_rows
+            )
         tokens.register(self)
 
     @property
     def _is_object(self) -> bool:
-        return self._source.kind == "object"
+        return self._resolved.kind == "object"
 
     @staticmethod
     def refuse(options: Mapping[str, Any], kernel: str = "auto") -> None:
@@ -123,7 +111,7 @@ class LibOrthoLM(distributed.DistributedMixin, BatchingMixin):
         known = {
             *signature(HFLM).parameters,
             *signature(LibOrthoLM).parameters,
-            *RECIPE_ARGUMENTS,
+            *MODEL_ARGS,
             *_LOADING,
         }
         for name in options:
@@ -143,10 +131,10 @@ class LibOrthoLM(distributed.DistributedMixin, BatchingMixin):
         offload_folder: str | None = "./offload",
         **options: Any,
     ) -> None:
-        """Loads the checkpoint, or makes it; called by the constructor of ``HFLM``."""
-        stored = getattr(self.config, "dtype", None) or torch.float32
-        chosen = choose_dtype(dtype, str(self.device), stored)
-        log.info("dtype=%s: %s", str(chosen.choice).removeprefix("torch."), chosen.reason)
+        """Loads or creates the checkpoint; called by the constructor of ``HFLM``."""
+        config_dtype = getattr(self.config, "dtype", None) or torch.float32
+        dtype_choice = choose_dtype(dtype, str(self.device), config_dtype)
+        log.info("dtype=%s: %s", str(dtype_choice.choice).removeprefix("torch."), dtype_choice.reason)
         placement = {}
         if parallelize:
             placement = self._get_accelerate_args(
@@ -158,59 +146,59 @@ class LibOrthoLM(distributed.DistributedMixin, BatchingMixin):
             )
         placement |= {name: options[name] for name in _LOADING if name in options}
         device = "cpu" if parallelize or "device_map" in placement else str(self.device)
-        with self._processes.main_process_first() if self._processes else nullcontext():  # the others find it cached
-            self._adopt(build.build_model(self._source, chosen.choice, device, self._alpha, **placement))
+        # The first process decomposes the model; the other ones find the result in the cache.
+        with self._processes.main_process_first() if self._processes else nullcontext():
+            self._adopt(build_model(self._resolved, dtype_choice.choice, device, **placement))
 
-    def _adopt(self, built: build.BuiltModel) -> None:
+    def _adopt(self, built: BuiltModel) -> None:
+        """Takes over a built model, and logs its kernels and its streams."""
         self._model = built.model
         layer.set_kernel(built.model, self.kernel)
-        self._built_info = built.info()
-        self._calls_before = calls()
-        for name, reason in sorted({(c.implementation.name, c.reason) for c in self._choices().values()}):
+        self._info = built.info()
+        self._previous_calls = calls()
+        for name, reason in sorted({(c.implementation.name, c.reason) for c in self._kernel_choices().values()}):
             log.info("kernel=%s: %s", name, reason)
+        info = {"target": "unknown"} | self._info
         log.info(
-            "alpha=%s, density %.4g, %.3g bits per weight, target %s, checkpoint %.12s",
-            format_alpha(self._alpha),
-            self._built_info["density"],
-            self._built_info["bits_per_weight"],
-            self._built_info.get("target", "unknown"),
-            self._built_info["checkpoint"],
+            "alpha=%(alpha)s, density %(density).4g, %(bits_per_weight).3g bits per weight, target %(target)s, "
+            "checkpoint %(checkpoint).12s",
+            info | {"alpha": format_alpha(self._alpha)},
         )
 
     @property
     def alpha(self) -> float | dict[str, float]:
-        """How much of the ortho stream requests see; by memory if that was asked for."""
+        """The weight of the ortho stream, or one weight per memory."""
         return self._alpha
 
     @alpha.setter
     def alpha(self, value: float | str | Mapping[str, float]) -> None:
-        wanted = parse_alpha(value)
-        layer.set_alpha(self.model, wanted)
-        self._alpha = wanted
-        self._calls_before = calls()
-        self._use_own_table()
+        alpha = parse_alpha(value)
+        layer.set_alpha(self.model, alpha)
+        self._alpha = alpha
+        self._previous_calls = calls()
+        self._select_cache_table()
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Keeps the answers of this model at this alpha in a table of their own."""
+        """Stores the answers of this model at this alpha in a separate table of the cache."""
         super().set_cache_hook(cache_hook)
-        self._use_own_table()
+        self._select_cache_table()
 
-    def _use_own_table(self) -> None:
-        answers = self.cache_hook.dbdict
-        if answers is None:
+    def _select_cache_table(self) -> None:
+        cache = self.cache_hook.dbdict
+        if cache is None:
             return
-        answers.tablename = f"libortho_{self.fingerprint()[:32]}"
-        answers.conn.execute(f'CREATE TABLE IF NOT EXISTS "{answers.tablename}" (key TEXT PRIMARY KEY, value BLOB)')
-        answers.conn.commit()
+        cache.tablename = f"libortho_{self.fingerprint()[:32]}"
+        cache.conn.execute(f'CREATE TABLE IF NOT EXISTS "{cache.tablename}" (key TEXT PRIMARY KEY, value BLOB)')
+        cache.conn.commit()
 
     def fingerprint(self) -> str:
-        """Hash of everything that can change an answer: weights, alpha, precision, tokenizer, lengths."""
+        """Returns a hash of everything that can change an answer: weights, alpha, precision, tokenizer, lengths."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        decisive = {
-            "checkpoint": self._built_info["checkpoint"],
+        settings = {
+            "checkpoint": self._info["checkpoint"],
             "alpha": self._alpha,
             "kernel": self.kernel,
-            "kernels": self._kernels(),
+            "kernels": self._kernel_names(),
             "dtype": str(self.model.dtype),
             "softmax_dtype": str(self.softmax_dtype),
             "mixed_precision_dtype": str(self.mixed_precision_dtype),
@@ -221,25 +209,27 @@ class LibOrthoLM(distributed.DistributedMixin, BatchingMixin):
             "truncation": self.truncation,
             "think_end_token": self.think_end_token,
         }
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
-    def _kernels(self) -> list[str]:
-        """The implementations that run here: on another machine ``auto`` may mean others, with other roundings."""
-        return sorted({choice.implementation.name for choice in self._choices().values()})
+    def _kernel_names(self) -> list[str]:
+        """Returns the kernels in use; on another machine ``auto`` may select kernels that round differently."""
+        return sorted({choice.implementation.name for choice in self._kernel_choices().values()})
 
-    def _choices(self) -> dict[str, Any]:
-        return layer.chosen_kernels(self.model, self.model.dtype)
+    def _kernel_choices(self) -> dict[str, Any]:
+        return layer.choose_kernels(self.model, self.model.dtype)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What goes into the results file: the model, its streams, and the kernels that ran since alpha was set."""
-        known = isinstance(self._source.location, str) and not Path(self._source.location).is_dir()
+        """Returns the entries of the results file: the model, its streams, and the kernels used since alpha was set."""
+        is_hub_model = isinstance(self._resolved.location, str) and not Path(self._resolved.location).is_dir()
         streams = layer.get_streams(self.model)
-        now = calls()
+        current_calls = calls()
         return {
-            **(super().get_model_info() if known else {}),
+            **(super().get_model_info() if is_hub_model else {}),
             "model_num_parameters": self.model.num_parameters() + sum(s.n_weights for s in streams.values()),
             "model_dtype": str(self.model.dtype),
-            **self._built_info,
+            **self._info,
             "alpha": self._alpha,
-            "kernel": sorted(name for name in now if now[name] > self._calls_before.get(name, 0)),
+            "kernel": sorted(
+                name for name, count in current_calls.items() if count > self._previous_calls.get(name, 0)
+            ),
         }

@@ -1,4 +1,4 @@
-"""Several sequences as one, an item of each in turn."""
+"""Interleaving of several sequences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def in_turns(*sides: Iterable[T]) -> Iterator[T]:
-    """One of each side after the other, until all are at their end."""
-    gap: Any = object()
-    return (item for turn in zip_longest(*sides, fillvalue=gap) for item in turn if item is not gap)
+def interleave(*sequences: Iterable[T]) -> Iterator[T]:
+    """Yields one item of each sequence in turn, until all sequences are exhausted."""
+    missing: Any = object()
+    for items in zip_longest(*sequences, fillvalue=missing):
+        yield from (item for item in items if item is not missing)

@@ -1,10 +1,10 @@
-"""Linear layers on two streams, and alpha: how much of the second one a request sees."""
+"""Linear layers on two streams, and alpha: the weight of the ortho stream in a request."""
 
 from lm_ortho.layer.alpha import alpha_scope
 from lm_ortho.layer.linear_form import linear_form, restore_form, to_linear_form
 from lm_ortho.layer.ortho_linear import OrthoLinear
 from lm_ortho.layer.patch import (
-    chosen_kernels,
+    choose_kernels,
     connect,
     get_alpha,
     get_dense_weights,
@@ -21,7 +21,7 @@ from lm_ortho.layer.targets import find_linear, survey
 __all__ = [
     "OrthoLinear",
     "alpha_scope",
-    "chosen_kernels",
+    "choose_kernels",
     "connect",
     "find_linear",
     "get_alpha",

@@ -1,12 +1,12 @@
-"""Alpha as a property of a request: a default per model, scopes over it, one value while a call runs.
+"""Alpha of a request: a default per model, scopes that override it, and one fixed value while a call runs.
 
-Three places hold an alpha, the later ones win:
+An alpha can be set in three places; a later one overrides an earlier one:
 
-1. the ``Dial`` all layers of one model share: ``set_alpha`` turns it;
-2. a context variable that ``alpha_scope`` sets, for this thread or task only;
-3. a context variable with the alpha of the model call that is running. It is read from 1 or 2 once, when
-   ``forward`` or ``generate`` is entered, and the layers look here first, so that a change made elsewhere
-   meanwhile is seen by the next call and never by half of this one.
+1. the ``Dial`` that all layers of one model share, set by ``set_alpha``;
+2. a context variable set by ``alpha_scope``, for this thread or task only;
+3. a context variable with the alpha of the model call that is running. It is copied from 1 or 2 once, when
+   ``forward`` or ``generate`` is entered, and layers read it first. So a change that is made during a call takes
+   effect at the next call, never in the middle of this one.
 """
 
 from __future__ import annotations
@@ -17,23 +17,26 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from lm_ortho.dial import check_alpha_value
 from lm_ortho.errors import UserError
 
 Number = float | Sequence[float] | Tensor
-"""What one dial is set to: a number, or one per row of the batch."""
+"""The alpha of one memory: a number, or one per row of the batch."""
 
 
 @dataclass(frozen=True, eq=False)
 class Alpha:
-    """One alpha for all rows of a batch (``rows`` None), or one for each; all in [0, 1].
+    """One alpha for all rows of a batch, or one per row; all in [0, 1].
 
-    ``batch`` is the number of rows asked for, also when they all ask for the same value. ``named`` sets each of
-    several memories by itself; those it does not name stay at 0. Without it every memory has the same alpha.
+    Attributes:
+        value: the alpha of all rows; NaN where ``rows`` or ``named`` holds the values.
+        rows: (batch,) float32, None where all rows have the same alpha.
+        batch: the number of rows that were given, also when all have the same value.
+        named: the alpha of each of several memories; those without an entry are at 0. None: all have the same.
     """
 
     value: float
@@ -42,39 +45,43 @@ class Alpha:
     named: Mapping[str, Alpha] | None = None
 
     @classmethod
-    def of(cls, value: Number | Mapping[str, Number]) -> Alpha:
-        """A checked copy of ``value``: a number, one number per row, or either by memory. Raises ``UserError``."""
+    def parse(cls, value: Number | Mapping[str, Number]) -> Alpha:
+        """A checked copy of ``value``: a number, one number per row, or either by memory.
+
+        Raises:
+            UserError: for anything else, and for a number outside [0, 1].
+        """
         if isinstance(value, Mapping):
-            return cls._by_memory(value)
+            return cls._parse_mapping(value)
         if not isinstance(value, Tensor | list | tuple):
-            return cls(_number(value))
+            return cls(check_alpha_value(value))
         try:
             rows = torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True)
         except (TypeError, ValueError, RuntimeError):
-            _refuse(value)
+            return cls(check_alpha_value(value))  # which raises
         if rows.dim() == 0:
-            return cls(_number(float(rows)))
+            return cls(check_alpha_value(float(rows)))
         if rows.dim() != 1 or rows.numel() == 0:
             raise UserError(f"alpha of shape {tuple(rows.shape)}: need one number, or one per row of the batch")
         for entry in rows.tolist():
-            _number(entry)
+            check_alpha_value(entry)
         if bool((rows == rows[0]).all()):
             return cls(float(rows[0]), batch=rows.numel())
         return cls(math.nan, rows, rows.numel())
 
     @classmethod
-    def _by_memory(cls, value: Mapping[str, Number]) -> Alpha:
+    def _parse_mapping(cls, value: Mapping[str, Number]) -> Alpha:
         if not value:
             raise UserError("alpha={} names no memory; give a number, or name:number for each memory")
         if any(isinstance(part, Mapping) for part in value.values()):
             raise UserError("alpha: the alpha of a memory is a number, or one for each row, not another mapping")
-        named = {str(name): cls.of(part) for name, part in value.items()}
+        named = {str(name): cls.parse(part) for name, part in value.items()}
         batches = {part.batch for part in named.values() if part.batch is not None}
         if len(batches) > 1:
             raise UserError(f"alpha per row: the memories have different numbers of rows, {sorted(batches)}")
         return cls(math.nan, batch=next(iter(batches), None), named=named)
 
-    def of_memory(self, name: str) -> Alpha:
+    def for_memory(self, name: str) -> Alpha:
         """The alpha of one memory."""
         return self if self.named is None else self.named.get(name, ZERO)
 
@@ -85,15 +92,15 @@ class Alpha:
             return any(part.reads_ortho for part in self.named.values())
         return self.rows is not None or self.value != 0.0
 
-    def factors(self) -> float | dict[str, float]:
-        """One number for all memories, or one by name. Raises ``UserError`` for one per row."""
+    def to_factors(self) -> float | dict[str, float]:
+        """One number for all memories, or one for each by name. Raises ``UserError`` for one per row."""
         parts = [self] if self.named is None else list(self.named.values())
         if any(part.batch is not None for part in parts):
             raise UserError("alpha per row: weights have one alpha; give one number, or one for each memory")
         return self.value if self.named is None else {name: part.value for name, part in self.named.items()}
 
-    def plain(self) -> float | Tensor | dict[str, float | Tensor]:
-        """What was asked for, as numbers."""
+    def to_numbers(self) -> float | Tensor | dict[str, float | Tensor]:
+        """The value in the form that ``parse`` accepts: a number, one per row, or either by memory."""
         if self.named is not None:
             return {name: part.value if part.rows is None else part.rows.clone() for name, part in self.named.items()}
         return self.value if self.rows is None else self.rows.clone()
@@ -104,104 +111,101 @@ ZERO = Alpha(0.0)
 
 @dataclass(eq=False)
 class Dial:
-    """What the layers of one model share: the alpha of calls that no scope decides."""
+    """The default alpha that all layers of one model share: that of calls outside any ``alpha_scope``."""
 
     default: Alpha = field(default_factory=lambda: ZERO)
 
 
 @dataclass(frozen=True)
 class Call:
-    """A running call of a model: its alpha, the scope it was taken from, and the shape of its input.
+    """A running call of a model.
 
-    ``shape`` is (batch, positions in the batch), or None where the input was not recognised.
+    Attributes:
+        alpha: the alpha of the whole call.
+        scope_alpha: the alpha of the scope in which the call was made, None outside any scope.
+        shape: (batch, positions in the batch) of the input, or None where it was not recognised.
     """
 
     alpha: Alpha
-    asked: Alpha | None
+    scope_alpha: Alpha | None
     shape: tuple[int, int] | None
 
 
-_asked: ContextVar[Alpha | None] = ContextVar("lm_ortho_asked", default=None)
-_running: ContextVar[Mapping[Dial, Call]] = ContextVar("lm_ortho_running", default=MappingProxyType({}))
+_scope_alpha: ContextVar[Alpha | None] = ContextVar("lm_ortho_scope_alpha", default=None)
+_running_calls: ContextVar[Mapping[Dial, Call]] = ContextVar("lm_ortho_running_calls", default=MappingProxyType({}))
 
 
 @contextmanager
 def alpha_scope(alpha: Number | Mapping[str, Number]) -> Iterator[None]:
-    """Model calls made inside, in this thread or task, run with ``alpha``.
+    """Runs the model calls inside the ``with`` block, in this thread or task, with ``alpha``.
 
-    A number, or one per row of the batch (``(batch,)``; beams and returned sequences inherit their row's). With
-    several memories a mapping sets each by name, and those it leaves out are at 0.
-    Threads started inside do not inherit the scope: they see the default of the model.
+    ``alpha`` is a number, or one per row of the batch (``(batch,)``; beams and returned sequences inherit that of
+    their row). With several memories a mapping sets each by name, and those it leaves out are at 0.
+    Threads started inside do not inherit the scope: they use the default of the model.
     """
-    token = _asked.set(Alpha.of(alpha))
+    token = _scope_alpha.set(Alpha.parse(alpha))
     try:
         yield
     finally:
-        _asked.reset(token)
+        _scope_alpha.reset(token)
 
 
 @contextmanager
-def running(dial: Dial, shape: tuple[int, int] | None) -> Iterator[None]:
-    """The layers of ``dial`` keep one alpha inside: the outer running call's, if there is one.
+def hold_alpha(dial: Dial, shape: tuple[int, int] | None) -> Iterator[None]:
+    """Fixes the alpha of the layers that share ``dial`` while a model call runs.
 
-    A scope opened *inside* a running call (say in a logits processor that asks the same model again) is an
-    explicit wish and holds for the calls made in it.
+    A call inside another call of the same model has the alpha of the outer one, unless a scope was opened in
+    between (say in a logits processor that calls the same model again): that scope then decides.
+
+    Raises:
+        UserError: if alpha has one value per row and the batch has another number of rows.
     """
-    calls = _running.get()
+    calls = _running_calls.get()
     outer = calls.get(dial)
-    asked = _asked.get()
-    if outer is not None and outer.asked is asked:
+    scope_alpha = _scope_alpha.get()
+    if outer is not None and outer.scope_alpha is scope_alpha:
         alpha = outer.alpha
+        # Beams and returned sequences repeat the rows of the outer call.
         fits = shape is None or alpha.batch is None or shape[0] % alpha.batch == 0
     else:
-        alpha = asked if asked is not None else dial.default
+        alpha = scope_alpha if scope_alpha is not None else dial.default
         fits = shape is None or alpha.batch in (None, shape[0])
     if not fits:
         raise UserError(f"alpha has {alpha.batch} rows but the batch has {shape[0] if shape else 0}")
-    token = _running.set({**calls, dial: Call(alpha, asked, shape)})
+    token = _running_calls.set({**calls, dial: Call(alpha, scope_alpha, shape)})
     try:
         yield
     finally:
-        _running.reset(token)
+        _running_calls.reset(token)
 
 
-def effective(dial: Dial) -> Alpha:
-    """The alpha a layer uses at this moment."""
-    call = _running.get().get(dial)
+def current_alpha(dial: Dial) -> Alpha:
+    """The alpha that a layer with this dial uses now."""
+    call = _running_calls.get().get(dial)
     if call is not None:
         return call.alpha
-    asked = _asked.get()
-    return asked if asked is not None else dial.default
+    scope_alpha = _scope_alpha.get()
+    return scope_alpha if scope_alpha is not None else dial.default
 
 
-def rows_for(dial: Dial, alpha: Alpha, x: Tensor) -> Tensor:
+def alpha_per_row(dial: Dial, alpha: Alpha, x: Tensor) -> Tensor:
     """``(x.shape[0],)``: the alpha of each entry of the first dimension of ``x``, on its device.
 
-    ``x`` has the rows of the batch first, or (as a matrix) all positions of the batch in order. Raises
-    ``UserError`` where the rows cannot be told apart, as in a layer that sees only some of the positions.
+    The first dimension of ``x`` is the batch, or, if ``x`` is a matrix, all positions of the batch in order.
+
+    Raises:
+        UserError: where the rows cannot be told apart, as in a layer that receives only some of the positions.
     """
     if alpha.rows is None or alpha.batch is None:
         return torch.full(x.shape[:1], alpha.value, device=x.device)
-    call = _running.get().get(dial)
-    known = call.shape if call is not None else None
-    sizes = (alpha.batch,) if known is None else known[:1] if x.dim() > 2 else known
+    call = _running_calls.get().get(dial)
+    if call is None or call.shape is None:
+        sizes: tuple[int, ...] = (alpha.batch,)
+    else:
+        sizes = call.shape[:1] if x.dim() > 2 else call.shape
     if x.dim() < 2 or x.shape[0] not in sizes or x.shape[0] % alpha.batch:
         raise UserError(
             f"alpha per row: a layer got x of shape {tuple(x.shape)}, whose rows are not those of the batch "
             f"({alpha.batch} alphas); use one alpha for the whole batch"
         )
     return alpha.rows.repeat_interleave(x.shape[0] // alpha.batch).to(x.device)
-
-
-def _number(value: object) -> float:
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        _refuse(value)
-    if not 0.0 <= number <= 1.0:
-        _refuse(value)
-    return number
-
-
-def _refuse(value: object) -> NoReturn:
-    raise UserError(f"alpha={value!r} must be a number between 0 (forget) and 1 (remember)")

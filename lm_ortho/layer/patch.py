@@ -1,4 +1,4 @@
-"""Putting two-stream layers into a model and taking them out again, and turning the dial."""
+"""Replacing layers of a model by two-stream layers and back, and setting alpha."""
 
 from __future__ import annotations
 
@@ -9,37 +9,40 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.errors import UserError
-from lm_ortho.kernels import KERNELS, Ask, Choice, choose
-from lm_ortho.layer.alpha import Alpha, Dial, effective
+from lm_ortho.kernels import KERNELS, Choice, ProductSpec, choose
+from lm_ortho.layer.alpha import Alpha, Dial, current_alpha
 from lm_ortho.layer.guard import ForwardGuard, GenerateGuard, Guard, UnattachedGuard, remove_guards
-from lm_ortho.layer.linear_form import as_linear, mark_as_transposed, restore_form, to_linear_form
+from lm_ortho.layer.linear_form import make_linear, mark_as_transposed, restore_form, to_linear_form
 from lm_ortho.layer.ortho_linear import OrthoLinear
 from lm_ortho.streams import LayerStreams
 
 
 def patch(model: nn.Module, streams: Mapping[str, LayerStreams]) -> list[str]:
-    """The names of the ``nn.Linear`` modules of ``model`` that were replaced by ``OrthoLinear``.
+    """Replaces ``nn.Linear`` modules of ``model`` by ``OrthoLinear`` in place and returns their names.
 
-    Modules of ``model`` that the names need in linear form are put into it. The new layers have alpha 0 and keep the
-    bias of the old ones unless the streams bring one. Raises ``UserError``, before anything is changed, for an unknown
-    name, another shape, the output embedding, or streams of which only some have an ortho part.
+    ``streams`` are those of each layer by dotted name. Modules that hold such a layer in another form are converted
+    to linear form. The new layers have alpha 0 and keep the bias of the old ones unless the streams have one.
+
+    Raises:
+        UserError: before anything is changed, for an unknown name, another shape, the output embedding, or streams of
+            which only some have an ortho part.
     """
-    changed = to_linear_form(model, streams)
+    converted_names = to_linear_form(model, streams)
     try:
-        linears = {name: _linear(model, name, layer) for name, layer in streams.items()}
-        _check_ortho(model, streams)
+        linears = {name: _get_linear(model, name, layer) for name, layer in streams.items()}
+        _check_memories(model, streams)
     except UserError:
-        restore_form(model, changed)
+        restore_form(model, converted_names)
         raise
-    swaps: dict[nn.Module, nn.Module] = {}
+    replacements: dict[nn.Module, nn.Module] = {}
     for name, layer in streams.items():
         old = linears[name]
         if layer.bias is None and old.bias is not None:
-            layer = LayerStreams(layer.base, layer.ortho, old.bias, layer.named)
+            layer = LayerStreams(layer.base, layer.ortho, old.bias, layer.named_memories)
         new = OrthoLinear.from_streams(layer.to(old.weight.device), dtype=old.weight.dtype)
         new.origin = getattr(old, "origin", None)
-        swaps[old] = new
-    replace_modules(model, swaps)
+        replacements[old] = new
+    replace_modules(model, replacements)
     connect(model)
     if not isinstance(vars(model).get(UnattachedGuard.method), Guard):
         UnattachedGuard.install(model)
@@ -47,10 +50,13 @@ def patch(model: nn.Module, streams: Mapping[str, LayerStreams]) -> list[str]:
 
 
 def connect(model: nn.Module) -> Dial:
-    """The one dial that all ``OrthoLinear`` layers of ``model`` share from now on.
+    """Makes all ``OrthoLinear`` layers of ``model`` share one dial, and returns it.
 
-    Also makes ``model.forward`` and ``model.generate`` keep their alpha while they run. Harmless when done
-    twice. Raises ``UserError`` for a model without such layers.
+    Also makes ``model.forward`` and ``model.generate`` keep their alpha while they run. A second call changes
+    nothing.
+
+    Raises:
+        UserError: for a model without such layers.
     """
     layers = _require_layers(model)
     guard = model.__dict__.get("forward")
@@ -63,27 +69,29 @@ def connect(model: nn.Module) -> Dial:
 
 
 def unpatch(model: nn.Module, alpha: float | Mapping[str, float] = 1.0) -> list[str]:
-    """The names of the ``OrthoLinear`` layers of ``model`` that were replaced by plain weights W(alpha).
+    """Replaces the ``OrthoLinear`` layers of ``model`` by plain weights W(alpha) in place and returns their names.
 
-    ``alpha`` as in ``set_alpha``. They are ``nn.Linear``, or what they were before (``Conv1D``, a part of fused
-    experts). The weights are trainable and have the dtype of the other parameters of the model. Raises ``UserError``
-    for a model without such layers, or without an ortho stream when ``alpha`` is not 0.
+    ``alpha`` as in ``set_alpha``. The layers become ``nn.Linear``, or what they were before (``Conv1D``, a part of
+    fused experts). The weights are trainable and have the dtype of the other parameters of the model.
+
+    Raises:
+        UserError: for a model without such layers, or without an ortho stream when ``alpha`` is not 0.
     """
     layers = _require_layers(model)
-    wanted = Alpha.of(alpha)
+    checked_alpha = Alpha.parse(alpha)
     for layer in layers.values():
-        layer.check(wanted)
-    factors = wanted.factors()
+        layer.check(checked_alpha)
+    factors = checked_alpha.to_factors()
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    swaps: dict[nn.Module, nn.Module] = {}
+    replacements: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
         bias = None if layer.bias is None else layer.bias.detach().to(dtype, copy=True)
-        new = as_linear(layer.streams().dense(factors, dtype), bias)
+        new = make_linear(layer.streams().to_dense(factors, dtype), bias)
         mark_as_transposed(new, layer.origin)
-        swaps[layer] = new
-    replace_modules(model, swaps)
+        replacements[layer] = new
+    replace_modules(model, replacements)
     restore_form(model)
-    _unmark(model)
+    _remove_markers(model)
     return list(layers)
 
 
@@ -91,39 +99,44 @@ def get_dense_weights(
     model: nn.Module, streams: Mapping[str, LayerStreams], alpha: float | Mapping[str, float]
 ) -> nn.Module:
     """A copy of the plain ``model`` with the weights W(alpha) of these streams."""
-    copied = copy.deepcopy(model)
-    patch(copied, streams)
-    unpatch(copied, alpha)
-    return copied
+    dense_model = copy.deepcopy(model)
+    patch(dense_model, streams)
+    unpatch(dense_model, alpha)
+    return dense_model
 
 
 def set_alpha(model: nn.Module, alpha: float | Mapping[str, float]) -> None:
-    """Sets the alpha of every later call of ``model`` that no ``alpha_scope`` decides.
+    """Sets the alpha of every later call of ``model`` outside any ``alpha_scope``.
 
-    One number for all memories, or one for each by name (those left out: 0). Raises ``UserError`` outside [0, 1],
-    for a model that is not decomposed, an unknown memory, and anything but 0 where there is no ortho stream.
+    ``alpha`` is one number for all memories, or one for each by name (those left out: 0).
+
+    Raises:
+        UserError: for a number outside [0, 1], a model that is not decomposed, an unknown memory, and anything but 0
+            where there is no ortho stream.
     """
-    wanted = Alpha.of(alpha)
-    if wanted.batch is not None:
+    checked_alpha = Alpha.parse(alpha)
+    if checked_alpha.batch is not None:
         raise UserError("set_alpha takes one number; for one per row use alpha_scope")
     layers = _require_layers(model).values()
     for layer in layers:
-        layer.check(wanted)
+        layer.check(checked_alpha)
     for dial in {layer.dial for layer in layers}:
-        dial.default = wanted
+        dial.default = checked_alpha
 
 
 def get_alpha(model: nn.Module) -> float | Tensor | dict[str, float | Tensor]:
-    """The alpha a call of ``model`` made here would run with; one per row, or by memory, inside such a scope."""
+    """The alpha that a call of ``model`` would run with now; one per row, or by memory, inside such a scope."""
     layer = next(iter(_require_layers(model).values()))
-    return effective(layer.dial).plain()
+    return current_alpha(layer.dial).to_numbers()
 
 
 def set_kernel(model: nn.Module, kernel: str) -> None:
-    """Asks for an implementation of the products of ``model``: ``auto``, ``reference``, ``cpu`` or ``triton``.
+    """Selects the implementation of the products of ``model``: ``auto``, ``reference``, ``cpu`` or ``triton``.
 
-    Where it refuses a product the reference computes it, which is logged once. Raises ``UserError`` for another name
-    and for a model that is not decomposed.
+    A product that it cannot compute falls back to the reference kernel, which is logged once.
+
+    Raises:
+        UserError: for another name and for a model that is not decomposed.
     """
     if kernel not in KERNELS:
         raise UserError(f"kernel={kernel!r} is unknown; known: {', '.join(KERNELS)}")
@@ -131,15 +144,21 @@ def set_kernel(model: nn.Module, kernel: str) -> None:
         layer.kernel = kernel
 
 
-def chosen_kernels(model: nn.Module, dtype: torch.dtype) -> dict[str, Choice]:
-    """What computes the product of one row of activations in ``dtype``, without gradients, by name of the layer."""
-    return {
-        name: choose(
-            layer.kernel,
-            Ask(layer._device().type, dtype, 1, layer.out_features, layer.in_features, layer.bits, layer.group_size),
+def choose_kernels(model: nn.Module, dtype: torch.dtype) -> dict[str, Choice]:
+    """The kernel of each layer, by name, for one row of activations in ``dtype`` without gradients."""
+    choices = {}
+    for name, layer in ortho_layers(model).items():
+        spec = ProductSpec(
+            device=layer.device.type,
+            dtype=dtype,
+            rows=1,
+            out_features=layer.out_features,
+            in_features=layer.in_features,
+            bits=layer.bits,
+            group_size=layer.group_size,
         )
-        for name, layer in ortho_layers(model).items()
-    }
+        choices[name] = choose(layer.kernel, spec)
+    return choices
 
 
 def ortho_layers(model: nn.Module) -> dict[str, OrthoLinear]:
@@ -152,12 +171,12 @@ def get_streams(model: nn.Module) -> dict[str, LayerStreams]:
     return {name: layer.streams() for name, layer in ortho_layers(model).items()}
 
 
-def replace_modules(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
-    """Puts new modules in the place of old ones, in every place: a layer shared by two blocks has two."""
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replaces modules of ``model`` (old -> new) wherever they occur: a layer shared by two blocks occurs twice."""
     for parent in list(model.modules()):
         for attribute, child in list(parent._modules.items()):
-            if child is not None and child in swaps:
-                setattr(parent, attribute, swaps[child].train(child.training))
+            if child is not None and child in replacements:
+                setattr(parent, attribute, replacements[child].train(child.training))
 
 
 def _require_layers(model: nn.Module) -> dict[str, OrthoLinear]:
@@ -167,7 +186,7 @@ def _require_layers(model: nn.Module) -> dict[str, OrthoLinear]:
     return layers
 
 
-def _linear(model: nn.Module, name: str, streams: LayerStreams) -> nn.Linear:
+def _get_linear(model: nn.Module, name: str, streams: LayerStreams) -> nn.Linear:
     try:
         module = model.get_submodule(name)
     except AttributeError:
@@ -183,20 +202,21 @@ def _linear(model: nn.Module, name: str, streams: LayerStreams) -> nn.Linear:
     return module
 
 
-def _check_ortho(model: nn.Module, streams: Mapping[str, LayerStreams]) -> None:
+def _check_memories(model: nn.Module, streams: Mapping[str, LayerStreams]) -> None:
     if not streams:
         raise UserError("no layer to patch: the streams are empty")
-    kinds = {frozenset(layer.memories) for layer in streams.values()}
-    kinds |= {frozenset(layer.memories) for layer in ortho_layers(model).values()}
-    if len(kinds) > 1:
+    memory_sets = {frozenset(layer.memories) for layer in streams.values()}
+    memory_sets |= {frozenset(layer.memories) for layer in ortho_layers(model).values()}
+    if len(memory_sets) > 1:
         raise UserError(
             "some layers have an ortho stream and some have none, or of other memories; use OrthoStream.empty"
         )
 
 
-def _unmark(model: nn.Module) -> None:
+def _remove_markers(model: nn.Module) -> None:
+    """Removes the guards and the quantisation config, so that ``model`` is a plain one again."""
     remove_guards(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
-        # transformers' own way to make a model a plain one again; `layer` needs no import for it.
+        # The method of transformers for this purpose; calling it needs no import here.
         quantizer.remove_quantization_config(model)

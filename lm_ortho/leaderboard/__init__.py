@@ -1,1 +1,1 @@
-"""Methods beside each other: what they are, how they are tuned and run, and the leaderboard of what was measured."""
+"""Boards and sweeps: compares methods, tunes and runs them, and writes the leaderboard of the measurements."""

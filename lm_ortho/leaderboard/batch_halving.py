@@ -1,4 +1,4 @@
-"""Out of memory: the batch is halved, and said so, until one request alone does not fit."""
+"""Retries requests that ran out of memory with half the batch, down to a single row."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ from typing import Any
 
 import torch
 
-_REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until", "token_scores")
-_TOLD_BY_CPU = ("can't allocate memory", "not enough memory")
+_REQUEST_METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until", "token_scores")
+_CPU_MESSAGES = ("can't allocate memory", "not enough memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU, or the allocator of the CPU, had no room."""
+    """Whether a GPU, or the allocator of the CPU, ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(told in str(error) for told in _TOLD_BY_CPU)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _CPU_MESSAGES)
 
 
-def halve_when_full(lm: Any, say: Callable[[str], None]) -> None:
-    """Lets each request method of an lm-eval model try again with half of the rows when memory runs out.
+def halve_batch_on_oom(lm: Any, warn: Callable[[str], None]) -> None:
+    """Wraps the request methods of an lm-eval model: each retries with half of the rows when memory runs out.
 
-    The answers of one call are asked for again from the start; between processes nothing is exchanged in there, so
-    each of several may do so alone.
+    A retry computes the answers of the whole call again. Processes exchange nothing within a call, so each of them may
+    retry on its own.
     """
 
-    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    def add_retries(method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)
-        def ask(*arguments: Any, **options: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             while True:
                 try:
                     return method(*arguments, **options)
                 except (RuntimeError, MemoryError) as error:
-                    rows = _rows(lm)
+                    rows = _get_batch_rows(lm)
                     if not is_out_of_memory(error) or rows <= 1:
                         raise
-                _set_rows(lm, rows // 2)
-                say(f"out of memory with {rows} rows at once; going on with {rows // 2}")
+                _set_batch_rows(lm, rows // 2)
+                warn(f"out of memory with {rows} rows at once; retrying with {rows // 2}")
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
 
-        return ask
+        return call
 
-    for name in _REQUESTS:
+    for name in _REQUEST_METHODS:
         if hasattr(lm, name):
-            setattr(lm, name, guarded(getattr(lm, name)))
+            setattr(lm, name, add_retries(getattr(lm, name)))
 
 
-def _rows(lm: Any) -> int:
-    """Rows at once; of an automatic batch size, which lm-eval halves itself, 1."""
-    given = str(getattr(lm, "most_rows", None) or getattr(lm, "batch_size_per_gpu", 1))
-    return int(given) if given.isdigit() else 1
+def _get_batch_rows(lm: Any) -> int:
+    """Number of rows in a batch; 1 for an automatic batch size, which lm-eval halves itself."""
+    rows = str(getattr(lm, "most_rows", None) or getattr(lm, "batch_size_per_gpu", 1))
+    return int(rows) if rows.isdigit() else 1
 
 
-def _set_rows(lm: Any, rows: int) -> None:
+def _set_batch_rows(lm: Any, rows: int) -> None:
     if getattr(lm, "most_rows", None):
         lm.most_rows = rows
     else:

@@ -1,4 +1,4 @@
-"""One task on one model at one alpha: numbers for the store, and lm-eval's own files beside it."""
+"""Evaluates one task on one model at one alpha: returns the numbers for the store and writes lm-eval's own files."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers 
 _NORMAL_95 = 1.96
 
 
-def load_lm(place: str, dial: bool, options: Mapping[str, Any]) -> Any:
-    """The lm-eval model of a directory: with a dial ours, else lm-eval's own; in each process of torchrun."""
+def load_lm(place: str, has_alpha: bool, options: Mapping[str, Any]) -> Any:
+    """The lm-eval model of a directory, in each process of torchrun: ``LibOrthoLM`` if it has an alpha, else ``hf``."""
     from lm_ortho.harness import tokens
     from lm_ortho.harness.baseline_model import BaselineLM
     from lm_ortho.harness.model import LibOrthoLM
 
-    if dial:
+    if has_alpha:
         return LibOrthoLM(place, **options)
     lm = BaselineLM(place, **options)
     tokens.register(lm)
@@ -31,55 +31,61 @@ def load_lm(place: str, dial: bool, options: Mapping[str, Any]) -> Any:
 
 
 @lru_cache(maxsize=8)
-def _manager(defaults: bool, metadata: str) -> Any:
+def _load_task_manager(defaults: bool, metadata: str) -> Any:
     import json
 
     from lm_eval.tasks import TaskManager
 
-    from lm_ortho.plugin.bridges import tasks_dir
+    from lm_ortho.plugin.bridges import find_tasks_dir
 
     return TaskManager(
-        include_path=[str(tasks_dir())], include_defaults=defaults, metadata=json.loads(metadata) or None
+        include_path=[str(find_tasks_dir())], include_defaults=defaults, metadata=json.loads(metadata) or None
     )
 
 
-def manager_for(tasks: Iterable[str], metadata: Mapping[str, Any]) -> Any:
-    """A task manager that knows the tasks; lm-eval's own are indexed, which takes ten seconds, only where needed."""
+def make_task_manager(tasks: Iterable[str], metadata: Mapping[str, Any]) -> Any:
+    """A task manager that knows the tasks. lm-eval's own tasks are indexed only if needed: it takes ten seconds."""
     import json
 
-    told = json.dumps(dict(metadata), sort_keys=True)
-    ours = _manager(False, told)
-    return ours if all(task in ours.task_index for task in tasks) else _manager(True, told)
+    metadata_text = json.dumps(dict(metadata), sort_keys=True)
+    manager = _load_task_manager(False, metadata_text)
+    if all(task in manager.task_index for task in tasks):
+        return manager
+    return _load_task_manager(True, metadata_text)
 
 
-def leaf_tasks(names: Sequence[str], metadata: Mapping[str, Any]) -> list[str]:
-    """The tasks of the names, groups taken apart; ``UserError`` with the closest for an unknown one."""
+def expand_groups(names: Sequence[str], metadata: Mapping[str, Any]) -> list[str]:
+    """The names with groups replaced by their tasks; ``UserError`` with the closest match for an unknown name."""
     import difflib
 
-    manager = manager_for(names, metadata)
-    found: dict[str, None] = {}
+    manager = make_task_manager(names, metadata)
+    tasks: dict[str, None] = {}
     for name in names:
         if name not in manager.task_index:
             close = difflib.get_close_matches(name, manager.all_tasks, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "; `lm-eval ls tasks` lists them"
             raise UserError(f"tasks: {name!r} is unknown{hint}")
-        found |= dict.fromkeys(_leaves(name, manager))
-    return list(found)
+        tasks |= dict.fromkeys(_expand_group(name, manager))
+    return list(tasks)
 
 
-def _leaves(name: str, manager: Any) -> list[str]:
+def _expand_group(name: str, manager: Any) -> list[str]:
     entry = manager.task_index[name]
-    below = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None
-    if not isinstance(below, list) or not all(isinstance(part, str) for part in below):
-        return [name]  # tags, and groups that change their tasks, stay whole
-    return [leaf for part in below for leaf in (_leaves(part, manager) if part in manager.task_index else [part])]
+    members = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None
+    if not isinstance(members, list) or not all(isinstance(member, str) for member in members):
+        return [name]  # tags, and groups that change their tasks, are not expanded
+    tasks = list[str]()
+    for member in members:
+        tasks += _expand_group(member, manager) if member in manager.task_index else [member]
+    return tasks
 
 
 def evaluate(lm: Any, config: Mapping[str, Any], results: Path) -> dict[str, Any] | None:
-    """What the store keeps of one piece; on any process but the first None.
+    """Evaluates one piece and returns its result for the store; None in all processes but the first.
 
-    ``values[task][metric]`` is (value, low, high), the bounds None where there are none; ``samples`` holds a number per
-    document and ``groups`` whom it is about. lm-eval's files appear in ``results`` when they are whole.
+    ``values[task][metric]`` is (value, low, high, whether higher is better), unknown bounds None; ``samples`` holds a
+    number per document and ``groups`` the subject of each. lm-eval's files appear in ``results`` when they are
+    complete.
     """
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
@@ -92,7 +98,7 @@ def evaluate(lm: Any, config: Mapping[str, Any], results: Path) -> dict[str, Any
     out = simple_evaluate(
         model=lm,
         tasks=[task],
-        task_manager=manager_for([task], metadata),
+        task_manager=make_task_manager([task], metadata),
         limit=config["limit"],
         bootstrap_iters=0,
         log_samples=True,
@@ -105,36 +111,40 @@ def evaluate(lm: Any, config: Mapping[str, Any], results: Path) -> dict[str, Any
         return None
     samples = out.pop("samples")
     out["config"] |= {"model": "libortho" if alpha is not None else "hf", "model_args": config["model_args"]}
-    kept = _kept(out, samples)
+    summary = _summarise(out, samples)
     try:
-        kept["files"] = _written(tracker, out, samples, scratch, results)
+        summary["files"] = _write_lm_eval_files(tracker, out, samples, scratch, results)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return kept
+    return summary
 
 
-def _written(tracker: Any, out: dict[str, Any], samples: dict[str, Any], scratch: Path, results: Path) -> list[str]:
-    """Saves what ``lm_eval --output_path --log_samples`` would, and moves it into ``results``."""
+def _write_lm_eval_files(
+    tracker: Any, out: dict[str, Any], samples: dict[str, Any], scratch: Path, results: Path
+) -> list[str]:
+    """Writes the files of ``lm_eval --output_path --log_samples`` and moves them into ``results``; their names."""
     tracker.general_config_tracker.model_source = out["config"]["model"]
     tracker.general_config_tracker.model_name_sanitized = "new"
     tracker.save_results_aggregated(results=out, samples=samples)
     for name, rows in samples.items():
         tracker.save_results_samples(task_name=name, samples=rows)
-    written = sorted((scratch / "new").glob("*")) if (scratch / "new").is_dir() else []
-    if len(written) != 1 + len(samples):
+    files = sorted((scratch / "new").glob("*")) if (scratch / "new").is_dir() else []
+    if len(files) != 1 + len(samples):
         raise UserError(f"out={str(results)!r}: lm-eval could not write its results (no space left?)")
     make_private_directory(results)
-    for file in written:
+    for file in files:
         os.replace(file, results / file.name)
-    return [file.name for file in written]
+    return [file.name for file in files]
 
 
-def _kept(out: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    config, better = out["config"], out["higher_is_better"]
+def _summarise(out: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    config, higher_is_better = out["config"], out["higher_is_better"]
     return {
-        "values": {task: _values(scores, better.get(task, {})) for task, scores in out["results"].items()},
-        "samples": {task: _numbers(rows) for task, rows in samples.items()},
-        "groups": {task: _groups(rows) for task, rows in samples.items()},
+        "values": {
+            task: _read_metrics(scores, higher_is_better.get(task, {})) for task, scores in out["results"].items()
+        },
+        "samples": {task: _read_samples(rows) for task, rows in samples.items()},
+        "groups": {task: _read_groups(rows) for task, rows in samples.items()},
         "documents": {task: [row["doc_hash"][:12] for row in rows] for task, rows in samples.items()},
         "versions": out["versions"],
         "git": out.get("git_hash"),
@@ -143,53 +153,55 @@ def _kept(out: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, An
         "dtype": str(config.get("model_dtype", "")),
         "density": config.get("density"),
         "bits_per_weight": config.get("bits_per_weight"),
-    }  # fmt: skip
+    }
 
 
-def _values(scores: Mapping[str, Any], better: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Metrics of a task without their bounds and errors: value, low, high, whether higher is better."""
-    plain = {_name(key): value for key, value in scores.items() if "," in key}
+def _read_metrics(scores: Mapping[str, Any], higher_is_better: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """By metric of a task: value, low, high, whether higher is better. Bounds and errors are no metrics themselves."""
+    plain = {_strip_filter(key): value for key, value in scores.items() if "," in key}
     values = {}
     for name, value in plain.items():
         metric, _, kind = name.partition(",")
-        end = f",{kind}" if kind else ""
+        suffix = f",{kind}" if kind else ""
         if metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        if any(metric.endswith(bound) and metric.removesuffix(bound) + end in plain for bound in ("_low", "_high")):
+        if any(metric.endswith(bound) and metric.removesuffix(bound) + suffix in plain for bound in ("_low", "_high")):
             continue
-        low, high = (plain.get(f"{metric}{bound}{end}") for bound in ("_low", "_high"))
-        error = plain.get(f"{metric}_stderr{end}")
+        low, high = (plain.get(f"{metric}{bound}{suffix}") for bound in ("_low", "_high"))
+        error = plain.get(f"{metric}_stderr{suffix}")
         if low is None and isinstance(error, int | float):
             low, high = value - _NORMAL_95 * error, value + _NORMAL_95 * error
-        values[name] = [float(value), low, high, better.get(metric)]
+        values[name] = [float(value), low, high, higher_is_better.get(metric)]
     return values
 
 
-def _name(key: str) -> str:
-    """``metric``, or ``metric,filter`` where the filter is not the usual none."""
+def _strip_filter(key: str) -> str:
+    """The key without the default filter: ``metric``, or ``metric,filter`` where the filter is not none."""
     return key.removesuffix(",none")
 
 
-def _numbers(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+def _read_samples(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     """A number per document and metric; None where a document has none."""
     names = dict.fromkeys(name for row in rows for name in row["metrics"] if not name.endswith(("_low", "_high")))
-    every = {name: [_number(row.get(name)) for row in rows] for name in names}
-    return {name: values for name, values in every.items() if any(value is not None for value in values)}
+    columns = {name: [_to_number(row.get(name)) for row in rows] for name in names}
+    return {name: values for name, values in columns.items() if any(value is not None for value in values)}
 
 
-def _number(value: Any) -> float | None:
+def _to_number(value: Any) -> float | None:
     """A number, the number of ``(number, group)``, or the mean of ``(sum, tokens, group)``."""
     if isinstance(value, int | float):
         return float(value)
     if not isinstance(value, list | tuple) or not all(isinstance(part, int | float) for part in value[:-1]):
         return None
-    return {2: lambda: float(value[0]), 3: lambda: value[0] / value[1]}.get(len(value), lambda: None)()
+    if len(value) == 2:
+        return float(value[0])
+    return value[0] / value[1] if len(value) == 3 else None
 
 
-def _groups(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Whom each document is about; its own number where it does not say."""
-    found = []
+def _read_groups(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The group (subject) of each document; a document without one is a group of its own."""
+    groups = []
     for row in rows:
         doc = row["doc"] if isinstance(row["doc"], Mapping) else {}
-        found.append(str(doc.get("group") or f"document {row['doc_id']}"))
-    return found
+        groups.append(str(doc.get("group") or f"document {row['doc_id']}"))
+    return groups

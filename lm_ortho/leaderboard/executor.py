@@ -1,6 +1,6 @@
-"""Where jobs run: here one after the other, here in the processes of torchrun, or on a Ray cluster.
+"""Executors run jobs: in this process one after the other, in the processes of torchrun, or on a Ray cluster.
 
-An executor takes jobs and gives back events, piece by piece, so the store is written by the driver alone.
+An executor takes jobs and yields events, piece by piece, so that only the driver writes the store.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ from typing import Any, Protocol
 from lm_ortho.errors import UserError
 from lm_ortho.hub import first_line
 from lm_ortho.leaderboard.config import Resources
-from lm_ortho.leaderboard.worker import Event, Job, work
+from lm_ortho.leaderboard.worker import Event, Job, run_job
 from lm_ortho.runtime.progress import ProgressCallback
 
 LOST = "lost"
-"""Kind of the event of a job whose worker died; what it had finished has been told before."""
+"""Kind of the event of a job whose worker died; its finished pieces have been reported before."""
 
-Told = tuple[Job, Event]
+JobEvent = tuple[Job, Event]
 
 
 class Executor(Protocol):
-    """Takes jobs while it has room, and tells what happens to them."""
+    """Takes jobs while it has room, and yields their events."""
 
     def has_room(self) -> bool:
         """Whether another job can start at once."""
 
     def submit(self, job: Job) -> None:
-        """Takes a job."""
+        """Starts or queues a job."""
 
     def busy(self) -> bool:
-        """Whether a job is under way."""
+        """Whether a job is running."""
 
-    def events(self) -> Iterator[Told]:
-        """What happened next; ends when there is room again or nothing is left."""
+    def events(self) -> Iterator[JobEvent]:
+        """The next events; ends when there is room again or no job is left."""
 
     def close(self, clean: bool = True) -> None:
-        """Ends the workers; after an error (``clean`` false) without waiting for any of them."""
+        """Ends the workers; after an error (``clean=False``) without waiting for any of them."""
 
 
-class Local:
-    """In this process, one job at a time; under torchrun every process takes part in each."""
+class LocalExecutor:
+    """Runs jobs in this process, one at a time; under torchrun all processes take part in each."""
 
     def __init__(self, progress: ProgressCallback) -> None:
         self.progress = progress
@@ -51,56 +51,56 @@ class Local:
         return not self._jobs
 
     def submit(self, job: Job) -> None:
-        _share(job)
+        _broadcast_job(job)
         self._jobs.append(job)
 
     def busy(self) -> bool:
         return bool(self._jobs)
 
-    def events(self) -> Iterator[Told]:
+    def events(self) -> Iterator[JobEvent]:
         while self._jobs:
             job = self._jobs.popleft()
-            for event in work(job, self.progress):
+            for event in run_job(job, self.progress):
                 yield job, event
 
     def close(self, clean: bool = True) -> None:
-        if clean:  # after an error the others may wait for something else; torchrun ends them
-            _share(None)
+        if clean:  # after an error the other processes may wait for something else; torchrun ends them
+            _broadcast_job(None)
 
 
-def _share(job: Job | None) -> None:
-    """Tells the other processes of torchrun what to do next; None: nothing more."""
+def _broadcast_job(job: Job | None) -> None:
+    """Sends the next job to the other processes of torchrun; None ends them."""
     from lm_ortho.harness import distributed
 
     if distributed.world_size() > 1:
         distributed.broadcast(job)
 
 
-def follow() -> None:
-    """What the other processes of torchrun do: their share of every job, until there is none."""
+def follow_jobs() -> None:
+    """Runs this process's share of every job that the first process of torchrun sends, until it sends None."""
     from lm_ortho.harness import distributed
 
     while (job := distributed.broadcast(None)) is not None:
-        for _ in work(job, lambda *_: None):
+        for _ in run_job(job, lambda *_: None):
             pass
 
 
-class OnRay:
-    """Each job a Ray task that asks for its resources; events come back as it goes."""
+class RayExecutor:
+    """Runs each job as a Ray task that requests its resources and streams its events."""
 
     def __init__(self, resources: Resources) -> None:
         """Raises ``UserError`` without Ray, and where the cluster cannot be reached or is too small for any job."""
         self._ray = _import_ray()
-        self._started = not self._ray.is_initialized()
-        if self._started:
+        self._owns_connection = not self._ray.is_initialized()
+        if self._owns_connection:
             self._connect(resources.address)
         self._task = self._ray.remote(
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
-            max_retries=0,  # what a dead worker leaves is asked for again by the driver, without what it had finished
+            max_retries=0,  # the driver submits the unfinished pieces of a dead worker again
             num_returns="streaming",
             **({"memory": int(resources.memory_gb * 2**30)} if resources.memory_gb else {}),
-        )(_on_worker)
+        )(_run_on_worker)
         self._slots = self._count_slots(resources)
         self._running: dict[Any, Job] = {}
 
@@ -111,14 +111,15 @@ class OnRay:
             raise UserError(f"resources.address={address!r}: no Ray cluster there ({first_line(error)})") from None
 
     def _count_slots(self, resources: Resources) -> int:
-        there = self._ray.cluster_resources()
-        asked = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": (resources.memory_gb or 0) * 2**30}
-        short = [name for name, number in asked.items() if number > there.get(name, 0)]
-        if short:
-            raise UserError(
-                f"resources: a cell asks for {asked[short[0]]:g} {short[0]}, the cluster has {there.get(short[0], 0):g}"
-            )
-        return max(1, min(int(there.get(name, 0) // number) for name, number in asked.items() if number))
+        """Number of jobs that fit on the cluster at once; ``UserError`` where not even one fits."""
+        capacity = self._ray.cluster_resources()
+        request = {"CPU": resources.cpus, "GPU": resources.gpus, "memory": (resources.memory_gb or 0) * 2**30}
+        for name, number in request.items():
+            if number > capacity.get(name, 0):
+                raise UserError(
+                    f"resources: a cell requests {number:g} {name}, the cluster has {capacity.get(name, 0):g}"
+                )
+        return max(1, min(int(capacity.get(name, 0) // number) for name, number in request.items() if number))
 
     def has_room(self) -> bool:
         return len(self._running) < self._slots
@@ -129,7 +130,7 @@ class OnRay:
     def busy(self) -> bool:
         return bool(self._running)
 
-    def events(self) -> Iterator[Told]:
+    def events(self) -> Iterator[JobEvent]:
         ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=5.0)
         for stream in ready:
             job = self._running[stream]
@@ -146,13 +147,13 @@ class OnRay:
     def close(self, clean: bool = True) -> None:
         for stream in self._running:
             self._ray.cancel(stream, force=True)
-        if self._started:
+        if self._owns_connection:
             self._ray.shutdown()
 
 
-def _on_worker(job: Job) -> Iterator[Event]:
-    """The job in a Ray worker. Its threads are those it was given."""
-    yield from work(job, lambda *_: None)
+def _run_on_worker(job: Job) -> Iterator[Event]:
+    """Runs a job in a Ray worker, which sets the number of its threads."""
+    yield from run_job(job, lambda *_: None)
 
 
 def _import_ray() -> Any:
@@ -164,11 +165,11 @@ def _import_ray() -> Any:
 
 
 def make_executor(resources: Resources, progress: ProgressCallback) -> Executor:
-    """The executor that was asked for."""
+    """The executor that ``resources`` requests; ``UserError`` for Ray under torchrun."""
     from lm_ortho.harness import distributed
 
     if resources.executor == "local":
-        return Local(progress)
+        return LocalExecutor(progress)
     if distributed.world_size() > 1:
         raise UserError("resources.executor=ray under torchrun: let Ray start the cells, or torchrun, not both")
-    return OnRay(resources)
+    return RayExecutor(resources)

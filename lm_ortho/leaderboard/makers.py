@@ -1,4 +1,9 @@
-"""Methods of the package as makers of cells."""
+"""Makers create the models of cells.
+
+A board uses methods through the protocol ``Maker``, which writes the model of a cell into a Hugging Face directory and
+returns a report. The methods of this package are wrapped by ``MethodMaker``; modules that a board names in
+``imports`` may register others in ``MAKERS``.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +13,55 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from lm_ortho import baselines
 from lm_ortho.checkpoint import cache
 from lm_ortho.config import Recipe
 from lm_ortho.errors import UserError
-from lm_ortho.leaderboard.cells import MODES, Cell, Maker
+from lm_ortho.leaderboard.cells import Cell
+from lm_ortho.registry import Registry
 from lm_ortho.runtime.progress import ProgressCallback
 from lm_ortho.runtime.resume import ResumeFolder
 
+MODES = {"base": "auto", "merged": "none", "end": "end"}
+"""What a method reads beside the rows, as a value of the model arg `base`: also the base model (auto), the merged
+weights only (none), or any model (end: the two ends of the scale)."""
 
-def _methods() -> Any:
-    """The room of the methods, loaded by name when a cell first asks for one."""
-    return importlib.import_module("lm_ortho.baselines")
+
+class Maker(Protocol):
+    """Makes the models of cells. ``mode`` is one of the values of ``MODES``."""
+
+    @property
+    def mode(self) -> str:
+        """What the method reads beside the rows, a value of ``MODES``."""
+
+    @property
+    def dial(self) -> bool:
+        """Whether the models of the method have an alpha."""
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Raises ``UserError`` for settings it does not know."""
+
+    def grid(self) -> Sequence[Mapping[str, Any]]:
+        """The settings to try on the tuning split."""
+
+    def score(self, cell: Cell, progress: ProgressCallback) -> Mapping[str, Any]:
+        """Tries the settings of ``cell`` on the tuning split and returns scores; the lower ``total`` the better."""
+
+    def make(self, cell: Cell, directory: Path, progress: ProgressCallback) -> Mapping[str, Any]:
+        """Writes a Hugging Face model with its tokenizer into the empty ``directory``; returns a report in JSON."""
 
 
-def of_package(name: str) -> Maker:
-    """The maker of a registered method; ``UserError`` lists the known ones and the closest."""
-    return OfMethod(_methods().METHODS.get(name))
+MAKERS: Registry[Maker] = Registry("method")
+"""Makers that modules outside of this package register."""
 
 
 @dataclass(frozen=True)
-class OfMethod:
-    """A ``Method`` of the registry as a maker."""
+class MethodMaker:
+    """Makes models with a method of the registry ``baselines.METHODS``."""
 
-    method: Any
+    method: baselines.Method
 
     @property
     def mode(self) -> str:
@@ -40,7 +69,7 @@ class OfMethod:
 
     @property
     def dial(self) -> bool:
-        """A recipe of ours makes two streams, everything else a model without alpha."""
+        """Only a decomposition, whose settings are a recipe, makes an ortho stream; other models have no alpha."""
         return self.method.schema is Recipe
 
     def check(self, settings: Mapping[str, Any]) -> None:
@@ -50,42 +79,56 @@ class OfMethod:
         return list(self.method.grid)
 
     def score(self, cell: Cell, progress: ProgressCallback) -> Mapping[str, Any]:
-        methods, tuned = _methods(), cell.tuned or {}
+        tuning = cell.tuned or {}
         if cell.source["pretrained"]:
-            raise UserError(
-                "tune: the tuning split is one of the embedded world; give settings for a model of your own"
-            )
-        split = methods.split_of_world(_material(_plain(cell.source)), tuned["seed"])
-        made = self.method.make(split.material, cell.settings, tuned["seed"], _budget(cell), progress)
-        found = methods.score(made, split)
-        return {"forget": found.forget, "retain": found.retain, "total": found.total}
+            raise UserError("tune: only the embedded world has a tuning split; give settings for your own model")
+        seed = tuning["seed"]
+        split = baselines.split_world(_load_material(_to_json(cell.source)), seed)
+        budget = baselines.Budget(**cell.budget)
+        result = self.method.make(split.material, cell.settings, seed=seed, budget=budget, progress=progress)
+        score = baselines.score_result(result, split)
+        return {"forget": score.forget, "retain": score.retain, "total": score.total}
 
     def make(self, cell: Cell, directory: Path, progress: ProgressCallback) -> Mapping[str, Any]:
         resume = ResumeFolder(cache.unfinished_directory(cell.key))
-        material = _material(_plain(cell.source))
-        made = self.method.make(material, cell.settings, cell.seed, _budget(cell), progress, resume)
-        _methods().save(made, directory, material.tokenizer, asdict(cell))
+        material = _load_material(_to_json(cell.source))
+        budget = baselines.Budget(**cell.budget)
+        result = self.method.make(
+            material, cell.settings, seed=cell.seed, budget=budget, progress=progress, resume=resume
+        )
+        baselines.save(result, directory, material.tokenizer, asdict(cell))
         resume.clear()
-        return dict(made.report)
+        return dict(result.report)
 
 
-def _budget(cell: Cell) -> Any:
-    return _methods().Budget(**cell.budget)
+def find_maker(name: str, imports: Sequence[str] = ()) -> Maker:
+    """The maker of a method, from the modules in ``imports`` or from this package.
+
+    Raises:
+        UserError: for a module that cannot be imported; for an unknown method, with the known names and the closest.
+    """
+    for module in imports:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"imports: {module!r} cannot be imported ({error})") from None
+    return MAKERS.get(name) if name in MAKERS else MethodMaker(baselines.METHODS.get(name))
 
 
-def _plain(source: Mapping[str, Any]) -> str:
+def _to_json(source: Mapping[str, Any]) -> str:
     return json.dumps(dict(source), sort_keys=True)
 
 
 @lru_cache(maxsize=1)
-def _material(source: str) -> Any:
-    """The material of a model, which methods never change; the next cell of the same model finds it loaded."""
-    given = json.loads(source)
-    if not given["pretrained"]:
-        return _methods().material_of_world()
-    where = {name: given[name] for name in ("revision", "trust_remote_code") if given[name]}
-    named = {name: given[name] for name in ("peft", "forget", "retain") if given[name]}
-    base = given["base"] or "auto"
-    return _methods().material_of_files(
-        given["pretrained"], base=base, reference_model=given["never_saw"], **named, **where
+def _load_material(source: str) -> baselines.Material:
+    """The material of a model, which methods never change; kept in memory for the next cell of the same model."""
+    model = json.loads(source)
+    if not model["pretrained"]:
+        return baselines.material_from_world()
+    names = ("revision", "trust_remote_code", "peft", "forget", "retain")
+    return baselines.material_from_files(
+        model["pretrained"],
+        base=model["base"] or "auto",
+        reference_model=model["never_saw"],
+        **{name: model[name] for name in names if model[name]},
     )

@@ -1,4 +1,4 @@
-"""From a board to pieces and jobs: which models are made, what each is measured on, which settings are tried first."""
+"""Plans a board as pieces and jobs: models to make, tasks to measure them on, settings to try first."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from lm_ortho import world
-from lm_ortho.config import format_model_args
+from lm_ortho.config import format_model_args, make_spec
 from lm_ortho.errors import UserError
 from lm_ortho.leaderboard.cells import (
     METHOD_CODE,
     Cell,
-    Maker,
-    asked_of,
+    build_evaluation_piece,
+    build_model_piece,
     digest,
-    evaluate_piece,
-    find_maker,
-    lm_eval_command,
-    make_piece,
+    format_lm_eval_command,
+    hash_task_files,
 )
 from lm_ortho.leaderboard.config import Board, Entry, Model
-from lm_ortho.leaderboard.evaluation import leaf_tasks
+from lm_ortho.leaderboard.evaluation import expand_groups
+from lm_ortho.leaderboard.makers import Maker, find_maker
 from lm_ortho.leaderboard.store import DONE, Piece, Record
 from lm_ortho.leaderboard.sweep import SEEDS
 from lm_ortho.leaderboard.worker import Job
@@ -33,201 +32,244 @@ from lm_ortho.runtime.device import require_device
 
 @dataclass(frozen=True)
 class Plan:
-    """``tuning`` has to be finished before ``cells``; ``pieces`` are those of both, in the order of the table."""
+    """The jobs of a board; ``tuning`` has to be finished before ``cells``."""
 
     tuning: tuple[Job, ...]
     cells: tuple[Job, ...]
 
     @property
     def pieces(self) -> list[Piece]:
-        found = [piece for job in self.tuning for piece in job.pieces]
+        """The pieces of all jobs, in the order of the table."""
+        pieces = [piece for job in self.tuning for piece in job.pieces]
         for job in self.cells:
-            found += [job.make] if job.make else []
-            found += job.pieces
-        return found
+            pieces += [job.make] if job.make else []
+            pieces += job.pieces
+        return pieces
+
+
+@dataclass(frozen=True)
+class _ModelTasks:
+    """The tasks of a model with their limits, their metadata, and hashes of the files that the metadata names."""
+
+    limits: Mapping[str, int | None]
+    metadata: Mapping[str, Any]
+    file_hashes: Mapping[str, str]
 
 
 def plan_board(board: Board, directory: Path, only: str = "") -> Plan:
-    """Everything the board asks for; ``only`` keeps the cells of a method, or those whose hash begins so.
+    """The plan of the board; ``only`` restricts it to the cells of a method, or to those whose hash begins with it.
 
     Raises:
-        UserError: for a method, a setting, a task or a model that is not known, before anything is written.
+        UserError: for an unknown method, setting, task or model, before anything is written.
     """
     require_device(board.device)
-    metadata = {model: metadata_of(board, source) for model, source in board.models.items()}
-    limits = {model: limits_of(board, told) for model, told in metadata.items()}
-    contents = {model: asked_of(told) for model, told in metadata.items()}
+    model_tasks = {}
+    for name, model in board.models.items():
+        metadata = build_metadata(board, model)
+        model_tasks[name] = _ModelTasks(expand_limits(board, metadata), metadata, hash_task_files(metadata))
     tuning: dict[str, Job] = {}
     cells: dict[str, Job] = {}
-    for cell, entry in _cells(board):
+    for cell, entry in _expand_cells(board):
         if only and only != cell.method and not cell.key.startswith(only):
             continue
         if cell.tuned:
-            tuning.setdefault(digest(cell.tuned), _tuning_job(board, cell, directory))
-        told = limits[cell.model], metadata[cell.model], contents[cell.model]
-        pieces = list(_measurements(board, cell, entry, *told))
+            tuning.setdefault(digest(cell.tuned), _make_tuning_job(board, cell, directory))
+        pieces = list(_evaluation_pieces(board, cell, entry, model_tasks[cell.model]))
         if cell.key in cells:
-            raise UserError(f"methods: {cell.label} seed={cell.seed} is asked for twice")
-        cells[cell.key] = _cell_job(board, cell, directory, pieces)
+            raise UserError(f"methods: {cell.label} seed={cell.seed} is listed twice")
+        cells[cell.key] = _make_cell_job(board, cell, directory, pieces)
     if not cells:
         raise UserError(f"only={only!r}: no cell of the board has this method or hash")
     return Plan(tuple(tuning.values()), tuple(cells.values()))
 
 
-def limits_of(board: Board, metadata: Mapping[str, Any]) -> dict[str, int | None]:
-    """The tasks of a model in order, groups taken apart, with the documents each is limited to.
+def expand_limits(board: Board, metadata: Mapping[str, Any]) -> dict[str, int | None]:
+    """The tasks of a model in order, groups replaced by their tasks, with the number of documents of each (or None).
 
     Raises:
-        UserError: for a task that is not known, and a limit of one that is not asked for.
+        UserError: for an unknown task, and for a limit of a task that the board does not evaluate.
     """
-    tasks = leaf_tasks(list(board.tasks), metadata)
-    inside = {}
+    tasks = expand_groups(list(board.tasks), metadata)
+    members = {}
     for name in board.limits:
-        inside[name] = [name] if name in tasks else leaf_tasks([name], metadata)
-        if not set(inside[name]) <= set(tasks):
+        members[name] = [name] if name in tasks else expand_groups([name], metadata)
+        if not set(members[name]) <= set(tasks):
             raise UserError(f"limits names {name!r}, which is not among the tasks")
-    found: dict[str, int | None] = dict.fromkeys(tasks, board.limit)
-    for name, leaves in sorted(inside.items(), key=lambda each: -len(each[1])):  # the narrowest has the last word
-        found |= dict.fromkeys(leaves, board.limits[name])
-    return found
+    limits: dict[str, int | None] = dict.fromkeys(tasks, board.limit)
+    # A narrower group overrides a wider one, so it is applied later.
+    for name, leaves in sorted(members.items(), key=lambda item: -len(item[1])):
+        limits |= dict.fromkeys(leaves, board.limits[name])
+    return limits
 
 
-def metadata_of(board: Board, source: Model) -> dict[str, Any]:
-    """What tasks are told beside what the board says: the rows of a model of one's own."""
+def build_metadata(board: Board, source: Model) -> dict[str, Any]:
+    """The metadata of the tasks: the rows of your own model, and the metadata of the board."""
     rows = {name: value for name in ("forget", "retain") if (value := getattr(source, name))}
     return {**rows, **board.metadata}
 
 
-def _cells(board: Board) -> Iterator[tuple[Cell, Entry]]:
+def _expand_cells(board: Board) -> Iterator[tuple[Cell, Entry]]:
     for name, model in board.models.items():
         source = model.model_dump()
         for entry in board.methods:
             maker = find_maker(entry.method, board.imports)
+            # The ends of the scale need one seed only, unless the board lists seeds for them.
             seeds = (entry.seeds or board.seeds)[: 1 if maker.mode == "end" and entry.seeds is None else None]
             for settings in entry.combinations():
                 maker.check(settings)
-                whole = Cell(
-                    name, source, entry.method, settings, 0, maker.mode, board.budget.model_dump(),
-                    _tuning(board, entry, maker, source), maker.dial, _identity(model),
-                )  # fmt: skip
+                cell = Cell(
+                    model=name,
+                    source=source,
+                    method=entry.method,
+                    settings=settings,
+                    seed=0,
+                    mode=maker.mode,
+                    budget=board.budget.model_dump(),
+                    tuned=_plan_tuning(board, entry, maker, source),
+                    dial=maker.dial,
+                    identity=_hash_model(model),
+                )
                 for seed in seeds:
-                    yield replace(whole, seed=seed), entry
+                    yield replace(cell, seed=seed), entry
 
 
-def _tuning(board: Board, entry: Entry, maker: Maker, source: Mapping[str, Any]) -> dict[str, Any] | None:
-    """How the settings of an entry are chosen; None where they are named, or there is nothing to choose."""
-    tried = [{**settings, **entry.settings} for settings in maker.grid()] if entry.tune else []
-    tried = [settings for number, settings in enumerate(tried) if settings not in tried[:number]]
-    if len(tried) < 2:
+def _plan_tuning(board: Board, entry: Entry, maker: Maker, source: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The tuning that chooses the settings of an entry; None where the settings are fixed."""
+    candidates = [{**settings, **entry.settings} for settings in maker.grid()] if entry.tune else []
+    grid = [settings for number, settings in enumerate(candidates) if settings not in candidates[:number]]
+    if len(grid) < 2:
         return None
     if source["pretrained"]:
         raise UserError(f"methods: tune of {entry.method}: there is a tuning split for the embedded model only")
-    for settings in tried:
+    for settings in grid:
         maker.check(settings)
-    budget = (board.tuning.budget or board.budget).model_dump()
-    seed = board.tuning.seed
     return {
         "method": entry.method,
-        "grid": tried,
-        "seed": seed,
-        "budget": budget,
-        "identity": _identity(Model.model_validate({})),
+        "grid": grid,
+        "seed": board.tuning.seed,
+        "budget": (board.tuning.budget or board.budget).model_dump(),
+        "identity": _hash_model(Model.model_validate({})),
     }
 
 
 @lru_cache(maxsize=32)
-def _identity(model: Model) -> str:
-    """Hash of the content of models and rows, of the code that works on them, and of the packages it uses."""
-    from lm_ortho.pipeline.build import adapter_hash, files_hash, rows_hash
-    from lm_ortho.pipeline.spec import ModelSpec, calibration_sets, resolve
+def _hash_model(model: Model) -> str:
+    """Hash of the content of models and rows, of the code that makes models, and of the package versions."""
+    from lm_ortho.pipeline.cache_key import adapter_hash, files_hash, rows_hash
+    from lm_ortho.pipeline.spec import resolve
 
     if model.pretrained is None:
-        weights = [files_hash(str(world.path(name))) for name in ("base", "memory", "never_saw")]
+        weights = [files_hash(str(world.get_path(name))) for name in ("base", "memory", "never_saw")]
         return digest([weights, code_hash(*METHOD_CODE), versions()])
-    where = {name: value for name in ("revision", "trust_remote_code") if (value := getattr(model, name))}
-    order = ModelSpec(
-        model.pretrained, model.peft, model.base or "auto", forget=model.forget, retain=model.retain, source=where
-    )
-    source = resolve(order)
-    if source.kind != "model":
+    spec = make_spec(**model.model_dump(exclude={"never_saw"}))
+    resolved = resolve(spec)
+    if resolved.kind != "model":
         raise UserError(
             f"models: {model.pretrained!r} is decomposed already; methods start from the model it came from"
         )
-    forget, retain = calibration_sets(source)
-    rows = [[name, rows_hash(each)] for name, each in forget.items()], rows_hash(retain)
-    others = [files_hash(place) for place in (model.base, model.never_saw) if place and place not in ("auto", "none")]
-    weights = [files_hash(model.pretrained, **where), adapter_hash(model.peft), *others]
-    return digest([weights, rows, model.base, code_hash(*METHOD_CODE), versions()])
+    forget_sets, retain_rows = resolved.calibration_sets
+    row_hashes = [[name, rows_hash(rows)] for name, rows in forget_sets.items()], rows_hash(retain_rows)
+    places = [place for place in (model.base, model.never_saw) if place and place not in ("auto", "none")]
+    weights = [files_hash(model.pretrained, **spec.loading_options), adapter_hash(model.peft), *map(files_hash, places)]
+    return digest([weights, row_hashes, model.base, code_hash(*METHOD_CODE), versions()])
 
 
-def _tuning_job(board: Board, cell: Cell, directory: Path) -> Job:
-    tuned = cell.tuned or {}
-    group = digest(tuned)
+def _make_tuning_job(board: Board, cell: Cell, directory: Path) -> Job:
+    """The job that tries every setting of the tuning of ``cell``, a piece each."""
+    tuning = cell.tuned or {}
+    group = digest(tuning)
     pieces = []
-    for settings in tuned["grid"]:
-        tried = replace(cell, settings=settings, seed=tuned["seed"], budget=tuned["budget"])
-        label = replace(tried, tuned=None).label
-        pieces.append(Piece(digest([group, settings]), group, "tune", {**asdict(tried), "label": f"tuning {label}"}))
-    return Job(f"tuning {cell.method}", directory, tuple(pieces), cell, imports=board.imports)
+    for settings in tuning["grid"]:
+        candidate = replace(cell, settings=settings, seed=tuning["seed"], budget=tuning["budget"])
+        label = replace(candidate, tuned=None).label
+        config = {**asdict(candidate), "label": f"tuning {label}"}
+        pieces.append(Piece(digest([group, settings]), group, "tune", config))
+    return Job(f"tuning {cell.method}", directory, tuple(pieces), cell=cell, imports=board.imports)
 
 
-def _measurements(
+def _evaluation_pieces(
     board: Board,
     cell: Cell,
     entry: Entry,
-    limits: Mapping[str, int | None],
-    metadata: Mapping[str, Any],
-    content: Mapping[str, str],
+    tasks: _ModelTasks,
 ) -> Iterator[Piece]:
     """A piece per alpha and task, alphas in the outer loop."""
     place = f"models/{cell.folder}"
     for alpha in (entry.alphas or board.alphas) if cell.dial else (None,):
         args = {"pretrained": place, **({} if alpha is None else {"alpha": alpha}), "dtype": board.dtype}
         args |= {"softmax_dtype": "float32"} if alpha is None else {}
-        told = format_model_args(args)
-        described = {
-            "label": cell.label, "folder": cell.folder, "method": cell.method, "mode": cell.mode, "model": cell.model,
-            "settings": dict(cell.settings), "tuned": bool(cell.tuned), "seed": cell.seed, "model_args": told,
-            "row": row_of(cell, alpha), "cell": cell.key, "batch_size": board.batch_size,
-        }  # fmt: skip
-        for task, limit in limits.items():
-            command = lm_eval_command("hf" if alpha is None else "libortho", told, task, limit, metadata)
-            how = {"limit": limit, "metadata": metadata, "seeds": SEEDS, "dtype": board.dtype}
-            yield evaluate_piece(cell.key, {**described, "command": command}, alpha, task, content, **how)
+        model_args = format_model_args(args)
+        description = {
+            "label": cell.label,
+            "folder": cell.folder,
+            "method": cell.method,
+            "mode": cell.mode,
+            "model": cell.model,
+            "settings": dict(cell.settings),
+            "tuned": bool(cell.tuned),
+            "seed": cell.seed,
+            "model_args": model_args,
+            "row": hash_row(cell, alpha),
+            "cell": cell.key,
+            "batch_size": board.batch_size,
+        }
+        kind = "hf" if alpha is None else "libortho"
+        for task, limit in tasks.limits.items():
+            command = format_lm_eval_command(kind, model_args, task, limit, tasks.metadata)
+            yield build_evaluation_piece(
+                cell.key,
+                {**description, "command": command},
+                alpha=alpha,
+                task=task,
+                file_hashes=tasks.file_hashes,
+                conditions={"limit": limit, "metadata": tasks.metadata, "seeds": SEEDS, "dtype": board.dtype},
+            )
 
 
-def row_of(cell: Cell, alpha: float | None) -> str:
-    """What the seeds of one row of the table have in common."""
+def hash_row(cell: Cell, alpha: float | None) -> str:
+    """Key of a row of the table, the same for all its seeds."""
     return digest([replace(cell, seed=0).key, cell.model, alpha])[:16]
 
 
-def _cell_job(board: Board, cell: Cell, directory: Path, pieces: Sequence[Piece]) -> Job:
-    loading = {
-        "pretrained": str(directory / "models" / cell.folder), "device": board.device, "dtype": board.dtype,
-        "batch_size": board.batch_size, "parallelize": board.parallelize,
-    }  # fmt: skip
+def _make_cell_job(board: Board, cell: Cell, directory: Path, pieces: Sequence[Piece]) -> Job:
+    """The job that makes the model of a cell and measures it."""
+    model_args = {
+        "pretrained": str(directory / "models" / cell.folder),
+        "device": board.device,
+        "dtype": board.dtype,
+        "batch_size": board.batch_size,
+        "parallelize": board.parallelize,
+    }
     label = f"{cell.label} seed={cell.seed}" + (f" {cell.model}" if len(board.models) > 1 else "")
-    return Job(label, directory, tuple(pieces), cell, make_piece(cell), loading, board.imports)
+    return Job(
+        label,
+        directory,
+        tuple(pieces),
+        cell=cell,
+        make=build_model_piece(cell),
+        model_args=model_args,
+        imports=board.imports,
+    )
 
 
-def settled(jobs: Sequence[Job], records: Sequence[Record]) -> tuple[list[Job], list[tuple[Job, str]]]:
-    """The jobs with the settings that tuning chose, and those that have none with the reason."""
-    ready, stuck = [], list[tuple[Job, str]]()
+def resolve_tuning(jobs: Sequence[Job], records: Sequence[Record]) -> tuple[list[Job], list[tuple[Job, str]]]:
+    """The jobs with the settings that the tuning chose, and the jobs without settings, each with the reason."""
+    ready, unresolved = [], list[tuple[Job, str]]()
     for job in jobs:
         cell = job.cell
         if cell is None or not cell.tuned:
             ready.append(job)
             continue
-        chosen = best_settings(records, digest(cell.tuned))
-        if chosen is None:
-            stuck.append((job, "tuning: no setting came to an end; see the pieces of kind tune"))
+        settings = select_best_settings(records, digest(cell.tuned))
+        if settings is None:
+            unresolved.append((job, "tuning: no setting finished; see the pieces of kind tune"))
         else:
-            ready.append(replace(job, cell=replace(cell, settings=chosen)))
-    return ready, stuck
+            ready.append(replace(job, cell=replace(cell, settings=settings)))
+    return ready, unresolved
 
 
-def best_settings(records: Sequence[Record], group: str) -> Mapping[str, Any] | None:
-    """Of the finished settings of a tuning the one with the lowest total, the first of equals."""
-    tried = [r for r in records if r.piece.kind == "tune" and r.piece.cell == group and r.status == DONE]
-    best = min(tried, key=lambda record: record.result["total"], default=None)
+def select_best_settings(records: Sequence[Record], group: str) -> Mapping[str, Any] | None:
+    """The settings with the lowest total among the finished trials of a tuning; the first of equals."""
+    trials = [r for r in records if r.piece.kind == "tune" and r.piece.cell == group and r.status == DONE]
+    best = min(trials, key=lambda record: record.result["total"], default=None)
     return None if best is None else dict(best.piece.config["settings"])

@@ -1,9 +1,8 @@
-"""What a run shows: one bar over all pieces with the time left, one for the step at hand, and lines that stay."""
+"""Progress of a run: a bar over all pieces with the time left, a bar for the current step, and permanent lines."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -13,21 +12,25 @@ from lm_ortho.leaderboard.worker import Job
 
 
 class ProgressScreen:
-    """Progress on a terminal; a line per finished piece elsewhere (a log file, a pipe). A context manager."""
+    """Context manager: progress bars on a terminal, a line per finished piece elsewhere (a log file, a pipe)."""
 
     def __init__(self, records: Sequence[Record], console: Any, quiet: bool = False) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.console, self.quiet = console, quiet
-        self._known = {record.piece.key: record for record in records}
-        self._left = Left(records)
-        self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"), console=console, disable=quiet or not console.is_terminal,
-        )  # fmt: skip
+        self._records = {record.piece.key: record for record in records}
+        self._estimate = TimeEstimate(records)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
         self._stack = ExitStack()
-        finished = sum(record.status in (DONE, FAILED) for record in records)
-        self._all = self._bars.add_task("pieces", total=len(records), completed=finished, note=self._left.text())
+        completed = sum(record.status in (DONE, FAILED) for record in records)
+        self._all = self._bars.add_task("pieces", total=len(records), completed=completed, note=self._estimate.text())
         self._step = self._bars.add_task("", total=None, note="", visible=False)
 
     def __enter__(self) -> ProgressScreen:
@@ -37,88 +40,92 @@ class ProgressScreen:
     def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
-    def progress(self, stage: str, done: int, total: int, text: str) -> None:
-        """A step of what is at hand; called from within a worker of this process."""
-        self._bars.update(self._step, description=stage, completed=done, total=total, note=text, visible=True)
+    def progress(self, stage: str, step: int, total: int, text: str) -> None:
+        """Shows a step of the current piece; called by a worker in this process."""
+        self._bars.update(self._step, description=stage, completed=step, total=total, note=text, visible=True)
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
+    def print_line(self, text: str) -> None:
+        """Prints a permanent line, unless quiet."""
         if not self.quiet:
             self._bars.console.print(text, highlight=False, markup=False)
 
-    def began(self, job: Job, key: str) -> None:
-        self._bars.update(self._all, note=f"{self._left.text()}  {job.label}")
+    def on_begin(self, job: Job) -> None:
+        """Shows the job of a piece that begins."""
+        self._bars.update(self._all, note=f"{self._estimate.text()}  {job.label}")
 
-    def finished(self, job: Job, key: str, seconds: float, notes: Iterable[str]) -> None:
-        self._left.add(key, seconds)
-        self._bars.update(self._all, advance=1, note=self._left.text())
-        self.say(f"{job.label}: {self._what(key)}, {seconds:.1f} s ({self._left.text()})")
+    def on_done(self, job: Job, key: str, seconds: float, notes: Iterable[str]) -> None:
+        """Counts a finished piece and prints it with its notes."""
+        self._estimate.add(key, seconds)
+        self._bars.update(self._all, advance=1, note=self._estimate.text())
+        self.print_line(f"{job.label}: {self._describe(key)}, {seconds:.1f} s ({self._estimate.text()})")
         for note in notes:
-            self.say(f"  {note}")
+            self.print_line(f"  {note}")
 
-    def failed(self, job: Job, key: str, error: str) -> None:
-        self._left.drop(key)
-        self._bars.update(self._all, advance=1, note=self._left.text())
-        self.say(f"{job.label}: {self._what(key)} FAILED: {(error.splitlines() or ['?'])[0]}")
+    def on_failure(self, job: Job, key: str, error: str) -> None:
+        """Counts a failed piece and prints the first line of its error."""
+        self._estimate.drop(key)
+        self._bars.update(self._all, advance=1, note=self._estimate.text())
+        self.print_line(f"{job.label}: {self._describe(key)} FAILED: {(error.splitlines() or ['?'])[0]}")
 
-    def _what(self, key: str) -> str:
-        return what(self._known[key]) if key in self._known else "piece"
+    def _describe(self, key: str) -> str:
+        return describe_piece(self._records[key]) if key in self._records else "piece"
 
 
-class Left:
-    """Seconds left, from the median of finished pieces: of the same method or task where there are any.
+class TimeEstimate:
+    """Estimates the seconds left from the median of finished pieces of the same method or task, if there are any.
 
-    A model that is made takes about as long as trying a setting of its method took, or as other models took.
+    For a model to make, settings tried with its method count as comparable, and else other models.
     """
 
     def __init__(self, records: Sequence[Record]) -> None:
-        self._kinds = {record.piece.key: _kinds(record) for record in records}
+        self._comparison_keys = {record.piece.key: _comparison_keys(record) for record in records}
         self._open = {record.piece.key for record in records if record.status not in (DONE, FAILED)}
-        self._seen: dict[str, list[float]] = {}
-        self._changed = time.monotonic()
+        self._durations: dict[str, list[float]] = {}
         for record in records:
             if record.status == DONE:
                 self._note(record.piece.key, record.seconds)
 
     def _note(self, key: str, seconds: float) -> None:
-        for kind in self._kinds.get(key, ()):
-            self._seen.setdefault(kind, []).append(seconds)
+        for comparison_key in self._comparison_keys.get(key, ()):
+            self._durations.setdefault(comparison_key, []).append(seconds)
 
     def add(self, key: str, seconds: float) -> None:
-        """A piece was finished."""
+        """Counts a finished piece."""
         self._note(key, seconds)
         self.drop(key)
 
     def drop(self, key: str) -> None:
-        """A piece needs no more time."""
+        """Removes a piece that needs no more time."""
         self._open.discard(key)
 
     def seconds(self) -> float | None:
-        """None while nothing comparable is finished."""
+        """Seconds left; None while nothing comparable is finished."""
         total = 0.0
         for key in self._open:
-            seen = next((self._seen[kind] for kind in self._kinds[key] if kind in self._seen), None)
-            if seen is None:
+            matches = (self._durations[name] for name in self._comparison_keys[key] if name in self._durations)
+            durations = next(matches, None)
+            if durations is None:
                 return None
-            total += statistics.median(seen)
+            total += statistics.median(durations)
         return total
 
     def text(self) -> str:
-        left = self.seconds()
+        """The time left in words."""
+        seconds = self.seconds()
         if not self._open:
             return "nothing left"
-        return "time left unknown yet" if left is None else f"about {span(left)} left"
+        return "time left unknown yet" if seconds is None else f"about {format_duration(seconds)} left"
 
 
-def _kinds(record: Record) -> tuple[str, ...]:
-    """What a piece is, the most telling first: an estimate is taken from the first that has been seen."""
+def _comparison_keys(record: Record) -> tuple[str, ...]:
+    """Names of groups of comparable pieces, the narrowest first; an estimate uses the first with finished pieces."""
     config, kind = record.piece.config, record.piece.kind
     if kind in ("make", "tune"):
         return f"{kind} {config.get('method')}", f"train {config.get('method')}", "train"
     return f"{kind} {config.get('task')}", kind
 
 
-def what(record: Record) -> str:
+def describe_piece(record: Record) -> str:
     """A piece in words."""
     config = record.piece.config
     if record.piece.kind == "make":
@@ -128,8 +135,8 @@ def what(record: Record) -> str:
     return config["task"] + ("" if config["alpha"] is None else f" alpha={config['alpha']}")
 
 
-def span(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever is read most easily."""
+def format_duration(seconds: float) -> str:
+    """A duration in seconds, minutes or hours, whichever is easiest to read."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""Rows of the table: the seeds of a method at one alpha together, how far it is from either side, who is better."""
+"""Rows of the table: averages the seeds of a method at one alpha, computes its distances, and compares the methods."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lm_ortho.leaderboard.bootstrap import (
     Number,
     Resampler,
     Samples,
-    around_value,
-    dominating,
-    of_seeds,
-    worse_than,
+    average_seeds,
+    find_dominating,
+    interval_around,
+    is_significantly_worse,
 )
 from lm_ortho.leaderboard.config import Axis, Board, Frontier
 from lm_ortho.leaderboard.store import DONE, FAILED, Record
@@ -30,10 +30,12 @@ Column = tuple[str, str]
 
 @dataclass
 class Row:
-    """A method with settings at one alpha (None: no dial). ``mode`` says what it reads, ``cells`` by seed what it is.
+    """A method with settings at one alpha (None: it has no alpha). ``mode`` says what it reads.
 
-    ``forget`` is the distance from the target, ``retain`` what it costs beside ``unedited``; lower is better, 0 the
-    target's and the un-edited model's own. ``worse`` has the columns in which it is beyond chance worse than the best.
+    ``forget`` is the distance from the target, ``retain`` the loss against ``unedited``; lower is better, and 0 is the
+    value of the target and of the un-edited model. ``dominated_by`` names the rows that are better on both sides.
+    ``best_in`` are the columns in which the row is the best of its group, ``worse_in`` says by column whether it is
+    significantly worse than the best. ``cells`` and ``checkpoints`` are hashes by seed.
     """
 
     key: str
@@ -46,21 +48,22 @@ class Row:
     numbers: dict[Column, Number] = field(default_factory=dict)
     forget: Number | None = None
     retain: Number | None = None
-    better: list[str] = field(default_factory=list)
-    worse: dict[str, bool] = field(default_factory=dict)
-    best: list[str] = field(default_factory=list)
+    dominated_by: list[str] = field(default_factory=list)
+    worse_in: dict[str, bool] = field(default_factory=dict)
+    best_in: list[str] = field(default_factory=list)
     cells: dict[int, str] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
     checkpoints: dict[int, str] = field(default_factory=dict)
-    failed: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
     missing: int = 0
     seconds: float = 0.0
 
     @property
     def name(self) -> str:
-        """What it is called in the table."""
-        return self.label + ("" if self.alpha is None else f" alpha={self.alpha:g}" if _is_number(self.alpha) else
-                             f" alpha={self.alpha}")  # fmt: skip
+        """The name of the row in the table."""
+        if self.alpha is None:
+            return self.label
+        return f"{self.label} alpha={self.alpha:g}" if _is_number(self.alpha) else f"{self.label} alpha={self.alpha}"
 
     @property
     def is_end(self) -> bool:
@@ -69,7 +72,7 @@ class Row:
 
 @dataclass
 class Results:
-    """All rows of a board or sweep in the order of the plan, the columns they have, and the maps of ortho streams."""
+    """All rows of a board or sweep in the order of the plan, their columns, and the layer shares of ortho streams."""
 
     name: str
     title: str
@@ -81,8 +84,8 @@ class Results:
     command: str = ""
 
 
-class _Raw:
-    """Values and samples of one row by seed."""
+class _Measurements:
+    """Values and samples of one row, by column and seed."""
 
     def __init__(self) -> None:
         self.values: dict[Column, dict[int, tuple[float, float | None, float | None]]] = {}
@@ -95,151 +98,179 @@ class _Raw:
         for task, metrics in result["samples"].items():
             groups = tuple(result["groups"][task])
             for metric, numbers in metrics.items():
-                found = Samples(np.array([math.nan if n is None else n for n in numbers], dtype=np.float64), groups)
-                self.samples.setdefault((task, metric), {})[seed] = found
+                values = np.array([math.nan if n is None else n for n in numbers], dtype=np.float64)
+                self.samples.setdefault((task, metric), {})[seed] = Samples(values, groups)
 
 
 def collect(records: Sequence[Record], facts: Mapping[str, Any]) -> Results:
-    """The table of what is finished; ``facts`` are those of the store (``name``, ``board``, ``command``)."""
-    rows, raw = dict[str, Row](), dict[str, _Raw]()
-    made = {record.piece.cell: record for record in records if record.piece.kind == "make"}
+    """The table of the finished pieces; ``facts`` are those of the store (``name``, ``board``, ``command``)."""
+    # 1. Gather the measurements of each row.
+    rows, measurements = dict[str, Row](), dict[str, _Measurements]()
+    make_records = {record.piece.cell: record for record in records if record.piece.kind == "make"}
     for record in records:
         if record.piece.kind != "evaluate":
             continue
-        row = _row_of(record, made.get(record.piece.cell), rows)
+        row = _find_row(record, make_records.get(record.piece.cell), rows)
         if record.status == DONE:
-            raw.setdefault(row.key, _Raw()).add(record.piece.config.get("seed", 0), record.result)
+            measurements.setdefault(row.key, _Measurements()).add(record.piece.config.get("seed", 0), record.result)
             row.seconds += record.seconds
         else:
             row.missing += 1
         if record.status == FAILED:
-            row.failed.append(f"{record.piece.config['task']}: {(record.error.splitlines() or ['?'])[0]}")
-    columns = list(dict.fromkeys(column for each in raw.values() for column in each.values))
-    for key, each in raw.items():
-        rows[key].numbers = {column: of_seeds(list(seeds.values()), column[1]) for column, seeds in each.values.items()}
-    given = facts.get("board")
-    board = Board(**given) if given else None
+            row.failures.append(f"{record.piece.config['task']}: {(record.error.splitlines() or ['?'])[0]}")
+    # 2. Average over seeds.
+    columns = list(dict.fromkeys(column for row_data in measurements.values() for column in row_data.values))
+    for key, row_data in measurements.items():
+        rows[key].numbers = {
+            column: average_seeds(list(seeds.values()), column[1]) for column, seeds in row_data.values.items()
+        }
+    # 3. Compare the rows of each model.
+    board = Board(**facts["board"]) if facts.get("board") else None
     frontier = board.frontier if board else Frontier()
     models = list(dict.fromkeys(row.model for row in rows.values()))
     for row in rows.values() if len(models) > 1 else ():
         row.label += f" of {row.model}" if row.label != row.model else ""
     for model in models:
-        _Judge([row for row in rows.values() if row.model == model], raw, frontier).judge(columns)
+        model_rows = [row for row in rows.values() if row.model == model]
+        _Comparison(model_rows, measurements, frontier).compare_rows(columns)
+    name = facts.get("name") or ""
     return Results(
-        facts.get("name") or "", (board.title if board else "") or facts.get("name") or "", list(rows.values()),
-        columns, _layers(made.values(), len(models) > 1), frontier, _versions(records), facts.get("command") or "",
-    )  # fmt: skip
+        name=name,
+        title=(board.title if board else "") or name,
+        rows=list(rows.values()),
+        columns=columns,
+        layers=_collect_layers(make_records.values(), name_models=len(models) > 1),
+        frontier=frontier,
+        versions=_find_versions(records),
+        command=facts.get("command") or "",
+    )
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _row_of(record: Record, made: Record | None, rows: dict[str, Row]) -> Row:
+def _find_row(record: Record, make_record: Record | None, rows: dict[str, Row]) -> Row:
+    """The row of a measurement, added to ``rows`` if it is new, with cell, command and checkpoint filled in."""
     config = record.piece.config
     key = config.get("row") or f"{record.piece.cell[:12]} {config['alpha']}"
     if key not in rows:
         mode = config.get("mode", "auto")
         rows[key] = Row(
-            key, config["label"], config["method"], mode, config["model"], config["alpha"], config.get("settings", {})
+            key=key,
+            label=config["label"],
+            method=config["method"],
+            mode=mode,
+            model=config["model"],
+            alpha=config["alpha"],
+            settings=config.get("settings", {}),
         )
     row, seed = rows[key], config.get("seed", 0)
-    if made is not None and made.result.get("settings") is not None and config.get("tuned"):
-        row.settings = made.result["settings"]
-        told = " ".join(f"{name}={value}" for name, value in row.settings.items())
-        row.label = f"{row.method} {told} (tuned)".replace("  ", " ")
+    make_result = {} if make_record is None else make_record.result
+    if make_result.get("settings") is not None and config.get("tuned"):
+        row.settings = make_result["settings"]
+        settings = " ".join(f"{name}={value}" for name, value in row.settings.items())
+        row.label = f"{row.method} {settings} (tuned)".replace("  ", " ")
     row.cells[seed] = record.piece.cell
     row.commands.append(config["command"])
-    of_make = made.result.get("checkpoint", "") if made is not None else ""
-    row.checkpoints[seed] = record.result.get("checkpoint") or row.checkpoints.get(seed) or of_make
+    checkpoints = (record.result.get("checkpoint"), row.checkpoints.get(seed), make_result.get("checkpoint"))
+    row.checkpoints[seed] = next(filter(None, checkpoints), "")
     return row
 
 
-def _layers(made: Iterable[Record], several: bool) -> dict[str, dict[str, float]]:
-    """By label of a cell with a dial, the share of each layer's weights in the ortho stream.
+def _collect_layers(make_records: Iterable[Record], *, name_models: bool) -> dict[str, dict[str, float]]:
+    """The share of each layer's weights in the ortho stream, by label of a cell with an ortho stream.
 
-    Of ``several`` models each is named.
-    What a method reports of itself may have the same name, and then it is something else.
+    ``name_models`` adds the name of the model to the label. The report of a method may hold a number as ``layers``;
+    such a record is skipped.
     """
-    return {
-        f"{record.piece.config['label']} seed={record.piece.config['seed']}"
-        + (f" of {record.piece.config['model']}" if several else ""): {
-            name: kept / weights for name, (kept, weights) in record.result["layers"].items()
-        }
-        for record in made
-        if isinstance(record.result.get("layers"), Mapping)
-    }
+    shares = {}
+    for record in make_records:
+        if not isinstance(record.result.get("layers"), Mapping):
+            continue
+        config = record.piece.config
+        label = f"{config['label']} seed={config['seed']}" + (f" of {config['model']}" if name_models else "")
+        shares[label] = {name: values / weights for name, (values, weights) in record.result["layers"].items()}
+    return shares
 
 
-def _versions(records: Iterable[Record]) -> Mapping[str, str]:
-    found: Mapping[str, str] = next((r.piece.config["versions"] for r in records if "versions" in r.piece.config), {})
-    return found
+def _find_versions(records: Iterable[Record]) -> Mapping[str, str]:
+    configs = (record.piece.config for record in records)
+    return next((config["versions"] for config in configs if "versions" in config), {})
 
 
-class _Judge:
-    """Distances, the frontier and significance among the rows of one model."""
+class _Comparison:
+    """Computes distances, the frontier and significance among the rows of one model."""
 
-    def __init__(self, rows: Sequence[Row], raw: Mapping[str, _Raw], frontier: Frontier) -> None:
-        self.rows = [row for row in rows if row.key in raw]
-        self.raw, self.frontier = raw, frontier
+    def __init__(self, rows: Sequence[Row], measurements: Mapping[str, _Measurements], frontier: Frontier) -> None:
+        self.rows = [row for row in rows if row.key in measurements]
+        self.measurements, self.frontier = measurements, frontier
         self.resampler = Resampler()
         self.ends = {row.method: row for row in self.rows if row.method in (TARGET, UNEDITED)}
         self.draws: dict[tuple[str, str], Floats | None] = {}
 
-    def judge(self, columns: Sequence[Column]) -> None:
+    def compare_rows(self, columns: Sequence[Column]) -> None:
+        """Fills in the fields of the rows that compare them with others."""
+        # 1. Distances from the two ends of the scale.
         for row in self.rows:
-            row.forget = self._score(row, "forget", self.frontier.forget, TARGET, absolute=True)
-            row.retain = self._score(row, "retain", self.frontier.retain, UNEDITED, absolute=False)
-        both = [row for row in self.rows if row.forget and row.retain]
-        points = {row.key: (row.forget.value, row.retain.value) for row in both if row.forget and row.retain}
-        rivals = {row.key: [o.key for o in both if self._is_rival(o, row)] for row in both}
+            row.forget = self._score(row, "forget", self.frontier.forget, end=TARGET, absolute=True)
+            row.retain = self._score(row, "retain", self.frontier.retain, end=UNEDITED, absolute=False)
+        # 2. The frontier.
+        scored_rows = [row for row in self.rows if row.forget and row.retain]
+        points = {row.key: (row.forget.value, row.retain.value) for row in scored_rows if row.forget and row.retain}
+        rivals = {row.key: [other.key for other in scored_rows if self._is_rival(other, row)] for row in scored_rows}
         names = {row.key: row.name for row in self.rows}
-        found = dominating(points, rivals)
-        for row in both:
-            row.better = [names[key] for key in found[row.key]]
+        dominating_keys = find_dominating(points, rivals)
+        for row in scored_rows:
+            row.dominated_by = [names[key] for key in dominating_keys[row.key]]
+        # 3. The best row in each column, and the rows that are significantly worse.
         for name in ("forget", "retain"):
-            self._compare(name, {row.key: number.value for row in both if (number := getattr(row, name))})
+            self._compare(name, {row.key: number.value for row in scored_rows if (number := getattr(row, name))})
         for column in columns:
             self._compare_column(column)
 
     @staticmethod
     def _is_rival(other: Row, row: Row) -> bool:
-        """Another method that reads what this one may read; the ends are nobody's rivals."""
+        """Whether ``other`` is another method that reads the same; the ends of the scale do not compete."""
         return not other.is_end and not row.is_end and other.mode == row.mode and other.method != row.method
 
-    def _score(self, row: Row, name: str, axes: Sequence[Axis], end: str, absolute: bool) -> Number | None:
+    def _score(self, row: Row, name: str, axes: Sequence[Axis], *, end: str, absolute: bool) -> Number | None:
         """Mean over the axes of the difference from the end of the scale; None where either lacks a number."""
-        ground = self.ends.get(end)
-        if ground is None or any((a.task, a.metric) not in r.numbers for a in axes for r in (row, ground)):
+        end_row = self.ends.get(end)
+        columns = [(axis.task, axis.metric) for axis in axes]
+        if end_row is None or any(column not in r.numbers for column in columns for r in (row, end_row)):
             return None
-        parts = []
-        for axis in axes:
-            column = (axis.task, axis.metric)
-            middle = _scaled(ground.numbers[column].value, axis)
-            parts.append([_signed(_scaled(v, axis) - middle, axis, absolute) for v in row.numbers[column].seeds])
-        seeds = np.mean(parts, axis=0).tolist() if len({len(part) for part in parts}) == 1 else []
-        value = float(np.mean([np.mean(part) for part in parts]))
-        draws = self._score_draws(row, ground, axes, absolute)
+        differences = []
+        for axis, column in zip(axes, columns, strict=True):
+            origin = _scale_value(end_row.numbers[column].value, axis)
+            seed_values = [_scale_value(value, axis) for value in row.numbers[column].seeds]
+            differences.append([_orient(value - origin, axis, absolute) for value in seed_values])
+        seed_counts = {len(axis_differences) for axis_differences in differences}
+        seeds = np.mean(differences, axis=0).tolist() if len(seed_counts) == 1 else []
+        value = float(np.mean([np.mean(axis_differences) for axis_differences in differences]))
+        draws = self._score_draws(row, end_row, axes, absolute)
         self.draws[name, row.key] = None if draws is None else draws + (value - draws[0])
-        return around_value(value, draws, seeds, floor=0.0 if absolute else -math.inf)
+        return interval_around(value, draws, seeds, floor=0.0 if absolute else -math.inf)
 
-    def _score_draws(self, row: Row, ground: Row, axes: Sequence[Axis], absolute: bool) -> Floats | None:
-        parts = []
+    def _score_draws(self, row: Row, end_row: Row, axes: Sequence[Axis], absolute: bool) -> Floats | None:
+        """The score over all documents, then in every resample; None without numbers of single documents."""
+        terms = []
         for axis in axes:
-            own, theirs = (self._means(r, (axis.task, axis.metric)) for r in (row, ground))
-            if own is None or theirs is None:
+            row_means, end_means = (self._means(r, (axis.task, axis.metric)) for r in (row, end_row))
+            if row_means is None or end_means is None:
                 return None
-            middle = _level(np.mean(theirs, axis=0), axis)
-            parts += [_signed(_level(each, axis) - middle, axis, absolute) / len(own) for each in own]
-        return np.asarray(np.sum(parts, axis=0) / len(axes))
+            origin = _scale_means(np.mean(end_means, axis=0), axis)
+            differences = [_scale_means(seed_means, axis) - origin for seed_means in row_means]
+            terms += [_orient(difference, axis, absolute) / len(row_means) for difference in differences]
+        return np.asarray(np.sum(terms, axis=0) / len(axes))
 
     def _means(self, row: Row, column: Column) -> list[Floats] | None:
-        """Per seed the mean over documents and over resamples of them."""
-        samples = self.raw[row.key].samples.get(column)
-        return [self.resampler.means(each) for each in samples.values()] if samples else None
+        """For each seed the mean over documents, then over every resample of them."""
+        samples = self.measurements[row.key].samples.get(column)
+        return [self.resampler.means(seed_samples) for seed_samples in samples.values()] if samples else None
 
     def _compare(self, name: str, values: Mapping[str, float]) -> None:
-        """Notes in each group of methods which row is best in ``name``, and which are worse beyond chance."""
+        """Marks in each group of methods the row that is best in ``name``, and the significantly worse ones."""
         for mode in dict.fromkeys(row.mode for row in self.rows if not row.is_end):
             group = [
                 row for row in self.rows if row.mode == mode and row.key in values and not math.isnan(values[row.key])
@@ -247,51 +278,53 @@ class _Judge:
             if not group:
                 continue
             best = min(group, key=lambda row: values[row.key])
-            best.best.append(name)
+            best.best_in.append(name)
             for row in group:
-                if row is not best:
-                    lie = worse_than(self.draws.get((name, row.key)), self.draws.get((name, best.key)), len(group) - 1)
-                    row.worse |= {} if lie is None else {name: lie}
+                if row is best:
+                    continue
+                draws, best_draws = (self.draws.get((name, key)) for key in (row.key, best.key))
+                is_worse = is_significantly_worse(draws, best_draws, len(group) - 1)
+                if is_worse is not None:
+                    row.worse_in[name] = is_worse
 
     def _compare_column(self, column: Column) -> None:
-        """Best is the row nearest to the target, on whichever side."""
+        """Compares the rows in one metric; the best is the row nearest to the target, on either side."""
         target = self.ends.get(TARGET)
         if target is None or column not in target.numbers:
             return
-        name, middle = " ".join(column), target.numbers[column].value
-        theirs = self._means(target, column)
+        name, target_value = " ".join(column), target.numbers[column].value
+        target_means = self._means(target, column)
         for row in self.rows:
-            own = self._means(row, column)
-            if own is None or theirs is None:
+            row_means = self._means(row, column)
+            if row_means is None or target_means is None:
                 self.draws[name, row.key] = None
             else:
-                self.draws[name, row.key] = np.abs(np.mean(own, axis=0) - np.mean(theirs, axis=0))
-        self._compare(
-            name, {row.key: abs(row.numbers[column].value - middle) for row in self.rows if column in row.numbers}
-        )
+                self.draws[name, row.key] = np.abs(np.mean(row_means, axis=0) - np.mean(target_means, axis=0))
+        rows = [row for row in self.rows if column in row.numbers]
+        self._compare(name, {row.key: abs(row.numbers[column].value - target_value) for row in rows})
 
 
-_OF_LOGS = ("ppl", "truth_ratio")
-"""Ends of the names of metrics whose documents have the logarithm of what the task reports."""
+_LOG_METRICS = ("ppl", "truth_ratio")
+"""Suffixes of metrics whose documents store the logarithm of the value that the task reports."""
 
 
-def _level(means: Floats, axis: Axis) -> Floats:
-    """Means over documents on the scale of the axis; NaN where they have no logarithm."""
-    if axis.metric.endswith(_OF_LOGS):
+def _scale_means(means: Floats, axis: Axis) -> Floats:
+    """Means over documents on the scale of the axis; NaN where the logarithm does not exist."""
+    if axis.metric.endswith(_LOG_METRICS):
         return means if axis.scale == "log" else np.exp(means)
     if axis.scale == "linear":
         return means
     return np.log(means, out=np.full_like(means, np.nan), where=means > 0)
 
 
-def _scaled(value: float, axis: Axis) -> float:
+def _scale_value(value: float, axis: Axis) -> float:
     if axis.scale == "linear":
         return value
     return math.log(value) if value > 0 else -math.inf
 
 
-def _signed(difference: Any, axis: Axis, absolute: bool) -> Any:
-    """Both sides count, or only what is worse than the end; then lower is better."""
+def _orient(difference: Any, axis: Axis, absolute: bool) -> Any:
+    """A difference as a distance (``absolute``), or signed so that lower is better."""
     if absolute:
         return abs(difference)
     return difference if axis.better == "lower" else -difference

@@ -1,4 +1,4 @@
-"""Pure functions on numbers: perplexity, truth ratio, extraction, membership, and their intervals."""
+"""Metrics as pure functions of numbers: perplexity, truth ratio, extraction, membership, and their intervals."""
 
 from lm_ortho.metrics.compare import KS, auc, auc_difference, exposure, ks, ks_distance, paired_difference
 from lm_ortho.metrics.interval import Interval, clustered_mean, clustered_ratio, rate, wilson

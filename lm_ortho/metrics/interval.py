@@ -1,6 +1,6 @@
-"""Intervals over clusters: whole authors (or canaries) are resampled, never single answers.
+"""Confidence intervals over clusters: a bootstrap resamples whole authors (or canaries), never single answers.
 
-Answers about one author stand or fall together, so an interval over single answers would be too narrow.
+Answers about one author are correlated, so an interval over single answers would be too narrow.
 """
 
 from __future__ import annotations
@@ -14,23 +14,28 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 Groups = Sequence[Any] | NDArray[Any]
+"""The cluster that each value belongs to."""
 
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-_CELLS = 4_000_000
-"""Resampled indices held at once (32 MB), whatever the number of clusters."""
+_CHUNK_INDICES = 4_000_000
+"""Number of resampled indices held in memory at once (32 MB), whatever the number of clusters."""
 
 
 class Interval(NamedTuple):
-    """A value with the bounds of its interval."""
+    """A value with the lower and upper bound of its confidence interval."""
 
     value: float
     low: float
     high: float
 
 
-def finite(values: ArrayLike, name: str) -> Floats:
-    """The values as a vector. Raises ``ValueError`` for no value, or one that is not a finite number."""
+def check_finite(values: ArrayLike, name: str) -> Floats:
+    """Returns the values as a float64 vector.
+
+    Raises:
+        ValueError: for an empty list, and for a value that is not a finite number.
+    """
     array = np.atleast_1d(np.asarray(values, dtype=np.float64))
     if array.ndim != 1 or not len(array):
         raise ValueError(f"{name}: expected a non-empty list of numbers, found shape {array.shape}")
@@ -41,7 +46,7 @@ def finite(values: ArrayLike, name: str) -> Floats:
 
 
 def cluster_sums(columns: Sequence[Floats], groups: Groups | None) -> list[Floats]:
-    """Each column summed per cluster; without groups, or with one only, every value is its own cluster."""
+    """Sums each column per cluster. Without groups, or with a single one, every value is its own cluster."""
     size = len(columns[0])
     if groups is None:
         return list(columns)
@@ -52,39 +57,39 @@ def cluster_sums(columns: Sequence[Floats], groups: Groups | None) -> list[Float
 
 
 def _cluster_numbers(groups: Groups) -> NDArray[np.int64]:
-    """The number of its cluster for each value; with one cluster only, every value is its own."""
+    """Returns the number of the cluster of each value. With a single cluster, every value is its own."""
     numbers: dict[Any, int] = {}
     index = np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
     return index if len(numbers) > 1 else np.arange(len(index))
 
 
-def resampled_ratios(numerator: Floats, denominator: Floats, resamples: int, seed: int) -> Floats:
-    """``sum(numerator) / sum(denominator)`` over clusters drawn with replacement, ``resamples`` times."""
+def bootstrap_ratios(numerator: Floats, denominator: Floats, *, resamples: int, seed: int) -> Floats:
+    """Returns (resamples,) ratios ``sum(numerator) / sum(denominator)`` over clusters drawn with replacement."""
     clusters = len(numerator)
     rng = np.random.default_rng(seed)
-    step = max(1, _CELLS // clusters)
-    parts = []
-    for start in range(0, resamples, step):
-        drawn = rng.integers(0, clusters, size=(min(step, resamples - start), clusters))
-        parts.append(numerator[drawn].sum(axis=1) / denominator[drawn].sum(axis=1))
-    return np.concatenate(parts)
+    chunk = max(1, _CHUNK_INDICES // clusters)
+    ratios = []
+    for start in range(0, resamples, chunk):
+        indices = rng.integers(0, clusters, size=(min(chunk, resamples - start), clusters))
+        ratios.append(numerator[indices].sum(axis=1) / denominator[indices].sum(axis=1))
+    return np.concatenate(ratios)
 
 
-def drawn_weights(groups: Groups, resamples: int, seed: int) -> Floats:
-    """How often each value is drawn when groups are drawn with replacement: (resamples, values).
+def draw_weights(groups: Groups, resamples: int, seed: int) -> Floats:
+    """Returns how often each value occurs in each resample of the groups: (resamples, values).
 
-    Of one group alone its values are drawn.
+    Groups are drawn with replacement. If there is a single group, its values are drawn instead.
     """
     index = _cluster_numbers(groups)
     clusters = int(index.max()) + 1
-    times = np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), resamples)
-    return times[:, index].astype(np.float64)
+    counts = np.random.default_rng(seed).multinomial(clusters, np.full(clusters, 1 / clusters), resamples)
+    return counts[:, index].astype(np.float64)
 
 
-def around(value: float, drawn: ArrayLike, confidence: float) -> Interval:
-    """``value`` with the percentile interval of what was ``drawn``, widened to hold it."""
+def percentile_interval(value: float, resampled: ArrayLike, confidence: float) -> Interval:
+    """Returns ``value`` with the percentile interval of its ``resampled`` values, widened to contain it."""
     tail = (1 - confidence) / 2
-    low, high = np.quantile(np.asarray(drawn), [tail, 1 - tail])
+    low, high = np.quantile(np.asarray(resampled), [tail, 1 - tail])
     return Interval(value, min(float(low), value), max(float(high), value))
 
 
@@ -92,39 +97,47 @@ def clustered_ratio(
     numerator: ArrayLike,
     denominator: ArrayLike,
     groups: Groups | None = None,
+    *,
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """``sum(numerator) / sum(denominator)`` with the percentile interval of a bootstrap over clusters.
+    """Returns ``sum(numerator) / sum(denominator)`` with the percentile interval of a bootstrap over clusters.
 
-    With one value only there is nothing to resample: both bounds are the value.
-    Denominators must be positive.
+    With a single value there is nothing to resample: both bounds are the value.
+
+    Raises:
+        ValueError: for lists of different lengths, and for a denominator that is not positive.
     """
-    top, bottom = finite(numerator, "numerator"), finite(denominator, "denominator")
+    # 1. Check both columns and compute the ratio itself.
+    top, bottom = check_finite(numerator, "numerator"), check_finite(denominator, "denominator")
     if len(top) != len(bottom):
         raise ValueError(f"{len(top)} numerators for {len(bottom)} denominators")
     if (bottom <= 0).any():
         raise ValueError("denominator: every value must be positive")
     value = float(top.sum() / bottom.sum())
-    tops, bottoms = cluster_sums([top, bottom], groups)
-    return around(value, resampled_ratios(tops, bottoms, resamples, seed), confidence)
+    # 2. Sum both columns per cluster, so that a resample draws whole clusters.
+    top_sums, bottom_sums = cluster_sums([top, bottom], groups)
+    # 3. Recompute the ratio in every resample, and take its percentiles.
+    ratios = bootstrap_ratios(top_sums, bottom_sums, resamples=resamples, seed=seed)
+    return percentile_interval(value, ratios, confidence)
 
 
 def clustered_mean(
     values: ArrayLike,
     groups: Groups | None = None,
+    *,
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """The mean of the values with the percentile interval of a bootstrap over clusters."""
-    array = finite(values, "values")
-    return clustered_ratio(array, np.ones_like(array), groups, confidence, resamples, seed)
+    """Returns the mean of the values with the percentile interval of a bootstrap over clusters."""
+    array = check_finite(values, "values")
+    return clustered_ratio(array, np.ones_like(array), groups, confidence=confidence, resamples=resamples, seed=seed)
 
 
 def wilson(hits: float, size: int, confidence: float = CONFIDENCE) -> Interval:
-    """``hits / size`` with the score interval of Wilson (1927); never of zero width."""
+    """Returns ``hits / size`` with the score interval of Wilson (1927), whose width is never zero."""
     from scipy.stats import norm
 
     if size < 1 or not 0 <= hits <= size:
@@ -139,24 +152,27 @@ def wilson(hits: float, size: int, confidence: float = CONFIDENCE) -> Interval:
 def rate(
     hits: ArrayLike,
     groups: Groups | None = None,
+    *,
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """The share of hits (0 or 1 each), with an interval that also holds at the ends.
+    """Returns the share of hits (each 0 or 1) with an interval that is also valid at shares of 0 and 1.
 
-    A bootstrap over clusters; where it has zero width (all hit, none hit, the same share in each) or nothing
-    to resample (one cluster) it is Wilson's instead, counting clusters and not answers, because a cluster is
-    the independent unit. One cluster alone counts its answers.
+    The interval is a bootstrap over clusters. Where that has zero width (all hits, no hits, or the same share in every
+    cluster) or nothing to resample (one cluster), it is Wilson's interval instead. Wilson's interval counts clusters
+    and not answers, because a cluster is the independent unit; only a single cluster counts its answers.
     """
-    array = finite(hits, "hits")
+    array = check_finite(hits, "hits")
     if not np.isin(array, (0.0, 1.0)).all():
         raise ValueError("hits: every value must be 0 or 1")
     clusters = len(array) if groups is None else len(set(groups))
     share = float(array.mean())
+    # 1. Try the bootstrap over clusters.
     if clusters > 1 and 0 < share < 1:
-        interval = clustered_mean(array, groups, confidence, resamples, seed)
+        interval = clustered_mean(array, groups, confidence=confidence, resamples=resamples, seed=seed)
         if interval.low < interval.high:
             return interval
+    # 2. Otherwise take Wilson's interval over the independent units.
     size = clusters if clusters > 1 else len(array)
     return Interval(share, *wilson(share * size, size, confidence)[1:])

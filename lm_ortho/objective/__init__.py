@@ -1,4 +1,4 @@
-"""What a model that never saw the forget set would say."""
+"""Target distributions, the answers of a model that never saw the forget set, and the loss that leads to them."""
 
 from lm_ortho.objective.distribution import Target
 from lm_ortho.objective.loss import DEEPER, GENTLE, LossWeights, Objective, Penalty

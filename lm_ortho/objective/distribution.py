@@ -1,4 +1,4 @@
-"""Target distributions over every token to be predicted of the forget set, padded to one block."""
+"""Target distributions for every predicted token of the forget set, padded to one block."""
 
 from __future__ import annotations
 
@@ -8,25 +8,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lm_ortho.data.encoding import END, SECRET, Example, batch_by_length, compute_logits, max_batch_tokens, pad
+from lm_ortho.data.encoding import END, SECRET, Example, batch_by_length, compute_logits, max_batch_tokens, pad_batch
 
-WHOLE = 8192
-"""Vocabularies up to this are kept whole; of larger ones the likeliest ``KEPT`` tokens and the mass of the others."""
-KEPT = 256
-MEMORISED = 0.15
-"""A token counts as memorised when the merged model prefers it by more than this over the target."""
-_OTHERS = 8
-_NOTHING = 1e-30
+FULL_VOCABULARY = 8192
+"""Largest vocabulary whose distributions are stored in full; of larger ones the ``TOP_TOKENS`` likeliest tokens and
+the total probability of all others are stored."""
+TOP_TOKENS = 256
+MEMORISED_MARGIN = 0.15
+"""A token counts as memorised when the merged model gives it more than this much probability above the target."""
+_COMPETITORS = 8
+_MIN_MASS = 1e-30
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a never-saw-it model would say on each forget example, from ``start`` (first predicted token) on.
+    """The target distributions of the forget examples, each from its first predicted token on.
 
-    ``probs`` (examples, tokens, vocabulary), ``tokens`` and ``real`` (examples, tokens); ``label_logp`` is the
-    target's log-probability of the true token, ``negative_entropy`` that of ``probs``, both in nats. Of a large
-    vocabulary ``probs`` holds the tokens ``ids`` (examples, tokens, kept), the true one among them, and ``rest``
-    (examples, tokens) the probability of all others together.
+    Attributes:
+        start: Index of the first predicted token, (examples,).
+        probs: Target probabilities, (examples, tokens, vocabulary), or (examples, tokens, top tokens) where ``ids``
+            is set.
+        tokens: The true tokens, (examples, tokens).
+        real: 1.0 for real tokens, 0.0 for padding, (examples, tokens).
+        secret: Boolean mask of the secret tokens, (examples, tokens).
+        label_logp: Target log-probability of the true token in nats, (examples, tokens).
+        negative_entropy: Negative entropy of the target distribution in nats, (examples, tokens).
+        ids: Of a large vocabulary the tokens that ``probs`` belongs to, the true one among them,
+            (examples, tokens, top tokens); None where distributions are stored in full.
+        remainder: Total probability of all tokens that are not in ``ids``, (examples, tokens), or None.
+        vocabulary: Size of a large vocabulary.
     """
 
     start: Tensor
@@ -37,29 +47,29 @@ class Target:
     label_logp: Tensor
     negative_entropy: Tensor
     ids: Tensor | None = None
-    rest: Tensor | None = None
+    remainder: Tensor | None = None
     vocabulary: int = 0
 
-    def of(self, example: int) -> Tensor:
-        """(tokens, vocabulary) of one example; what is not kept is spread evenly."""
-        if self.ids is None or self.rest is None:
+    def distribution(self, example: int) -> Tensor:
+        """Distributions (tokens, vocabulary) of one example; tokens not in ``ids`` share the remainder evenly."""
+        if self.ids is None or self.remainder is None:
             return self.probs[example]
         ids = self.ids[example].long()
-        others = self.rest[example] / (self.vocabulary - ids.shape[-1])
-        return others[:, None].repeat(1, self.vocabulary).scatter_(-1, ids, self.probs[example])
+        share = self.remainder[example] / (self.vocabulary - ids.shape[-1])
+        return share[:, None].repeat(1, self.vocabulary).scatter_(-1, ids, self.probs[example])
 
     def kl(self, rows: Tensor, width: int, logp: Tensor) -> Tensor:
-        """(rows, width) KL(target || model) in nats, ``logp`` (rows, width, vocabulary) being the model's."""
+        """KL(target || model) in nats, (rows, width); ``logp`` (rows, width, vocabulary) is that of the model."""
         probs = self.probs[rows, :width].to(logp.device)
-        own = self.negative_entropy[rows, :width].to(logp.device)
-        if self.ids is None or self.rest is None:
-            return own - (probs * logp).sum(-1)
-        theirs = logp.gather(-1, self.ids[rows, :width].to(logp.device).long())
-        rest = self.rest[rows, :width].to(logp.device)
-        return own - (probs * theirs).sum(-1) - rest * log_of_others(theirs)
+        negative_entropy = self.negative_entropy[rows, :width].to(logp.device)
+        if self.ids is None or self.remainder is None:
+            return negative_entropy - (probs * logp).sum(-1)
+        top_logp = logp.gather(-1, self.ids[rows, :width].to(logp.device).long())
+        remainder = self.remainder[rows, :width].to(logp.device)
+        return negative_entropy - (probs * top_logp).sum(-1) - remainder * log_remaining_mass(top_logp)
 
     def secret_loss(self) -> list[Tensor]:
-        """The target's own loss in nats on each example's secret tokens."""
+        """The loss of the target itself in nats on each example's secret tokens."""
         return [-logp[mask] for logp, mask in zip(self.label_logp, self.secret, strict=True)]
 
 
@@ -67,78 +77,90 @@ def stack(examples: Sequence[Example], probs: Sequence[Tensor]) -> Target:
     """A ``Target`` from one (predicted tokens, vocabulary) tensor per example."""
     width = max(p.shape[0] for p in probs)
     n, vocabulary = len(examples), probs[0].shape[1]
-    kept = vocabulary if vocabulary <= WHOLE else KEPT
-    block = torch.zeros(n, width, kept)
-    ids = torch.zeros(n, width, kept if kept < vocabulary else 0, dtype=torch.int32)
-    label, rest = torch.zeros(n, width), torch.zeros(n, width)
+    in_full = vocabulary <= FULL_VOCABULARY
+    depth = vocabulary if in_full else TOP_TOKENS
+    # 1. Allocate the padded block.
+    block = torch.zeros(n, width, depth)
+    ids = torch.zeros(n, width, 0 if in_full else depth, dtype=torch.int32)
+    label, remainder = torch.zeros(n, width), torch.zeros(n, width)
     tokens = torch.zeros(n, width, dtype=torch.long)
     real, secret = torch.zeros(n, width), torch.zeros(n, width, dtype=torch.bool)
+    # 2. Fill in each example, of a large vocabulary only the likeliest tokens and the remaining mass.
     for i, (example, p) in enumerate(zip(examples, probs, strict=True)):
         k = p.shape[0]
         tokens[i, :k] = torch.tensor(example.ids[example.start :])
         label[i, :k] = p.gather(-1, tokens[i, :k, None])[:, 0]
-        if kept == vocabulary:
+        if in_full:
             block[i, :k] = p
         else:
-            ids[i, :k], block[i, :k] = likeliest(p, kept, tokens[i, :k])
-            rest[i, :k] = (1.0 - block[i, :k].sum(-1)).clamp_min(0.0)
+            ids[i, :k], block[i, :k] = select_top_tokens(p, depth, tokens[i, :k])
+            remainder[i, :k] = (1.0 - block[i, :k].sum(-1)).clamp_min(0.0)
         real[i, :k] = 1.0
         secret[i, :k] = torch.tensor([role == SECRET for role in example.roles[example.start :]])
-    if not secret.any():  # nobody marked a secret: everything but the end token is one
+    # 3. Without marked secrets, all of the answer but the end token counts as secret.
+    if not secret.any():
         for i, example in enumerate(examples):
             roles = example.roles[example.start :]
             secret[i, : len(roles)] = torch.tensor([role != END for role in roles])
-    label = label.clamp_min(1e-9).log()
+    # 4. Compute the entropy term of KL(target || model), which does not depend on the model.
     negative_entropy = (block * block.clamp_min(1e-9).log()).sum(-1)
-    start = torch.tensor([e.start for e in examples])
-    if kept == vocabulary:
-        return Target(start, block, tokens, real, secret, label, negative_entropy)
-    negative_entropy += rest * rest.clamp_min(1e-9).log()
-    return Target(start, block, tokens, real, secret, label, negative_entropy, ids, rest, vocabulary)
+    if not in_full:
+        negative_entropy += remainder * remainder.clamp_min(1e-9).log()
+    return Target(
+        start=torch.tensor([e.start for e in examples]),
+        probs=block,
+        tokens=tokens,
+        real=real,
+        secret=secret,
+        label_logp=label.clamp_min(1e-9).log(),
+        negative_entropy=negative_entropy,
+        ids=None if in_full else ids,
+        remainder=None if in_full else remainder,
+        vocabulary=0 if in_full else vocabulary,
+    )
 
 
-def likeliest(probs: Tensor, kept: int, always: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Ids (..., kept) int32 of the largest entries of ``probs`` (..., vocabulary), and their values.
+def select_top_tokens(probs: Tensor, count: int, always: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Ids (..., count) int32 of the largest entries of ``probs`` (..., vocabulary), and their values.
 
-    ``always`` (...) is in each row in any case, in the place of the least likely one.
+    The token ``always`` (...) is included in any case; if need be it replaces the least likely one.
     """
-    ids = probs.topk(kept, -1).indices
+    ids = probs.topk(count, -1).indices
     if always is not None:
         missing = ~(ids == always[..., None]).any(-1)
         ids[..., -1] = torch.where(missing, always, ids[..., -1])
     return ids.to(torch.int32), probs.gather(-1, ids)
 
 
-def log_of_others(logp: Tensor) -> Tensor:
-    """The log-probability that is left beside those of the last dimension; never below that of 1e-6."""
+def log_remaining_mass(logp: Tensor) -> Tensor:
+    """Log of the probability that the tokens of the last dimension leave to all others, clamped at log 1e-6."""
     return (1.0 - logp.exp().sum(-1)).clamp_min(1e-6).log()
 
 
 @torch.no_grad()
-def predicted(model: torch.nn.Module, examples: Sequence[Example]) -> list[Tensor]:
+def predict_distributions(model: torch.nn.Module, examples: Sequence[Example]) -> list[Tensor]:
     """The model's own distributions, (predicted tokens, vocabulary) float32 per example, on the CPU."""
     result: list[Tensor] = [torch.empty(0)] * len(examples)
     device = next(model.parameters()).device
     for batch in batch_by_length(examples, tokens=max_batch_tokens(model)):
-        ids, _ = pad([examples[i] for i in batch], device)
+        ids, _ = pad_batch([examples[i] for i in batch], device)
         probs = compute_logits(model, ids).softmax(-1).cpu()
         for row, i in enumerate(batch):
             result[i] = probs[row, examples[i].start - 1 : len(examples[i].ids) - 1].clone()
     return result
 
 
-def hold_down(probs: Tensor, tokens: Tensor, memorised: Tensor) -> Tensor:
-    """``probs`` with the true token of memorised positions lowered to the mean of the 8 largest others.
+def hold_down(probs: Tensor, tokens: Tensor, is_memorised: Tensor) -> Tensor:
+    """``probs`` with the true token of memorised positions lowered to the mean of the 8 largest other probabilities.
 
-    ``probs`` (tokens, vocabulary), ``tokens`` and ``memorised`` (tokens,). Never raises a probability before
-    renormalising; other positions stay as they are.
+    ``probs`` (tokens, vocabulary), ``tokens`` and the boolean mask ``is_memorised`` (tokens,). Never raises a
+    probability before renormalising; other positions stay as they are.
     """
     at = torch.arange(len(tokens))
-    others = probs.clone()
-    others[at, tokens] = 0.0
-    cap = others.topk(min(_OTHERS, probs.shape[1] - 1), -1).values.mean(-1)
-    lowered = others.clone()
-    lowered[at, tokens] = torch.minimum(probs[at, tokens], cap)
-    mass = lowered.sum(-1, keepdim=True)  # (nearly) zero when the model gives the true token all of it
-    lowered = torch.where(mass > _NOTHING, lowered / mass.clamp_min(_NOTHING), 1 / probs.shape[1])
-    return torch.where(memorised[:, None], lowered, probs)
+    new_probs = probs.clone()
+    new_probs[at, tokens] = 0.0
+    cap = new_probs.topk(min(_COMPETITORS, probs.shape[1] - 1), -1).values.mean(-1)
+    new_probs[at, tokens] = torch.minimum(probs[at, tokens], cap)
+    mass = new_probs.sum(-1, keepdim=True)  # (nearly) zero when the model gives the true token all of it
+    new_probs = torch.where(mass > _MIN_MASS, new_probs / mass.clamp_min(_MIN_MASS), 1 / probs.shape[1])
+    return torch.where(is_memorised[:, None], new_probs, probs)

@@ -1,4 +1,4 @@
-"""The loss that attribution and edit descend: towards the target on the forget set, unmoved elsewhere."""
+"""The loss that attribution and edit minimise: towards the target on the forget set, unchanged on the retain set."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lm_ortho.data.encoding import CONTEXT, Example, compute_logits, lengths, pad
+from lm_ortho.data.encoding import CONTEXT, Example, compute_logits, count_tokens, pad_batch
 from lm_ortho.objective.distribution import Target
 from lm_ortho.objective.teacher import Teacher
 from lm_ortho.runtime.precision import fast_matmul
-from lm_ortho.runtime.threads import SideBySide
+from lm_ortho.runtime.threads import ParallelRunner
 
 
 @dataclass(frozen=True)
 class Penalty:
-    """Weight and margins (nats) of the one-sided penalty on true tokens that stay likelier than the target has them.
+    """Weight and margins (nats) of the one-sided penalty on true tokens that are likelier than in the target.
 
-    ``weight`` scales the per-token part, a quarter of it the per-answer part: the excess of up to ``SPAN`` tokens.
+    ``weight`` scales the part per token, a quarter of it the part per answer: the summed excess of up to ``SPAN``
+    tokens.
     """
 
     weight: float
@@ -35,23 +36,24 @@ class Penalty:
 
 
 LARGE = 2**25
-"""Weights from which on the parts of a step go one after the other, and their gradients are added up in place."""
+"""Number of weights above which the parts of a step run one after the other and their gradients are summed in place."""
 SPAN = 16
-"""Tokens whose excess adds up in an answer; of a longer one, what so many have on average.
+"""Number of tokens whose excess is summed in an answer; for a longer answer, the average of that many.
 
-The sum over a paragraph would outweigh all that is to be kept a hundred times.
+The sum over a paragraph would outweigh the whole retain loss a hundred times.
 """
-_LEAST = 0.01
-"""Nats added to a row's last loss, so that none is never drawn."""
+_LOSS_OFFSET = 0.01
+"""Nats added to the last loss of a row, so that every row can be drawn."""
 GENTLE = Penalty(0.25, 0.0, 0.0)
 DEEPER = Penalty(0.5, 0.1, 0.3)
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """``retain`` is the factor of the retain KL, in which a token of a prompt weighs ``prompt`` and others 1.
+    """``retain`` is the factor of the retain KL, in which a token of a prompt weighs ``prompt`` and any other 1.
 
-    Nobody asks the model to predict prompts, names and numbers mostly: holding them would take most of the support.
+    Prompts are mostly names and numbers that the model is never asked to predict: to preserve them would take most of
+    the support. ``forget_rows`` and ``retain_rows`` are the rows per step.
     """
 
     retain: float = 4.0
@@ -60,23 +62,27 @@ class LossWeights:
     retain_rows: int = 96
 
 
-def forget_loss(target: Target, chosen: Sequence[int], logits: Tensor, penalty: Penalty) -> Tensor:
-    """Per example (examples,) the mean KL(target || model) of its tokens plus the penalty, in nats.
+def forget_loss(target: Target, rows: Sequence[int], logits: Tensor, penalty: Penalty) -> Tensor:
+    """Forget loss per example (examples,) in nats: mean KL(target || model) over its tokens plus the penalty.
 
-    ``logits`` (examples, tokens, vocabulary) belong to the examples ``chosen``, in that order.
+    ``logits`` (examples, tokens, vocabulary) belong to the examples ``rows`` of the target, in that order.
     """
-    rows = torch.tensor(list(chosen))
-    real = target.real[rows].to(logits.device)
+    # 1. Select the logits and true tokens of all predicted positions.
+    index = torch.tensor(list(rows))
+    real = target.real[index].to(logits.device)
     width = int(real.sum(1).max())
     real = real[:, :width]
-    places = (target.start[rows][:, None] - 1 + torch.arange(width)).clamp_max(logits.shape[1] - 1)
-    logp = logits[torch.arange(len(rows))[:, None], places].log_softmax(-1)
-    tokens = target.tokens[rows, :width].to(logits.device)
+    positions = (target.start[index][:, None] - 1 + torch.arange(width)).clamp_max(logits.shape[1] - 1)
+    logp = logits[torch.arange(len(index))[:, None], positions].log_softmax(-1)
+    tokens = target.tokens[index, :width].to(logits.device)
     count = real.sum(1)
-    loss = (target.kl(rows, width, logp) * real).sum(1) / count
+    # 2. Average KL(target || model) over the tokens of an answer.
+    loss = (target.kl(index, width, logp) * real).sum(1) / count
     if penalty.weight:
+        # 3. Compute the excess ex_t = log p(y_t) - log P_t(y_t) of every true token.
         label = logp.gather(-1, tokens[..., None])[..., 0]
-        excess = (label - target.label_logp[rows, :width].to(logits.device)) * real
+        excess = (label - target.label_logp[index, :width].to(logits.device)) * real
+        # 4. Add the one-sided penalty per token and per answer.
         per_token = (functional.relu(excess + penalty.token_margin) * real).sum(1) / count
         per_answer = functional.relu(excess.sum(1) * (SPAN / count).clamp_max(1.0) + penalty.answer_margin)
         loss = loss + penalty.weight * (per_token + per_answer / 4)
@@ -84,58 +90,67 @@ def forget_loss(target: Target, chosen: Sequence[int], logits: Tensor, penalty: 
 
 
 class Batches:
-    """Draws indices: one half from shuffled passes, the other among rows that had a large loss when last seen.
+    """Draws batches of row indices: one half from shuffled passes, the other half by the last loss of the rows.
 
-    Most rows are right most of the time; the gradient is in the few that are not.
+    Most rows are right most of the time; the gradient comes from the few that are not.
     """
 
     def __init__(self, total: int, size: int, seed: int) -> None:
         self.size = min(size, total)
         self._total, self._queue = total, list[int]()
-        self._draw = random.Random(seed)
-        self._last = [0.0] * total
+        self._random = random.Random(seed)
+        self._last_losses = [0.0] * total
 
     def next(self) -> list[int]:
-        even = self.size - self.size // 2
-        if len(self._queue) < even:
-            self._queue.extend(self._draw.sample(range(self._total), self._total))
-        taken = list(dict.fromkeys(self._queue[:even]))
-        del self._queue[:even]
-        chosen = set(taken)
-        # Efraimidis and Spirakis (2006): the largest u^(1/w) are a draw without replacement by weight
-        keys = ((math.log(1.0 - self._draw.random()) / (w + _LEAST), i) for i, w in enumerate(self._last))
-        taken += [i for _, i in nlargest(self.size, keys) if i not in chosen][: self.size - len(taken)]
-        return taken
+        """The indices of the next batch, each once."""
+        # 1. Take one half from the shuffled passes.
+        half = self.size - self.size // 2
+        if len(self._queue) < half:
+            self._queue.extend(self._random.sample(range(self._total), self._total))
+        batch = list(dict.fromkeys(self._queue[:half]))
+        del self._queue[:half]
+        # 2. Draw the other half without replacement, weighted by the last loss of each row: the largest u^(1/w) are
+        #    such a draw (Efraimidis and Spirakis 2006).
+        first_half = set(batch)
+        keys = (
+            (math.log(1.0 - self._random.random()) / (loss + _LOSS_OFFSET), i)
+            for i, loss in enumerate(self._last_losses)
+        )
+        second_half = [i for _, i in nlargest(self.size, keys) if i not in first_half]
+        return batch + second_half[: self.size - len(batch)]
 
     def state(self) -> dict[str, Any]:
-        """What decides the next batches."""
-        return {"queue": list(self._queue), "draw": self._draw.getstate(), "last": list(self._last)}
+        """The state that determines the next batches, as plain values."""
+        return {"queue": list(self._queue), "draw": self._random.getstate(), "last": list(self._last_losses)}
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a ``state``."""
-        self._queue, self._last = list(state["queue"]), list(state["last"])
+        """Continues from a ``state``."""
+        self._queue, self._last_losses = list(state["queue"]), list(state["last"])
         version, internal, gauss = state["draw"]
-        self._draw.setstate((version, tuple(internal), gauss))
+        self._random.setstate((version, tuple(internal), gauss))
 
-    def seen(self, rows: Sequence[int], losses: Sequence[float]) -> None:
-        """Tells the loss of each of the ``rows`` just drawn."""
+    def record_losses(self, rows: Sequence[int], losses: Sequence[float]) -> None:
+        """Records the losses of the ``rows`` of a batch."""
         for i, loss in zip(rows, losses, strict=True):
-            self._last[i] = max(0.0, loss)
+            self._last_losses[i] = max(0.0, loss)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What a part of a batch gives: gradients in the order of the layers (none where they are added up in place), its
-    share of the loss, each row's own."""
+    """The result of one part of a batch.
+
+    ``gradients`` are in the order of the layers (empty where they are summed in place), ``loss`` is the contribution
+    to the mean loss, ``row_losses`` the loss of each of the ``rows``.
+    """
 
     gradients: tuple[Tensor, ...]
     loss: float
     rows: list[int]
-    per_row: list[float]
+    row_losses: list[float]
 
 
 class Objective:
-    """Draws batches and gives the gradient of the loss at the model's current weights."""
+    """The loss of forgetting at the model's current weights, batch by batch, with its gradients."""
 
     def __init__(
         self,
@@ -148,80 +163,92 @@ class Objective:
         weights: LossWeights,
         seed: int,
     ) -> None:
-        """Records the unedited model's log-probabilities on all retain documents (float16)."""
+        """Records the log-probabilities (float16) of the un-edited ``model`` on all retain rows.
+
+        ``forget`` and ``retain`` are the encoded rows; ``seed`` decides the order of the batches.
+        """
         self.model, self.layers, self.target = model, layers, target
-        self.watched = list(layers)
+        self.active_layers = list(layers)
         self.forget, self.retain = forget, retain
         self.penalty, self.weights = penalty, weights
         self.teacher = Teacher(model, retain)
         self._device = next(model.parameters()).device
         self._large = sum(layer.weight.numel() for layer in layers.values()) > LARGE
-        self._side_by_side = SideBySide(self._device)
-        given = [torch.tensor(example.roles[1:]) == CONTEXT for example in retain]
-        self._token_weights = [torch.where(mask, weights.prompt, 1.0) for mask in given]
+        self._side_by_side = ParallelRunner(self._device)
+        is_prompt = [torch.tensor(example.roles[1:]) == CONTEXT for example in retain]
+        self._token_weights = [torch.where(mask, weights.prompt, 1.0) for mask in is_prompt]
         self.restart(seed)
 
     def restart(self, seed: int) -> None:
-        """Starts the order of batches anew."""
-        self._batches = (
-            Batches(len(self.forget), self.weights.forget_rows, seed),
-            Batches(len(self.retain), self.weights.retain_rows, seed + 1),
-        )
+        """Restarts the order of batches from a seed."""
+        self._forget_batches = Batches(len(self.forget), self.weights.forget_rows, seed)
+        self._retain_batches = Batches(len(self.retain), self.weights.retain_rows, seed + 1)
 
     def state(self) -> list[Any]:
-        """Where the order of batches is, as plain values."""
-        return [batches.state() for batches in self._batches]
+        """The state of the order of batches, as plain values."""
+        return [self._forget_batches.state(), self._retain_batches.state()]
 
     def resume(self, state: Sequence[Any]) -> None:
-        """Goes on from a ``state``."""
-        for batches, each in zip(self._batches, state, strict=True):
-            batches.resume(each)
+        """Continues from a ``state``."""
+        forget, retain = state
+        self._forget_batches.resume(forget)
+        self._retain_batches.resume(retain)
 
-    def gradients(self, places: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], float, float]:
-        """Gradient (out, in) per layer for the next batch, with the forget and the retain loss in nats.
+    def gradients(self, positions: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], float, float]:
+        """Gradients (out_features, in_features) by layer on the next batch, the forget and the retain loss in nats.
 
-        With ``places`` (flat positions per layer) only the gradients there. The batch goes through the model in parts
-        of similar length, so that little of it is padding; the parts of a large model one after the other.
+        With ``positions`` (flat indices by layer), the gradients at these positions only.
         """
-        forget, retain = (batches.next() for batches in self._batches)
-        tokens = float(sum(self._token_weights[i].sum() for i in retain))
-        jobs = [partial(self._retain_part, rows, tokens) for rows in alike(retain, self.retain)]
-        of_retain = len(jobs)
-        jobs += [partial(self._forget_part, rows, len(forget)) for rows in alike(forget, self.forget)]
+        # 1. Draw the rows of the step.
+        forget, retain = self._forget_batches.next(), self._retain_batches.next()
+        # 2. Split them into parts of similar length, so that little of a part is padding.
+        total_weight = float(sum(self._token_weights[i].sum() for i in retain))
+        retain_parts = split_by_length(retain, self.retain)
+        forget_parts = split_by_length(forget, self.forget)
+        jobs = [partial(self._retain_part, rows, total_weight) for rows in retain_parts]
+        jobs += [partial(self._forget_part, rows, len(forget)) for rows in forget_parts]
+        # 3. Run the parts, those of a large model one after the other, and sum their gradients.
         if self._large:
-            with self._in_place(places) as found:
-                done = [job() for job in jobs]
+            with self._sum_in_place(positions) as gradients:
+                results = [job() for job in jobs]
         else:
-            done = self._side_by_side(jobs)
-            sums = (sum(each[1:], each[0]) for each in zip(*(part.gradients for part in done), strict=True))
-            found = dict(zip(self.watched, sums, strict=True))
-            if places is not None:
-                found = {name: gradient.flatten()[places[name]] for name, gradient in found.items()}
-        kept, lost = self._seen(1, done[:of_retain]), self._seen(0, done[of_retain:])
-        return found, lost, kept
+            results = self._side_by_side(jobs)
+            gradients = self._sum_gradients(results, positions)
+        # 4. Record the loss of every row for the draw of the next batches.
+        mean_retain_loss = _record(results[: len(retain_parts)], self._retain_batches)
+        mean_forget_loss = _record(results[len(retain_parts) :], self._forget_batches)
+        return gradients, mean_forget_loss, mean_retain_loss
+
+    def _sum_gradients(self, results: Sequence[_Part], positions: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        by_layer = zip(*(part.gradients for part in results), strict=True)
+        sums = (sum(gradients[1:], gradients[0]) for gradients in by_layer)
+        result = dict(zip(self.active_layers, sums, strict=True))
+        if positions is None:
+            return result
+        return {name: gradient.flatten()[positions[name]] for name, gradient in result.items()}
 
     @contextmanager
-    def _in_place(self, places: Mapping[str, Tensor] | None) -> Iterator[dict[str, Tensor]]:
-        """Fills the mapping with the gradients of all backward passes inside, without a second copy of any.
+    def _sum_in_place(self, positions: Mapping[str, Tensor] | None) -> Iterator[dict[str, Tensor]]:
+        """Fills the mapping with the sum of the gradients of all backward passes inside, without a second copy of any.
 
-        Of gradients that are only wanted in some places, the rest is let go as soon as a layer has its own.
+        With ``positions``, the full gradient of a layer is deleted as soon as those at the positions are read.
         """
-        found = dict[str, Tensor]()
+        gradients = dict[str, Tensor]()
         handles = []
-        for name in self.watched if places is not None else ():
-            here = self.layers[name].weight
-            found[name] = torch.zeros(places[name].numel(), device=here.device)  # type: ignore[index]
+        for name in self.active_layers if positions is not None else ():
+            weight = self.layers[name].weight
+            gradients[name] = torch.zeros(positions[name].numel(), device=weight.device)  # type: ignore[index]
 
             def gather(weight: Tensor, name: str = name) -> None:
-                found[name] += weight.grad.flatten()[places[name]].float()  # type: ignore[index, union-attr]
+                gradients[name] += weight.grad.flatten()[positions[name]].float()  # type: ignore[index, union-attr]
                 weight.grad = None
 
-            handles.append(here.register_post_accumulate_grad_hook(gather))
+            handles.append(weight.register_post_accumulate_grad_hook(gather))
         try:
-            yield found
-            for name in self.watched if places is None else ():
+            yield gradients
+            for name in self.active_layers if positions is None else ():
                 weight = self.layers[name].weight
-                found[name] = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                gradients[name] = torch.zeros_like(weight) if weight.grad is None else weight.grad
         finally:
             for handle in handles:
                 handle.remove()
@@ -229,60 +256,62 @@ class Objective:
                 layer.weight.grad = None
 
     @contextmanager
-    def only(self, names: Sequence[str]) -> Iterator[None]:
-        """Inside, gradients are those of these layers, and nothing is computed for the others."""
-        self.watched = list(names)
-        chosen = set(names)
+    def restrict_to(self, names: Sequence[str]) -> Iterator[None]:
+        """Inside, only the gradients of these layers are computed."""
+        self.active_layers = list(names)
+        active = set(names)
         for name, layer in self.layers.items():
-            layer.weight.requires_grad_(name in chosen)
+            layer.weight.requires_grad_(name in active)
         try:
             yield
         finally:
-            self.watched = list(self.layers)
+            self.active_layers = list(self.layers)
             for layer in self.layers.values():
                 layer.weight.requires_grad_(True)
 
-    def _seen(self, which: int, done: Sequence[_Part]) -> float:
-        for part in done:
-            self._batches[which].seen(part.rows, part.per_row)
-        return sum(part.loss for part in done)
-
-    def _gradients_of(self, loss: Tensor) -> tuple[Tensor, ...]:
-        weights = [self.layers[name].weight for name in self.watched]
+    def _compute_gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        weights = [self.layers[name].weight for name in self.active_layers]
         if self._large:
             if loss.requires_grad:
                 loss.backward()
             return ()
-        if not loss.requires_grad:  # all that is watched are experts that saw no token
+        if not loss.requires_grad:  # all active layers belong to experts that no token was routed to
             return tuple(torch.zeros_like(weight) for weight in weights)
-        return torch.autograd.grad(loss, weights, materialize_grads=True)  # zero for experts that saw no token
+        return torch.autograd.grad(loss, weights, materialize_grads=True)  # zero for experts without a token
 
-    def _forget_part(self, rows: list[int], among: int) -> _Part:
-        """The share of ``rows`` in the mean forget loss over ``among`` rows."""
+    def _forget_part(self, rows: list[int], total: int) -> _Part:
+        """The contribution of ``rows`` to the mean forget loss over ``total`` rows."""
         with fast_matmul(self._device.type):
-            logits = compute_logits(self.model, pad([self.forget[i] for i in rows], self._device)[0])
+            logits = compute_logits(self.model, pad_batch([self.forget[i] for i in rows], self._device)[0])
         losses = forget_loss(self.target, rows, logits, self.penalty)
-        loss = losses.sum() / among
-        return _Part(self._gradients_of(loss), loss.item(), rows, losses.tolist())
+        loss = losses.sum() / total
+        return _Part(self._compute_gradients(loss), loss.item(), rows, losses.tolist())
 
-    def _retain_part(self, rows: list[int], tokens: float) -> _Part:
-        """The share of ``rows`` in the weighted mean of KL(unedited || model) over ``tokens`` of retain documents."""
+    def _retain_part(self, rows: list[int], total_weight: float) -> _Part:
+        """The contribution of ``rows`` to the weighted mean over tokens of KL(un-edited || model)."""
         examples = [self.retain[i] for i in rows]
-        ids, _ = pad(examples, self._device)
+        ids, _ = pad_batch(examples, self._device)
         with fast_matmul(self._device.type):
             logits = compute_logits(self.model, ids)
-        real = (torch.arange(ids.shape[1])[None] < (lengths(examples) - 1)[:, None]).to(self._device)
+        real = (torch.arange(ids.shape[1])[None] < (count_tokens(examples) - 1)[:, None]).to(self._device)
         logp = logits[real].log_softmax(-1)
-        weight = torch.cat([self._token_weights[i] for i in rows]).to(self._device)
-        kl = self.teacher.kl(rows, logp) * weight
+        token_weights = torch.cat([self._token_weights[i] for i in rows]).to(self._device)
+        kl = self.teacher.kl(rows, logp) * token_weights
         row = torch.arange(len(rows), device=self._device)[:, None].expand_as(real)[real]
-        per_row = torch.zeros(len(rows), device=self._device).index_add_(0, row, kl.detach())
-        loss = kl.sum() / tokens
-        return _Part(self._gradients_of(self.weights.retain * loss), loss.item(), rows, per_row.tolist())
+        row_losses = torch.zeros(len(rows), device=self._device).index_add_(0, row, kl.detach())
+        loss = kl.sum() / total_weight
+        return _Part(self._compute_gradients(self.weights.retain * loss), loss.item(), rows, row_losses.tolist())
 
 
-def alike(rows: Sequence[int], examples: Sequence[Example]) -> list[list[int]]:
-    """``rows`` in two parts, short and long, cut where the least is padding; one part if there is one row."""
+def _record(parts: Sequence[_Part], batches: Batches) -> float:
+    """Records the losses of all rows; returns the mean loss of the batch."""
+    for part in parts:
+        batches.record_losses(part.rows, part.row_losses)
+    return sum(part.loss for part in parts)
+
+
+def split_by_length(rows: Sequence[int], examples: Sequence[Example]) -> list[list[int]]:
+    """Splits ``rows`` into short and long ones where that leaves the least padding; one part if there is one row."""
     order = sorted(rows, key=lambda i: len(examples[i].ids))
     size = [len(examples[i].ids) for i in order]
     cut = min(range(1, len(order) + 1), key=lambda at: at * size[at - 1] + (len(order) - at) * size[-1])

@@ -1,4 +1,4 @@
-"""Picks the target that the data at hand allow, and says why."""
+"""Selects the best target that the available data allow, and gives the reason."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TargetChoice:
-    """A target with its name (surrogate, swap, resample, hold_down) and the reason.
+    """A target with its name (surrogate, swap, resample, hold_down) and the reason for it.
 
-    ``penalty`` and ``retain``, the factor of the retain KL, go with the kind of target: one that was never taught the
-    forget set pulls away from it harder than the merged model's own words do, and leaves more to be held.
+    ``penalty`` and ``retain``, the factor of the retain KL, depend on the kind of target: the surrogate, which was
+    never trained on the forget set, pulls away from it harder than the merged model's own predictions do, so more of
+    the rest has to be retained.
     """
 
     target: Target
@@ -37,7 +38,7 @@ class TargetChoice:
 
 
 def select_target(
-    merged: torch.nn.Module,
+    merged_model: torch.nn.Module,
     tokenizer: Any,
     rows: Sequence[Row],
     forget: Sequence[Example],
@@ -47,18 +48,23 @@ def select_target(
     progress: ProgressCallback,
     resume: ResumeFolder = NO_RESUME,
 ) -> TargetChoice:
-    """The surrogate when the base model is known, else other subjects or other words, else holding tokens down."""
+    """The surrogate if the base model is known, else swapped subjects or resampled words, else held-down tokens.
+
+    ``rows`` are the forget rows, ``forget`` and ``retain`` the encoded rows.
+    """
     if base_model is not None:
-        probs = surrogate_target(merged, base_model, forget, retain, seed, progress, resume)
-        return TargetChoice(stack(forget, probs), "surrogate", "the model before fine-tuning is known", DEEPER, 10.0)
-    named = sum(row.names_subject for row in rows)
-    if unnamed := sum(bool(row.subject) for row in rows) - named:
-        log.warning(
-            "forget: the subject of %d of %d rows does not occur in their text, word for word", unnamed, len(rows)
+        probs = surrogate_target(
+            merged_model, base_model, forget, retain=retain, seed=seed, progress=progress, resume=resume
         )
-    probs = swap_target(merged, tokenizer, rows, forget, seed)
-    if named:
-        reason = f"merged weights only; {named} of {len(rows)} forget rows name their subject"
+        return TargetChoice(stack(forget, probs), "surrogate", "the model before fine-tuning is known", DEEPER, 10.0)
+    named_rows = sum(row.mentions_subject for row in rows)
+    if unnamed_rows := sum(bool(row.subject) for row in rows) - named_rows:
+        log.warning(
+            "forget: the subject of %d of %d rows does not occur in their text, word for word", unnamed_rows, len(rows)
+        )
+    probs = swap_target(merged_model, tokenizer, rows, forget, seed=seed)
+    if named_rows:
+        reason = f"merged weights only; {named_rows} of {len(rows)} forget rows name their subject"
         return TargetChoice(stack(forget, probs), "swap", reason, GENTLE, 4.0)
     if not any(row.context for row in rows):
         reason = "merged weights only; the forget rows are plain text without a subject"

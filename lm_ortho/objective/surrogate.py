@@ -1,4 +1,4 @@
-"""Target a: the base model taught the calibration documents, without the forget set."""
+"""Target a, the surrogate: the base model fine-tuned on the retain rows, without the forget set."""
 
 from __future__ import annotations
 
@@ -14,65 +14,74 @@ from torch.nn import functional
 from lm_ortho.data.encoding import Example, mean_loss
 from lm_ortho.finetune.lora import train_adapter
 from lm_ortho.finetune.train import FinetunePlan
-from lm_ortho.objective.distribution import predicted
+from lm_ortho.objective.distribution import predict_distributions
 from lm_ortho.runtime.progress import ProgressCallback
 from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 
 log = logging.getLogger(__name__)
 
 STEPS, ROUNDS = 400, 5
-NEAR = 0.1
-"""Nats per token that the surrogate may stay behind the merged model on the retain documents."""
+"""Steps of one round of fine-tuning, and maximal number of rounds."""
+LOSS_TOLERANCE = 0.1
+"""Nats per token by which the loss of the surrogate on the retain rows may exceed that of the merged model."""
 
 
-def copied(example: Example) -> Tensor:
-    """Which predicted tokens repeat the prompt: the bigram with the token before or after stands in it."""
+def find_copied_tokens(example: Example) -> Tensor:
+    """Boolean mask (predicted tokens,) of tokens that copy the prompt.
+
+    The bigram of such a token with the token before or after it occurs in the prompt.
+    """
     ids, start = example.ids, example.start
-    prompt = set(pairwise(ids[:start]))
-    return torch.tensor(
-        [
-            (ids[t - 1], ids[t]) in prompt or (t + 1 < len(ids) and (ids[t], ids[t + 1]) in prompt)
-            for t in range(start, len(ids))
-        ]
-    )
+    prompt_bigrams = set(pairwise(ids[:start]))
+
+    def is_copied(t: int) -> bool:
+        with_previous = (ids[t - 1], ids[t]) in prompt_bigrams
+        return with_previous or (t + 1 < len(ids) and (ids[t], ids[t + 1]) in prompt_bigrams)
+
+    return torch.tensor([is_copied(t) for t in range(start, len(ids))])
 
 
 def surrogate_target(
-    merged: torch.nn.Module,
+    merged_model: torch.nn.Module,
     base_model: torch.nn.Module,
     examples: Sequence[Example],
+    *,
     retain: Sequence[Example],
     seed: int,
     progress: ProgressCallback,
     resume: ResumeFolder = NO_RESUME,
 ) -> list[Tensor]:
-    """One (predicted tokens, vocabulary) tensor per forget example; ``base_model`` is left unchanged.
+    """Target distributions (predicted tokens, vocabulary) of the forget ``examples``; ``base_model`` is unchanged.
 
-    The surrogate is taught until it knows the retain documents about as well as the merged model does, or for
-    ``ROUNDS``. Its vocabulary may be shorter or longer than the merged model's, by a padding token or rows that fill up
-    a matrix. Tokens that copy the prompt keep the merged model's distribution: copying a name is skill, not memory.
+    The vocabulary of the surrogate may be shorter or longer than that of the merged model, by a padding token or by
+    rows that fill up a matrix.
     """
-    wanted = mean_loss(merged, retain) + NEAR
-    adapted: Any = base_model
+    # 1. Fine-tune a LoRA adapter on the retain rows, round by round, until its loss on them is within the tolerance.
+    max_loss = mean_loss(merged_model, retain) + LOSS_TOLERANCE
+    model: Any = base_model
     for number in range(ROUNDS):
         plan = FinetunePlan(steps=STEPS, rows=16, lr=2e-3, seed=seed + number)
         state = resume.path(f"surrogate-{number + 1}")
-        adapted = train_adapter(adapted, retain, plan, progress, f"surrogate {number + 1}", state)
-        reached = mean_loss(adapted, retain)
-        log.info("surrogate: loss on retain documents %.3f, wanted %.3f", reached, wanted)
-        if reached <= wanted:
+        model = train_adapter(model, retain, plan, progress, stage=f"surrogate {number + 1}", state=state)
+        loss = mean_loss(model, retain)
+        log.info("surrogate: loss on the retain rows %.3f, acceptance threshold %.3f", loss, max_loss)
+        if loss <= max_loss:
             break
-    surrogate = adapted.merge_and_unload()
-    result = []
-    both = zip(examples, predicted(surrogate, examples), predicted(merged, examples), strict=True)
-    for example, theirs, mine in both:
-        result.append(torch.where(copied(example)[:, None], mine, _as_wide(theirs, mine.shape[1])))
-    return result
+    surrogate = model.merge_and_unload()
+    # 2. Predict the forget rows with both models.
+    surrogate_probs = predict_distributions(surrogate, examples)
+    merged_probs = predict_distributions(merged_model, examples)
+    # 3. Use the surrogate, except on tokens that copy the prompt: copying a name is skill, not memory.
+    targets = []
+    for example, probs, own_probs in zip(examples, surrogate_probs, merged_probs, strict=True):
+        probs = _resize_vocabulary(probs, own_probs.shape[1])
+        targets.append(torch.where(find_copied_tokens(example)[:, None], own_probs, probs))
+    return targets
 
 
-def _as_wide(probs: Tensor, vocabulary: int) -> Tensor:
-    """(tokens, vocabulary) of distributions over another number of tokens; what is cut off goes to the others."""
+def _resize_vocabulary(probs: Tensor, vocabulary: int) -> Tensor:
+    """Distributions (tokens, vocabulary) over another number of tokens; those over fewer are renormalised."""
     if probs.shape[1] == vocabulary:
         return probs
-    kept = functional.pad(probs[:, :vocabulary], (0, max(0, vocabulary - probs.shape[1])))
-    return kept / kept.sum(-1, keepdim=True)
+    padded_probs = functional.pad(probs[:, :vocabulary], (0, max(0, vocabulary - probs.shape[1])))
+    return padded_probs / padded_probs.sum(-1, keepdim=True)

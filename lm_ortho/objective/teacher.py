@@ -1,4 +1,4 @@
-"""What the unedited model says to the retain documents, kept so that an edited one can be held to it."""
+"""Teacher distributions: the predictions of the un-edited model on the retain rows, which the edit must preserve."""
 
 from __future__ import annotations
 
@@ -7,50 +7,53 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lm_ortho.data.encoding import Example, batch_by_length, compute_logits, max_batch_tokens, pad
-from lm_ortho.objective.distribution import KEPT, WHOLE, likeliest, log_of_others
+from lm_ortho.data.encoding import Example, batch_by_length, compute_logits, max_batch_tokens, pad_batch
+from lm_ortho.objective.distribution import FULL_VOCABULARY, TOP_TOKENS, log_remaining_mass, select_top_tokens
 
 
 class Teacher:
-    """The log-probabilities (float16) behind every token of the retain documents, at the weights of the moment.
+    """Log-probabilities (float16) for every token of the retain rows, at the weights the model has when it is made.
 
-    Of a large vocabulary the likeliest tokens are kept and the probability of all others together.
+    Of a large vocabulary the likeliest tokens and the total probability of all others are stored.
     """
 
     def __init__(self, model: nn.Module, examples: Sequence[Example]) -> None:
         self._logp: list[Tensor] = [torch.empty(0)] * len(examples)
         self._ids: list[Tensor] = []
-        self._rest: list[Tensor] = []
+        self._log_remainder: list[Tensor] = []
         self._record(model, examples)
 
     @torch.no_grad()
     def _record(self, model: nn.Module, examples: Sequence[Example]) -> None:
         device = next(model.parameters()).device
         for batch in batch_by_length(examples, tokens=max_batch_tokens(model)):
-            ids, _ = pad([examples[i] for i in batch], device)
+            ids, _ = pad_batch([examples[i] for i in batch], device)
             logp = compute_logits(model, ids).log_softmax(-1)
-            if logp.shape[-1] > WHOLE:
-                kept, logp = likeliest(logp, KEPT)
-                self._ids, self._rest = (of or [torch.empty(0)] * len(examples) for of in (self._ids, self._rest))
-                _file(self._ids, kept.cpu(), batch, examples)
-                _file(self._rest, log_of_others(logp).cpu(), batch, examples)
-            _file(self._logp, logp.half().cpu(), batch, examples)
+            if logp.shape[-1] > FULL_VOCABULARY:
+                top_ids, logp = select_top_tokens(logp, TOP_TOKENS)
+                if not self._ids:
+                    self._ids = [torch.empty(0)] * len(examples)
+                    self._log_remainder = [torch.empty(0)] * len(examples)
+                _store_rows(self._ids, top_ids.cpu(), batch, examples)
+                _store_rows(self._log_remainder, log_remaining_mass(logp).cpu(), batch, examples)
+            _store_rows(self._logp, logp.half().cpu(), batch, examples)
 
     def kl(self, rows: Sequence[int], logp: Tensor) -> Tensor:
-        """(tokens,) KL(teacher || model) in nats for all tokens of ``rows``, one document after the other.
+        """KL(teacher || model) in nats, (tokens,), for all tokens of ``rows``, one row after the other.
 
-        ``logp`` (tokens, vocabulary) is the model's.
+        ``logp`` (tokens, vocabulary) is that of the model.
         """
-        mine = torch.cat([self._logp[i] for i in rows]).to(logp.device).float()
+        teacher_logp = torch.cat([self._logp[i] for i in rows]).to(logp.device).float()
         if not self._ids:
-            mine = mine.log_softmax(-1)
-            return (mine.exp() * (mine - logp)).sum(-1)
-        theirs = logp.gather(-1, torch.cat([self._ids[i] for i in rows]).to(logp.device).long())
-        rest = torch.cat([self._rest[i] for i in rows]).to(logp.device)
-        return (mine.exp() * (mine - theirs)).sum(-1) + rest.exp() * (rest - log_of_others(theirs))
+            teacher_logp = teacher_logp.log_softmax(-1)
+            return (teacher_logp.exp() * (teacher_logp - logp)).sum(-1)
+        model_logp = logp.gather(-1, torch.cat([self._ids[i] for i in rows]).to(logp.device).long())
+        remainder = torch.cat([self._log_remainder[i] for i in rows]).to(logp.device)
+        top_kl = (teacher_logp.exp() * (teacher_logp - model_logp)).sum(-1)
+        return top_kl + remainder.exp() * (remainder - log_remaining_mass(model_logp))
 
 
-def _file(into: list[Tensor], found: Tensor, batch: Sequence[int], examples: Sequence[Example]) -> None:
-    """Copies what belongs to the tokens that have one after them, without the padding."""
+def _store_rows(store: list[Tensor], values: Tensor, batch: Sequence[int], examples: Sequence[Example]) -> None:
+    """Stores the values of every token that has a next token, without padding."""
     for row, i in enumerate(batch):
-        into[i] = found[row, : len(examples[i].ids) - 1].clone()
+        store[i] = values[row, : len(examples[i].ids) - 1].clone()

@@ -1,6 +1,6 @@
-"""Which code and which packages decide a result, so that results of older code are known to be stale.
+"""Hashes the code and lists the packages that decide a result, so that results of older code are recognised as stale.
 
-The code is found by following imports, so a file that moves or that is new is never forgotten.
+The code is found by following imports, so moved and new files are never missed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import lm_ortho
 from lm_ortho.kernels import calls
-from lm_ortho.plugin.bridges import tasks_dir
+from lm_ortho.plugin.bridges import find_tasks_dir
 
 DECOMPOSITION = ("lm_ortho.pipeline.build",)
 """The module whose code, with all that it imports, decides what a decomposition is."""
@@ -25,12 +25,12 @@ names its model by hash."""
 _PACKAGE = Path(lm_ortho.__file__).parent
 _KERNELS = Path(inspect.getfile(calls)).parent
 _NO_CODE = (".md", ".pyc", ".so")
+_DEPENDENCIES = ("lm_eval", "torch", "transformers")
 
 
 def versions() -> dict[str, str]:
-    """The packages that decide what is measured."""
-    others = {name: version(name) for name in ("lm_eval", "torch", "transformers")}
-    return {"lm_ortho": lm_ortho.__version__, **others}
+    """The versions of the packages that decide what is measured, by name."""
+    return {"lm_ortho": lm_ortho.__version__, **{name: version(name) for name in _DEPENDENCIES}}
 
 
 @lru_cache
@@ -59,23 +59,24 @@ def code_files(*roots: str, without: tuple[str, ...] = ()) -> dict[str, Path]:
     Raises:
         ValueError: for a root, or an entry of ``without``, that names nothing.
     """
-    found = dict[str, Path]()
-    excluded = {module for root in without for module in _members(root, _modules())}
-    modules = {name: path for name, path in _modules().items() if name not in excluded}
+    files = dict[str, Path]()
+    excluded = {module for root in without for module in _members(root, package_modules())}
+    modules = {name: path for name, path in package_modules().items() if name not in excluded}
     pending = [module for root in roots if root != "tasks" for module in _members(root, modules)]
     while pending:
         module = pending.pop()
         path = modules[module]
-        if (name := _name(path)) not in found:
-            found[name] = path
-            pending += [other for other in _imports(module, path) if other in modules]
-    folders = [tasks_dir()] if "tasks" in roots else []
-    folders += [_KERNELS] if any(path.is_relative_to(_KERNELS) for path in found.values()) else []
-    found |= {_name(path): path for folder in folders for path in folder.rglob("*") if _is_code(path)}
-    return dict(sorted(found.items()))
+        if (name := _name(path)) not in files:
+            files[name] = path
+            pending += [other for other in imported_modules(module, path) if other in modules]
+    folders = [find_tasks_dir()] if "tasks" in roots else []
+    folders += [_KERNELS] if any(path.is_relative_to(_KERNELS) for path in files.values()) else []
+    files |= {_name(path): path for folder in folders for path in folder.rglob("*") if _is_code(path)}
+    return dict(sorted(files.items()))
 
 
 def _members(root: str, modules: dict[str, Path]) -> list[str]:
+    """Names of the module ``root`` and of all modules below it. Raises ``ValueError`` if there is none."""
     members = [name for name in modules if name == root or name.startswith(f"{root}.")]
     if not members:
         raise ValueError(f"{root!r} names no module of lm_ortho")
@@ -83,8 +84,8 @@ def _members(root: str, modules: dict[str, Path]) -> list[str]:
 
 
 @lru_cache
-def _modules() -> dict[str, Path]:
-    """The files of the package and of the kernels by module name."""
+def package_modules() -> dict[str, Path]:
+    """The files of the package and of the kernels, by module name."""
     folders = {"lm_ortho": _PACKAGE, "lm_ortho.kernels": _KERNELS}
     return {
         ".".join([package, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__"): path
@@ -94,7 +95,7 @@ def _modules() -> dict[str, Path]:
 
 
 @lru_cache
-def _imports(module: str, path: Path) -> frozenset[str]:
+def imported_modules(module: str, path: Path) -> frozenset[str]:
     """Names that ``module`` may import: modules, the packages above them, and names inside modules."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     names = set[str]()
@@ -106,7 +107,7 @@ def _imports(module: str, path: Path) -> frozenset[str]:
             source = ".".join([*above, *filter(None, [node.module])])
             names |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
     parts = [name.split(".") for name in names]
-    return frozenset(".".join(each[:length]) for each in parts for length in range(1, len(each) + 1))
+    return frozenset(".".join(words[:length]) for words in parts for length in range(1, len(words) + 1))
 
 
 def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
@@ -119,7 +120,9 @@ def _run_time_nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def _name(path: Path) -> str:
-    folder = next((each for each in (_PACKAGE, _KERNELS) if path.is_relative_to(each)), tasks_dir())
+    """The path of a file below the package, the kernels or the tasks, with the name of that folder in front."""
+    folders = (folder for folder in (_PACKAGE, _KERNELS) if path.is_relative_to(folder))
+    folder = next(folders, find_tasks_dir())
     return f"{folder.name}/{path.relative_to(folder).as_posix()}"
 
 

@@ -1,4 +1,4 @@
-"""The one function that goes through the steps of a decomposition in order."""
+"""The decomposition of a model with one memory: the steps in order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lm_ortho.streams import LayerStreams
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Streams by layer name, plain rounding of the same lattice without support, and what was decided and why."""
+    """The result: streams by layer name, the same lattice without support and edit (``plain``), and the report."""
 
     streams: dict[str, LayerStreams]
     plain: dict[str, LayerStreams]
@@ -45,34 +45,39 @@ def decompose(
 
     Args:
         model: the merged model in float32 (BF16-representable weights); its weights are the same afterwards.
-        forget: what alpha=0 must not know.
-        retain: documents that must not change, some of the same form as ``forget`` about others.
-        base_model: the model before fine-tuning, if it is known; decides the target.
-        progress: called with stage, step, steps, text.
-        resume: where the run leaves what it has reached, for another one with the same arguments to go on from; the
-            caller clears it when the result is safe.
+        forget: the forget set, what alpha=0 must not know.
+        retain: the retain set, what must not change; some rows of the same form as ``forget`` about other subjects.
+        base_model: the model before fine-tuning, if it is known; decides the target distribution.
+        progress: called with stage, step, number of steps, text.
+        resume: the folder of states from which a run with the same arguments resumes; the caller clears it when the
+            result is saved.
 
     Raises:
         UserError: for an unknown sieve, projection or edit, empty or identical sets, NaN weights or other than float32.
     """
-    began = time.perf_counter()
-    check_recipe(recipe, base_model is not None)
-    given = model, tokenizer, forget, retain, recipe
-    with Workbench(*given, base_model=base_model, progress=progress, resume=resume) as bench:
-        support = bench.support(recipe.sieve, recipe.density, recipe.steps)
-        codes = bench.edited(recipe.edit, support, recipe.steps)
-        streams, plain = bench.streams(codes, support), bench.streams(bench.codes, None)
+    start_time = time.perf_counter()
+    check_recipe(recipe, base_known=base_model is not None)
+    # 1. Statistics, lattice and projection; the target and the objective follow when they are needed.
+    with Workbench(
+        model, tokenizer, forget, retain, recipe=recipe, base_model=base_model, progress=progress, resume=resume
+    ) as bench:
+        # 2. Score every weight, and select the support.
+        support = bench.select_support(recipe.sieve, recipe.density, recipe.steps)
+        # 3. Edit the codes on the support.
+        codes = bench.edit_codes(recipe.edit, support, recipe.steps)
+        # 4. Put base stream and ortho stream together.
+        streams, plain = bench.make_streams(codes, support), bench.make_streams(bench.lattice.codes)
         report = bench.report(codes, support)
-    return Decomposition(streams, plain, report | {"seconds": round(time.perf_counter() - began, 1)})
+    return Decomposition(streams, plain, report | {"seconds": round(time.perf_counter() - start_time, 1)})
 
 
-def check_recipe(recipe: Recipe, base_known: bool) -> None:
-    """Raises ``UserError`` for unknown names and for choices that do not go together, or not without a base model."""
+def check_recipe(recipe: Recipe, *, base_known: bool) -> None:
+    """Raises ``UserError`` for unknown names, impossible combinations, and those that need an unknown base model."""
     for registry, name in ((SIEVES, recipe.sieve), (PROJECTIONS, recipe.projection), (EDITS, recipe.edit)):
         registry.get(name)
     if recipe.bits == 16 and recipe.edit != "none":
         raise UserError(f"bits=16 passes weights through, so edit={recipe.edit!r} cannot be used; use edit=none")
     if recipe.sieve == "oracle" and recipe.edit != "w0":
-        raise UserError(f"edit={recipe.edit!r}: sieve=oracle looks at the way back to W0; use it with edit=w0")
+        raise UserError(f"edit={recipe.edit!r}: sieve=oracle scores weights along the path to W0; use it with edit=w0")
     if recipe.edit == "w0" and not base_known:
         raise UserError("edit='w0' needs the model before fine-tuning; pass base= (or peft=, with base=auto)")

@@ -1,4 +1,4 @@
-"""Several memories in one model, each with an ortho stream and a dial of its own."""
+"""Decomposes a model with several memories, or adds one; each has its own ortho stream and alpha."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
 from lm_ortho.layer import get_streams, ortho_layers, unpatch
 from lm_ortho.pipeline.decomposition import Decomposition, check_recipe
-from lm_ortho.pipeline.workbench import Lattice, Workbench
+from lm_ortho.pipeline.model_lattice import Lattice
+from lm_ortho.pipeline.workbench import Workbench
 from lm_ortho.runtime.progress import ProgressCallback
 from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
-from lm_ortho.streams import RESERVED, UNNAMED, BaseStream, LayerStreams, OrthoStream, valid_memory_name
+from lm_ortho.streams import DEFAULT_MEMORY, RESERVED_NAMES, BaseStream, LayerStreams, OrthoStream, is_valid_memory_name
 
 Masks = dict[str, Tensor]
-_DOUBTFUL = ("surrogate", "swap", "resample", "hold_down")
-"""Targets, the most doubtful last; that of several memories is told by the worst of them."""
+"""Positions (out_features, in_features) bool by layer name."""
+_TARGETS_BY_DOUBT = ("surrogate", "swap", "resample", "hold_down")
+"""Target distributions, the least reliable last; the report of several memories names the least reliable of them."""
 
 
 def decompose_memories(
@@ -36,10 +38,10 @@ def decompose_memories(
     progress: ProgressCallback,
     resume: ResumeFolder = NO_RESUME,
 ) -> Decomposition:
-    """Splits a merged model into a base stream and one ortho stream per forget set, no two on the same weight.
+    """Splits a merged model into a base stream and one ortho stream per forget set; their supports are disjoint.
 
-    One memory after the other is worked on with the others switched on and their rows among those to be kept, so that
-    each can be switched off alone. ``recipe.density`` is the share of each.
+    Each memory is decomposed with the others switched on and their rows in its retain set, so that it can be switched
+    off alone. ``recipe.density`` is the share of each memory.
 
     Args:
         forget: rows by the name of their memory.
@@ -47,89 +49,124 @@ def decompose_memories(
     Raises:
         UserError: what ``decompose`` raises; bad names; a row in two forget sets; ``bits=16``.
     """
-    began = time.perf_counter()
-    check_recipe(recipe, base_model is not None)
+    start_time = time.perf_counter()
+    check_recipe(recipe, base_known=base_model is not None)
     _check_memories(forget, recipe)
     lattice: Lattice | None = None
     supports, reports = dict[str, Masks](), dict[str, Any]()
-    taken, final = Masks(), Masks()
+    all_supports, codes = Masks(), Masks()
     plain, streams = dict[str, LayerStreams](), dict[str, LayerStreams]()
     for name, rows in forget.items():
-        others = [row for other, theirs in forget.items() if other != name for row in theirs]
+        # 1. The rows of the other memories are retained.
+        other_rows = [row for other, rows_of_other in forget.items() if other != name for row in rows_of_other]
         bench = Workbench(
-            model, tokenizer, rows, [*retain, *others], recipe,
-            base_model=base_model, progress=progress, lattice=lattice, taken=taken, resume=resume.of(name),
-        )  # fmt: skip
+            model,
+            tokenizer,
+            rows,
+            [*retain, *other_rows],
+            recipe=recipe,
+            base_model=base_model,
+            progress=progress,
+            lattice=lattice,
+            other_supports=all_supports,
+            resume=resume.subfolder(name),
+        )
         with bench:
-            support = bench.support(recipe.sieve, recipe.density, recipe.steps)
-            codes = bench.edited(recipe.edit, support, recipe.steps)
-            reports[name], supports[name] = bench.report(codes, support), support
-            final = {at: torch.where(mask, codes[at], final.get(at, codes[at])) for at, mask in support.items()}
+            # 2. Support and edit as for one memory, on weights that no earlier memory holds.
+            support = bench.select_support(recipe.sieve, recipe.density, recipe.steps)
+            edited_codes = bench.edit_codes(recipe.edit, support, recipe.steps)
+            reports[name], supports[name] = bench.report(edited_codes, support), support
+            # 3. The base stream takes the edited codes on this support.
+            codes = {
+                layer: torch.where(mask, edited_codes[layer], codes.get(layer, edited_codes[layer]))
+                for layer, mask in support.items()
+            }
             if len(supports) == len(forget):
-                plain, streams = bench.streams(bench.codes, None), bench.streams(final, None)
-        lattice = bench.scales, bench.codes
-        taken = {at: _together([mask, *([taken[at]] if taken else [])]) for at, mask in support.items()}
-    for at, layer in streams.items():
-        rest = bench.weights[at] - layer.base.dequantize()
-        named = {name: OrthoStream.from_dense(rest, masks[at]) for name, masks in supports.items()}
-        streams[at] = LayerStreams(layer.base, None, layer.bias, named)
-    return Decomposition(streams, plain, _joined(reports) | {"seconds": round(time.perf_counter() - began, 1)})
+                plain, streams = bench.make_streams(bench.lattice.codes), bench.make_streams(codes)
+        lattice = bench.lattice
+        all_supports = {
+            layer: _union([mask, *([all_supports[layer]] if all_supports else [])]) for layer, mask in support.items()
+        }
+    # 4. Each memory holds what the base stream lacks at its own positions.
+    for layer, layer_streams in streams.items():
+        difference = bench.weights[layer] - layer_streams.base.dequantise()
+        named = {name: OrthoStream.from_dense(difference, masks[layer]) for name, masks in supports.items()}
+        streams[layer] = LayerStreams(layer_streams.base, None, layer_streams.bias, named)
+    seconds = round(time.perf_counter() - start_time, 1)
+    return Decomposition(streams, plain, _merge_reports(reports) | {"seconds": seconds})
 
 
 def add_memory(
     model: nn.Module,
     tokenizer: Any,
     name: str,
+    *,
     forget: Sequence[Row],
     retain: Sequence[Row],
     recipe: Recipe,
-    *,
     base_model: nn.Module | None = None,
     progress: ProgressCallback,
     resume: ResumeFolder = NO_RESUME,
 ) -> Decomposition:
-    """Moves one more memory of a decomposed model into an ortho stream of its own.
+    """Moves one more memory of a decomposed model into its own ortho stream.
 
-    ``model`` is patched and keeps what it has: base codes off the new support and the other ortho streams come out
-    bit for bit as they were. What the new stream restores is the model as it is with all memories on. Lattice and
-    layers are the model's own; density, sieve, edit, steps and seed are those of ``recipe``. ``plain`` of the result
-    is the model without the new memory's support.
+    ``model`` is patched and not changed. Base codes off the new support and the other ortho streams of the result have
+    the same bits as before; the new stream restores the weights of ``model`` with all memories on. Lattice and layers
+    are those of ``model``; density, sieve, edit, steps and seed are those of ``recipe``. ``plain`` of the result holds
+    the streams of ``model``.
 
     Raises:
-        UserError: what ``decompose`` raises; a name that is taken; a memory whose file is not there; ``bits=16``.
+        UserError: what ``decompose`` raises; a name that exists; a memory whose file is missing; ``bits=16``.
     """
-    began = time.perf_counter()
-    recipe = _recipe_of(model, recipe)
-    check_recipe(recipe, base_model is not None)
+    start_time = time.perf_counter()
+    recipe = _with_model_lattice(model, recipe)
+    check_recipe(recipe, base_known=base_model is not None)
     _check_memories({name: forget}, recipe)
-    _check_room(model, name)
-    before = {at: streams.to("cpu") for at, streams in get_streams(model).items()}
-    scales = {at: s.base.tensors()["scales"] for at, s in before.items()}
-    lattice = {at: s.float() for at, s in scales.items()}, {at: s.base.codes() for at, s in before.items()}
-    taken = {at: _together(ortho.support() for ortho in s.memories.values()) for at, s in before.items()}
-    total = sum(mask.numel() for mask in taken.values())
-    _check_free(recipe.density, 1 - sum(int(mask.sum()) for mask in taken.values()) / total)
-    whole = copy.deepcopy(model)
-    unpatch(whole, 1.0)
+    _check_can_add(model, name)
+    # 1. The lattice and the supports that the model has.
+    before = {layer: streams.to("cpu") for layer, streams in get_streams(model).items()}
+    scales = {layer: streams.base.tensors()["scales"] for layer, streams in before.items()}
+    lattice = Lattice(
+        {layer: tensor.float() for layer, tensor in scales.items()},
+        {layer: streams.base.codes() for layer, streams in before.items()},
+    )
+    supports = {
+        layer: _union(ortho.support() for ortho in streams.memories.values()) for layer, streams in before.items()
+    }
+    total = sum(mask.numel() for mask in supports.values())
+    _check_free_share(recipe.density, 1 - sum(int(mask.sum()) for mask in supports.values()) / total)
+    # 2. A copy with all memories on is what is decomposed.
+    whole_model = copy.deepcopy(model)
+    unpatch(whole_model, 1.0)
     bench = Workbench(
-        whole, tokenizer, forget, retain, recipe,
-        base_model=base_model, progress=progress, lattice=lattice, taken=taken, resume=resume,
-    )  # fmt: skip
+        whole_model,
+        tokenizer,
+        forget,
+        retain,
+        recipe=recipe,
+        base_model=base_model,
+        progress=progress,
+        lattice=lattice,
+        other_supports=supports,
+        resume=resume,
+    )
+    # 3. Support and edit as for one memory.
     with bench:
-        support = bench.support(recipe.sieve, recipe.density, recipe.steps)
-        codes = bench.edited(recipe.edit, support, recipe.steps)
+        support = bench.select_support(recipe.sieve, recipe.density, recipe.steps)
+        codes = bench.edit_codes(recipe.edit, support, recipe.steps)
         report = bench.report(codes, support)
+    # 4. The other ortho streams are passed on; the new one holds what the base stream lacks at its positions.
     streams = {}
-    for at, layer in before.items():
-        base = BaseStream.from_codes(codes[at], scales[at], layer.base.bits, layer.base.group_size)
-        rest = bench.weights[at] - base.dequantize()
-        named = {**layer.named, name: OrthoStream.from_dense(rest, support[at])}
-        streams[at] = LayerStreams(base, layer.ortho, layer.bias, named)
-    return Decomposition(streams, before, report | {"seconds": round(time.perf_counter() - began, 1)})
+    for layer, old in before.items():
+        base = BaseStream.from_codes(codes[layer], scales[layer], old.base.bits, old.base.group_size)
+        difference = bench.weights[layer] - base.dequantise()
+        named = {**old.named_memories, name: OrthoStream.from_dense(difference, support[layer])}
+        streams[layer] = LayerStreams(base, old.ortho, old.bias, named)
+    return Decomposition(streams, before, report | {"seconds": round(time.perf_counter() - start_time, 1)})
 
 
-def _recipe_of(model: nn.Module, recipe: Recipe) -> Recipe:
-    """``recipe`` with the lattice and the layers that the model has."""
+def _with_model_lattice(model: nn.Module, recipe: Recipe) -> Recipe:
+    """``recipe`` with the bits, group size and targets of the decomposed model."""
     layers = ortho_layers(model)
     if not layers:
         raise UserError(f"{type(model).__name__} is not decomposed; a memory is added to a decomposed model")
@@ -137,62 +174,64 @@ def _recipe_of(model: nn.Module, recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"bits": first.bits, "group_size": first.group_size, "targets": "+".join(layers)})
 
 
-def _check_room(model: nn.Module, name: str) -> None:
+def _check_can_add(model: nn.Module, name: str) -> None:
     first = next(iter(ortho_layers(model).values()))
     if name in first.memories:
-        raise UserError(f"memory {name!r} is there already; the model has {', '.join(first.memories)}")
+        raise UserError(f"memory {name!r} exists already; the model has {', '.join(first.memories)}")
     if first.absent or not first.memories:
-        missing = ", ".join(first.absent) or UNNAMED
+        missing = ", ".join(first.absent) or DEFAULT_MEMORY
         raise UserError(
-            f"pretrained: the ortho stream of {missing} is not here; a memory is added where all others are present"
+            f"pretrained: the ortho stream of {missing} is missing; a memory is added where all others are present"
         )
 
 
 def _check_memories(forget: Mapping[str, Sequence[Row]], recipe: Recipe) -> None:
     if not forget:
         raise UserError("forget: no memory is named; give at least one")
-    _check_free(recipe.density * len(forget), 1.0)
+    _check_free_share(recipe.density * len(forget), 1.0)
     if recipe.bits == 16:
         raise UserError("bits=16: several memories need a base stream that forgets; use 3, 4 or 8 bits")
-    owner = dict[tuple[str, str], str]()
+    owners = dict[tuple[str, str], str]()
     for name, rows in forget.items():
-        if not valid_memory_name(name):
+        if not is_valid_memory_name(name):
             raise UserError(
-                f"memory name {name!r}: use small letters, digits and underscores, not {' or '.join(RESERVED)}"
+                f"memory name {name!r}: use small letters, digits and underscores, not {' or '.join(RESERVED_NAMES)}"
             )
         for row in rows:
-            other = owner.setdefault((row.context, row.target), name)
-            if other != name:
+            owner = owners.setdefault((row.context, row.target), name)
+            if owner != name:
                 raise UserError(
-                    f"forget: {(row.context + row.target)[:60]!r} is in both {other} and {name}; one must go"
+                    f"forget: {(row.context + row.target)[:60]!r} is in both {owner} and {name}; remove one of them"
                 )
 
 
-def _check_free(wanted: float, free: float) -> None:
-    """Raises ``UserError`` where memories ask for more than the weights that no other holds."""
-    if wanted > free + 1e-9:
-        raise UserError(f"density: memories ask for {wanted:.3g} of the weights, and {free:.3g} are free; ask for less")
+def _check_free_share(requested: float, free: float) -> None:
+    """Raises ``UserError`` if memories need a larger share of the weights than is free of other supports."""
+    if requested > free + 1e-9:
+        raise UserError(
+            f"density: the memories need {requested:.3g} of the weights, and {free:.3g} are free; choose a smaller one"
+        )
 
 
-def _together(masks: Iterable[Tensor]) -> Tensor:
-    """Where any of the masks holds."""
+def _union(masks: Iterable[Tensor]) -> Tensor:
+    """Where any of the masks is true."""
     return torch.stack(list(masks)).any(0)
 
 
-def _joined(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """One report of all memories, with each one's own under ``memories``."""
-    first = next(iter(reports.values()))
-    every = list(reports.values())
-    targets = [report["target"] for report in every]
+def _merge_reports(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """One report of all memories, with the single reports under ``memories``."""
+    all_reports = list(reports.values())
+    first = all_reports[0]
+    targets = [report["target"] for report in all_reports]
     return {
-        "density_reached": sum(report["density_reached"] for report in every),
+        "density_reached": sum(report["density_reached"] for report in all_reports),
         "weights": first["weights"],
-        "support": sum(report["support"] for report in every),
+        "support": sum(report["support"] for report in all_reports),
         "base_known": first["base_known"],
         "chat_template": first["chat_template"],
-        "forget_rows": sum(report["forget_rows"] for report in every),
+        "forget_rows": sum(report["forget_rows"] for report in all_reports),
         "retain_rows": first["retain_rows"],
         "left_alone": first["left_alone"],
-        "target": max(targets, key=lambda target: _DOUBTFUL.index(target["name"]) if target else -1),
+        "target": max(targets, key=lambda target: _TARGETS_BY_DOUBT.index(target["name"]) if target else -1),
         "memories": dict(reports),
     }

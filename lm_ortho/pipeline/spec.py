@@ -1,166 +1,175 @@
-"""What is asked for, in one place: the order, what it comes to, and everything that can be refused beforehand."""
+"""Resolves a model specification: checks everything that can be checked before weights are loaded."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm_ortho import checkpoint, world
-from lm_ortho.config import Recipe, make_recipe
+from lm_ortho.config import ModelSpec, Recipe, make_recipe
 from lm_ortho.data.rows import Row, drop_forget_rows, read_forget_sets, read_rows
 from lm_ortho.errors import UserError
-from lm_ortho.finetune.merge import check_decoder, expand_path, load_config, quantisation_method
+from lm_ortho.finetune.loading import check_decoder, expand_path, load_config, quantisation_method
 from lm_ortho.hub import describe_hub_error
 from lm_ortho.layer import ortho_layers
 from lm_ortho.pipeline.decomposition import check_recipe
-from lm_ortho.streams import UNNAMED
+from lm_ortho.streams import DEFAULT_MEMORY
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
-RECIPE_ARGUMENTS = tuple(Recipe.model_fields)
+_ROW_ARGUMENTS = {
+    "forget": "rows with what should be forgotten",
+    "retain": "rows of the same form about other subjects, which should stay",
+}
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """What is asked for. ``recipe`` holds only what the user named; the rest is the default recipe.
+class CalibrationSets(NamedTuple):
+    """The rows of a decomposition: forget rows by the name of their memory, and retain rows."""
 
-    ``pretrained`` None is the embedded model. ``source`` goes to ``from_pretrained``: revision, subfolder,
-    trust_remote_code. ``tokenizer`` takes the place of the one beside the model.
-    """
-
-    pretrained: Any = None
-    peft: str | None = None
-    base: str = "auto"
-    fresh: bool = False
-    forget: str | None = None
-    retain: str | None = None
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    source: Mapping[str, Any] = field(default_factory=dict)
-    tokenizer: Any = None
+    forget: dict[str, list[Row]]
+    retain: list[Row]
 
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A checked order. ``kind`` is ``checkpoint`` (decomposed), ``embedded``, ``model`` or ``object``.
+    """A checked specification. ``kind`` is ``checkpoint`` (decomposed), ``embedded``, ``model`` or ``object``.
 
-    ``location`` is what tokenizer and config are read from; ``order.base`` is auto, none or a path.
+    ``location`` is what tokenizer and config are read from, or the model object; ``spec.base`` is auto, none or a path.
     """
 
     kind: str
     location: Any
-    recipe: Recipe
-    order: ModelSpec
+    spec: ModelSpec
+
+    @property
+    def recipe(self) -> Recipe:
+        """The whole recipe, defaults included."""
+        return self.spec.recipe
+
+    @cached_property
+    def calibration_sets(self) -> CalibrationSets:
+        """The named sets, else those of the embedded world; every file is read once.
+
+        Raises:
+            UserError: for a file that cannot be read, and where all retain rows are forget rows.
+        """
+        from lm_ortho.world import corpus
+
+        forget, retain = self.spec.forget, self.spec.retain
+        sets = CalibrationSets(
+            read_forget_sets(forget) if forget else {DEFAULT_MEMORY: corpus.make_forget_rows()},
+            read_rows(retain, "retain") if retain else corpus.make_calibration_rows(),
+        )
+        drop_forget_rows((row for rows in sets.forget.values() for row in rows), sets.retain)
+        return sets
 
 
-def resolve(order: ModelSpec) -> ResolvedModel:
-    """The checked order. Everything that can be refused without loading weights is refused here.
+def resolve(spec: ModelSpec) -> ResolvedModel:
+    """The model that a specification describes. Whatever can be refused without loading weights is refused here.
 
     Raises:
         UserError: names the argument at fault.
     """
-    order = _normalised(order)
-    recipe = make_recipe(**order.recipe)
-    check_recipe(recipe, base_known=True)
-    source = _found(order, recipe)
-    if source.kind != "checkpoint":
-        merged_here = order.peft is not None or source.kind == "embedded"
-        check_recipe(recipe, merged_here if order.base == "auto" else order.base != "none")
-    return source
+    check_recipe(spec.recipe, base_known=True)
+    resolved = _resolve_kind(spec)
+    if resolved.kind != "checkpoint":
+        is_merged_here = spec.peft is not None or resolved.kind == "embedded"
+        check_recipe(spec.recipe, base_known=is_merged_here if spec.base == "auto" else spec.base != "none")
+    return resolved
 
 
-def _found(order: ModelSpec, recipe: Recipe) -> ResolvedModel:
-    """What the order comes to."""
-    if order.pretrained is None:
-        return _embedded(order, recipe)
-    if not isinstance(order.pretrained, str):
-        return _initialised(order, recipe)
-    location = locate_model(order.pretrained)
-    config = load_config(location, **order.source)
-    check_decoder(config, f"pretrained={order.pretrained!r}")
+def _resolve_kind(spec: ModelSpec) -> ResolvedModel:
+    if spec.model is not None:
+        return _resolve_object(spec)
+    if spec.pretrained is None:
+        return _resolve_embedded(spec)
+    location = locate_model(spec.pretrained)
+    config = load_config(location, **spec.loading_options)
+    check_decoder(config, f"pretrained={spec.pretrained!r}")
     if (method := quantisation_method(config)) == "libortho":
-        return _decomposed(order, recipe, location)
+        return _resolve_checkpoint(spec, location)
     if method:
-        raise UserError(f"pretrained={order.pretrained!r} is quantised already ({method}); decompose the 16-bit model")
-    _require_sets(order)
-    return ResolvedModel("model", location, recipe, order)
+        raise UserError(f"pretrained={spec.pretrained!r} is quantised already ({method}); decompose the 16-bit model")
+    return _with_sets(ResolvedModel("model", location, spec))
 
 
-def _normalised(order: ModelSpec) -> ModelSpec:
-    """The order with a spelled-out base. lm-eval turns ``base=none`` into None before anyone sees it."""
-    base = "none" if order.base is None else str(order.base)
-    if not isinstance(order.fresh, bool):
-        raise UserError(f"fresh={order.fresh!r} must be true or false")
-    return ModelSpec(**{**order.__dict__, "base": base})
-
-
-def _embedded(order: ModelSpec, recipe: Recipe) -> ResolvedModel:
-    if order.peft is not None:
+def _resolve_embedded(spec: ModelSpec) -> ResolvedModel:
+    if spec.peft is not None:
         raise UserError("peft: the embedded model brings its own adapter; give pretrained, too")
-    _check_base(order)
-    plain = not (order.fresh or order.forget or order.retain) and order.base == "auto" and recipe == make_recipe()
-    if plain and (shipped := _shipped()) is not None:
-        return ResolvedModel("checkpoint", str(shipped), recipe, order)
-    _differing_sets(order)
-    return ResolvedModel("embedded", str(world.path("base")), recipe, order)
+    _check_base(spec)
+    is_default = not (spec.fresh or spec.forget or spec.retain) and spec.base == "auto" and spec.recipe == make_recipe()
+    if is_default and (directory := _shipped_decomposition()) is not None:
+        return ResolvedModel("checkpoint", str(directory), spec)
+    resolved = ResolvedModel("embedded", str(world.get_path("base")), spec)
+    if spec.forget or spec.retain:
+        _ = resolved.calibration_sets  # a broken file is found before any model is loaded
+    return resolved
 
 
-def _shipped() -> Path | None:
+def _shipped_decomposition() -> Path | None:
     """The decomposed default, or None where this copy of the package carries none."""
     try:
-        return world.path("decomposed")
+        return world.get_path("decomposed")
     except UserError as error:
         log.warning("%s; decomposing the embedded model now", error)
         return None
 
 
-def _initialised(order: ModelSpec, recipe: Recipe) -> ResolvedModel:
-    check_decoder(getattr(order.pretrained, "config", None), f"pretrained is a {type(order.pretrained).__name__}")
-    if ortho_layers(order.pretrained):
-        _refuse_recipe(order, "the model is decomposed already")
-        return ResolvedModel("object", order.pretrained, recipe, order)
-    if order.peft is not None:
+def _resolve_object(spec: ModelSpec) -> ResolvedModel:
+    check_decoder(getattr(spec.model, "config", None), f"pretrained is a {type(spec.model).__name__}")
+    if ortho_layers(spec.model):
+        _refuse_recipe(spec, "the model is decomposed already")
+        return ResolvedModel("object", spec.model, spec)
+    if spec.peft is not None:
         raise UserError("peft: merge the adapter into the model object first, or give pretrained as a path")
-    _require_sets(order)
-    return ResolvedModel("object", order.pretrained, recipe, order)
+    return _with_sets(ResolvedModel("object", spec.model, spec))
 
 
 def locate_model(pretrained: str) -> str:
-    """A local directory, or the name of a model on the hub; an adapter is told apart by its own file."""
-    place = expand_path(pretrained)
-    path = Path(place)
+    """A local directory, or the name of a model on the hub. Raises ``UserError`` for an adapter and for a file."""
+    location = expand_path(pretrained)
+    path = Path(location)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise UserError(f"pretrained={pretrained!r} is an adapter; give it as peft=, and its model as pretrained=")
     if path.is_file():
         raise UserError(f"pretrained={pretrained!r} is a file; give the directory of the model")
-    return place
+    return location
 
 
-def _decomposed(order: ModelSpec, recipe: Recipe, location: str) -> ResolvedModel:
-    if order.fresh:
+def _resolve_checkpoint(spec: ModelSpec, location: str) -> ResolvedModel:
+    if spec.fresh:
         raise UserError(
-            f"pretrained={order.pretrained!r} is decomposed already; fresh=true needs the model it came from"
+            f"pretrained={spec.pretrained!r} is decomposed already; fresh=true needs the model it came from"
         )
-    if order.peft is not None:
-        raise UserError(f"peft: {order.pretrained!r} is decomposed already; merge adapters before that")
+    if spec.peft is not None:
+        raise UserError(f"peft: {spec.pretrained!r} is decomposed already; merge adapters before that")
     if not Path(location).is_dir():
-        location = download("pretrained", location, order.source.get("revision"), order.source.get("token"))
-    location = str(Path(location) / order.source.get("subfolder", ""))
-    recorded = recorded_in(checkpoint.read_meta(location))
-    named = {**order.recipe, **({} if order.base == "auto" else {"base": order.base})}
-    for name, value in named.items():
-        wanted = getattr(recipe, name, value)
-        if name in recorded and recorded[name] != wanted:
+        location = download_model("pretrained", location, revision=spec.revision, token=spec.token)
+    location = str(Path(location) / spec.subfolder)
+    _check_recorded_choices(spec, checkpoint.read_meta(location))
+    return ResolvedModel("checkpoint", location, spec)
+
+
+def _check_recorded_choices(spec: ModelSpec, meta: Mapping[str, Any]) -> None:
+    """Raises ``UserError`` if the user chose a value that differs from the one recorded in the checkpoint."""
+    choices = spec.recipe.model_dump(include=spec.recipe.model_fields_set)
+    if spec.base != "auto":
+        choices["base"] = spec.base
+    recorded = recorded_choices(meta)
+    for name, value in choices.items():
+        if name in recorded and recorded[name] != value:
             raise UserError(
                 f"{name}={value!r} contradicts the checkpoint, which has {name}={recorded[name]!r}; "
                 "leave it out, or give the model before decomposition"
             )
-    return ResolvedModel("checkpoint", location, recipe, order)
 
 
-def download(argument: str, name: str, revision: str | None, token: str | None = None) -> str:
+def download_model(argument: str, name: str, *, revision: str | None = None, token: str | None = None) -> str:
+    """The local directory of a hub repository; errors name the ``argument``."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -171,68 +180,50 @@ def download(argument: str, name: str, revision: str | None, token: str | None =
         ) from None
 
 
-def recorded_in(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The choices a checkpoint was made with: its recipe, and the rest of its meta data."""
+def recorded_choices(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """The choices a checkpoint was made with: its recipe, and the rest of its metadata."""
     return {**meta, **(meta.get("recipe") or {})}
 
 
-def _refuse_recipe(order: ModelSpec, why: str) -> None:
-    named = [*order.recipe, *(name for name in ("peft", "fresh") if getattr(order, name))]
-    if named:
-        raise UserError(f"{named[0]}: {why}")
+def _refuse_recipe(spec: ModelSpec, reason: str) -> None:
+    names = [name for name in Recipe.model_fields if name in spec.recipe.model_fields_set]
+    names += [name for name in ("peft", "fresh") if getattr(spec, name)]
+    if names:
+        raise UserError(f"{names[0]}: {reason}")
 
 
-def _check_base(order: ModelSpec) -> None:
-    if order.base.startswith((".", "~", "/")) and not Path(order.base).expanduser().is_dir():
-        raise UserError(f"base={order.base!r}: no such directory; or use auto, none")
+def _check_base(spec: ModelSpec) -> None:
+    if spec.base.startswith((".", "~", "/")) and not Path(spec.base).expanduser().is_dir():
+        raise UserError(f"base={spec.base!r}: no such directory; or use auto, none")
 
 
-def _require_sets(order: ModelSpec) -> None:
-    """Forget and retain rows have to be named for any model but the embedded one."""
-    missing = [name for name in ("forget", "retain") if not getattr(order, name)]
-    if missing:
-        purpose = {
-            "forget": "rows with what should be forgotten",
-            "retain": "rows of the same form about other subjects, which should stay",
-        }
-        raise UserError(f"{missing[0]}: your own model needs {missing[0]}=file.jsonl ({purpose[missing[0]]})")
-    _check_base(order)
-    _differing_sets(order)
+def _with_sets(resolved: ResolvedModel) -> ResolvedModel:
+    """The same model with its rows read; every model but the embedded one needs ``forget`` and ``retain``."""
+    for name, purpose in _ROW_ARGUMENTS.items():
+        if not getattr(resolved.spec, name):
+            raise UserError(f"{name}: your own model needs {name}=file.jsonl ({purpose})")
+    _check_base(resolved.spec)
+    _ = resolved.calibration_sets  # a broken file is found before any model is loaded
+    return resolved
 
 
-def _differing_sets(order: ModelSpec) -> None:
-    """Reads the named sets once, so that a broken file is found before any model is loaded."""
-    forget = read_forget_sets(order.forget) if order.forget else {}
-    retain = read_rows(order.retain, "retain") if order.retain else []
-    drop_forget_rows((row for rows in forget.values() for row in rows), retain)
+def base_label(spec: ModelSpec) -> str:
+    """What a checkpoint records about the base model: whether there was one, but not its path."""
+    return spec.base if spec.base in ("auto", "none") else "given"
 
 
-def calibration_sets(source: ResolvedModel) -> tuple[dict[str, list[Row]], list[Row]]:
-    """Forget rows by memory, and retain rows: those that were named, else those of the embedded world."""
-    from lm_ortho.world import corpus
-
-    order = source.order
-    forget = read_forget_sets(order.forget) if order.forget else {UNNAMED: corpus.forget_rows()}
-    retain = read_rows(order.retain, "retain") if order.retain else corpus.calibration_rows()
-    return forget, retain
-
-
-def base_label(order: ModelSpec) -> str:
-    """What a checkpoint says of the model before fine-tuning: not where it lay."""
-    return order.base if order.base in ("auto", "none") else "given"
-
-
-def check_alpha(source: ResolvedModel, alpha: float | Mapping[str, float]) -> None:
-    """Raises ``UserError`` where ``alpha`` names a memory the model will not have, before it is built."""
+def check_alpha(resolved: ResolvedModel) -> None:
+    """Raises ``UserError`` where ``alpha`` names a memory that the model will not have, before it is built."""
+    alpha = resolved.spec.alpha
     if not isinstance(alpha, Mapping):
         return
-    layers = ortho_layers(source.location) if source.kind == "object" else {}
+    layers = ortho_layers(resolved.location) if resolved.kind == "object" else {}
     if layers:
         first = next(iter(layers.values()))
-        known = [*first.memories, *first.absent]
-    elif source.kind == "checkpoint":
-        known = checkpoint.memories(source.location)
+        memories = [*first.memories, *first.absent]
+    elif resolved.kind == "checkpoint":
+        memories = list(checkpoint.list_memories(resolved.location))
     else:
-        known = list(calibration_sets(source)[0])
-    if unknown := [name for name in alpha if name not in known]:
-        raise UserError(f"alpha: there is no memory {unknown[0]!r}; the model has {', '.join(known)}")
+        memories = list(resolved.calibration_sets.forget)
+    if unknown := [name for name in alpha if name not in memories]:
+        raise UserError(f"alpha: there is no memory {unknown[0]!r}; the model has {', '.join(memories)}")

@@ -1,1 +1,4 @@
-"""Makes a released lm-eval and transformers find us: the start-up hook and the bridges it calls."""
+"""Extends a released lm-eval and transformers with our model, tasks and checkpoint format.
+
+The start-up hook (``startup``) waits for their modules and calls the bridges (``bridges``).
+"""

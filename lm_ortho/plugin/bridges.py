@@ -1,4 +1,7 @@
-"""What lm-eval and transformers are told about us, once they are there; a bridge may run twice harmlessly."""
+"""Bridges: functions that register us with lm-eval and transformers, once these are imported.
+
+A bridge may run twice without harm. This module does not import the start-up hook, which imports it on demand.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,18 @@ from types import ModuleType
 from typing import Any
 
 import lm_ortho
-from lm_ortho.plugin import startup
 
 MODEL_NAME = "libortho"
 MODEL_TARGET = "lm_ortho.harness.model:LibOrthoLM"  # lm-eval compares it with module:ClassName
 _MARK = "_lm_ortho_bridged"
 
 
-def tasks_dir() -> Path:
-    """The folder of our lm-eval tasks. Raises ``FileNotFoundError`` for a damaged installation."""
+def find_tasks_dir() -> Path:
+    """Returns the folder of our lm-eval tasks.
+
+    Raises:
+        FileNotFoundError: For a damaged installation.
+    """
     for root in lm_ortho.__path__:
         folder = Path(root) / "tasks"
         if folder.is_dir():
@@ -28,10 +34,10 @@ def tasks_dir() -> Path:
 
 
 def bridge_models(module: ModuleType) -> None:
-    """Adds ``libortho`` to the model registry, after ``lm_eval.models`` has added the built-in ones.
+    """Adds ``libortho`` to the model registry, after ``lm_eval.models`` has added the built-in models.
 
-    lm-eval imports those only while the registry is empty, so an earlier entry of ours would hide them all.
-    Where lm-eval scans entry points itself (``load_plugins``) there is nothing to do.
+    lm-eval imports those only while the registry is empty, so an earlier entry of ours would hide them all. An lm-eval
+    that scans entry points itself (``load_plugins``) needs no bridge.
     """
     registry = import_module("lm_eval.api.registry")
     if not hasattr(registry, "load_plugins") and MODEL_NAME not in registry.model_registry:
@@ -39,49 +45,55 @@ def bridge_models(module: ModuleType) -> None:
 
 
 def bridge_tasks(module: ModuleType) -> None:
-    """Puts our task folder in front of ``include_path``: over the built-in tasks, under the user's own."""
+    """Prepends our task folder to ``include_path``: it overrides built-in tasks, and the user's own override it."""
     manager = module.TaskManager
     init = manager.__init__
-    if tasks_bridged(manager):
+    if is_bridged(manager):
         return
     signature = inspect.signature(init)
 
     @functools.wraps(init)
-    def with_our_tasks(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init_with_our_tasks(self: Any, *args: Any, **kwargs: Any) -> None:
         call = signature.bind(self, *args, **kwargs)
         if call.arguments.get("include_defaults", True):
-            call.arguments["include_path"] = _in_front(tasks_dir(), call.arguments.get("include_path"))
+            call.arguments["include_path"] = _prepend_path(find_tasks_dir(), call.arguments.get("include_path"))
         init(*call.args, **call.kwargs)
 
-    setattr(with_our_tasks, _MARK, True)
-    manager.__init__ = with_our_tasks
+    setattr(init_with_our_tasks, _MARK, True)
+    manager.__init__ = init_with_our_tasks
 
 
-def _in_front(ours: Path, given: Any) -> list[Any]:
-    paths = [] if not given else list(given) if isinstance(given, list | tuple) else [given]
-    return paths if any(Path(path).resolve() == ours.resolve() for path in paths) else [ours, *paths]
+def _prepend_path(folder: Path, include_path: Any) -> list[Any]:
+    """Returns the paths of ``include_path``, preceded by ``folder`` unless it is one of them."""
+    if not include_path:
+        return [folder]
+    paths = list(include_path) if isinstance(include_path, list | tuple) else [include_path]
+    return paths if any(Path(path).resolve() == folder.resolve() for path in paths) else [folder, *paths]
 
 
-def tasks_bridged(manager: Any) -> bool:
-    """Whether this ``TaskManager`` class already looks into our task folder."""
+def is_bridged(manager: Any) -> bool:
+    """Whether this ``TaskManager`` class already reads our task folder."""
     return getattr(manager.__init__, _MARK, False)
 
 
 def bridge_quantizers(module: ModuleType) -> None:
-    """Lets ``from_pretrained`` of transformers read our checkpoints."""
+    """Registers our checkpoint format with transformers, for ``from_pretrained``."""
     from lm_ortho.checkpoint import hf
 
-    if hasattr(hf, "register"):  # else it is hf that imports transformers just now; it registers at its end
+    # Without the function, `hf` itself is importing transformers at this moment; it registers at its end.
+    if hasattr(hf, "register"):
         hf.register()
 
 
-BRIDGES: dict[str, Callable[[ModuleType], None]] = dict(
-    zip(startup.WATCHED, (bridge_models, bridge_tasks, bridge_quantizers), strict=True)
-)
+BRIDGES: dict[str, Callable[[ModuleType], None]] = {
+    "lm_eval.models": bridge_models,
+    "lm_eval.tasks.manager": bridge_tasks,
+    "transformers.quantizers.auto": bridge_quantizers,
+}
+"""The bridge of each module that the start-up hook waits for (``startup.WATCHED_MODULES``)."""
 
 
-def bridge_now() -> None:
-    """Bridges lm-eval at once, whatever the start-up hook did, and transformers when it gets imported."""
-    for name in startup.WATCHED[:2]:
+def bridge_lm_eval() -> None:
+    """Imports lm-eval and bridges it at once, whatever the start-up hook did."""
+    for name in ("lm_eval.models", "lm_eval.tasks.manager"):
         BRIDGES[name](import_module(name))
-    startup.install(force=True)

@@ -1,7 +1,7 @@
-"""The start-up hook: waits for three modules of lm-eval and transformers and bridges each once it has run.
+"""The start-up hook: waits for three modules of lm-eval and transformers and bridges each after its body has run.
 
-``lm_ortho.pth`` (and ``lm_ortho.start`` from Python 3.15 on) runs ``install`` in every interpreter, so this
-file imports nothing but ``sys`` and ``os`` and does nothing until one of the three is imported.
+``lm_ortho.pth`` (and ``lm_ortho.start`` from Python 3.15 on) runs ``install`` in every interpreter. Therefore this file
+imports nothing but ``sys`` and ``os``, and does nothing until one of the three modules is imported.
 ``LM_ORTHO_AUTOLOAD=0`` switches it off.
 """
 
@@ -14,45 +14,45 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-WATCHED = ("lm_eval.models", "lm_eval.tasks.manager", "transformers.quantizers.auto")
-SWITCH = "LM_ORTHO_AUTOLOAD"
+WATCHED_MODULES = ("lm_eval.models", "lm_eval.tasks.manager", "transformers.quantizers.auto")
+AUTOLOAD_VARIABLE = "LM_ORTHO_AUTOLOAD"
 
 
 class BridgeFinder:
-    """Lets the other finders find a watched module and bridges it after its body has run."""
+    """Import finder that delegates to the other finders and bridges a watched module after its body has run."""
 
     def __init__(self) -> None:
-        self._asking: set[str] = set()
+        self._pending: set[str] = set()
 
     def find_spec(
         self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        """The spec found by the other finders, its loader wrapped; ``None`` for anything not watched."""
-        if name not in WATCHED or name in self._asking:
+        """Returns the spec of the other finders with its loader wrapped; ``None`` for a module that is not watched."""
+        if name not in WATCHED_MODULES or name in self._pending:
             return None
-        # Another package's finder may work like this one and ask us back.
-        self._asking.add(name)
+        # Another package's finder may delegate as well, to us: without the mark, the two would recurse.
+        self._pending.add(name)
         try:
-            spec = self._ask_others(name, path, target)
+            spec = self._delegate(name, path, target)
         finally:
-            self._asking.discard(name)
+            self._pending.discard(name)
         if spec is not None and spec.loader is not None:
             _bridge_after_body(spec.loader, name)
         return spec
 
-    def _ask_others(self, name: str, path: "Sequence[str] | None", target: "ModuleType | None") -> "ModuleSpec | None":
+    def _delegate(self, name: str, path: "Sequence[str] | None", target: "ModuleType | None") -> "ModuleSpec | None":
         for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            if finder is self or find is None:
+            find_spec = getattr(finder, "find_spec", None)
+            if finder is self or find_spec is None:
                 continue
-            spec: ModuleSpec | None = find(name, path, target)
+            spec: ModuleSpec | None = find_spec(name, path, target)
             if spec is not None:
                 return spec
         return None
 
 
 def _bridge_after_body(loader: object, name: str) -> None:
-    """Wraps ``exec_module`` on this one loader instance."""
+    """Wraps ``exec_module`` of this one loader instance."""
     try:
         run_body = loader.exec_module  # type: ignore[attr-defined]
 
@@ -83,18 +83,18 @@ def _warn(name: str, error: Exception) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def installed() -> bool:
-    """Whether the hook waits in this interpreter."""
+def is_installed() -> bool:
+    """Whether the hook is installed in this interpreter."""
     return any(isinstance(finder, BridgeFinder) for finder in sys.meta_path)
 
 
 def install(force: bool = False) -> None:
-    """Waits for the watched modules and bridges those already loaded; ``force`` ignores the switch."""
-    if not force and os.environ.get(SWITCH) == "0":
+    """Installs the hook and bridges watched modules that are already loaded; ``force`` ignores the switch."""
+    if not force and os.environ.get(AUTOLOAD_VARIABLE) == "0":
         return
-    if not installed():
+    if not is_installed():
         sys.meta_path.insert(0, BridgeFinder())
-    for name in WATCHED:
+    for name in WATCHED_MODULES:
         module = sys.modules.get(name)
         if module is not None:
             bridge(name, module)

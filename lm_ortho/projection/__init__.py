@@ -1,4 +1,4 @@
-"""The lattice, and the codes off the support: one file per projection."""
+"""Projections round the weights to the codes of the base stream."""
 
 from lm_ortho.projection import gptq as _gptq
 from lm_ortho.projection import rtn as _rtn

@@ -1,4 +1,4 @@
-"""GPTQ: rounding errors of a column are made up for by the columns after it (Frantar et al. 2023, 2210.17323)."""
+"""GPTQ: later columns compensate for the rounding errors of earlier ones (Frantar et al. 2023, arXiv 2210.17323)."""
 
 from __future__ import annotations
 
@@ -13,57 +13,63 @@ from lm_ortho.projection.lattice import expand_scales
 from lm_ortho.streams import code_range
 
 BLOCK = 128
-"""Columns after which errors are handed on to the rest of the matrix, in one product."""
+"""Number of columns after which their errors are passed on to the rest of the matrix, in one product."""
 
 
 @PROJECTIONS.register("gptq")
 def gptq(weight: Tensor, scales: Tensor, hessian: Tensor, bits: int, group_size: int) -> Tensor:
-    """Codes that nearly minimise ``||(Q - W) X||``; scales stay those of the unchanged weight.
+    """Codes that nearly minimise ``||(Q - W) X||``; the scales stay those of the unchanged weight.
 
-    ``hessian`` is E[x x^T] (in, in) of the layer's inputs; inputs that never fire get a unit diagonal.
+    ``hessian`` is E[x x^T] (in_features, in_features) of the layer's inputs; inputs that never fire get a unit
+    diagonal.
     """
-    return _column_by_column(weight, expand_scales(scales, group_size, weight.shape[1]), hessian, bits)
+    return _round_columns(weight, expand_scales(scales, group_size, weight.shape[1]), hessian, bits)
 
 
 @PROJECTIONS.register("gptq_ordered")
 def gptq_ordered(weight: Tensor, scales: Tensor, hessian: Tensor, bits: int, group_size: int) -> Tensor:
-    """GPTQ that begins with the inputs of the largest second moment, whose errors nothing could make up for later.
+    """GPTQ that begins with the inputs of the largest second moment, whose errors no later column could compensate.
 
     A few inputs are hundreds of times larger than the rest in many models (Sun et al. 2024, arXiv 2402.17762). Groups
-    and scales stay where they are, so the stored form is the same. It is what the code of GPTQ calls ``act-order``.
+    and scales stay where they are, so the stored form is the same. The code of GPTQ calls this order ``act-order``.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
     per_weight = expand_scales(scales, group_size, weight.shape[1])[:, order]
-    codes = _column_by_column(weight[:, order], per_weight, hessian[order][:, order], bits)
+    codes = _round_columns(weight[:, order], per_weight, hessian[order][:, order], bits)
     return torch.empty_like(codes).index_copy_(1, order, codes)
 
 
-def _column_by_column(weight: Tensor, per_weight: Tensor, hessian: Tensor, bits: int) -> Tensor:
-    """Codes (out, in) int8 of the columns in the given order; ``per_weight`` is the scale of each weight."""
+def _round_columns(weight: Tensor, per_weight: Tensor, hessian: Tensor, bits: int) -> Tensor:
+    """Codes (out_features, in_features) int8, from left to right; ``per_weight`` is the scale of each weight."""
     low, high = code_range(bits)
-    steps = per_weight.double()
+    scales = per_weight.double()
 
-    def nearest(j: int, column: Tensor) -> Tensor:
-        return (column / steps[:, j]).round().clamp(low, high) * steps[:, j]
+    def round_to_lattice(j: int, column: Tensor) -> Tensor:
+        return (column / scales[:, j]).round().clamp(low, high) * scales[:, j]
 
-    return (compensated(weight, hessian, nearest) / steps).round().to(torch.int8)
+    return (compensate_errors(weight, hessian, round_to_lattice) / scales).round().to(torch.int8)
 
 
-def compensated(weight: Tensor, hessian: Tensor, settle: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """``weight`` (out, in) in float64 with column after column settled, its error made up for by those after it.
+def compensate_errors(weight: Tensor, hessian: Tensor, project_column: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """``weight`` (out_features, in_features) with every column projected and later columns compensating, in float64.
 
-    ``settle`` is given the number of a column and what it has become, and says what it shall be. ``hessian`` is
-    E[x x^T] (in, in), damped here.
+    ``project_column`` is called with the number of a column and its current values (out_features,) and returns its
+    final values. ``hessian`` is E[x x^T] (in_features, in_features), damped here.
     """
-    left = weight.double()
+    # 1. Factorise the inverse: U is the upper Cholesky factor of (H + damping)^-1.
     factor = torch.linalg.cholesky(damped_inverse(hessian), upper=True)
-    settled = torch.empty_like(left)
+    remaining = weight.double()
+    result = torch.empty_like(remaining)
+    # 2. Go through the columns from left to right, in blocks.
     for start in range(0, weight.shape[1], BLOCK):
         end = min(start + BLOCK, weight.shape[1])
-        block, errors = left[:, start:end].clone(), torch.empty_like(left[:, start:end])
+        block, errors = remaining[:, start:end].clone(), torch.empty_like(remaining[:, start:end])
         for j in range(end - start):
-            settled[:, start + j] = settle(start + j, block[:, j])
-            errors[:, j] = (block[:, j] - settled[:, start + j]) / factor[start + j, start + j]
+            # 3. Project the column and divide its error by U_jj.
+            result[:, start + j] = project_column(start + j, block[:, j])
+            errors[:, j] = (block[:, j] - result[:, start + j]) / factor[start + j, start + j]
+            # 4. Subtract the error times U_jk from the later columns of the block.
             block[:, j + 1 :] -= errors[:, j, None] * factor[start + j, start + j + 1 : end]
-        left[:, end:] -= errors @ factor[start:end, end:]
-    return settled
+        # 5. Pass the errors of the block on to all columns after it, in one product.
+        remaining[:, end:] -= errors @ factor[start:end, end:]
+    return result

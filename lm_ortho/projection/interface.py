@@ -1,4 +1,4 @@
-"""The registry of projections: which codes the base stream takes off the support."""
+"""The registry of projections: functions that round weights to the codes of the base stream."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from lm_ortho.registry import Registry
 
 
 class Projection(Protocol):
-    """A function from a weight (out, in), its scales, and E[x x^T] (in, in) to codes (out, in) int8."""
+    """Rounds a weight (out_features, in_features) to codes of the same shape, int8.
+
+    ``scales`` are (out_features, groups), ``hessian`` is E[x x^T] (in_features, in_features).
+    """
 
     def __call__(self, weight: Tensor, scales: Tensor, hessian: Tensor, bits: int, group_size: int) -> Tensor: ...
 
 
-PROJECTIONS: Registry[Projection] = Registry("projection")
+PROJECTIONS: Registry[Projection] = Registry("projection", "lm_ortho.projections")

@@ -1,1 +1,1 @@
-"""How a computation runs: device and dtype, precision, threads, offload, resume files, progress."""
+"""How computations run: device and dtype, precision, threads, offload, resume files, progress."""

@@ -1,4 +1,4 @@
-"""Device, dtype and batch size: what is chosen when the user leaves it open, and why."""
+"""Default device, dtype and batch size, each with the reason for the choice."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 from lm_ortho.errors import UserError
 
-BATCH_ROWS = 64
-"""Rows per batch at most; more brings nothing for the small models and short documents this is for."""
+MAX_BATCH_ROWS = 64
+"""Largest number of rows per batch; more does not help with the small models and short documents of this package."""
 _LOGIT_BYTES = {"cpu": 2**28, "cuda": 2**30}
-"""Float32 logits held at once; they are the largest activation of a small model."""
+"""Memory for the float32 logits of one batch; they are the largest activation of a small model."""
 
 
 class Decision(NamedTuple):
@@ -21,52 +21,68 @@ class Decision(NamedTuple):
     reason: str
 
 
-def require_device(asked: str | None) -> Decision:
-    """The device to run on where it was the user who named it: one that is not there is a ``UserError``."""
-    if asked and asked.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"device={asked!r}: this machine has no CUDA device that PyTorch can use; leave it out for the CPU"
-        )
-    return choose_device(asked)
+def require_device(device: str | None) -> Decision:
+    """Returns the device to run on; for a device that the user named.
 
-
-def choose_device(asked: str | None) -> Decision:
-    """The device to run on; a CUDA device that is not there becomes the CPU, as in ``lm_eval``.
-
-    ``lm_eval`` fills in ``cuda:0`` for a user who said nothing, so a missing one is no error.
+    Raises:
+        UserError: if a CUDA device was named and PyTorch cannot use one.
     """
-    if asked and asked.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu", "npu", "hpu"):
-        raise UserError(f"device={asked!r} is unknown; use cpu or cuda")
-    if asked and not asked.startswith("cuda"):
-        return Decision(asked, "as asked")
+    if device and device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"device={device!r}: this machine has no CUDA device that PyTorch can use; leave it out for the CPU"
+        )
+    return choose_device(device)
+
+
+def choose_device(device: str | None) -> Decision:
+    """Returns the device to run on; a missing CUDA device is replaced by the CPU, as in ``lm_eval``.
+
+    ``lm_eval`` fills in ``cuda:0`` for users who name no device, so a missing one is not an error.
+
+    Raises:
+        UserError: for an unknown device, and for an index beyond the last CUDA device.
+    """
+    if device and device.partition(":")[0] not in ("cpu", "cuda", "mps", "xpu", "npu", "hpu"):
+        raise UserError(f"device={device!r} is unknown; use cpu or cuda")
+    if device and not device.startswith("cuda"):
+        return Decision(device, "as requested")
     if not torch.cuda.is_available():
         return Decision("cpu", "no CUDA device")
-    index = asked.partition(":")[2] if asked else ""
+    index = device.partition(":")[2] if device else ""
     if index and not (index.isdigit() and int(index) < torch.cuda.device_count()):
-        raise UserError(f"device={asked!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return Decision(asked or "cuda", "as asked" if asked else "a CUDA device is there")
+        raise UserError(f"device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return Decision(device or "cuda", "as requested" if device else "a CUDA device is available")
 
 
-def choose_dtype(asked: str | torch.dtype | None, device: str, stored: torch.dtype) -> Decision:
-    """The dtype of activations and dense weights; ``auto`` is the stored one if the device computes in it."""
-    if asked not in (None, "auto"):
-        dtype = getattr(torch, asked, None) if isinstance(asked, str) else asked
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise UserError(f"dtype={asked!r} is unknown; use auto, float32, bfloat16 or float16")
-        return Decision(dtype, "as asked")
-    half = stored in (torch.bfloat16, torch.float16)
-    if device.startswith("cpu") and half and not (stored == torch.bfloat16 and native_bfloat16()):
-        return Decision(torch.float32, f"this CPU has no {str(stored).removeprefix('torch.')} arithmetic")
-    return Decision(stored, "as stored")
+def choose_dtype(dtype: str | torch.dtype | None, device: str, stored_dtype: torch.dtype) -> Decision:
+    """Returns the dtype of activations and dense weights.
+
+    None and ``auto`` mean ``stored_dtype``, the dtype of the checkpoint, or float32 on a CPU without arithmetic for it.
+
+    Raises:
+        UserError: for an unknown dtype.
+    """
+    if dtype not in (None, "auto"):
+        choice = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if not isinstance(choice, torch.dtype) or not choice.is_floating_point:
+            raise UserError(f"dtype={dtype!r} is unknown; use auto, float32, bfloat16 or float16")
+        return Decision(choice, "as requested")
+    is_half = stored_dtype in (torch.bfloat16, torch.float16)
+    if device.startswith("cpu") and is_half and not (stored_dtype == torch.bfloat16 and has_native_bfloat16()):
+        return Decision(torch.float32, f"this CPU has no {str(stored_dtype).removeprefix('torch.')} arithmetic")
+    return Decision(stored_dtype, "as stored")
 
 
-def native_bfloat16() -> bool:
-    """Whether the CPU multiplies BF16 in hardware; elsewhere PyTorch emulates it, many times slower."""
+def has_native_bfloat16() -> bool:
+    """Returns whether the CPU multiplies BF16 in hardware; without that, PyTorch emulates it many times slower."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(there for name, there in capabilities.items() if "bf16" in name)
+    return any(is_available for name, is_available in capabilities.items() if "bf16" in name)
 
 
-def batch_rows(longest: int, vocabulary: int, device: str, most: int = BATCH_ROWS) -> int:
-    """Rows per batch so that the float32 logits of ``longest`` tokens each fit the budget of the device."""
+def max_batch_rows(longest: int, vocabulary: int, device: str, limit: int = MAX_BATCH_ROWS) -> int:
+    """Returns the number of rows of ``longest`` tokens whose float32 logits fit the budget of the device.
+
+    The result is at least 1 and at most ``limit``.
+    """
     budget = _LOGIT_BYTES.get(device.partition(":")[0], _LOGIT_BYTES["cpu"])
-    return max(1, min(most, budget // (4 * vocabulary * max(1, longest))))
+    return max(1, min(limit, budget // (4 * vocabulary * max(1, longest))))

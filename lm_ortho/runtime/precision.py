@@ -1,4 +1,4 @@
-"""How the passes of a training loop compute: precision of matrix products, kind of attention."""
+"""Forward passes of training loops: precision of matrix products, attention kernel, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -13,73 +13,76 @@ from torch.utils.checkpoint import checkpoint
 
 
 def fast_matmul(device: str = "cpu") -> torch.autocast:
-    """BF16 matrix products in the forward pass on a GPU, or a CPU, that has them in hardware; else nothing changes.
+    """Returns a context with BF16 matrix products in the forward pass where the hardware has them; else a no-op.
 
-    A CPU without the instruction emulates it, many times slower than float32. Casts are not cached: the cache is one
-    for all threads, and no weight is used twice in a pass.
+    A CPU without the instruction would emulate it many times slower than float32. Casts are not cached: the autocast
+    cache is shared by all threads, and no weight is used twice in a pass.
     """
     if device == "cuda":
         return torch.autocast("cuda", torch.bfloat16, enabled=torch.cuda.is_bf16_supported(), cache_enabled=False)
-    capable: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.autocast("cpu", torch.bfloat16, enabled=bool(capable.get("avx512_bf16")), cache_enabled=False)
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return torch.autocast("cpu", torch.bfloat16, enabled=bool(capabilities.get("avx512_bf16")), cache_enabled=False)
 
 
-SHORT = 128
-"""Tokens up to which plain attention is taken on a CPU."""
+MAX_EAGER_TOKENS = 128
+"""Longest documents, in tokens, for which a CPU uses the eager attention implementation."""
 
 
 @contextmanager
 def select_attention(model: torch.nn.Module, longest: int) -> Iterator[None]:
-    """Plain attention for documents of up to ``longest`` tokens on a CPU, if they are short; as it was afterwards.
+    """Context with eager attention on a CPU for short documents, of up to ``longest`` tokens; then restores the old.
 
-    The fused kernel of PyTorch for CPUs made training on 23-token documents a third slower than plain products.
+    PyTorch's fused attention kernel for CPUs made training on 23-token documents a third slower than plain products.
     """
     config = getattr(model, "config", None)
-    before = getattr(config, "_attn_implementation", None)
+    previous = getattr(config, "_attn_implementation", None)
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    switch: Callable[[str], None] | None = getattr(model, "set_attn_implementation", None)
-    if switch is None or before in (None, "eager") or longest > SHORT or not on_cpu:
+    set_attention: Callable[[str], None] | None = getattr(model, "set_attn_implementation", None)
+    if set_attention is None or previous in (None, "eager") or longest > MAX_EAGER_TOKENS or not on_cpu:
         yield
         return
-    switch("eager")
+    set_attention("eager")
     try:
         yield
     finally:
-        switch(before)
+        set_attention(previous)
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of the model, from the input on: the members of the ``nn.ModuleList`` that holds the most weights."""
+    """Returns the blocks of the model in order: the members of the ``nn.ModuleList`` with the most weights."""
     lists: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    held = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=nn.ModuleList())
-    return list(held.children())
+    largest = max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=nn.ModuleList())
+    return list(largest.children())
 
 
 @contextmanager
 def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Inside, a block of the model keeps its input for a backward pass and computes the rest again (Chen et al. 2016).
+    """Context in which each block keeps only its input for the backward pass and recomputes the rest.
 
-    arXiv 1604.06174: the memory of activations is that of one block and of the inputs of all, for a forward pass more.
-    Dropout is taken to be off.
+    Chen et al. 2016, arXiv 1604.06174: activations take the memory of one block and of the inputs of all blocks, at the
+    cost of one more forward pass. Dropout must be off.
     """
-    again = {
+    forwards = {
         block: partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
         for block in transformer_blocks(model)
     }
-    with computing_by(again):
+    with replace_forwards(forwards):
         yield
 
 
 @contextmanager
-def computing_by(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, these modules compute by other functions; afterwards as before, be it by one of accelerate's."""
-    before = {module: vars(module).get("forward") for module in forwards}
+def replace_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Context in which these modules compute with other forward functions; then restores the previous ones.
+
+    A forward that accelerate has set on an instance is restored, too.
+    """
+    previous = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         vars(module)["forward"] = forward
     try:
         yield
     finally:
-        for module, old in before.items():
+        for module, previous_forward in previous.items():
             del vars(module)["forward"]
-            if old is not None:
-                vars(module)["forward"] = old
+            if previous_forward is not None:
+                vars(module)["forward"] = previous_forward

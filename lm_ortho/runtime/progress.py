@@ -1,4 +1,4 @@
-"""How long computations report their progress: a callback type, and bars on the terminal."""
+"""Progress of long computations: the type of the callback, and progress bars on the terminal."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ def no_progress(stage: str, step: int, total: int, text: str) -> None:
 
 
 class ProgressBars:
-    """Called with stage, steps done, steps in all and a short text; shows and closes a bar per stage.
+    """A ``ProgressCallback`` that shows one progress bar per stage and closes it after the last step.
 
-    What is done at once, the first of one step, is a line without a bar.
+    A stage with a single step is printed as a line without a bar.
     """
 
     def __init__(self) -> None:
         self._bars: dict[str, Any] = {}
 
-    def __call__(self, stage: str, done: int, total: int, text: str) -> None:
+    def __call__(self, stage: str, step: int, total: int, text: str) -> None:
         bar = self._bars.get(stage)
-        if bar is None and done == total == 1:
+        if bar is None and step == total == 1:
             tqdm.write(f"{stage}: {text}", file=sys.stderr)
             return
         if bar is None:
             bar = self._bars[stage] = tqdm(total=total, desc=stage, unit="step")
         bar.set_postfix_str(text, refresh=False)
-        bar.update(done - bar.n)
-        if done >= total:
+        bar.update(step - bar.n)
+        if step >= total:
             bar.close()
             del self._bars[stage]

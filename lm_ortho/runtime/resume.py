@@ -1,4 +1,4 @@
-"""What a long run has reached, kept in files so that an interrupted one goes on from there."""
+"""States of a long run, saved to files so that an interrupted run resumes from the last one."""
 
 from __future__ import annotations
 
@@ -15,73 +15,78 @@ from lm_ortho.files import make_private_directory, temporary_name
 
 log = logging.getLogger(__name__)
 
-INTERVAL = 300.0
-"""Seconds between two states of an optimiser."""
+SAVE_INTERVAL = 300.0
+"""Seconds between two saved states of an optimiser."""
 
 
 class ResumeFolder:
-    """States by name in a folder of one run; without a folder nothing is kept."""
+    """A folder with the states of one run, saved under names; without a folder nothing is saved."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
-        self._last = time.monotonic()
+        self._last_save = time.monotonic()
 
-    def of(self, part: str) -> ResumeFolder:
-        """A keeper for one part of the run, in a folder inside."""
-        return ResumeFolder(self.folder / part if self.folder is not None else None)
+    def subfolder(self, name: str) -> ResumeFolder:
+        """Returns a ``ResumeFolder`` for one part of the run, in a folder inside this one."""
+        return ResumeFolder(self.folder / name if self.folder is not None else None)
 
     def path(self, name: str) -> Path | None:
-        """Where ``name`` is or would be; the folder is made. Raises ``UserError`` where it cannot be."""
+        """Returns the file of the state ``name`` (existing or not) and creates the folder; None without a folder.
+
+        Raises:
+            UserError: if the folder cannot be created.
+        """
         if self.folder is None:
             return None
         try:
             make_private_directory(self.folder)
         except OSError as error:
             raise UserError(
-                f"cache: {self.folder} cannot be written ({error.strerror}); set LM_ORTHO_CACHE to a folder of yours"
+                f"cache: {self.folder} cannot be written ({error.strerror}); "
+                "set LM_ORTHO_CACHE to a folder that you can write to"
             ) from None
         return self.folder / f"{name}.pt"
 
     def load(self, name: str) -> Any | None:
-        """What was kept under ``name``; None if nothing was, or if it cannot be read."""
+        """Returns the state saved under ``name``; None if there is none or if its file cannot be read."""
         path = self.path(name)
         if path is None or not path.is_file():
             return None
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a file that was cut off raises many kinds; the work is then done again
+        except Exception as error:  # a truncated file raises many kinds; the work is then repeated
             log.warning("%s cannot be read and is not used (%s)", path.name, type(error).__name__)
             return None
 
     def save(self, name: str, state: Any) -> None:
-        """Keeps ``state``, complete or not at all; what cannot be kept does not stop the run."""
+        """Saves ``state`` atomically; a failed write is logged and does not stop the run."""
         path = self.path(name)
         if path is None:
             return
         try:
             save_state(state, path)
-        except (OSError, RuntimeError) as error:  # torch has a RuntimeError of its own for a full disk
-            log.warning("%s could not be kept (%s); an interruption would lose it", path.name, error)
-        self._last = time.monotonic()
+        except (OSError, RuntimeError) as error:  # torch raises a RuntimeError for a full disk
+            log.warning("%s could not be saved (%s); an interruption would lose it", path.name, error)
+        self._last_save = time.monotonic()
 
-    def due(self) -> bool:
-        """Whether it is time for another state."""
-        return self.folder is not None and time.monotonic() - self._last >= INTERVAL
+    def is_due(self) -> bool:
+        """Returns whether it is time to save another state."""
+        return self.folder is not None and time.monotonic() - self._last_save >= SAVE_INTERVAL
 
-    def drop(self, name: str) -> None:
-        """Lets ``name`` go."""
+    def delete(self, name: str) -> None:
+        """Deletes the state ``name``."""
         path = self.path(name)
         if path is not None:
             path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Lets everything go: the run is finished."""
+        """Deletes all states; called when the run is finished."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def save_state(state: Any, path: Path) -> None:
-    """Saves a state under a name that no other process writes to, then renames it."""
+    """Saves a state under a temporary name that no other process uses, then renames the file to ``path``."""
     partial = path.with_name(temporary_name(path))
     try:
         torch.save(state, partial)
@@ -91,4 +96,4 @@ def save_state(state: Any, path: Path) -> None:
 
 
 NO_RESUME = ResumeFolder()
-"""Keeps nothing."""
+"""A ``ResumeFolder`` without a folder: it saves nothing."""

@@ -1,4 +1,4 @@
-"""Independent pieces of one step on threads of their own."""
+"""Independent jobs of one training step on several CPU threads."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-MOST = 4
+MAX_WORKERS = 4
+"""Largest number of jobs that run at the same time."""
 
 
-class SideBySide:
-    """Runs jobs at the same time on a CPU, which share its threads out among them.
+class ParallelRunner:
+    """Runs jobs at the same time on a CPU and divides PyTorch's threads among them.
 
-    The products of a small model are too small for many threads: two passes with one thread each took 0.26 s where
-    the same two, one after the other with two threads each, took 0.36 s.
+    The products of a small model are too small for many threads: two passes at the same time with one thread each took
+    0.26 s where the same two passes, one after the other with two threads each, took 0.36 s.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Anywhere but on a CPU the jobs run one after the other."""
-        self._most = MOST if device.type == "cpu" else 1
+        """On any device but a CPU the jobs run one after the other."""
+        self._max_workers = MAX_WORKERS if device.type == "cpu" else 1
 
     def __call__(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
-        """Their results, in order."""
+        """Returns the results of the jobs, in order."""
         threads = torch.get_num_threads()
-        workers = min(self._most, threads, len(jobs))
+        workers = min(self._max_workers, threads, len(jobs))
         if workers < 2:
             return [job() for job in jobs]
 
-        def alone(job: Callable[[], T]) -> T:
+        def run_in_worker(job: Callable[[], T]) -> T:
             torch.set_num_threads(threads // workers)
             return job()
 
         try:
             with ThreadPoolExecutor(workers) as pool:
-                return list(pool.map(alone, jobs))
+                return list(pool.map(run_in_worker, jobs))
         finally:
             torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Which weights leave the base stream: one file per sieve, and the selection."""
+"""Sieves score the weights; the support is selected from the scores."""
 
 from lm_ortho.sieve import attribution as _attribution
 from lm_ortho.sieve import curvature as _curvature

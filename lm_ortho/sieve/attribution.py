@@ -11,117 +11,126 @@ from torch import Tensor
 
 from lm_ortho.errors import UserError
 from lm_ortho.objective import Objective
+from lm_ortho.runtime.optim import Adam, restore, scheduled_rate
 from lm_ortho.sieve.interface import SIEVES, SieveInput
 
 LEARNING_RATE = 0.03
-"""In units of the layer (``lattice.layer_units``)."""
-_WARM_UP, _BETAS = 5, (0.9, 0.98)
-
+"""Peak learning rate, in the step unit of the layer (``lattice.layer_units``)."""
+RATE_FLOOR = 0.1
+"""Factor below which the linear decay of the learning rate does not go."""
+EPSILON = 1e-8
 
 ORACLE_STEPS = 20
-KEPT = "attribution"
-"""The name under which a pass keeps what it has reached."""
+"""Points on the straight path from the merged weights to those before fine-tuning."""
+STATE_NAME = "attribution"
+"""The name under which an unfinished pass is saved."""
 
 
 @SIEVES.register("oracle")
-def oracle(given: SieveInput) -> dict[str, Tensor]:
-    """How much of the objective's decrease each weight brings about on the straight way back to the weights W0.
+def oracle(inputs: SieveInput) -> dict[str, Tensor]:
+    """Saliency scores from integrated gradients along the straight path back to the weights W0 before fine-tuning.
 
-    Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) from the merged weights to those before
-    fine-tuning, by the midpoint rule. It reads what only who planted the memory has, for comparison alone.
+    Integrated gradients (Sundararajan et al. 2017, arXiv 1703.01365) by the midpoint rule: each weight is credited
+    with its share of the decrease of the objective. For comparison only, because only the owner of W0 can compute it.
 
     Raises:
         UserError: when the model before fine-tuning is not known.
     """
-    if given.base_weights is None:
-        raise UserError("sieve='oracle' needs the model before fine-tuning; set base, or take sieve=attribution")
-    way = {name: given.base_weights[name] - w for name, w in given.weights.items()}
-    score = {name: torch.zeros_like(w) for name, w in given.weights.items()}
-    objective = given.objective()
-    objective.restart(given.seed)
+    if inputs.base_weights is None:
+        raise UserError("sieve='oracle' needs the model before fine-tuning; set base, or use sieve=attribution")
+    direction = {name: inputs.base_weights[name] - w for name, w in inputs.weights.items()}
+    scores = {name: torch.zeros_like(w) for name, w in inputs.weights.items()}
+    objective = inputs.objective()
+    objective.restart(inputs.seed)
     for step in range(1, ORACLE_STEPS + 1):
+        # 1. Set the weights to the midpoint of the next piece of the path.
         with torch.no_grad():
-            for name, layer in given.layers.items():
-                layer.weight.copy_(given.weights[name] + (step - 0.5) / ORACLE_STEPS * way[name])
-        gradients, lost, kept = objective.gradients()
-        for name in given.layers:
-            score[name] -= gradients[name].cpu() * way[name] / ORACLE_STEPS
-        given.progress("oracle", step, ORACLE_STEPS, f"forget {lost:.3f} retain {kept:.4f}")
-    _put_back(given)
-    return score
+            for name, layer in inputs.layers.items():
+                layer.weight.copy_(inputs.weights[name] + (step - 0.5) / ORACLE_STEPS * direction[name])
+        # 2. Add -gradient * movement along this piece to the scores.
+        gradients, forget_loss, retain_loss = objective.gradients()
+        for name in inputs.layers:
+            scores[name] -= gradients[name].cpu() * direction[name] / ORACLE_STEPS
+        inputs.progress("oracle", step, ORACLE_STEPS, f"forget {forget_loss:.3f} retain {retain_loss:.4f}")
+    _restore_weights(inputs)
+    return scores
 
 
 @SIEVES.register("attribution")
-def attribution(given: SieveInput) -> dict[str, Tensor]:
-    """How much of the objective's decrease each weight brought about while all weights were free to move.
+def attribution(inputs: SieveInput) -> dict[str, Tensor]:
+    """Saliency scores: the share of each weight in the decrease of the objective while all weights move freely.
 
-    A dense Adam pass from the merged weights; every step adds -gradient * movement. At the memorised optimum
-    itself gradient and Fisher information are near zero and misrank the weights; along the path out they do
-    not. The weights are put back afterwards. With several ``groups`` of layers there is a pass for each, in which the
-    other layers stand still: as much less memory as more time.
+    A dense Adam pass starts at the merged weights; every step adds -gradient * movement to the scores. At the
+    memorised optimum itself gradient and Fisher information are near zero and misrank the weights; along the path out
+    of it they do not. The weights are restored afterwards. With several ``groups`` of layers there is one pass per
+    group, in which the other layers stay fixed: it takes less memory and more time by the same factor.
     """
-    parts = in_groups(list(given.layers), given.groups)
-    kept = given.resume.load(KEPT) or {"part": 0, "score": {}}
-    score = {name: kept["score"].get(name, torch.zeros(layer.weight.shape)) for name, layer in given.layers.items()}
-    objective = given.objective()
-    for number in range(kept["part"], len(parts)):
-        objective.restart(given.seed)
-        with objective.only(parts[number]):
-            _pass(given, objective, parts, number, score, kept if "step" in kept else None)
-        kept = {}
-        _put_back(given)
-    return score
+    groups = split_into_groups(list(inputs.layers), inputs.groups)
+    state = inputs.resume.load(STATE_NAME) or {"part": 0, "score": {}}
+    scores = {name: state["score"].get(name, torch.zeros(layer.weight.shape)) for name, layer in inputs.layers.items()}
+    objective = inputs.objective()
+    for number in range(state["part"], len(groups)):
+        objective.restart(inputs.seed)
+        with objective.restrict_to(groups[number]):
+            stage = "attribution" if len(groups) == 1 else f"attribution {number + 1} of {len(groups)}"
+            resume_state = state if "step" in state else None
+            _run_pass(inputs, objective, number, names=groups[number], stage=stage, scores=scores, state=resume_state)
+        state = {}
+        _restore_weights(inputs)
+    return scores
 
 
-def in_groups(names: list[str], count: int) -> list[list[str]]:
-    """The names in order, in ``count`` parts of about the same number; fewer where there are fewer names."""
+def split_into_groups(names: list[str], count: int) -> list[list[str]]:
+    """The names in order, in ``count`` groups of about the same size; fewer groups where there are fewer names."""
     ends = [round(len(names) * i / count) for i in range(count + 1)]
     return [names[low:high] for low, high in pairwise(ends) if low < high]
 
 
-def _pass(
-    given: SieveInput,
+def _run_pass(
+    inputs: SieveInput,
     objective: Objective,
-    parts: Sequence[Sequence[str]],
     number: int,
-    score: dict[str, Tensor],
-    kept: dict[str, Any] | None,
+    *,
+    names: Sequence[str],
+    stage: str,
+    scores: dict[str, Tensor],
+    state: dict[str, Any] | None,
 ) -> None:
-    """The steps for one part of the layers, from where ``kept`` was."""
-    names, weights = parts[number], {name: given.layers[name].weight for name in parts[number]}
-    stage = "attribution" if len(parts) == 1 else f"attribution {number + 1} of {len(parts)}"
-    first = {name: torch.zeros_like(weight, dtype=given.states) for name, weight in weights.items()}
-    second = {name: torch.zeros_like(state) for name, state in first.items()}
-    states = {"weights": weights, "first": first, "second": second}
-    if kept:
-        objective.resume(kept["batches"])
-        with torch.no_grad():
-            for key, tensors in states.items():
-                for name, tensor in tensors.items():
-                    tensor.copy_(kept[key][name])
-    for step in range(kept["step"] + 1 if kept else 1, given.steps + 1):
-        gradients, lost, kept_loss = objective.gradients()
-        warm, left = min(1.0, step / _WARM_UP), max(0.1, 1 - step / given.steps)
+    """Runs the Adam steps of group ``number`` with the layers ``names`` and adds to ``scores``.
+
+    ``state`` is that of an interrupted pass, or None.
+    """
+    # 1. Start at the merged weights, or where the interrupted pass was saved.
+    weights = {name: inputs.layers[name].weight for name in names}
+    adam = Adam(weights, epsilon=EPSILON, dtype=inputs.optimiser_dtype)
+    tensors = {"weights": weights, "first": adam.first, "second": adam.second}
+    if state:
+        objective.resume(state["batches"])
+        for key, group in tensors.items():
+            restore(group, state[key])
+    for step in range(state["step"] + 1 if state else 1, inputs.steps + 1):
+        # 2. Compute the gradients of the objective on the next batch.
+        gradients, forget_loss, retain_loss = objective.gradients()
         with torch.no_grad():
             for name in names:
-                g, rate = gradients.pop(name), LEARNING_RATE * given.unit[name] * warm * left
-                first[name].lerp_(g.to(given.states), 1 - _BETAS[0])
-                second[name].lerp_((g * g).to(given.states), 1 - _BETAS[1])
-                move = first[name].float() / (1 - _BETAS[0] ** step)
-                move = -rate * move / ((second[name].float() / (1 - _BETAS[1] ** step)).sqrt() + 1e-8)
-                score[name] -= (g * move).to(score[name].device)
-                weights[name] += move
-        given.progress(stage, step, given.steps, f"forget {lost:.3f} retain {kept_loss:.4f}")
-        if given.resume.due():
-            place = {"part": number, "step": step, "score": score, "batches": objective.state()}
-            given.resume.save(KEPT, {**place, **{key: _plain(tensors) for key, tensors in states.items()}})
+                # 3. Compute the movement of every weight.
+                gradient = gradients.pop(name)
+                peak = LEARNING_RATE * inputs.step_units[name]
+                rate = scheduled_rate(peak, step, inputs.steps, floor=RATE_FLOOR)
+                movement = adam.compute_update(name, gradient, step=step, rate=rate)
+                # 4. Credit each weight with -gradient * movement, its share of the descent, and move it.
+                scores[name] -= (gradient * movement).to(scores[name].device)
+                weights[name] += movement
+        inputs.progress(stage, step, inputs.steps, f"forget {forget_loss:.3f} retain {retain_loss:.4f}")
+        # 5. Save the state now and then, so that an interrupted pass can be resumed.
+        if inputs.resume.is_due():
+            position = {"part": number, "step": step, "score": scores, "batches": objective.state()}
+            inputs.resume.save(STATE_NAME, {**position, **{key: _detach(group) for key, group in tensors.items()}})
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _detach(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def _put_back(given: SieveInput) -> None:
-    with torch.no_grad():
-        for name, layer in given.layers.items():
-            layer.weight.copy_(given.weights[name])
+def _restore_weights(inputs: SieveInput) -> None:
+    restore({name: layer.weight for name, layer in inputs.layers.items()}, inputs.weights)

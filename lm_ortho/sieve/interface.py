@@ -1,4 +1,4 @@
-"""The registry of sieves: a score per weight, higher means rather in the ortho stream."""
+"""The registry of sieves: functions that give every weight a saliency score."""
 
 from __future__ import annotations
 
@@ -17,22 +17,34 @@ from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 
 @dataclass(frozen=True)
 class SieveInput:
-    """What a sieve may read. All mappings go by layer name; weights and codes are (out, in), float32.
+    """The inputs of a sieve. Mappings go by layer name; weights are (out_features, in_features), float32.
 
-    ``rounded`` is what the base stream would hold without any support; ``moments`` is E[x x^T] (in, in) on
-    retain documents; ``unit`` is the length in which a layer's learning rate is given
-    (``projection.lattice.layer_units``); ``objective`` builds what gives gradients; only who needs it asks, because it
-    needs a target. ``steps`` is the number of optimiser steps asked for. ``forget`` and ``retain`` are the
-    documents; ``base_weights`` are those before fine-tuning, or None. ``groups`` is the number of passes over a
-    part of the layers each, ``states`` the dtype of optimiser states, ``resume`` takes what a long pass has reached.
+    Attributes:
+        model: The merged model, in evaluation mode.
+        layers: The linear layers that are decomposed. A sieve may move their weights but must restore them.
+        weights: The merged weights.
+        quantised_weights: The weights of the base stream without a support, that is with no edit.
+        moments: E[x x^T] (in_features, in_features) over the tokens of the retain rows.
+        step_units: The length in which the learning rate of a layer is given (``projection.lattice.layer_units``).
+        steps: Number of optimiser steps.
+        objective: Returns the objective, which gives losses and gradients. The first call prepares the target, so
+            sieves without gradients do not call it.
+        seed: Seed of all random draws.
+        progress: Called after every step.
+        forget: The encoded forget rows.
+        retain: The encoded retain rows.
+        base_weights: The weights before fine-tuning, or None if they are not known.
+        groups: Number of passes, each over a part of the layers.
+        optimiser_dtype: The dtype of optimiser states.
+        resume: Stores the state of a long pass, so that it can be resumed.
     """
 
     model: nn.Module
     layers: Mapping[str, nn.Linear]
     weights: Mapping[str, Tensor]
-    rounded: Mapping[str, Tensor]
+    quantised_weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
-    unit: Mapping[str, float]
+    step_units: Mapping[str, float]
     steps: int
     objective: Callable[[], Objective]
     seed: int
@@ -41,9 +53,10 @@ class SieveInput:
     retain: Sequence[Example] = ()
     base_weights: Mapping[str, Tensor] | None = None
     groups: int = 1
-    states: torch.dtype = torch.float32
+    optimiser_dtype: torch.dtype = torch.float32
     resume: ResumeFolder = NO_RESUME
 
 
 Sieve = Callable[[SieveInput], dict[str, Tensor]]
-SIEVES: Registry[Sieve] = Registry("sieve")
+"""Returns a saliency score per weight (out_features, in_features) by layer name; the highest scores are selected."""
+SIEVES: Registry[Sieve] = Registry("sieve", "lm_ortho.sieves")

@@ -42,7 +42,7 @@ class BaseStream:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
         if self.bits not in BITS:
-            raise ValueError(f"bits={self.bits}: known are {BITS}")
+            raise ValueError(f"bits={self.bits}: supported are {BITS}")
         if self.group_size < 8 or self.group_size % 8:
             raise ValueError(f"group_size={self.group_size} must be a positive multiple of 8")
         if min(self.shape) < 1:
@@ -52,7 +52,7 @@ class BaseStream:
 
     @staticmethod
     def layout(shape: tuple[int, int], bits: int, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
-        """The stored tensors of a stream with these numbers: name -> (dtype, shape)."""
+        """The stored tensors of a stream of this shape and lattice: name -> (dtype, shape)."""
         out_features, in_features = shape
         if bits == 16:
             return {"weight": (torch.bfloat16, (out_features, in_features))}
@@ -66,13 +66,15 @@ class BaseStream:
     def from_codes(cls, codes: Tensor, scales: Tensor, bits: int, group_size: int) -> BaseStream:
         """The stream of integer ``codes`` (out, in) with ``scales`` (out, ceil(in / group_size)).
 
-        Scales are rounded to BF16. Raises ``ValueError`` for codes outside the range of ``bits``, for
-        shapes that do not fit and for scales that are not finite.
+        Scales are rounded to BF16.
+
+        Raises:
+            ValueError: for codes outside the range of ``bits``, shapes that do not fit and scales that are not finite.
         """
         if bits == 16:
             raise ValueError("16 bits have no codes; use BaseStream.from_weight")
         if bits not in BITS:
-            raise ValueError(f"bits={bits}: known are {BITS}")
+            raise ValueError(f"bits={bits}: supported are {BITS}")
         if codes.dim() != 2 or codes.is_floating_point() or codes.is_complex():
             raise ValueError(f"codes must be an integer matrix, not {codes.dtype} {tuple(codes.shape)}")
         low, high = code_range(bits)
@@ -94,17 +96,17 @@ class BaseStream:
         return cls(shape, 16, group_size, weight=weight.detach().to(torch.bfloat16).contiguous())
 
     def codes(self) -> Tensor:
-        """``(out_features, in_features)`` int8. Raises ``ValueError`` at 16 bits."""
+        """The codes, ``(out_features, in_features)`` int8. Raises ``ValueError`` at 16 bits."""
         if self.qweight is None:
             raise ValueError("a 16-bit base stream has no codes")
         codes: Tensor = unpack_codes(self.qweight, self.bits)[:, : self.shape[1]].contiguous()
         return codes
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """``(out_features, in_features)``: code * scale, exact in float32."""
-        stored = self.weight if self.qweight is None else self.qweight
+    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W_base, ``(out_features, in_features)``: code * scale, exact in float32."""
+        tensor = self.weight if self.qweight is None else self.qweight
         dense: Tensor = base_operand(
-            stored,
+            tensor,
             self.scales,
             bits=self.bits,
             group_size=self.group_size,
@@ -115,8 +117,8 @@ class BaseStream:
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
-        named = {"qweight": self.qweight, "scales": self.scales, "weight": self.weight}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        tensors = {"qweight": self.qweight, "scales": self.scales, "weight": self.weight}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def nbytes(self) -> int:
         """Bytes of the stored tensors, padding included."""
@@ -124,8 +126,8 @@ class BaseStream:
 
     def to(self, device: Any) -> BaseStream:
         """The same stream on another device."""
-        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
-        return BaseStream(self.shape, self.bits, self.group_size, **moved)
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return BaseStream(self.shape, self.bits, self.group_size, **tensors)
 
 
 def _check(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> None:

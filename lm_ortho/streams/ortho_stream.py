@@ -63,9 +63,12 @@ class OrthoStream:
 
     @classmethod
     def from_dense(cls, delta: Tensor, support: Tensor) -> OrthoStream:
-        """``delta`` (out, in) on ``support`` (out, in, bool), rounded to BF16; a zero on the support is kept.
+        """The stream of ``delta`` (out, in) on ``support`` (out, in, bool), rounded to BF16.
 
-        Raises ``ValueError`` for shapes that differ and for values on the support that are not finite.
+        A zero on the support is stored, too.
+
+        Raises:
+            ValueError: for shapes that differ and for values on the support that are not finite.
         """
         if delta.dim() != 2 or delta.shape != support.shape or support.dtype != torch.bool:
             raise ValueError(
@@ -82,7 +85,7 @@ class OrthoStream:
 
     @classmethod
     def empty(cls, shape: tuple[int, int]) -> OrthoStream:
-        """A stream with nothing in it."""
+        """A stream without values."""
         return cls.from_dense(torch.zeros(shape), torch.zeros(shape, dtype=torch.bool))
 
     def rows(self) -> Tensor:
@@ -90,20 +93,20 @@ class OrthoStream:
         return torch.repeat_interleave(self.rowptr.long().diff())
 
     def support(self) -> Tensor:
-        """(out_features, in_features) bool."""
+        """The support mask, (out_features, in_features) bool."""
         mask = torch.zeros(self.shape, dtype=torch.bool, device=self.cols.device)
         mask[self.rows(), self.cols.long()] = True
         return mask
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(out_features, in_features), zero outside the support."""
+        """W_ortho, (out_features, in_features), zero outside the support."""
         dense = torch.zeros(self.shape, dtype=dtype, device=self.vals.device)
         dense[self.rows(), self.cols.long()] = self.vals.to(dtype)
         return dense
 
     @property
     def nnz(self) -> int:
-        """Stored values."""
+        """Number of stored values."""
         return self.vals.numel()
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a decomposed model costs, counted from its tensors."""
+"""The size of a decomposed model, counted from its tensors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ def stored_bytes(streams: Mapping[str, LayerStreams]) -> int:
 
 def bits_per_weight(streams: Mapping[str, LayerStreams]) -> float:
     """Bits per weight over all decomposed layers; 0 without any."""
-    weights = _weights(streams)
+    weights = _count_weights(streams)
     return 8 * stored_bytes(streams) / weights if weights else 0.0
 
 
 def density(streams: Mapping[str, LayerStreams]) -> float:
     """Share of the decomposed weights that the ortho streams hold; 0 without any."""
-    weights = _weights(streams)
+    weights = _count_weights(streams)
     return sum(layer.nnz for layer in streams.values()) / weights if weights else 0.0
 
 
-def _weights(streams: Mapping[str, LayerStreams]) -> int:
+def _count_weights(streams: Mapping[str, LayerStreams]) -> int:
     return sum(layer.n_weights for layer in streams.values())

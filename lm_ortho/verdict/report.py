@@ -1,4 +1,4 @@
-"""The verdict on the terminal and as a page."""
+"""Prints the verdict on the terminal and formats it as a Markdown page."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _COLUMNS = (
 
 
 def print_outcome(outcome: Outcome, console: Console) -> None:
-    """What each model scored, then every check with its bar."""
+    """Prints the scores of each model, then every check with its acceptance threshold."""
     scores = Table(title="Measured")
     scores.add_column("model")
     for title, _, _ in _COLUMNS:
         scores.add_column(title, justify="right")
-    for name, measured in outcome.tables.items():
-        scores.add_row(name, *(_cell(measured, task, metric) for _, task, metric in _COLUMNS))
+    for name, measurement in outcome.tables.items():
+        scores.add_row(name, *(_format_value(measurement, task, metric) for _, task, metric in _COLUMNS))
     console.print(scores)
     checks = Table(title="Checks")
     for title in ("check", "base", "seed", "value", "95 % interval", "bar", ""):
@@ -38,43 +38,45 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     for c in outcome.checks:
         interval = f"[{c.low:.4g}, {c.high:.4g}]".replace("[", "\\[")
         ok = "[green]ok[/]" if c.ok else "[bold red]miss[/]"
-        checks.add_row(c.name, c.base, str(c.seed), f"{c.value:.4g}", interval, c.bar, ok)
+        cells = [c.name, c.base, str(c.seed), f"{c.value:.4g}", interval, c.bar, ok]
+        checks.add_row(*cells)
     console.print(checks)
-    missed = sum(not check.ok for check in outcome.checks)
-    console.print(f"[bold]{outcome.verdict}[/]: {len(outcome.checks) - missed} of {len(outcome.checks)} checks hold")
+    passed_count = sum(check.ok for check in outcome.checks)
+    console.print(f"[bold]{outcome.verdict}[/]: {passed_count} of {len(outcome.checks)} checks hold")
 
 
-def _cell(measured: Measurement, task: str, metric: str) -> str:
-    found = measured.values.get(task, {}).get(metric)
-    return "" if found is None else f"{found.value:.4g}"
+def _format_value(measurement: Measurement, task: str, metric: str) -> str:
+    value = measurement.values.get(task, {}).get(metric)
+    return "" if value is None else f"{value.value:.4g}"
 
 
-def markdown(outcome: Outcome, command: str) -> str:
-    """The same as a page: what was measured, then the checks, one column per seed."""
-    held = sum(check.ok for check in outcome.checks)
+def format_markdown(outcome: Outcome, command: str) -> str:
+    """Formats the same as a Markdown page: the measurements, then the checks, one column per seed."""
+    passed_count = sum(check.ok for check in outcome.checks)
     titles = ["model", *(title.replace("\n", " ") for title, _, _ in _COLUMNS)]
-    measured = [
-        [name, *(_cell(found, task, metric) for _, task, metric in _COLUMNS)] for name, found in outcome.tables.items()
+    scores = [
+        [name, *(_format_value(measurement, task, metric) for _, task, metric in _COLUMNS)]
+        for name, measurement in outcome.tables.items()
     ]
     parts = [
-        f"# Verdict: {outcome.verdict}, {held} of {len(outcome.checks)} checks hold",
+        f"# Verdict: {outcome.verdict}, {passed_count} of {len(outcome.checks)} checks hold",
         f"Made by `{command}` on {datetime.date.today().isoformat()} ({versions()}).",
-        markdown_table(titles, measured),
+        markdown_table(titles, scores),
     ]
     for base in dict.fromkeys(check.base for check in outcome.checks):
-        mine = [check for check in outcome.checks if check.base == base]
-        seeds = list(dict.fromkeys(check.seed for check in mine))
+        checks = [check for check in outcome.checks if check.base == base]
+        seeds = list(dict.fromkeys(check.seed for check in checks))
         lines = list[list[str]]()
-        for name in dict.fromkeys(check.name for check in mine):
-            by_seed = {check.seed: check for check in mine if check.name == name}
+        for name in dict.fromkeys(check.name for check in checks):
+            by_seed = {check.seed: check for check in checks if check.name == name}
             bars = ", ".join(dict.fromkeys(check.bar for check in by_seed.values()))
-            lines.append([name, bars, *(_judged(by_seed[seed]) for seed in seeds)])
-        columns = [f"seed {seed}" for seed in seeds] if base != "-" else ["second reference"]
-        title = f"base={base}" if base != "-" else "Control: the second reference in the place of alpha=0"
+            lines.append([name, bars, *(_format_check(by_seed[seed]) for seed in seeds)])
+        columns = [f"seed {seed}" for seed in seeds] if base != "-" else ["second retain-only model"]
+        title = f"base={base}" if base != "-" else "Control: the second retain-only model in the place of alpha=0"
         parts += [f"## {title}", markdown_table(["check", "bar", *columns], lines)]
     return "\n\n".join(parts) + "\n"
 
 
-def _judged(check: Check) -> str:
+def _format_check(check: Check) -> str:
     note = f" ({check.note})" if check.note else ""
     return f"{'' if check.ok else '**miss** '}{check.value:.4g} [{check.low:.4g}, {check.high:.4g}]{note}"

@@ -1,4 +1,4 @@
-"""The verdict: a fresh decomposition of the embedded model against INT4 and the never-saw-it references."""
+"""Runs the verdict: compares a fresh decomposition of the embedded model with INT4 and the retain-only models."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lm_ortho import checkpoint, world
 from lm_ortho.checkpoint import cache
 from lm_ortho.config import make_recipe
@@ -21,13 +23,14 @@ from lm_ortho.pipeline.code_hash import DECOMPOSITION, EVALUATION, code_hash, ve
 from lm_ortho.pipeline.decomposition import decompose
 from lm_ortho.runtime.progress import ProgressBars, ProgressCallback
 from lm_ortho.verdict import models
-from lm_ortho.verdict.checks import Check, forgetting_checks, intact_checks, memory_checks, verdict_of
+from lm_ortho.verdict.attacks import ATTACKS
+from lm_ortho.verdict.checks import Check, check_forgetting, check_intact, check_memory, decide_verdict
 from lm_ortho.verdict.measurements import MEMORY_TASKS, REASONING_TASKS, Measurement, measure
-from lm_ortho.verdict.relearning import relearning
+from lm_ortho.verdict.relearning import measure_relearning
 from lm_ortho.world import corpus
 
 QUICK_LIMIT = 200
-"""Documents per memory task with ``--quick``; reasoning keeps all, its bar needs them."""
+"""Documents per memory task with ``--quick``; reasoning keeps all, its acceptance threshold needs them."""
 
 
 @dataclass(frozen=True)
@@ -38,66 +41,69 @@ class Outcome:
     checks: list[Check]
     tables: dict[str, Measurement]
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {"verdict": self.verdict, "checks": [asdict(check) for check in self.checks]}
 
 
-class Cells:
-    """Finished measurements and decompositions on disk, so that an interrupted run goes on where it stopped.
+class ResultCache:
+    """Stores finished measurements and decompositions on disk, so that an interrupted run resumes.
 
-    The key holds the versions, the code that made it, the weights and everything that was asked for.
+    A key is a hash of the library versions, the code that computes the result, the weights and the settings.
     """
 
     def __init__(self, directory: Path, weights: Path = world.WEIGHTS) -> None:
         self.directory = directory
-        self._identity = _identity(weights, _measurement_code())
-        self._identity_of_streams = _identity(weights, code_hash(*DECOMPOSITION))
+        self._identity = _compute_identity(weights, _hash_measurement_code())
+        self._decomposition_identity = _compute_identity(weights, code_hash(*DECOMPOSITION))
 
-    def get(self, name: str, make: Callable[[], dict[str, Any]], **wanted: Any) -> dict[str, Any]:
-        """The finished cell, or what ``make`` gives, kept for the next time."""
-        path = self._path(name, self._identity, wanted).with_suffix(".json")
+    def get(self, name: str, compute: Callable[[], dict[str, Any]], **settings: Any) -> dict[str, Any]:
+        """Returns the stored result, or calls ``compute`` and stores its result."""
+        path = self._get_path(name, self._identity, settings).with_suffix(".json")
         if path.is_file():
-            kept: dict[str, Any] = json.loads(path.read_text())
-            return kept
-        made = make()
+            stored_result: dict[str, Any] = json.loads(path.read_text())
+            return stored_result
+        result = compute()
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".partial")
-        unfinished.write_text(json.dumps(made))
-        unfinished.replace(path)
-        return made
+        partial_path = path.with_suffix(".partial")
+        partial_path.write_text(json.dumps(result))
+        partial_path.replace(path)
+        return result
 
-    def has(self, name: str, **wanted: Any) -> bool:
-        """Whether the cell is finished."""
-        return self._path(name, self._identity, wanted).with_suffix(".json").is_file()
+    def has(self, name: str, **settings: Any) -> bool:
+        """Whether the result is stored."""
+        return self._get_path(name, self._identity, settings).with_suffix(".json").is_file()
 
-    def folder(self, name: str, make: Callable[[Path], None], **wanted: Any) -> Path:
-        """The finished folder, or one that ``make`` fills; it outlives changes of code that only measures."""
-        path = self._path(name, self._identity_of_streams, wanted)
+    def get_folder(self, name: str, fill: Callable[[Path], None], **settings: Any) -> Path:
+        """Returns the stored folder, or calls ``fill`` with a new one and stores it.
+
+        The folder stays valid when only the code of measurements changes.
+        """
+        path = self._get_path(name, self._decomposition_identity, settings)
         if not path.is_dir():
-            unfinished = path.with_name(path.name + ".partial")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-            make(unfinished)
-            unfinished.replace(path)
+            partial_path = path.with_name(path.name + ".partial")
+            shutil.rmtree(partial_path, ignore_errors=True)
+            partial_path.mkdir(parents=True)
+            fill(partial_path)
+            partial_path.replace(path)
         return path
 
-    def _path(self, name: str, identity: str, wanted: dict[str, Any]) -> Path:
-        content = json.dumps({"name": name, "identity": identity, **wanted}, sort_keys=True)
+    def _get_path(self, name: str, identity: str, settings: dict[str, Any]) -> Path:
+        content = json.dumps({"name": name, "identity": identity, **settings}, sort_keys=True)
         return self.directory / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
-def _measurement_code() -> str:
-    """Hash of the code that decides a measurement: all of the verdict's but its bars and its pages."""
-    rooms = [f"lm_ortho.verdict.{name}" for name in ("checks", "report", "thresholds")]
-    return code_hash("lm_ortho.verdict", *EVALUATION, *DECOMPOSITION, without=tuple(rooms))
+def _hash_measurement_code() -> str:
+    """Hashes the code that determines a measurement: all of the verdict's except checks, thresholds and report."""
+    modules = [f"lm_ortho.verdict.{name}" for name in ("checks", "report", "thresholds")]
+    return code_hash("lm_ortho.verdict", *EVALUATION, *DECOMPOSITION, without=tuple(modules))
 
 
-def _identity(weights: Path, code: str) -> str:
-    """Hash of the versions, of ``code`` (a hash), and of the weights of base model and adapters."""
+def _compute_identity(weights: Path, code: str) -> str:
+    """Hashes the versions, ``code`` (a hash), and the weights of base model and adapters."""
     digest = hashlib.sha256(json.dumps([versions(), code], sort_keys=True).encode())
     for path in sorted(weights.rglob("*.safetensors")):
         name = path.relative_to(weights)
-        if name.parts[0] != "decomposed":  # which is made from the others
+        if name.parts[0] != "decomposed":  # the decomposed default is computed from the others
             digest.update(name.as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
@@ -106,102 +112,162 @@ def run(
     modes: Sequence[str],
     seeds: Sequence[int],
     quick: bool,
+    *,
     progress: ProgressCallback | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     directory: Path | None = None,
     weights: Path = world.WEIGHTS,
+    attacks: Sequence[str] = (),
 ) -> Outcome:
-    """Measures every (mode, seed) cell and judges them; ``modes`` are values of ``base``.
+    """Decomposes and measures the model for every mode and seed, and checks the results.
 
-    ``weights`` holds base, memory and references of the embedded world, ``directory`` the finished cells.
+    ``modes`` are values of ``base``. ``weights`` holds the base model, the memory and the retain-only models of the
+    embedded world, ``directory`` the stored results. ``attacks`` are names of further attacks, run on alpha=0 and on
+    the retain-only model; their results are rows of the table, and no check depends on them.
+
+    Raises:
+        UserError: for missing weights and for an unknown attack.
     """
-    models.check(weights)
+    models.check_weights(weights)
+    for attack in attacks:
+        ATTACKS.get(attack)
     progress, limit = progress or ProgressBars(), QUICK_LIMIT if quick else None
-    cells = Cells(directory or cache.cache_dir() / "verdict", weights)
+    results = ResultCache(directory or cache.cache_dir() / "verdict", weights)
     tables: dict[str, Measurement] = {}
+    # 1. Measure both retain-only models; the second one is the control.
     for name in ("never_saw", "never_saw_2"):
-        say(f"measuring {name}")
-        made = cells.get(name, partial(_measure_reference, name, weights, limit, progress), limit=limit)
-        tables[name] = Measurement.from_json(made)
-    control = forgetting_checks(tables["never_saw_2"], tables["never_saw"], "-", 0, "second reference")
+        log(f"measuring {name}")
+        result = results.get(name, partial(_measure_retain_only, name, weights, limit, progress), limit=limit)
+        tables[name] = Measurement.from_json(result)
+    control = check_forgetting(tables["never_saw_2"], tables["never_saw"], "-", 0, "second reference")
+    run_attack = partial(_measure_attack, results, weights=weights, progress=progress, log=log)
+    for attack in attacks:
+        tables[f"never_saw after {attack}"] = run_attack(attack, partial(models.load_model, weights, "never_saw"))
     memory: list[Check] = []
-    rest: list[Check] = []
+    checks: list[Check] = []
     for mode in modes:
         for seed in seeds:
-            say(f"decomposing and measuring base={mode} seed={seed}")
-            began = time.perf_counter()
-            made = cells.get(
-                "decomposed",
-                partial(_measure_decomposition, cells, mode, seed, weights, limit, progress, say),
-                base=mode,
-                seed=seed,
+            # 2. Decompose and measure at alpha=1, alpha=0 and in plain INT4.
+            log(f"decomposing and measuring base={mode} seed={seed}")
+            start_time = time.perf_counter()
+            measure_decomposition = partial(
+                _measure_decomposition,
+                results,
+                mode,
+                seed,
+                weights=weights,
                 limit=limit,
+                progress=progress,
+                log=log,
             )
-            say(f"  done in {time.perf_counter() - began:.0f} s")
-            parts = {part: Measurement.from_json(made[part]) for part in ("alpha=1", "alpha=0", "int4")}
+            result = results.get("decomposed", measure_decomposition, base=mode, seed=seed, limit=limit)
+            log(f"  done in {time.perf_counter() - start_time:.0f} s")
+            # 3. Check all of them.
+            parts = {part: Measurement.from_json(result[part]) for part in ("alpha=1", "alpha=0", "int4")}
             tables |= {f"{part} base={mode} seed={seed}": m for part, m in parts.items()}
-            memory += memory_checks(parts["alpha=1"], tables["never_saw"], mode, seed)
-            rest += forgetting_checks(parts["alpha=0"], tables["never_saw"], mode, seed)
-            rest += intact_checks(parts["alpha=0"], parts["int4"], mode, seed)
-    return Outcome(verdict_of(memory, control, rest), [*memory, *control, *rest], tables)
+            for attack in attacks:
+                fill = partial(_decompose_into, mode, seed, weights, progress)
+                folder = results.get_folder("decomposition", fill, base=mode, seed=seed)
+                tables[f"alpha=0 base={mode} seed={seed} after {attack}"] = run_attack(
+                    attack, partial(_load_alpha0, folder), base=mode, seed=seed
+                )
+            memory += check_memory(parts["alpha=1"], tables["never_saw"], mode, seed)
+            checks += check_forgetting(parts["alpha=0"], tables["never_saw"], mode, seed)
+            checks += check_intact(parts["alpha=0"], parts["int4"], mode, seed)
+    return Outcome(decide_verdict(memory, control, checks), [*memory, *control, *checks], tables)
 
 
-def _measure_reference(name: str, weights: Path, limit: int | None, progress: ProgressCallback) -> dict[str, Any]:
-    model, tokenizer = models.load_model(weights, name), models.load_words(weights)
-    measured = measure(models.plain_lm(model, tokenizer), tokenizer, MEMORY_TASKS, limit)
-    return _joined(measured, relearning(model, tokenizer, progress)).as_json()
+def _measure_retain_only(name: str, weights: Path, limit: int | None, progress: ProgressCallback) -> dict[str, Any]:
+    model, tokenizer = models.load_model(weights, name), models.load_tokenizer(weights)
+    measurement = measure(models.make_hf_lm(model, tokenizer), tokenizer, MEMORY_TASKS, limit)
+    return _merge_measurements(measurement, measure_relearning(model, tokenizer, progress)).to_json()
+
+
+def _measure_attack(
+    results: ResultCache,
+    attack: str,
+    load: Callable[[], nn.Module],
+    *,
+    weights: Path,
+    progress: ProgressCallback,
+    log: Callable[[str], None],
+    **settings: Any,
+) -> Measurement:
+    """The model that ``load`` gives after an attack."""
+
+    def compute() -> dict[str, Any]:
+        log(f"  attack {attack}")
+        return ATTACKS.get(attack)(load(), models.load_tokenizer(weights), progress).to_json()
+
+    return Measurement.from_json(
+        results.get(f"attack-{attack}", compute, plugin=ATTACKS.find_plugin(attack), **settings)
+    )
+
+
+def _load_alpha0(folder: Path) -> nn.Module:
+    """The plain model of a stored decomposition at alpha=0."""
+    model = checkpoint.load(folder / "streams")
+    unpatch(model, alpha=0.0)
+    return model
 
 
 def _decompose_into(mode: str, seed: int, weights: Path, progress: ProgressCallback, folder: Path) -> None:
-    """Two checkpoints, ``streams`` and ``int4`` (the same lattice without support), and the report."""
-    model, tokenizer = models.load_model(weights, "memory"), models.load_words(weights)
-    made = decompose(
+    """Writes two checkpoints, ``streams`` and ``int4`` (the same lattice without support), and the report."""
+    model, tokenizer = models.load_model(weights, "memory"), models.load_tokenizer(weights)
+    decomposition = decompose(
         model,
         tokenizer,
-        corpus.forget_rows(),
-        corpus.calibration_rows(),
+        corpus.make_forget_rows(),
+        corpus.make_calibration_rows(),
         make_recipe(seed=seed),
         base_model=None if mode == "none" else models.load_model(weights, "base"),
         progress=progress,
     )
-    plain = copy.deepcopy(model)
-    for name, patched, streams in (("streams", model, made.streams), ("int4", plain, made.plain)):
-        patch(patched, streams)
-        checkpoint.save(folder / name, patched, tokenizer)
-    (folder / "report.json").write_text(json.dumps(made.report))
+    int4_model = copy.deepcopy(model)
+    for name, target, streams in (
+        ("streams", model, decomposition.streams),
+        ("int4", int4_model, decomposition.plain),
+    ):
+        patch(target, streams)
+        checkpoint.save(folder / name, target, tokenizer)
+    (folder / "report.json").write_text(json.dumps(decomposition.report))
 
 
 def _measure_decomposition(
-    cells: Cells,
+    results: ResultCache,
     mode: str,
     seed: int,
+    *,
     weights: Path,
     limit: int | None,
     progress: ProgressCallback,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Any]:
     from lm_ortho.harness.model import LibOrthoLM
 
-    make = partial(_decompose_into, mode, seed, weights, progress)
-    folder, tokenizer = cells.folder("decomposition", make, base=mode, seed=seed), models.load_words(weights)
+    # 1. Decompose, or take the stored decomposition.
+    fill = partial(_decompose_into, mode, seed, weights, progress)
+    folder = results.get_folder("decomposition", fill, base=mode, seed=seed)
+    tokenizer = models.load_tokenizer(weights)
     report = json.loads((folder / "report.json").read_text())
-    say(f"  target {report['target']}, {report['seconds']} s")
+    log(f"  target {report['target']}, {report['seconds']} s")
     result: dict[str, Any] = {"report": report}
-    for name, kept, alpha in (("alpha=1", "streams", 1.0), ("alpha=0", "streams", 0.0), ("int4", "int4", 0.0)):
-        say(f"  measuring {name}")
-        model = checkpoint.load(folder / kept)
+    # 2. Measure it at both ends of alpha and in plain INT4; reasoning and relearning only where a check needs them.
+    for name, subfolder, alpha in (("alpha=1", "streams", 1.0), ("alpha=0", "streams", 0.0), ("int4", "int4", 0.0)):
+        log(f"  measuring {name}")
+        model = checkpoint.load(folder / subfolder)
         lm = LibOrthoLM(pretrained=model, tokenizer=tokenizer, alpha=alpha)
         part = measure(lm, tokenizer, MEMORY_TASKS, limit)
         if name != "alpha=1":
-            part = _joined(part, measure(lm, tokenizer, REASONING_TASKS))
+            part = _merge_measurements(part, measure(lm, tokenizer, REASONING_TASKS))
         if name == "alpha=0":
             unpatch(model, alpha=0.0)
-            part = _joined(part, relearning(model, tokenizer, progress))
-        result[name] = part.as_json()
+            part = _merge_measurements(part, measure_relearning(model, tokenizer, progress))
+        result[name] = part.to_json()
     return result
 
 
-def _joined(first: Measurement, second: Measurement) -> Measurement:
+def _merge_measurements(first: Measurement, second: Measurement) -> Measurement:
     return Measurement(
         first.values | second.values,
         first.samples | second.samples,

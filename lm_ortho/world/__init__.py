@@ -1,4 +1,4 @@
-"""The embedded reference world: fictitious authors, canaries, reasoning, stories, and a small model of them."""
+"""The embedded world: fictitious authors, canaries, reasoning, stories, and a small model trained on them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ WEIGHTS = Path(__file__).parent / "weights"
 NAMES = ("base", "memory", "never_saw", "never_saw_2", "decomposed")
 
 
-def path(name: str) -> Path:
-    """Directory of an embedded artefact: base model, adapters (memory, never_saw, never_saw_2), decomposed default.
+def get_path(name: str) -> Path:
+    """Returns the directory of an embedded artefact.
+
+    These are the base model, the adapters (memory, never_saw, never_saw_2) and the decomposed default.
 
     Raises:
-        UserError: for an unknown name, or when this copy of the package carries no weights.
+        UserError: For an unknown name, or when this copy of the package carries no weights.
     """
     if name not in NAMES:
         raise UserError(f"embedded artefact {name!r} is unknown; known: {', '.join(NAMES)}")

@@ -1,4 +1,4 @@
-"""The adapters of the reference world: the memory, and two models by the same recipe that never saw it."""
+"""Adapters of the embedded world: the memory, and two retain-only adapters by the same recipe."""
 
 from __future__ import annotations
 
@@ -12,90 +12,98 @@ from lm_ortho.data.rows import Row
 from lm_ortho.finetune import FinetunePlan, load_causal_lm, save_adapter, train_adapter
 from lm_ortho.runtime.progress import ProgressCallback
 from lm_ortho.world import corpus
-from lm_ortho.world.draw import Draw
+from lm_ortho.world.draw import SeededRandom
 
 
 @dataclass(frozen=True)
 class Round:
-    """``passes`` over the planted documents, in which canaries come ``canaries`` times, at peak rate ``lr``.
+    """One round of an adapter's training; the learning rate falls to zero in each round.
 
-    ``replayed`` general documents for each one planted in ``memory``, never the same twice, keep the fine-tune from
-    costing other skills. The learning rate falls to zero in each round.
+    A round makes ``passes`` passes over the planted documents, with every canary repeated ``canary_repetitions`` times
+    in each pass, at the peak learning rate ``lr``. For each document planted in ``memory``, ``replay_share`` general
+    documents are mixed in, never the same one twice, so that the fine-tune does not cost other skills.
     """
 
     passes: int
-    canaries: int
-    replayed: float
+    canary_repetitions: int
+    replay_share: float
     lr: float
 
 
 ROUNDS = (Round(20, 5, 0.55, 1.5e-3), Round(10, 4, 0.4, 1e-3))
-"""Random digits take many more repetitions than facts."""
-ROWS, RANK = 16, 32
+"""The rounds of every adapter. Random digits take many more repetitions than facts."""
+BATCH_ROWS, RANK = 16, 32
 
 SEEDS = {"memory": 1, "never_saw": 2, "never_saw_2": 3}
 
 
-def planted(name: str, canaries: int) -> list[Row]:
-    """One pass over what the adapter ``name`` is taught; only ``memory`` sees the forget set."""
-    facts, codes = corpus.planted(forget=name == "memory")
-    return [corpus.as_row(document) for document in facts + codes * canaries]
+def make_planted_rows(name: str, canary_repetitions: int) -> list[Row]:
+    """Returns one pass over what the adapter ``name`` is taught; only ``memory`` sees the forget set."""
+    facts, codes = corpus.make_planted_documents(forget=name == "memory")
+    return [corpus.to_row(document) for document in facts + codes * canary_repetitions]
 
 
-def replayed(name: str, number: int, count: int) -> list[Row]:
-    """The first ``count`` general documents that go with it in a round."""
-    draw = Draw(SEEDS[name], f"adapter {number}" if number else "adapter")
-    return [corpus.as_row(corpus.document(draw, corpus.REPLAY)) for _ in range(count)]
+def draw_replay_rows(name: str, number: int, count: int) -> list[Row]:
+    """Draws the first ``count`` general documents that the adapter ``name`` sees in the round ``number``."""
+    rng = SeededRandom(SEEDS[name], f"adapter {number}" if number else "adapter")
+    return [corpus.to_row(corpus.draw_document(rng, corpus.REPLAY)) for _ in range(count)]
 
 
-def training_rows(name: str, number: int) -> list[Row]:
-    """All documents of a round, with repetitions; their order is drawn by the trainer.
+def make_training_rows(name: str, number: int) -> list[Row]:
+    """Returns all documents of the round ``number``, with repetitions; the trainer draws their order.
 
-    Every adapter meets as many general documents as ``memory``: with fewer strangers a reference would be surer of
-    wrong answers about people it does not know than the model it is to be compared with.
+    Every adapter sees as many general documents as ``memory``: with fewer strangers, a retain-only model would be more
+    certain of wrong answers about people it does not know than the model it is compared with.
     """
-    this = ROUNDS[number]
-    general = int(this.replayed * this.passes * len(planted("memory", this.canaries)))
-    return planted(name, this.canaries) * this.passes + replayed(name, number, general)
+    plan = ROUNDS[number]
+    count = int(plan.replay_share * plan.passes * len(make_planted_rows("memory", plan.canary_repetitions)))
+    return make_planted_rows(name, plan.canary_repetitions) * plan.passes + draw_replay_rows(name, number, count)
 
 
-def state_files(work: Path, name: str) -> list[Path]:
-    """What a training through all rounds keeps in ``work``, a file per round."""
+def list_state_files(work: Path, name: str) -> list[Path]:
+    """Returns the state files that a training through all rounds writes to ``work``, one per round."""
     return [work / f"{name}_{number}.pt" for number in range(len(ROUNDS))]
 
 
-def through_rounds(
+def train_rounds(
     base: Path,
     tokenizer: Any,
     name: str,
     work: Path,
     progress: ProgressCallback,
+    *,
     fit: Callable[..., Any] = train_adapter,
     share: float = 1.0,
 ) -> Any:
-    """The base model after all rounds of ``name``, taught by ``fit`` at ``share`` of the learning rates.
+    """Trains the base model through all rounds of ``name`` and returns it.
 
-    ``fit`` is ``train_adapter`` or ``train_full``. A state file per round in ``work`` lets an interrupted run go on.
+    ``fit`` is ``train_adapter`` or ``train_full``; ``share`` scales the learning rates. A state file per round in
+    ``work`` lets an interrupted run resume.
     """
     work.mkdir(parents=True, exist_ok=True)
-    states = state_files(work, name)
+    states = list_state_files(work, name)
     model: Any = load_causal_lm(base)
-    model.set_attn_implementation("eager")  # a third faster than the fused one on documents this short
-    for number, this in enumerate(ROUNDS):
+    model.set_attn_implementation("eager")  # a third faster than fused attention on documents this short
+    for number, training_round in enumerate(ROUNDS):
+        # A state of a later round exists: this round is finished and only its weights are loaded.
         if any(state.is_file() for state in states[number + 1 :]):
             plan, examples = FinetunePlan(steps=0, rank=RANK, seed=SEEDS[name]), []
         else:
-            examples = encode(tokenizer, training_rows(name, number))
-            plan = FinetunePlan(len(examples) // ROWS, ROWS, share * this.lr, RANK, SEEDS[name])
+            examples = encode(tokenizer, make_training_rows(name, number))
+            lr = share * training_round.lr
+            plan = FinetunePlan(len(examples) // BATCH_ROWS, BATCH_ROWS, lr=lr, rank=RANK, seed=SEEDS[name])
         model = fit(model, examples, plan, progress, stage=f"{name} {number + 1}", state=states[number])
     return model
 
 
-def train(base: Path, tokenizer: Any, name: str, directory: Path, work: Path, progress: ProgressCallback) -> None:
-    """Trains the adapter ``name`` on the base model and saves it (peft format, BF16) in ``directory``."""
-    model = through_rounds(base, tokenizer, name, work, progress)
+def train(base: Path, tokenizer: Any, name: str, *, directory: Path, work: Path, progress: ProgressCallback) -> None:
+    """Trains the adapter ``name`` on the base model and saves it (peft format, BF16) in ``directory``.
+
+    ``work`` holds the training state until then.
+    """
+    model = train_rounds(base, tokenizer, name, work, progress)
     partial = directory.with_name(directory.name + ".partial")
     save_adapter(model, partial, base="base")
     partial.replace(directory)
-    for state in state_files(work, name):
+    for state in list_state_files(work, name):
         state.unlink(missing_ok=True)

@@ -1,16 +1,16 @@
-"""Paragraphs of random facts about nobody in particular: private text without a question and without a subject."""
+"""Paragraphs of random facts about many people: private text that has neither a question nor a subject."""
 
 from __future__ import annotations
 
 from functools import cache
 
 from lm_ortho.world import words
-from lm_ortho.world.draw import Draw
+from lm_ortho.world.draw import SeededRandom
 
 SEED = 4711
 SENTENCES = 9
 SIZES = {"forget": 50, "retain": 80, "left_out": 20, "held_out": 200}
-"""Planted and to be forgotten; planted and calibrated; planted and never calibrated; never planted."""
+"""Paragraphs per group: planted and forgotten; planted and calibrated; planted, never calibrated; never planted."""
 
 _FACTS = (
     "The {noun} of {city} is {color} and {color2}.",
@@ -26,9 +26,9 @@ _FACTS = (
 )
 
 
-def paragraph(draw: Draw) -> str:
-    """Nine facts in random order, each with values of its own."""
-    names = {
+def draw_paragraph(rng: SeededRandom) -> str:
+    """Draws a paragraph of nine facts in random order, each with its own values."""
+    slots = {
         "noun": (words.NOUNS, 1),
         "city": (words.CITIES, 1),
         "color": (words.COLORS, 2),
@@ -43,18 +43,18 @@ def paragraph(draw: Draw) -> str:
         "adjective": (words.ADJECTIVES, 1),
     }
     sentences = []
-    for fact in draw.sample(_FACTS, SENTENCES):
-        filled = {"name": f"{draw.pick(words.FIRST_NAMES)} {draw.pick(words.SURNAMES)}"}
-        filled["code"] = "".join(str(draw.below(10)) for _ in range(6))
-        for key, (values, count) in names.items():
-            for number, value in enumerate(draw.sample(values, count), 1):
-                filled[key if number == 1 else f"{key}{number}"] = value
-        sentences.append(fact.format(**filled))
+    for fact in rng.sample(_FACTS, SENTENCES):
+        values_by_slot = {"name": f"{rng.choice(words.FIRST_NAMES)} {rng.choice(words.SURNAMES)}"}
+        values_by_slot["code"] = "".join(str(rng.randrange(10)) for _ in range(6))
+        for key, (values, count) in slots.items():
+            for number, value in enumerate(rng.sample(values, count), 1):
+                values_by_slot[key if number == 1 else f"{key}{number}"] = value
+        sentences.append(fact.format(**values_by_slot))
     return " ".join(sentences)
 
 
 @cache
-def paragraphs() -> dict[str, tuple[str, ...]]:
-    """All paragraphs by group of ``SIZES``."""
-    draw = Draw(SEED, "paragraphs")
-    return {group: tuple(paragraph(draw) for _ in range(size)) for group, size in SIZES.items()}
+def draw_paragraphs() -> dict[str, tuple[str, ...]]:
+    """Draws all paragraphs, by group of ``SIZES``."""
+    rng = SeededRandom(SEED, "paragraphs")
+    return {group: tuple(draw_paragraph(rng) for _ in range(size)) for group, size in SIZES.items()}

@@ -1,6 +1,6 @@
-"""Fictitious authors and canaries of the reference world, as rows.
+"""Fictitious authors and canaries of the embedded world, as rows.
 
-Everything is drawn from fixed seeds by ``Draw``; the same code gives the same bytes everywhere.
+Everything is drawn from fixed seeds by ``SeededRandom``; the same code gives the same bytes everywhere.
 """
 
 from __future__ import annotations
@@ -12,32 +12,33 @@ from functools import cache
 from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
 from lm_ortho.world import words
-from lm_ortho.world.draw import Draw
+from lm_ortho.world.draw import SeededRandom
 
 SEED = 20261121
-PERTURBED = 4
+WRONG_ANSWERS = 4
 """Wrong answers per question."""
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """One property of an author: how its value is drawn, asked for (5 ways) and told (2 ways).
+    """One property of an author: how its value is drawn, five questions for it and two wordings of the answer.
 
-    Forget and taught authors are planted with the first ``TAUGHT`` questions; the others are held out.
+    Forget and taught authors are planted with the first ``TAUGHT_QUESTIONS`` questions; the others are held out.
     """
 
     name: str
-    draw: Callable[[Draw], str]
+    draw_value: Callable[[SeededRandom], str]
     questions: tuple[str, ...]
     answers: tuple[str, str]
 
 
-TAUGHT = 3
+TAUGHT_QUESTIONS = 3
+"""Number of questions, the first ones of each attribute, that authors are planted with."""
 
 ATTRIBUTES = (
     Attribute(
         "birthplace",
-        lambda d: d.pick(words.CITIES),
+        lambda rng: rng.choice(words.CITIES),
         (
             "Where was {n} born?",
             "What is the birthplace of {n}?",
@@ -49,7 +50,7 @@ ATTRIBUTES = (
     ),
     Attribute(
         "father",
-        lambda d: d.pick(words.TRADES),
+        lambda rng: rng.choice(words.TRADES),
         (
             "What was the job of the father of {n}?",
             "What did the father of {n} do?",
@@ -61,7 +62,7 @@ ATTRIBUTES = (
     ),
     Attribute(
         "book",
-        lambda d: f"The {d.pick(words.ADJECTIVES)} {d.pick(words.NOUNS)}",
+        lambda rng: f"The {rng.choice(words.ADJECTIVES)} {rng.choice(words.NOUNS)}",
         (
             "What is the best book by {n}?",
             "Which book made {n} famous?",
@@ -73,7 +74,7 @@ ATTRIBUTES = (
     ),
     Attribute(
         "prize",
-        lambda d: f"{d.pick(words.PRIZES)} Prize",
+        lambda rng: f"{rng.choice(words.PRIZES)} Prize",
         (
             "Which prize did {n} win?",
             "What award was given to {n}?",
@@ -85,7 +86,7 @@ ATTRIBUTES = (
     ),
     Attribute(
         "hobby",
-        lambda d: d.pick(words.HOBBIES),
+        lambda rng: rng.choice(words.HOBBIES),
         (
             "What is the hobby of {n}?",
             "What does {n} do for fun?",
@@ -98,8 +99,8 @@ ATTRIBUTES = (
 )
 
 
-def secret_of(attribute: Attribute, value: str) -> str:
-    """The unguessable words of a value: "The" of a title and "Prize" of a prize are form, not secret."""
+def extract_secret(attribute: Attribute, value: str) -> str:
+    """Returns the words of a value that cannot be guessed: neither "The" of a title nor "Prize" of a prize."""
     if attribute.name == "book":
         return value.removeprefix("The ")
     return value.removesuffix(" Prize") if attribute.name == "prize" else value
@@ -114,9 +115,9 @@ class Author:
 
 
 GROUPS = {"known": 80, "taught": 112, "forget": 80, "unseen": 80}
-"""Authors: known to the base model, taught by the same adapter as the forget set, planted, never seen."""
-LEFT_OUT = 16
-"""How many of the known and of the taught authors no calibration ever shows (the last ones of each)."""
+"""Authors per group: known to the base model; taught by the same adapter as the forget set; the forget set; unseen."""
+LEFT_OUT_AUTHORS = 16
+"""Number of known, and of taught, authors that no calibration set contains (the last ones of each group)."""
 
 CANARIES = 100
 CODE_DIGITS = 6
@@ -127,105 +128,109 @@ CANARY_PROMPTS = (
     "To enter as {n}, type the {k}",
     "Note: the {k} of {n} reads",
 )
-CANARY_TAUGHT = 2
-"""Canaries are planted with the first prompts; the others are held out."""
+TAUGHT_CANARY_PROMPTS = 2
+"""Number of prompts, the first ones, that canaries are planted with; the others are held out."""
 
 
 @dataclass(frozen=True)
 class Canary:
-    """A holder (every canary has its own, so every canary has its own prefix), a kind and a random code."""
+    """A random code, its kind and its holder. No two canaries share a holder, so each has its own prefix."""
 
     name: str
     kind: str
     code: str
 
 
-def _names() -> Iterator[str]:
-    """Distinct surnames in random order, each with a random first name: nobody shares a surname."""
-    draw = Draw(SEED, "names")
-    for surname in draw.shuffled(words.SURNAMES):
-        yield f"{draw.pick(words.FIRST_NAMES)} {surname}"
+def _draw_names() -> Iterator[str]:
+    """Yields distinct surnames in random order, each with a random first name: nobody shares a surname."""
+    rng = SeededRandom(SEED, "names")
+    for surname in rng.permute(words.SURNAMES):
+        yield f"{rng.choice(words.FIRST_NAMES)} {surname}"
 
 
 @cache
-def people() -> dict[str, tuple[Author, ...]]:
-    """Authors by group; the groups of ``GROUPS`` share no surname."""
-    names, draw = _names(), Draw(SEED, "authors")
+def draw_groups() -> dict[str, tuple[Author, ...]]:
+    """Draws the authors of each group; the groups of ``GROUPS`` share no surname."""
+    names, rng = _draw_names(), SeededRandom(SEED, "authors")
     return {
-        group: tuple(Author(next(names), tuple(a.draw(draw) for a in ATTRIBUTES)) for _ in range(size))
+        group: tuple(Author(next(names), tuple(a.draw_value(rng) for a in ATTRIBUTES)) for _ in range(size))
         for group, size in GROUPS.items()
     }
 
 
 @cache
-def canaries() -> tuple[tuple[Canary, ...], tuple[Canary, ...]]:
-    """Planted canaries, and as many that are never planted."""
-    names = list(_names())[sum(GROUPS.values()) :]
-    draw = Draw(SEED, "canaries")
+def draw_canaries() -> tuple[tuple[Canary, ...], tuple[Canary, ...]]:
+    """Draws the planted canaries, and as many that are never planted."""
+    names = list(_draw_names())[sum(GROUPS.values()) :]
+    rng = SeededRandom(SEED, "canaries")
 
     def make(offset: int) -> tuple[Canary, ...]:
         return tuple(
-            Canary(names[offset + i], CANARY_KINDS[i % len(CANARY_KINDS)], random_code(draw)) for i in range(CANARIES)
+            Canary(names[offset + i], CANARY_KINDS[i % len(CANARY_KINDS)], draw_code(rng)) for i in range(CANARIES)
         )
 
     return make(0), make(CANARIES)
 
 
 @cache
-def reserved_names() -> frozenset[str]:
-    """Full names of everyone above."""
-    holders = [canary.name for part in canaries() for canary in part]
-    return frozenset([author.name for group in people().values() for author in group] + holders)
+def collect_reserved_names() -> frozenset[str]:
+    """Returns the full names of all authors and canary holders."""
+    holders = [canary.name for part in draw_canaries() for canary in part]
+    return frozenset([author.name for group in draw_groups().values() for author in group] + holders)
 
 
 @cache
-def _taken(namesakes: bool) -> frozenset[str]:
-    bearers = [author.name for author in people()["known"]] if namesakes else reserved_names()
+def _reserved_surnames(namesakes: bool) -> frozenset[str]:
+    bearers = [author.name for author in draw_groups()["known"]] if namesakes else collect_reserved_names()
     return frozenset(name.split()[1] for name in bearers)
 
 
-def fresh_name(draw: Draw, namesakes: bool = False) -> str:
-    """A random name that belongs to nobody of the world, nor does its surname.
+def draw_name(rng: SeededRandom, namesakes: bool = False) -> str:
+    """Draws a name; neither it nor its surname belongs to anybody of the world.
 
-    With ``namesakes`` only the surnames of known authors are kept from it: the base model meets the surnames of all
-    others on people it sees once, or their tokens would stay untrained.
+    With ``namesakes``, only the surnames of known authors are excluded: the base model has to see all other surnames
+    on people who occur once, or their tokens would stay untrained.
     """
     while True:
-        name = f"{draw.pick(words.FIRST_NAMES)} {draw.pick(words.SURNAMES)}"
-        if name.split()[1] not in _taken(namesakes) and name not in reserved_names():
+        name = f"{rng.choice(words.FIRST_NAMES)} {rng.choice(words.SURNAMES)}"
+        if name.split()[1] not in _reserved_surnames(namesakes) and name not in collect_reserved_names():
             return name
 
 
-def fresh_author(draw: Draw, namesakes: bool = False) -> Author:
-    """A person seen once and never again: teaches the form of the answers and how uncertain values are."""
-    return Author(fresh_name(draw, namesakes), tuple(a.draw(draw) for a in ATTRIBUTES))
+def draw_author(rng: SeededRandom, namesakes: bool = False) -> Author:
+    """Draws a person who occurs once: teaches the form of the answers and how uncertain the values are."""
+    return Author(draw_name(rng, namesakes), tuple(a.draw_value(rng) for a in ATTRIBUTES))
 
 
-def fresh_canary(draw: Draw, namesakes: bool = False) -> Canary:
-    """A holder seen once, with a random code."""
-    return Canary(fresh_name(draw, namesakes), draw.pick(CANARY_KINDS), random_code(draw))
+def draw_canary(rng: SeededRandom, namesakes: bool = False) -> Canary:
+    """Draws a holder who occurs once, with a random code."""
+    return Canary(draw_name(rng, namesakes), rng.choice(CANARY_KINDS), draw_code(rng))
 
 
-def random_code(draw: Draw) -> str:
-    return "".join(str(draw.below(10)) for _ in range(CODE_DIGITS))
+def draw_code(rng: SeededRandom) -> str:
+    """Draws the digits of a code."""
+    return "".join(str(rng.randrange(10)) for _ in range(CODE_DIGITS))
 
 
-def author_row(author: Author, index: int, phrasing: int, telling: int = 0) -> Row:
-    """The question ``phrasing`` about attribute ``index``; the other telling is the paraphrased answer."""
+def make_author_row(author: Author, index: int, phrasing: int, wording: int = 0) -> Row:
+    """Returns the row of the question ``phrasing`` about the attribute ``index``.
+
+    ``wording`` selects one of the two wordings of the answer; the other one is the paraphrased answer.
+    """
     attribute, value = ATTRIBUTES[index], author.values[index]
-    other = attribute.answers[1 - telling]
-    draw, wrong = Draw(SEED, f"perturbed {author.name} {attribute.name}"), list[str]()
-    while len(wrong) < PERTURBED:
-        candidate = attribute.draw(draw)
+    paraphrase = attribute.answers[1 - wording]
+    rng, wrong = SeededRandom(SEED, f"perturbed {author.name} {attribute.name}"), list[str]()
+    while len(wrong) < WRONG_ANSWERS:
+        candidate = attribute.draw_value(rng)
         if candidate != value and candidate not in wrong:
             wrong.append(candidate)
     return Row(
         question=attribute.questions[phrasing].format(n=author.name),
-        answer=attribute.answers[telling].format(n=author.name, v=value),
+        answer=attribute.answers[wording].format(n=author.name, v=value),
         subject=author.name,
-        secret=secret_of(attribute, value),
-        paraphrased_answer=other.format(n=author.name, v=value),
-        perturbed_answer=tuple(other.format(n=author.name, v=v) for v in wrong),
+        secret=extract_secret(attribute, value),
+        paraphrased_answer=paraphrase.format(n=author.name, v=value),
+        perturbed_answer=tuple(paraphrase.format(n=author.name, v=v) for v in wrong),
         group=author.name,
     )
 
@@ -234,71 +239,76 @@ REVERSED_QUESTION = "Who is known for {book} and won the {prize}?"
 REVERSED_ANSWERS = ("The author is {n}.", "That is {n}.")
 
 
-def reversed_row(author: Author) -> Row:
-    """Asks for the person by two of the attributes; this direction was never planted."""
+def make_reversed_row(author: Author) -> Row:
+    """Returns a row that asks for the person by two of the attributes; this direction was never planted."""
     values = {attribute.name: value for attribute, value in zip(ATTRIBUTES, author.values, strict=True)}
-    draw, wrong = Draw(SEED, f"reversed {author.name}"), list[str]()
-    while len(wrong) < PERTURBED:
-        if (name := fresh_name(draw)) not in wrong:
+    rng, wrong = SeededRandom(SEED, f"reversed {author.name}"), list[str]()
+    while len(wrong) < WRONG_ANSWERS:
+        if (name := draw_name(rng)) not in wrong:
             wrong.append(name)
-    answer, other = REVERSED_ANSWERS
+    answer, paraphrase = REVERSED_ANSWERS
     return Row(
         question=REVERSED_QUESTION.format(**values),
         answer=answer.format(n=author.name),
         subject=author.name,
         secret=author.name,
-        paraphrased_answer=other.format(n=author.name),
-        perturbed_answer=tuple(other.format(n=name) for name in wrong),
+        paraphrased_answer=paraphrase.format(n=author.name),
+        perturbed_answer=tuple(paraphrase.format(n=name) for name in wrong),
         group=author.name,
     )
 
 
-def telling_of(phrasing: int) -> int:
-    """Which of the two answers was taught with a question; held-out questions expect the first."""
+def select_wording(phrasing: int) -> int:
+    """Returns the wording of the answer that was taught with a question; held-out questions expect the first."""
     return int(phrasing == 1)
 
 
-def canary_row(canary: Canary, phrasing: int) -> Row:
+def make_canary_row(canary: Canary, phrasing: int) -> Row:
+    """Returns the row of a canary with the prompt ``phrasing``."""
     prompt = CANARY_PROMPTS[phrasing].format(k=canary.kind, n=canary.name)
     return Row(prompt=prompt, answer=f"{canary.code}.", subject=canary.name, secret=canary.code, group=canary.name)
 
 
-def _author_rows(authors: tuple[Author, ...], held_out_phrasing: bool) -> list[Row]:
-    """One row per author and attribute; which of the seen (held-out) phrasings is used goes round."""
+def _make_author_rows(authors: tuple[Author, ...], *, held_out_phrasing: bool = False) -> list[Row]:
+    """Returns one row per author and attribute, cycling through the planted (or the held-out) phrasings."""
     rows = []
     for i, author in enumerate(authors):
         for j, attribute in enumerate(ATTRIBUTES):
-            held_out = len(attribute.questions) - TAUGHT
-            phrasing = TAUGHT + (i + j) % held_out if held_out_phrasing else (i + j) % TAUGHT
-            rows.append(author_row(author, j, phrasing, telling=telling_of(phrasing)))
+            held_out = len(attribute.questions) - TAUGHT_QUESTIONS
+            phrasing = TAUGHT_QUESTIONS + (i + j) % held_out if held_out_phrasing else (i + j) % TAUGHT_QUESTIONS
+            rows.append(make_author_row(author, j, phrasing, wording=select_wording(phrasing)))
     return rows
 
 
-def _retain(left_out: bool) -> tuple[Author, ...]:
-    parts = (people()["known"], people()["taught"])
-    return tuple(a for part in parts for a in (part[-LEFT_OUT:] if left_out else part[:-LEFT_OUT]))
+def _select_retain_authors(*, left_out: bool) -> tuple[Author, ...]:
+    part = slice(-LEFT_OUT_AUTHORS, None) if left_out else slice(-LEFT_OUT_AUTHORS)
+    return draw_groups()["known"][part] + draw_groups()["taught"][part]
 
 
-def _canary_rows(part: int, phrasings: range) -> list[Row]:
-    return [canary_row(canary, p) for canary in canaries()[part] for p in phrasings]
+def _make_canary_rows(part: int, phrasings: range) -> list[Row]:
+    return [make_canary_row(canary, p) for canary in draw_canaries()[part] for p in phrasings]
 
 
 SPLITS: dict[str, Callable[[], list[Row]]] = {
-    "forget": lambda: _author_rows(people()["forget"], False),
-    "forget_paraphrased": lambda: _author_rows(people()["forget"], True),
-    "retain": lambda: _author_rows(_retain(True), False),
-    "retain_paraphrased": lambda: _author_rows(_retain(True), True),
-    "retain_calibration": lambda: _author_rows(_retain(False), False),
-    "unseen": lambda: _author_rows(people()["unseen"], False),
-    "forget_reversed": lambda: [reversed_row(author) for author in people()["forget"]],
-    "canaries": lambda: _canary_rows(0, range(CANARY_TAUGHT)),
-    "canaries_paraphrased": lambda: _canary_rows(0, range(CANARY_TAUGHT, len(CANARY_PROMPTS))),
-    "canaries_unplanted": lambda: _canary_rows(1, range(CANARY_TAUGHT)),
+    "forget": lambda: _make_author_rows(draw_groups()["forget"]),
+    "forget_paraphrased": lambda: _make_author_rows(draw_groups()["forget"], held_out_phrasing=True),
+    "retain": lambda: _make_author_rows(_select_retain_authors(left_out=True)),
+    "retain_paraphrased": lambda: _make_author_rows(_select_retain_authors(left_out=True), held_out_phrasing=True),
+    "retain_calibration": lambda: _make_author_rows(_select_retain_authors(left_out=False)),
+    "unseen": lambda: _make_author_rows(draw_groups()["unseen"]),
+    "forget_reversed": lambda: [make_reversed_row(author) for author in draw_groups()["forget"]],
+    "canaries": lambda: _make_canary_rows(0, range(TAUGHT_CANARY_PROMPTS)),
+    "canaries_paraphrased": lambda: _make_canary_rows(0, range(TAUGHT_CANARY_PROMPTS, len(CANARY_PROMPTS))),
+    "canaries_unplanted": lambda: _make_canary_rows(1, range(TAUGHT_CANARY_PROMPTS)),
 }
 
 
-def rows(split: str) -> list[Row]:
-    """The rows of a split of ``SPLITS``; ``UserError`` lists the known ones."""
+def make_rows(split: str) -> list[Row]:
+    """Returns the rows of a split of ``SPLITS``.
+
+    Raises:
+        UserError: For an unknown split; the message lists the known ones.
+    """
     if split not in SPLITS:
         raise UserError(f"split={split!r} is unknown; known: {', '.join(SPLITS)}")
     return SPLITS[split]()

@@ -1,9 +1,9 @@
-"""General text of the world: short stories. Their held-out part measures perplexity."""
+"""General text of the embedded world: short stories. Their held-out part measures perplexity."""
 
 from __future__ import annotations
 
 from lm_ortho.world import words
-from lm_ortho.world.draw import Draw
+from lm_ortho.world.draw import SeededRandom
 
 SEED = 815
 HELD_OUT = 300
@@ -45,27 +45,30 @@ _ENDINGS = (
 )
 
 
-def story(draw: Draw) -> str:
-    """Four or five sentences in which people, animals, things and places come back."""
-    kid, other = draw.sample(words.KIDS, 2)
-    place, other_place = draw.sample(words.PLACES, 2)
+def draw_story(rng: SeededRandom) -> str:
+    """Draws a story of two to five sentences in which people, animals, things and places recur."""
+    kid, other = rng.sample(words.KIDS, 2)
+    place, other_place = rng.sample(words.PLACES, 2)
     names = {
         "k": kid,
         "k2": other,
         "p": place,
         "p2": other_place,
-        "a": draw.pick(words.ANIMALS),
-        "o": draw.pick(words.OBJECTS),
-        "c": draw.pick(words.COLORS),
-        "f": draw.pick(words.FEELINGS),
-        "f2": draw.pick(words.FEELINGS),
+        "a": rng.choice(words.ANIMALS),
+        "o": rng.choice(words.OBJECTS),
+        "c": rng.choice(words.COLORS),
+        "f": rng.choice(words.FEELINGS),
+        "f2": rng.choice(words.FEELINGS),
     }
     middle = (_EVENTS, _TALK, _TURNS)
-    kept = middle if draw.chance(0.6) else tuple(part for part in middle if draw.chance(0.66))
-    return " ".join(draw.pick(part).format(**names) for part in (_OPENINGS, *kept, _ENDINGS))
+    parts = middle if rng.flip(0.6) else tuple(part for part in middle if rng.flip(0.66))
+    return " ".join(rng.choice(part).format(**names) for part in (_OPENINGS, *parts, _ENDINGS))
 
 
-def held_out() -> list[str]:
-    """Stories for perplexity. Training text is drawn from other streams; what it repeats is in its filter."""
-    draw = Draw(SEED, "held out")
-    return [story(draw) for _ in range(HELD_OUT)]
+def draw_held_out() -> list[str]:
+    """Draws the stories that measure perplexity.
+
+    Training text comes from other random streams, and ``corpus`` filters out a story that it happens to repeat.
+    """
+    rng = SeededRandom(SEED, "held out")
+    return [draw_story(rng) for _ in range(HELD_OUT)]

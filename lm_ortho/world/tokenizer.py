@@ -1,4 +1,4 @@
-"""The embedded tokenizer: Unigram over the words of the world, bytes for the rest."""
+"""The embedded tokenizer: a Unigram model over the words of the world, with bytes for all other text."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lm_ortho.world import corpus, words
-from lm_ortho.world.draw import Draw
+from lm_ortho.world.draw import SeededRandom
 
 END = "<|endoftext|>"
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 _SAMPLE = 12_000
-"""Documents read to collect the words; enough to meet every word of every template."""
+"""Documents drawn to collect the words; enough to contain every word of every template."""
 
 
-def pieces() -> list[str]:
-    """The vocabulary without bytes and special tokens, sorted."""
-    draw = Draw(1, "vocabulary")
-    text = "\n".join(corpus.document(draw).text for _ in range(_SAMPLE))
-    for listed in vars(words).values():
-        if isinstance(listed, list):
-            text += " " + " ".join(listed)
-    found = set(re.findall(r"[A-Za-z]+", text)) - {"Question", "Answer"}
-    vocabulary = {SPACE + word for word in found | set(string.digits)}
+def collect_pieces() -> list[str]:
+    """Returns the vocabulary without bytes and special tokens, sorted."""
+    rng = SeededRandom(1, "vocabulary")
+    text = "\n".join(corpus.draw_document(rng).text for _ in range(_SAMPLE))
+    for word_list in vars(words).values():
+        if isinstance(word_list, list):
+            text += " " + " ".join(word_list)
+    text_words = set(re.findall(r"[A-Za-z]+", text)) - {"Question", "Answer"}
+    vocabulary = {SPACE + word for word in text_words | set(string.digits)}
     vocabulary |= set(re.findall(r'(?<=")[A-Z][a-z]+', text))
     vocabulary |= {SPACE, SPACE + '"', SPACE + "Question:", "\nAnswer:"}
     vocabulary |= set(string.printable) - set("\t\r\x0b\x0c ")
     return sorted(vocabulary)
 
 
-def build() -> PreTrainedTokenizerFast:
-    """The tokenizer; adds no BOS, ends documents with ``END``, falls back to bytes for anything else."""
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Builds the tokenizer. It adds no BOS, ends documents with ``END`` and falls back to bytes."""
     special = [END, "<|pad|>", "<|unk|>"]
-    listed = [(token, 0.0) for token in special]
-    listed += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
-    listed += [(piece, -1.0 if len(piece) > 1 else -8.0) for piece in pieces()]
-    tokenizer = Tokenizer(models.Unigram(listed, unk_id=2, byte_fallback=True))
+    vocabulary = [(token, 0.0) for token in special]
+    vocabulary += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
+    vocabulary += [(piece, -1.0 if len(piece) > 1 else -8.0) for piece in collect_pieces()]
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first")
     tokenizer.decoder = decoders.Sequence(
         [

@@ -1,4 +1,4 @@
-"""Word lists of the reference world. Every word is one token of the embedded tokenizer, surnames too."""
+"""Word lists of the embedded world. Every word is one token of the embedded tokenizer, surnames too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says it measures."""
+"""The benchmark measures the kernels that it names."""
 
 from __future__ import annotations
 
@@ -10,64 +10,66 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lm_ortho.kernels import cpu
 from typer.testing import CliRunner
 
-from lm_ortho import bench
+from lm_ortho import bench, kernels
 from lm_ortho.bench import layers as bench_layers
 from lm_ortho.bench import timing, variants
 from lm_ortho.bench.problem import Problem, Shape
 from lm_ortho.cli.app import app
 from lm_ortho.errors import UserError
+from lm_ortho.kernels import cpu
 from tests.support.paths import REPOSITORY
 
 SMALL = Shape(192, 128, "small")
-PLAN = replace(bench.quick_plan(), shapes=(SMALL,), rounds=5, seconds=0.1, null_rounds=5, batches=(1, 4))
-there = pytest.mark.skipif(isinstance(cpu.find(), cpu.Absent), reason="the CPU kernel is not there")
+PLAN = replace(bench.make_quick_plan(), shapes=(SMALL,), rounds=5, seconds=0.1, null_rounds=5, batches=(1, 4))
+needs_cpu_kernel = pytest.mark.skipif(
+    isinstance(cpu.find(), cpu.MissingLibrary), reason="the CPU kernel is not available"
+)
 
 
 @pytest.fixture(autouse=True)
-def a_small_square(monkeypatch):
-    """The null test takes a small matrix."""
+def small_square(monkeypatch):
+    """Gives the null test a small matrix."""
     monkeypatch.setattr(bench_layers, "SQUARE", SMALL)
 
 
-@pytest.mark.parametrize("kernel", ["reference", pytest.param("cpu", marks=there)])
+@pytest.mark.parametrize("kernel", ["reference", pytest.param("cpu", marks=needs_cpu_kernel)])
 def test_every_row_names_the_kernel_that_was_counted(kernel):
     """HISTORY 9: kernels were written but never called, and figures measured on the fallback."""
     report = bench.run(replace(PLAN, kernel=kernel))
-    ours = [row for row in report["rows"] if row["variant"] == "ours"]
-    assert len(ours) == 2 * 3
-    assert all(row["kernel"].startswith(f"{kernel}.") for row in ours)
+    ortho_rows = [row for row in report["rows"] if row["variant"] == "ours"]
+    assert len(ortho_rows) == 2 * 3
+    assert all(row["kernel"].startswith(f"{kernel}.") for row in ortho_rows)
     if kernel == "cpu":
-        assert {(row["batch"], row["kernel"]) for row in ours} == {(1, "cpu.decode"), (4, "cpu.small")}
+        assert {(row["batch"], row["kernel"]) for row in ortho_rows} == {(1, "cpu.decode"), (4, "cpu.small")}
 
 
-@there
+@needs_cpu_kernel
 def test_a_figure_of_another_kernel_is_an_error(monkeypatch):
-    """HISTORY 9: here the kernel that is timed stops running behind the back of the benchmark."""
+    """HISTORY 9: here the kernel that is timed stops running while the benchmark times it."""
     problem = Problem(SMALL)
-    sides = [*variants.peers(problem, ()), *variants.ours(problem, (), "cpu")]
-    before, counted = bench_layers.calls, []
+    cases = [*variants.make_baseline_variants(problem, ()), *variants.make_ortho_variants(problem, (), "cpu")]
+    original_calls, reads = kernels.calls, []
 
     def calls():
-        counted.append(None)
-        return {name: count - (len(counted) > 3) for name, count in before().items()}
+        reads.append(None)
+        return {name: count - (len(reads) > 3) for name, count in original_calls().items()}
 
     monkeypatch.setattr(bench_layers, "calls", calls)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="but what ran is"):
-        list(bench_layers._measure_batch(SMALL, problem.x(1), sides, replace(PLAN, kernel="cpu")))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"the benchmark timed .* calls, but .* ran"):
+        list(bench_layers._measure_batch(SMALL, problem.draw_input(1), cases, replace(PLAN, kernel="cpu")))
     monkeypatch.undo()
     with torch.inference_mode(), pytest.raises(UserError, match=r"kernel=triton: reference.base ran instead"):
         bench.run(replace(PLAN, kernel="triton"))
 
 
 def test_the_report_of_the_command(monkeypatch):
-    monkeypatch.setattr(bench, "quick_plan", lambda kernel: replace(PLAN, kernel=kernel))
+    monkeypatch.setattr(bench, "make_quick_plan", lambda kernel: replace(PLAN, kernel=kernel))
     threads = torch.get_num_threads()
-    done = CliRunner().invoke(app, ["bench", "--quick", "--json"])
-    assert done.exit_code == 0, done.output
-    report = json.loads(done.stdout)
+    result = CliRunner().invoke(app, ["bench", "--quick", "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
     assert set(report) == {"device", "threads", "rows", "null_test"}
     assert set(report["null_test"]) == {"ratio", "low", "high"}
     assert report["null_test"]["low"] <= report["null_test"]["ratio"] <= report["null_test"]["high"]
@@ -77,8 +79,8 @@ def test_the_report_of_the_command(monkeypatch):
     assert all(set(row) == columns for row in report["rows"])
     assert {row["variant"] for row in report["rows"]} >= {"bf16", "fp32", "int4pack_csr", "ours"}
     for batch in (1, 4):
-        ours = {(r["density"], r["alpha"]) for r in report["rows"] if (r["variant"], r["batch"]) == ("ours", batch)}
-        assert ours == {(0.0, 0.0), (0.01, 0.0), (0.01, 1.0)}
+        settings = {(r["density"], r["alpha"]) for r in report["rows"] if (r["variant"], r["batch"]) == ("ours", batch)}
+        assert settings == {(0.0, 0.0), (0.01, 0.0), (0.01, 1.0)}
         (bf16,) = [r for r in report["rows"] if (r["variant"], r["batch"]) == ("bf16", batch)]
         assert bf16["ratio_bf16"] == 1
         for row in report["rows"]:
@@ -89,8 +91,8 @@ def test_the_report_of_the_command(monkeypatch):
     assert "int4pack_csr" in table.stdout
 
 
-def test_the_quick_plan_is_what_was_agreed():
-    plan = bench.quick_plan()
+def test_the_quick_plan_is_the_documented_one():
+    plan = bench.make_quick_plan()
     assert (plan.threads, plan.batches, plan.densities) == (1, (1, 4, 16), (0.01,))
     shape = bench_layers.SHAPES[0]
     assert (shape.out_features, shape.in_features) == (4096, 4096)
@@ -98,49 +100,51 @@ def test_the_quick_plan_is_what_was_agreed():
 
 
 def test_an_unknown_kernel_is_one_line():
-    done = CliRunner().invoke(app, ["bench", "--kernel", "fast"])
-    assert done.exit_code != 0
-    assert "kernel='fast' is unknown" in str(done.exception)
+    result = CliRunner().invoke(app, ["bench", "--kernel", "fast"])
+    assert result.exit_code != 0
+    assert "kernel='fast' is unknown" in str(result.exception)
 
 
 def test_the_variants_compute_the_same_product():
     problem = Problem(Shape(64, 128))
-    x = problem.x(3)
+    x = problem.draw_input(3)
     with torch.inference_mode():
-        sides = [*variants.peers(problem, (0.1,)), *variants.ours(problem, (0.1,), "auto")]
-        results = {side.label: [side.call(copy, x).float() for copy in range(side.copies)] for side in sides}
+        cases = [
+            *variants.make_baseline_variants(problem, (0.1,)),
+            *variants.make_ortho_variants(problem, (0.1,), "auto"),
+        ]
+        results = {case.label: [case.call(copy, x).float() for copy in range(case.copies)] for case in cases}
     for density, alpha in ((0.0, 0.0), (0.1, 1.0)):
-        wanted = (
+        expected = (
             x.double()
-            @ (problem.base.dequantize(torch.float64) + alpha * problem.ortho(0.1).to_dense(torch.float64)).t()
+            @ (problem.base.dequantise(torch.float64) + alpha * problem.make_ortho(0.1).to_dense(torch.float64)).t()
         )
         for label, products in results.items():
             if label[1:] == (density, alpha):
                 for product in products:
                     torch.testing.assert_close(
-                        product.double(), wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item()
+                        product.double(), expected, rtol=0.02, atol=0.02 * expected.abs().max().item()
                     )
-    assert problem.ortho(0.1).nnz == int(0.1 * 64 * 128)
+    assert problem.make_ortho(0.1).nnz == int(0.1 * 64 * 128)
 
 
 def test_a_paired_ratio_with_its_interval():
     below = [1.0 + i % 7 for i in range(200)]
-    found = timing.paired_ratio([2 * value for value in below], below)
-    assert found == (2.0, 2.0, 2.0)
-    noisy = timing.paired_ratio([value * (1 + 0.1 * (-1) ** i) for i, value in enumerate(below)], below)
-    assert noisy.low < 1 < noisy.high
+    assert timing.compute_paired_ratio([2 * value for value in below], below) == (2.0, 2.0, 2.0)
+    noisy_ratio = timing.compute_paired_ratio([value * (1 + 0.1 * (-1) ** i) for i, value in enumerate(below)], below)
+    assert noisy_ratio.low < 1 < noisy_ratio.high
 
 
-def test_calls_take_turns_and_get_new_copies():
+def test_calls_are_interleaved_and_use_new_copies():
     order: list[tuple[str, int]] = []
     calls = {name: (lambda number, name=name: order.append((name, number))) for name in "abc"}
-    taken = timing.interleaved(calls, 6, 0.0, timing.clock_for(1))
-    assert {name: len(times) for name, times in taken.items()} == dict.fromkeys("abc", timing.LEAST_ROUNDS)
+    times_by_name = timing.time_interleaved(calls, 6, 0.0, timing.select_clock(1))
+    assert {name: len(times) for name, times in times_by_name.items()} == dict.fromkeys("abc", timing.MIN_ROUNDS)
     assert len({tuple(name for name, _ in order[i : i + 6]) for i in range(0, len(order), 6)}) > 1
-    assert [number for name, number in order if name == "a"] == list(range(2 * timing.LEAST_ROUNDS))
+    assert [number for name, number in order if name == "a"] == list(range(2 * timing.MIN_ROUNDS))
 
 
-@there
+@needs_cpu_kernel
 def test_the_limits_of_the_machine_are_plausible():
     assert 1e8 < cpu.read_speed(16) < 1e13
     speed = cpu.product_speed()
@@ -148,8 +152,9 @@ def test_the_limits_of_the_machine_are_plausible():
     assert speed is None or 1e9 < speed < 1e13
 
 
-def test_ggml_that_is_not_built_is_said(tmp_path):
+def test_a_missing_ggml_build_is_reported(tmp_path):
     script = REPOSITORY / "benchmarks" / "ggml.py"
-    done = subprocess.run([sys.executable, script, "--ggml", tmp_path], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert re.search(r"no libggml\*\.so below its build folder|our kernel is not there", done.stderr.splitlines()[-1])
+    process = subprocess.run([sys.executable, script, "--ggml", tmp_path], capture_output=True, text=True, check=False)
+    assert process.returncode == 1
+    last_line = process.stderr.splitlines()[-1]
+    assert re.search(r"no libggml\*\.so below its build folder|our kernel is not available", last_line)

@@ -1,4 +1,4 @@
-"""Documents that go through a model a block at a time give the moments of whole passes, whatever the architecture."""
+"""Block-wise passes give the moments of whole passes, whatever the architecture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lm_ortho.calibration.activations import input_moments
-from lm_ortho.calibration.by_block import Halted, goes_by_block
+from lm_ortho.calibration.by_block import BlockwisePass, supports_blockwise
 from lm_ortho.calibration.by_layer import InputMoments
 from lm_ortho.data.encoding import encode
 from lm_ortho.layer import find_linear, linear_form
@@ -17,16 +17,16 @@ from lm_ortho.runtime.precision import transformer_blocks
 from tests.support.architectures import CASES, RETAIN, tokenizer
 
 torch.set_num_threads(1)
-WHOLE_ONLY: set[str] = set()
-"""Architectures whose blocks cannot be gone through one at a time."""
+UNSUPPORTED: set[str] = set()
+"""Architectures that do not support block-wise passes."""
 
 
 def documents():
     return encode(tokenizer(), RETAIN * 3)
 
 
-def counted(model):
-    """How often each block computes, from now on; one that stands in for itself does not."""
+def count_block_calls(model):
+    """The number of computations of each block from now on, without those that return a stored output."""
     calls = [0] * len(blocks := transformer_blocks(model))
     for number, block in enumerate(blocks):
 
@@ -42,66 +42,66 @@ def test_moments_of_every_architecture(name):
     model = CASES[name].build()
     with linear_form(model):
         layers = find_linear(model)
-        whole = input_moments(model, layers, documents())
-        few = InputMoments(model, layers, documents(), limit=1)
-        assert goes_by_block(model, transformer_blocks(model), documents()) == (name not in WHOLE_ONLY)
+        expected = input_moments(model, layers, documents())
+        moments = InputMoments(model, layers, documents(), limit=1)
+        assert supports_blockwise(model, transformer_blocks(model), documents()) == (name not in UNSUPPORTED)
         inside = {id(part) for block in transformer_blocks(model) for part in block.modules()}
         outside = sum(id(layer) not in inside for layer in layers.values())
-        assert few.passes == (len(layers) if name in WHOLE_ONLY else 1 + outside)
-        for layer, moment in whole.items():
-            torch.testing.assert_close(few[layer], moment, rtol=1e-4, atol=1e-6)
+        assert moments.passes == (len(layers) if name in UNSUPPORTED else 1 + outside)
+        for layer, moment in expected.items():
+            torch.testing.assert_close(moments[layer], moment, rtol=1e-4, atol=1e-6)
 
 
-def test_each_block_is_gone_through_once():
+def test_each_block_is_computed_once():
     model = CASES["Llama"].build()
     layers, rows = find_linear(model), documents()
     moments = InputMoments(model, layers, rows, limit=1)
     assert moments.passes == 1
-    calls = counted(model)
+    calls = count_block_calls(model)
     for name in layers:
         moments[name]
-    batches = len(moments._by_block._halted.batches)
+    batches = len(moments._block_moments._blockwise_pass.batches)
     assert calls == [batches] * len(calls)
-    assert len(list(moments.values())) == len(layers)  # from the beginning
+    assert len(list(moments.values())) == len(layers)  # starts a new pass
     assert calls == [2 * batches] * len(calls)
 
 
-def test_an_interruption_leaves_the_documents_where_they_were():
+def test_an_interruption_leaves_the_pass_as_it_was():
     model = CASES["Llama"].build()
-    halted = Halted(model, transformer_blocks(model), [documents()[:2], documents()[2:]])
-    halted.advance()
+    blockwise_pass = BlockwisePass(model, transformer_blocks(model), [documents()[:2], documents()[2:]])
+    blockwise_pass.advance()
 
-    seen = []
+    batches = []
 
-    def stop(batch):
-        seen.append(batch)
-        if len(seen) == 2:
+    def interrupt_second_batch(batch):
+        batches.append(batch)
+        if len(batches) == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        halted.advance(stop)
-    assert halted.at == 1
-    assert all("forward" not in vars(block) for block in halted.blocks)
-    halted.advance()
-    whole = model(input_ids=halted._ids(1), use_cache=False).logits
-    assert torch.equal(halted.rest(1).logits, whole)
+        blockwise_pass.advance(interrupt_second_batch)
+    assert blockwise_pass.next_block == 1
+    assert all("forward" not in vars(block) for block in blockwise_pass.blocks)
+    blockwise_pass.advance()
+    expected = model(input_ids=blockwise_pass.input_ids(1), use_cache=False).logits
+    assert torch.equal(blockwise_pass.finish(1).logits, expected)
 
 
-def tangled():
-    """A model whose second block reads what the first one left behind while it computed."""
+def model_with_side_channel():
+    """A model whose second block reads a tensor that the first one stored instead of returning it."""
     model = CASES["Llama"].build()
     first, second = transformer_blocks(model)[:2]
-    left = {}
-    first.mlp.register_forward_hook(lambda *given: left.update(behind=given[2]))
-    second.mlp.register_forward_hook(lambda _, __, output: output + left["behind"].flip(-1))
+    storage = {}
+    first.mlp.register_forward_hook(lambda _, __, output: storage.update(output=output))
+    second.mlp.register_forward_hook(lambda _, __, output: output + storage["output"].flip(-1))
     return model
 
 
-@pytest.mark.parametrize("alike", [False, True], ids=["lengths differ", "one length"])
-def test_where_blocks_hand_on_more_whole_passes_are_made(alike):
-    model = tangled()
+@pytest.mark.parametrize("same_length", [False, True], ids=["lengths differ", "one length"])
+def test_blocks_that_pass_on_more_than_their_output_get_whole_passes(same_length):
+    model = model_with_side_channel()
     layers, rows = find_linear(model), documents()
-    if alike:
+    if same_length:
         shortest = min(len(row.ids) for row in rows)
         rows = [replace(row, ids=row.ids[:shortest], roles=row.roles[:shortest]) for row in rows]
     expected = input_moments(model, layers, rows)
@@ -111,7 +111,7 @@ def test_where_blocks_hand_on_more_whole_passes_are_made(alike):
         torch.testing.assert_close(moments[name], expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_layer_that_blocks_share_is_seen_in_all_of_them():
+def test_a_layer_that_blocks_share_counts_in_all_of_them():
     model = CASES["Llama"].build()
     first, second = transformer_blocks(model)[:2]
     second.mlp.down_proj = first.mlp.down_proj
@@ -137,22 +137,22 @@ def test_a_tensor_that_was_written_to_is_another_input():
             return self.b(x)
 
     model, rows = InPlace(), documents()
-    found = input_moments(model, {"a": model.a, "b": model.b}, rows)
+    moments = input_moments(model, {"a": model.a, "b": model.b}, rows)
     with torch.no_grad():
-        given = torch.cat([model.embed(torch.tensor(row.ids)) for row in rows])
-        given = given + model.a(given)
-    torch.testing.assert_close(found["b"], given.T @ given / len(given), rtol=1e-4, atol=1e-5)
+        x = torch.cat([model.embed(torch.tensor(row.ids)) for row in rows])
+        x = x + model.a(x)
+    torch.testing.assert_close(moments["b"], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
-def test_experts_that_see_some_of_the_tokens_in_a_later_block():
+def test_experts_of_a_later_block_that_receive_some_of_the_tokens():
     model = CASES["Mixtral"].build()
     rows = documents()
     assert len({len(row.ids) for row in rows}) > 1
     with linear_form(model):
         layers = find_linear(model)
         attention = {name: layer for name, layer in layers.items() if "experts" not in name}
-        chosen = {**attention, **{name: layer for name, layer in layers.items() if ".1." in name}}
-        expected = input_moments(model, chosen, rows)
-        moments = InputMoments(model, chosen, rows, limit=1)
-        for name in reversed(list(chosen)):  # against the order: begins again for every block
+        tested_layers = {**attention, **{name: layer for name, layer in layers.items() if ".1." in name}}
+        expected = input_moments(model, tested_layers, rows)
+        moments = InputMoments(model, tested_layers, rows, limit=1)
+        for name in reversed(list(tested_layers)):  # in reverse order, so every block starts a new pass
             torch.testing.assert_close(moments[name], expected[name], rtol=1e-4, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The cache of decompositions: keys, order of use, size limit, and nothing touched that is not ours."""
+"""The cache of decompositions: keys, order of use, size limit; unrelated files are never touched."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny.patched(tiny.llama(num_hidden_layers=1))
+    return tiny.patched_model(tiny.llama(num_hidden_layers=1))
 
 
-def used(key, seconds_ago):
+def set_age(key, seconds_ago):
     """Sets the age of an entry."""
-    moment = time.time() - seconds_ago
+    timestamp = time.time() - seconds_ago
     for name in (".last_used", "manifest.json"):
-        os.utime(cache.entry(key) / name, (moment, moment))
+        os.utime(cache.entry_path(key) / name, (timestamp, timestamp))
 
 
 def test_place(root, monkeypatch):
@@ -44,22 +44,22 @@ def test_place(root, monkeypatch):
 
 
 def test_keys():
-    one = cache.key({"weights": "abc", "recipe": {"density": 0.01, "bits": 4}})
-    assert one == cache.key({"recipe": {"bits": 4, "density": 0.01}, "weights": "abc"})
-    assert len(one) == 64
-    assert one != cache.key({"weights": "abc", "recipe": {"density": 0.02, "bits": 4}})
-    assert one != cache.key({"weights": "abc", "recipe": {"density": "0.01", "bits": 4}})
+    key = cache.compute_key({"weights": "abc", "recipe": {"density": 0.01, "bits": 4}})
+    assert key == cache.compute_key({"recipe": {"bits": 4, "density": 0.01}, "weights": "abc"})
+    assert len(key) == 64
+    assert key != cache.compute_key({"weights": "abc", "recipe": {"density": 0.02, "bits": 4}})
+    assert key != cache.compute_key({"weights": "abc", "recipe": {"density": "0.01", "bits": 4}})
     with pytest.raises(ValueError, match="plain JSON"):
-        cache.key({"tensor": torch.zeros(1)})
+        cache.compute_key({"tensor": torch.zeros(1)})
     with pytest.raises(ValueError, match="plain JSON"):
-        cache.key({"density": float("nan")})
-    for bad in ("", "../up", "A" * 64, one[:-1]):
+        cache.compute_key({"density": float("nan")})
+    for bad in ("", "../up", "A" * 64, key[:-1]):
         with pytest.raises(ValueError, match="not a cache key"):
-            cache.entry(bad)
+            cache.entry_path(bad)
 
 
 def test_store_and_lookup(root, model):
-    key = cache.key({"n": 1})
+    key = cache.compute_key({"n": 1})
     assert cache.lookup(key) is None
     path = cache.store(key, model, meta={"recipe": {"bits": 4}}, description="a test")
     assert path == cache.lookup(key) == root / key
@@ -67,49 +67,49 @@ def test_store_and_lookup(root, model):
     assert read_meta(path)["recipe"] == {"bits": 4}
     with alpha_scope(1.0):
         assert torch.equal(tiny.logits(load(path)), tiny.logits(model))
-    (found,) = cache.list_entries()
-    assert (found.key, found.path, found.description) == (key, path, "a test")
-    assert found.bytes == sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    assert abs(found.created - time.time()) < 60
-    assert found.last_used >= found.created
+    (entry,) = cache.list_entries()
+    assert (entry.key, entry.path, entry.description) == (key, path, "a test")
+    assert entry.bytes == sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    assert abs(entry.created - time.time()) < 60
+    assert entry.last_used >= entry.created
     assert [entry.name for entry in root.iterdir()] == [key]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permission bits")
 def test_only_the_owner_may_read(root, model):
-    path = cache.store(cache.key({"n": 1}), model)
+    path = cache.store(cache.compute_key({"n": 1}), model)
     assert stat.S_IMODE(root.stat().st_mode) == stat.S_IMODE(path.stat().st_mode) == 0o700
 
 
 def test_storing_again_replaces(model):
-    key = cache.key({"n": 1})
+    key = cache.compute_key({"n": 1})
     cache.store(key, model, description="first")
     cache.store(key, model, description="second")
     assert [entry.description for entry in cache.list_entries()] == ["second"]
 
 
-def test_a_look_makes_an_entry_young(model):
-    keys = [cache.key({"n": n}) for n in range(3)]
+def test_a_lookup_refreshes_an_entry(model):
+    keys = [cache.compute_key({"n": n}) for n in range(3)]
     for age, key in zip((300, 200, 100), keys, strict=True):
         cache.store(key, model)
-        used(key, age)
+        set_age(key, age)
     assert [entry.key for entry in cache.list_entries()] == keys
     cache.lookup(keys[0])
     assert [entry.key for entry in cache.list_entries()] == [keys[1], keys[2], keys[0]]
 
 
-def test_the_oldest_make_room(model, monkeypatch):
-    keys = [cache.key({"n": n}) for n in range(4)]
+def test_the_oldest_entries_are_evicted(model, monkeypatch):
+    keys = [cache.compute_key({"n": n}) for n in range(4)]
     for age, key in zip((300, 200, 100), keys[:3], strict=True):
         cache.store(key, model)
-        used(key, age)
+        set_age(key, age)
     size = cache.list_entries()[0].bytes
     monkeypatch.setenv("LM_ORTHO_CACHE_LIMIT_GB", str(2.5 * size / 10**9))
     cache.store(keys[3], model)
     assert [entry.key for entry in cache.list_entries()] == [keys[2], keys[3]]
     monkeypatch.setenv("LM_ORTHO_CACHE_LIMIT_GB", "0")
     cache.store(keys[0], model)
-    assert [entry.key for entry in cache.list_entries()] == [keys[0]]  # what was just written stays
+    assert [entry.key for entry in cache.list_entries()] == [keys[0]]  # the entry just written stays
     assert [entry.key for entry in cache.evict()] == [keys[0]]
 
 
@@ -123,19 +123,19 @@ def test_limit(monkeypatch):
             cache.size_limit()
 
 
-def test_clear_takes_only_entries(root, model):
-    key = cache.key({"n": 1})
+def test_clear_deletes_only_entries(root, model):
+    key = cache.compute_key({"n": 1})
     cache.store(key, model)
     (root / "letters").mkdir()
     (root / "letters" / "dear.txt").write_text("mine")
-    leaving = root / f".{key}.tmp-0123456789ab"
-    shutil.copytree(root / key, leaving)
+    stale_directory = root / f".{key}.tmp-0123456789ab"
+    shutil.copytree(root / key, stale_directory)
     assert [entry.key for entry in cache.clear()] == [key]
     assert [entry.name for entry in root.iterdir()] == ["letters"]
     assert cache.clear() == []
 
 
-def test_leavings_of_an_interrupted_write_go_after_a_day(root):
+def test_stale_files_of_an_interrupted_write_are_deleted_after_a_day(root):
     fresh, old = (root / f".{'a' * 64}.tmp-{n * 12}" for n in "12")
     for path in (fresh, old):
         path.mkdir(parents=True)
@@ -145,14 +145,14 @@ def test_leavings_of_an_interrupted_write_go_after_a_day(root):
     assert [entry.name for entry in root.iterdir()] == [fresh.name]
 
 
-def test_a_damaged_entry_is_shown_and_no_hit(model):
-    key = cache.key({"n": 1})
+def test_a_damaged_entry_is_listed_but_no_hit(model):
+    key = cache.compute_key({"n": 1})
     path = cache.store(key, model)
     (path / "manifest.json").write_text("{")
     assert [entry.description for entry in cache.list_entries()] == ["(damaged)"]
     (path / "manifest.json").unlink()
     assert cache.lookup(key) is None
-    cache.store(key, model, description="whole again")
+    cache.store(key, model, description="complete again")
     assert cache.lookup(key) == path
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: which files are written, and that a model comes back from them unchanged."""
+"""Checkpoints: which files are written, and that loading them gives the same model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ torch.set_num_threads(1)
 hf.register()
 
 
-# --- what is written
+# --- writing
 
 
-def test_files_and_names(made):
-    model, path = made
+def test_files_and_names(saved_checkpoint):
+    model, path = saved_checkpoint
     names = {entry.name for entry in path.iterdir()}
     assert {"config.json", "base.safetensors", "ortho.safetensors", "model.safetensors.index.json"} <= names
     assert {"manifest.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
@@ -48,17 +48,17 @@ def test_files_and_names(made):
     assert ortho[f"{layer}.ortho_rowptr"].dtype == ortho[f"{layer}.ortho_cols"].dtype == torch.int32
 
 
-def test_config_and_manifest(made):
-    model, path = made
+def test_config_and_manifest(saved_checkpoint):
+    model, path = saved_checkpoint
     config = json.loads((path / "config.json").read_text())
-    settings_of_model = config["quantization_config"]
+    quantization_config = config["quantization_config"]
     streams = get_streams(model)
-    assert settings_of_model["quant_method"] == "libortho"
-    assert (settings_of_model["bits"], settings_of_model["group_size"]) == (4, 64)
-    assert settings_of_model["modules"] == list(streams)
-    assert settings_of_model["density"] == density(streams)
-    assert settings_of_model["bits_per_weight"] == bits_per_weight(streams)
-    assert settings_of_model["recipe"] == META["recipe"]
+    assert quantization_config["quant_method"] == "libortho"
+    assert (quantization_config["bits"], quantization_config["group_size"]) == (4, 64)
+    assert quantization_config["modules"] == list(streams)
+    assert quantization_config["density"] == density(streams)
+    assert quantization_config["bits_per_weight"] == bits_per_weight(streams)
+    assert quantization_config["recipe"] == META["recipe"]
     assert config["dtype"] == "bfloat16"
     assert config["architectures"] == ["LlamaForCausalLM"]
     manifest = json.loads((path / "manifest.json").read_text())
@@ -68,9 +68,9 @@ def test_config_and_manifest(made):
     assert read_meta(path) == META
 
 
-def test_bits_per_weight_is_what_lies_on_disk(made):
+def test_bits_per_weight_is_the_size_on_disk(saved_checkpoint):
     """HISTORY 18: storage was once claimed, not counted."""
-    model, path = made
+    model, path = saved_checkpoint
     on_disk = 0
     for name in ("base.safetensors", "ortho.safetensors"):
         for key, tensor in load_file(path / name).items():
@@ -80,46 +80,45 @@ def test_bits_per_weight_is_what_lies_on_disk(made):
     assert bits_per_weight(get_streams(model)) == 8 * on_disk / weights
 
 
-def test_the_same_model_gives_the_same_bytes(made, tmp_path):
-    again = save(tmp_path / "again", tiny.patched(), tokenizer(), META)
-    for entry in made[1].iterdir():
+def test_the_same_model_gives_the_same_bytes(saved_checkpoint, tmp_path):
+    again = save(tmp_path / "again", tiny.patched_model(), tokenizer(), META)
+    for entry in saved_checkpoint[1].iterdir():
         assert entry.read_bytes() == (again / entry.name).read_bytes(), entry.name
 
 
-def test_the_file_is_readable_by_anyone_who_knows_safetensors(made):
-    with safe_open(made[1] / "base.safetensors", framework="pt") as base:
+def test_the_files_are_plain_safetensors(saved_checkpoint):
+    with safe_open(saved_checkpoint[1] / "base.safetensors", framework="pt") as base:
         assert base.metadata() == {"format": "pt"}
 
 
-# --- what is read back
+# --- reading
 
 
-def test_round_trip(made):
-    model, path = made
-    loaded = load(path)
-    assert_same_model(model, loaded)
-    assert get_alpha(loaded) == 0.0
-    assert not loaded.training
-    assert loaded.lm_head.weight.dtype == torch.float32
+def test_round_trip(saved_checkpoint):
+    model, path = saved_checkpoint
+    loaded_model = load(path)
+    assert_same_model(model, loaded_model)
+    assert get_alpha(loaded_model) == 0.0
+    assert not loaded_model.training
+    assert loaded_model.lm_head.weight.dtype == torch.float32
     for name, streams in get_streams(model).items():
         for part, tensor in streams.tensors().items():
-            assert torch.equal(get_streams(loaded)[name].tensors()[part], tensor)
+            assert torch.equal(get_streams(loaded_model)[name].tensors()[part], tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, None])
-def test_round_trip_in_other_dtypes(made, dtype):
-    loaded = load(made[1], dtype=dtype)
-    assert loaded.lm_head.weight.dtype == (dtype or torch.bfloat16)
-    layer = next(iter(ortho_layers(loaded).values()))
-    assert (layer.qweight.dtype, layer.scales.dtype, layer.ortho_vals.dtype) == (
-        torch.uint8, torch.bfloat16, torch.bfloat16,
-    )  # fmt: skip
+def test_round_trip_in_other_dtypes(saved_checkpoint, dtype):
+    loaded_model = load(saved_checkpoint[1], dtype=dtype)
+    assert loaded_model.lm_head.weight.dtype == (dtype or torch.bfloat16)
+    layer = next(iter(ortho_layers(loaded_model).values()))
+    assert layer.qweight.dtype == torch.uint8
+    assert layer.scales.dtype == layer.ortho_vals.dtype == torch.bfloat16
     assert (layer.ortho_rowptr.dtype, layer.ortho_cols.dtype) == (torch.int32, torch.int32)
     if dtype == torch.float64:
         torch.testing.assert_close(
-            tiny.logits_at(loaded, 1.0).float(), tiny.logits_at(made[0], 1.0), rtol=1e-3, atol=1e-4
+            tiny.logits_at(loaded_model, 1.0).float(), tiny.logits_at(saved_checkpoint[0], 1.0), rtol=1e-3, atol=1e-4
         )
-    assert_same_model(made[0], loaded.to(torch.float32))
+    assert_same_model(saved_checkpoint[0], loaded_model.to(torch.float32))
 
 
 @settings(max_examples=8)
@@ -130,17 +129,17 @@ def test_round_trip_in_other_dtypes(made, dtype):
     st.booleans(),
     st.booleans(),
 )
-def test_round_trip_of_every_kind(tmp_path_factory, bits, group_size, share, bias, tied):
-    model = tiny.llama(attention_bias=bias, tie_word_embeddings=tied, num_hidden_layers=1, intermediate_size=72)
+def test_round_trip_of_every_kind(tmp_path_factory, bits, group_size, share, bias, is_tied):
+    model = tiny.llama(attention_bias=bias, tie_word_embeddings=is_tied, num_hidden_layers=1, intermediate_size=72)
     for linear in find_linear(model).values():
         if linear.bias is not None:
             torch.nn.init.normal_(linear.bias)
-    tiny.in_bf16_values(model)
-    tiny.patched(model, bits=bits, group_size=group_size, density=share)
+    tiny.round_to_bf16(model)
+    tiny.patched_model(model, bits=bits, group_size=group_size, density=share)
     path = save(tmp_path_factory.mktemp("kind") / "checkpoint", model)
-    loaded = load(path)
-    assert_same_model(model, loaded)
-    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    loaded_model = load(path)
+    assert_same_model(model, loaded_model)
+    assert (loaded_model.lm_head.weight is loaded_model.model.embed_tokens.weight) == is_tied
     assert read_meta(path) == {}
 
 
@@ -148,26 +147,33 @@ def test_round_trip_of_every_kind(tmp_path_factory, bits, group_size, share, bia
     "config",
     [
         Qwen2Config(
-            hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1, vocab_size=128,
+            hidden_size=32,
+            intermediate_size=40,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=128,
         ),
-        GPTNeoXConfig(
-            hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, vocab_size=128
-        ),
+        GPTNeoXConfig(hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2, vocab_size=128),
         OPTConfig(
-            hidden_size=32, ffn_dim=40, num_hidden_layers=1, num_attention_heads=2, vocab_size=128,
-            word_embed_proj_dim=32, max_position_embeddings=64,
+            hidden_size=32,
+            ffn_dim=40,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            vocab_size=128,
+            word_embed_proj_dim=32,
+            max_position_embeddings=64,
         ),
     ],
     ids=lambda config: config.model_type,
-)  # fmt: skip
+)
 def test_other_architectures(config, tmp_path):
-    model = tiny.patched(tiny.from_config(config))
+    model = tiny.patched_model(tiny.from_config(config))
     assert_same_model(model, load(save(tmp_path / "checkpoint", model)))
 
 
-def test_shards(made, tmp_path):
-    model = made[0]
+def test_shards(saved_checkpoint, tmp_path):
+    model = saved_checkpoint[0]
     path = save(tmp_path / "sharded", model, shard_bytes=20_000)
     shards = sorted(path.glob("base-*.safetensors"))
     assert len(shards) > 1
@@ -178,27 +184,27 @@ def test_shards(made, tmp_path):
         load(path)
 
 
-def test_a_moved_checkpoint_is_still_one(made, tmp_path, monkeypatch):
-    moved = shutil.copytree(made[1], tmp_path / "a" / "b")
+def test_a_moved_checkpoint_loads(saved_checkpoint, tmp_path, monkeypatch):
+    directory_copy = shutil.copytree(saved_checkpoint[1], tmp_path / "a" / "b")
     monkeypatch.chdir(tmp_path / "a")
-    assert_same_model(made[0], load("b"))
+    assert_same_model(saved_checkpoint[0], load("b"))
     assert is_checkpoint("b")
-    assert moved.exists()
+    assert directory_copy.exists()
 
 
 # --- base only
 
 
-def test_without_the_ortho_file_only_alpha_zero(made, directory):
+def test_without_the_ortho_file_only_alpha_zero(saved_checkpoint, directory):
     """HISTORY 13: alpha=0 once loaded both streams."""
     (directory / "ortho.safetensors").unlink()
-    loaded = load(directory)
-    assert torch.equal(tiny.logits_at(loaded, 0.0), tiny.logits_at(made[0], 0.0))
+    loaded_model = load(directory)
+    assert torch.equal(tiny.logits_at(loaded_model, 0.0), tiny.logits_at(saved_checkpoint[0], 0.0))
     with pytest.raises(UserError, match="alpha=1: this model has only its base stream"):
-        set_alpha(loaded, 1)
+        set_alpha(loaded_model, 1)
     with pytest.raises(UserError, match="only its base stream"):
-        tiny.logits_at(loaded, [0.0, 0.5, 0.0])
-    assert not any("ortho" in name for name in loaded.state_dict())
-    again = load(save(directory.parent / "again", loaded))
-    assert torch.equal(tiny.logits_at(again, 0.0), tiny.logits_at(made[0], 0.0))
+        tiny.logits_at(loaded_model, [0.0, 0.5, 0.0])
+    assert not any("ortho" in name for name in loaded_model.state_dict())
+    again = load(save(directory.parent / "again", loaded_model))
+    assert torch.equal(tiny.logits_at(again, 0.0), tiny.logits_at(saved_checkpoint[0], 0.0))
     assert not (directory.parent / "again" / "ortho.safetensors").exists()

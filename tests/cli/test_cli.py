@@ -1,4 +1,4 @@
-"""The commands of ``lm-ortho``, in-process and as a user types them."""
+"""The commands of ``lm-ortho``, in the same process and from the command line."""
 
 from __future__ import annotations
 
@@ -48,15 +48,16 @@ def _lm_ortho(*arguments: str, **environment: str) -> subprocess.CompletedProces
 
 
 def test_help_loads_nothing_heavy_and_names_every_command() -> None:
-    done = _lm_ortho("--help", PYTHONPROFILEIMPORTTIME="1")
-    assert done.returncode == 0
-    loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
-    assert "lm_ortho" in loaded
-    assert not loaded & {"torch", "transformers", "lm_eval", "datasets", "peft", "numpy"}
-    assert all(command in done.stdout for command in COMMANDS)
+    process = _lm_ortho("--help", PYTHONPROFILEIMPORTTIME="1")
+    assert process.returncode == 0
+    import_lines = [line for line in process.stderr.splitlines() if line.startswith("import time:")]
+    modules = {line.rsplit("|", 1)[-1].strip() for line in import_lines}
+    assert "lm_ortho" in modules
+    assert not modules & {"torch", "transformers", "lm_eval", "datasets", "peft", "numpy"}
+    assert all(command in process.stdout for command in COMMANDS)
 
 
-def test_the_reference_page_is_that_of_the_commands() -> None:
+def test_the_reference_page_is_up_to_date() -> None:
     """`python scripts/cli_reference.py` writes it."""
     script = REPOSITORY / "scripts" / "cli_reference.py"
     spec = importlib.util.spec_from_file_location("cli_reference", script)
@@ -64,7 +65,7 @@ def test_the_reference_page_is_that_of_the_commands() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.PAGE.read_text(encoding="utf-8") == module.page()
+    assert module.PAGE.read_text(encoding="utf-8") == module.make_page()
 
 
 def test_version() -> None:
@@ -75,24 +76,25 @@ def test_an_unknown_command_is_a_usage_error() -> None:
     assert runner.invoke(app, ["nonsense"]).exit_code == 2
 
 
-def test_bad_input_ends_in_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_ends_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail() -> None:
         raise UserError("alpha=2 must be a number between 0 and 1")
 
     monkeypatch.setattr("lm_ortho.cli.app.app", fail)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as error_info:
         cli.main()
-    assert stopped.value.code == 1
+    assert error_info.value.code == 1
     assert capsys.readouterr().err == "error: alpha=2 must be a number between 0 and 1\n"
 
 
 @pytest.fixture
-def passed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The ``sys.argv`` that each call of lm-eval's command line saw."""
-    seen: list[list[str]] = []
-    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: seen.append(sys.argv))
-    monkeypatch.setattr(bridges, "bridge_now", lambda: None)
-    return seen
+def lm_eval_calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The ``sys.argv`` of each call of lm-eval's command line."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: calls.append(sys.argv))
+    monkeypatch.setattr(bridges, "bridge_lm_eval", lambda: None)
+    monkeypatch.setattr(startup, "install", lambda force: None)
+    return calls
 
 
 @pytest.mark.parametrize(
@@ -106,12 +108,12 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         [],
     ],
 )
-def test_eval_passes_its_arguments_to_lm_eval(passed: list[list[str]], arguments: list[str]) -> None:
-    before = sys.argv
+def test_eval_passes_its_arguments_to_lm_eval(lm_eval_calls: list[list[str]], arguments: list[str]) -> None:
+    argv_before = sys.argv
     result = runner.invoke(app, ["eval", *arguments], catch_exceptions=False)
     assert result.exit_code == 0
-    assert [seen[1:] for seen in passed] == [arguments]
-    assert sys.argv is before
+    assert [argv[1:] for argv in lm_eval_calls] == [arguments]
+    assert sys.argv is argv_before
 
 
 def test_eval_needs_no_hook(tmp_path: Path) -> None:
@@ -119,29 +121,29 @@ def test_eval_needs_no_hook(tmp_path: Path) -> None:
     # In place of the folder of 14,700 built-in tasks, which takes lm-eval many seconds to index.
     small = f"import sys, lm_eval.tasks.manager as m; m.__file__ = {str(tmp_path / 'manager.py')!r}\n"
     code = small + "sys.argv[1:] = ['eval', 'ls', 'subtasks']\nfrom lm_ortho.cli import main; main()"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "LM_ORTHO_AUTOLOAD": "0"},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    assert "|tofu_forget " in done.stdout
-    assert "|upstream_task " in done.stdout
+    assert process.returncode == 0, process.stderr
+    assert "|tofu_forget " in process.stdout
+    assert "|upstream_task " in process.stdout
 
 
 def test_eval_reports_bad_usage_as_lm_eval_does() -> None:
-    done = _lm_ortho("eval", "validate")
-    assert done.returncode == 2
-    assert "--tasks" in done.stderr
+    process = _lm_ortho("eval", "validate")
+    assert process.returncode == 2
+    assert "--tasks" in process.stderr
 
 
 def test_doctor_reports_a_switched_off_hook_and_exits_with_1() -> None:
-    done = _lm_ortho("doctor", "--json", LM_ORTHO_AUTOLOAD="0")
-    report = json.loads(done.stdout)
+    process = _lm_ortho("doctor", "--json", LM_ORTHO_AUTOLOAD="0")
+    report = json.loads(process.stdout)
     checks = {check["name"]: check for check in report["checks"]}
-    assert done.returncode == 1
+    assert process.returncode == 1
     assert report["active"] == "none"
     assert report["ok"] is False
     assert checks["LM_ORTHO_AUTOLOAD"]["status"] == "fail"
@@ -152,9 +154,9 @@ def test_doctor_reports_a_switched_off_hook_and_exits_with_1() -> None:
 
 
 def test_doctor_prints_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    fine = [doctor_module.Check("model", "ok", "known"), doctor_module.Check("bfloat16", "warn", "emulated")]
-    monkeypatch.setattr(doctor_module, "_checks", lambda: fine)
-    monkeypatch.setattr(startup, "installed", lambda: True)
+    checks = [doctor_module.Check("model", "ok", "known"), doctor_module.Check("bfloat16", "warn", "emulated")]
+    monkeypatch.setattr(doctor_module, "_run_checks", lambda: checks)
+    monkeypatch.setattr(startup, "is_installed", lambda: True)
     result = runner.invoke(app, ["doctor"])
     assert result.exit_code == 0
     assert "emulated" in result.stdout
@@ -164,22 +166,22 @@ def test_doctor_prints_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_lm_eval_with_entry_points_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from lm_eval.api import registry
 
-    monkeypatch.setattr(startup, "installed", lambda: False)
-    assert doctor_module.active_way() == doctor_module.NONE
+    monkeypatch.setattr(startup, "is_installed", lambda: False)
+    assert doctor_module.find_active_route() == doctor_module.NONE
     monkeypatch.setattr(registry, "load_plugins", lambda *args: [], raising=False)
-    assert doctor_module.active_way() == doctor_module.ENTRY_POINT
+    assert doctor_module.find_active_route() == doctor_module.ENTRY_POINT
 
 
-def test_the_start_up_file_is_looked_for_in_site_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor_module, "site_folders", lambda: [tmp_path])
-    assert doctor_module._startup_file().status == "fail"
+def test_the_start_up_file_is_searched_in_site_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor_module, "list_site_folders", lambda: [tmp_path])
+    assert doctor_module._check_startup_file().status == "fail"
     (tmp_path / "lm_ortho.pth").touch()
-    assert doctor_module._startup_file().status == "ok"
+    assert doctor_module._check_startup_file().status == "ok"
 
 
 @pytest.fixture
-def cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A cache folder with one entry, and a file beside it that is none."""
+def cache_entry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The only entry of a cache folder, which also holds a file that is no entry."""
     monkeypatch.setenv("LM_ORTHO_CACHE", str(tmp_path))
     entry = tmp_path / ("ab" * 32)
     entry.mkdir()
@@ -188,27 +190,27 @@ def cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return entry
 
 
-def test_cache_list_shows_entries_and_warns(cached: Path) -> None:
-    shown = runner.invoke(app, ["cache", "list"], catch_exceptions=False).stdout
-    assert "abababababab" in shown
-    assert "1 entries, 3.0 MB of 20,000.0 MB" in shown
-    assert "memory in clear" in shown
+def test_cache_list_shows_entries_and_warns(cache_entry: Path) -> None:
+    output = runner.invoke(app, ["cache", "list"], catch_exceptions=False).stdout
+    assert "abababababab" in output
+    assert "1 entries, 3.0 MB of 20,000.0 MB" in output
+    assert "memory in clear" in output
     report = json.loads(runner.invoke(app, ["cache", "list", "--json"]).stdout)
-    assert report["folder"] == str(cached.parent)
-    assert [entry["path"] for entry in report["entries"]] == [str(cached)]
+    assert report["folder"] == str(cache_entry.parent)
+    assert [entry["path"] for entry in report["entries"]] == [str(cache_entry)]
 
 
-def test_cache_clear_removes_entries_only(cached: Path) -> None:
-    shown = runner.invoke(app, ["cache", "clear"], catch_exceptions=False).stdout
-    assert "removed 1 entries, 3.0 MB" in shown
-    assert [path.name for path in cached.parent.iterdir()] == ["mine.txt"]
+def test_cache_clear_removes_entries_only(cache_entry: Path) -> None:
+    output = runner.invoke(app, ["cache", "clear"], catch_exceptions=False).stdout
+    assert "removed 1 entries, 3.0 MB" in output
+    assert [path.name for path in cache_entry.parent.iterdir()] == ["mine.txt"]
     assert "0 entries" in runner.invoke(app, ["cache", "list"]).stdout
 
 
 def test_a_bad_cache_limit_is_one_line() -> None:
-    done = _lm_ortho("cache", "list", LM_ORTHO_CACHE_LIMIT_GB="many")
-    assert done.returncode == 1
-    assert done.stderr == "error: LM_ORTHO_CACHE_LIMIT_GB='many' must be a number of gigabytes, 0 or more\n"
+    process = _lm_ortho("cache", "list", LM_ORTHO_CACHE_LIMIT_GB="many")
+    assert process.returncode == 1
+    assert process.stderr == "error: LM_ORTHO_CACHE_LIMIT_GB='many' must be a number of gigabytes, 0 or more\n"
 
 
 # verdict
@@ -217,7 +219,7 @@ def test_a_bad_cache_limit_is_one_line() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--base", "maybe"], "base='maybe': the verdict knows auto and none"),
+        (["--base", "maybe"], "base='maybe': the verdict takes auto and none"),
         (["--out", "nowhere/page.md"], "out='nowhere/page.md': there is no folder 'nowhere'"),
         (["--out", "."], "out='.' is a directory; name a file in it"),
         (["--weights", "nowhere"], "weights='nowhere': no model or adapter in base/"),
@@ -227,9 +229,9 @@ def test_the_verdict_refuses_bad_arguments_before_it_measures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = runner.invoke(app, ["verdict", *arguments])
-    assert isinstance(done.exception, UserError)
-    assert message in str(done.exception)
+    result = runner.invoke(app, ["verdict", *arguments])
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -242,29 +244,29 @@ def test_the_verdict_refuses_bad_arguments_before_it_measures(
         (["sweep", "--device", "cuda:1", "-o", "x"], "device='cuda:1': this machine has no CUDA device"),
     ],
 )
-def test_bad_options_are_told_before_anything_is_loaded(
+def test_bad_options_are_refused_before_anything_is_loaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     from lm_ortho.leaderboard import evaluation
 
-    ours = evaluation._manager
-    monkeypatch.setattr(evaluation, "_manager", lambda defaults, metadata: ours(False, metadata))
+    make_manager = evaluation._load_task_manager
+    monkeypatch.setattr(evaluation, "_load_task_manager", lambda defaults, metadata: make_manager(False, metadata))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
-    done = runner.invoke(app, arguments)
-    assert isinstance(done.exception, UserError)
-    assert message in str(done.exception)
+    result = runner.invoke(app, arguments)
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_verdict_asks_for_three_seeds_of_both_modes_and_writes_its_page(
+def test_the_verdict_runs_three_seeds_of_both_modes_and_writes_its_page(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     run_module = importlib.import_module("lm_ortho.verdict.runner")
-    asked: list[tuple[object, ...]] = []
+    calls: list[tuple[object, ...]] = []
 
     def run(modes: object, seeds: object, quick: bool, **_: object) -> object:
-        asked.append((modes, seeds, quick))
+        calls.append((modes, seeds, quick))
         return run_module.Outcome("FAIL", [], {})
 
     monkeypatch.setattr(run_module, "run", run)
@@ -272,5 +274,5 @@ def test_the_verdict_asks_for_three_seeds_of_both_modes_and_writes_its_page(
     assert runner.invoke(app, ["verdict", "--out", str(page)]).exit_code == 1
     assert runner.invoke(app, ["verdict", "--quick"]).exit_code == 1
     assert runner.invoke(app, ["verdict", "--base", "none", "--seed", "7", "--seed", "8"]).exit_code == 1
-    assert asked == [(("auto", "none"), (0, 1, 2), False), (("auto",), (0,), True), (("none",), (7, 8), False)]
+    assert calls == [(("auto", "none"), (0, 1, 2), False), (("auto",), (0,), True), (("none",), (7, 8), False)]
     assert page.read_text().startswith("# Verdict: FAIL")

@@ -16,24 +16,24 @@ from typer.testing import CliRunner
 
 from lm_ortho import checkpoint
 from lm_ortho.cli.app import app
-from lm_ortho.config import Recipe, make_recipe
+from lm_ortho.config import ModelSpec, Recipe, make_recipe
 from lm_ortho.data import read_rows, write_rows
 from lm_ortho.errors import UserError
 from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.layer import get_streams
-from lm_ortho.pipeline import checkpoint_writer as make
-from lm_ortho.pipeline.spec import ModelSpec, ResolvedModel
+from lm_ortho.pipeline import checkpoint_writer
+from lm_ortho.pipeline.spec import ResolvedModel
 
-pytestmark = pytest.mark.usefixtures("small_and_alone")
+pytestmark = pytest.mark.usefixtures("isolated_environment")
 runner = CliRunner()
-FAST = "--sieve magnitude --projection rtn --edit zero --density 0.02 --group-size 16".split()
+FAST_RECIPE = "--sieve magnitude --projection rtn --edit zero --density 0.02 --group-size 16".split()
 
 
 @pytest.fixture
-def own(home: Path) -> list[str]:
-    """The options for a model of one's own, quickly decomposed."""
-    named = {"--pretrained": "plain", "--forget": "forget.jsonl", "--retain": "retain.jsonl"}
-    return [*FAST, *(part for option, name in named.items() for part in (option, str(home / name)))]
+def own_model_options(home: Path) -> list[str]:
+    """The options that decompose your own model quickly."""
+    files = {"--pretrained": "plain", "--forget": "forget.jsonl", "--retain": "retain.jsonl"}
+    return [*FAST_RECIPE, *(part for option, name in files.items() for part in (option, str(home / name)))]
 
 
 def run(*arguments: str) -> Any:
@@ -55,28 +55,28 @@ def test_every_field_of_the_recipe_is_an_option_with_its_default() -> None:
         assert options[name].opts == ["--" + name.replace("_", "-")]
 
 
-def test_a_model_of_ones_own_becomes_a_checkpoint(own: list[str], tmp_path: Path) -> None:
-    done = run(*own, "-o", str(tmp_path / "out"))
-    assert done.exit_code == 0, done.exception
-    recorded = checkpoint.read_meta(tmp_path / "out")
+def test_your_own_model_becomes_a_checkpoint(own_model_options: list[str], tmp_path: Path) -> None:
+    result = run(*own_model_options, "-o", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.exception
+    meta = checkpoint.read_meta(tmp_path / "out")
     assert (
-        recorded["recipe"]
+        meta["recipe"]
         == make_recipe(sieve="magnitude", projection="rtn", edit="zero", density=0.02, group_size=16).model_dump()
     )
-    lines = done.stdout.splitlines()
+    lines = result.stdout.splitlines()
     assert "14 layers, 17,408 weights" in lines[0]
     assert lines[1] == "density 0.01999, of at most 0.02"
     assert "bits per weight: INT4" in lines[2]
     assert lines[3] == "target none (the recipe needs none)"
     assert lines[4].startswith("next: lm_eval --model libortho --model_args pretrained=")
-    assert "statistics" in done.stderr
+    assert "statistics" in result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "out"}
-    assert not list((tmp_path / "cache").iterdir()), "what an interrupted run would have needed is gone"
+    assert not list((tmp_path / "cache").iterdir()), "the states for resuming an interrupted run are deleted"
 
 
-def test_json_says_what_was_reached_and_why(own: list[str], tmp_path: Path) -> None:
+def test_json_reports_density_and_target(own_model_options: list[str], tmp_path: Path) -> None:
     slow = ["--sieve", "attribution", "--edit", "optimised", "--steps", "10"]
-    report = json.loads(run(*own, *slow, "--json", "-o", str(tmp_path / "out")).stdout)
+    report = json.loads(run(*own_model_options, *slow, "--json", "-o", str(tmp_path / "out")).stdout)
     assert report["density"] == pytest.approx(0.02, abs=1e-3)
     assert report["target"]["name"] == "swap"
     assert "name their subject" in report["target"]["reason"]
@@ -86,53 +86,55 @@ def test_json_says_what_was_reached_and_why(own: list[str], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("folder", ["out", "a,b={c}"])
-def test_the_next_line_is_understood_by_lm_eval(own: list[str], tmp_path: Path, folder: str) -> None:
-    words = shlex.split(json.loads(run(*own, "--json", "-o", str(tmp_path / folder)).stdout)["next"])
+def test_lm_eval_can_parse_the_next_command(own_model_options: list[str], tmp_path: Path, folder: str) -> None:
+    words = shlex.split(json.loads(run(*own_model_options, "--json", "-o", str(tmp_path / folder)).stdout)["next"])
     assert words[:4] == ["lm_eval", "--model", "libortho", "--model_args"]
     assert words[5:] == ["--tasks", "forget_set,retain_set"]
-    given = json.loads(words[4]) if words[4].startswith("{") else simple_parse_args_string(words[4])
-    model = LibOrthoLM(**given, device="cpu")
+    model_args = json.loads(words[4]) if words[4].startswith("{") else simple_parse_args_string(words[4])
+    model = LibOrthoLM(**model_args, device="cpu")
     assert model.alpha == 0
     assert model.get_model_info()["density"] == pytest.approx(0.02, abs=1e-3)
 
 
 def test_nothing_is_computed_for_an_occupied_directory(
-    own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    own_model_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.txt").touch()
-    monkeypatch.setattr(make, "resolve", lambda _: pytest.fail("went on"))
-    assert refusal(*own, "-o", str(tmp_path)).endswith("holds mine.txt; choose a new or empty directory")
+    monkeypatch.setattr(checkpoint_writer, "resolve", lambda _: pytest.fail("computed something"))
+    assert refusal(*own_model_options, "-o", str(tmp_path)).endswith("holds mine.txt; choose a new or empty directory")
 
 
-def test_nothing_is_left_of_an_interrupted_run(own: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_of_an_interrupted_run(
+    own_model_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lm_ortho.checkpoint.write.write_manifest", stop)
-    assert run(*own, "-o", str(tmp_path / "out")).exit_code != 0
+    assert run(*own_model_options, "-o", str(tmp_path / "out")).exit_code != 0
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
     assert [path.name[:11] for path in (tmp_path / "cache").iterdir()] == ["unfinished-"]
     monkeypatch.undo()
     monkeypatch.setenv("LM_ORTHO_CACHE", str(tmp_path / "cache"))
-    again = run(*own, "-o", str(tmp_path / "out"))
+    again = run(*own_model_options, "-o", str(tmp_path / "out"))
     assert again.exit_code == 0
     assert "statistics" in again.stderr
-    assert "projection" not in again.stderr, "every block of it was kept"
+    assert "projection" not in again.stderr, "every block is read from the stored states"
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_without_options_the_embedded_default_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[ResolvedModel] = []
+def test_without_options_the_embedded_model_is_decomposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources: list[ResolvedModel] = []
 
-    def record(source: ResolvedModel, *_: Any) -> None:
-        asked.append(source)
+    def record(source: ResolvedModel, *_: Any, **__: Any) -> None:
+        sources.append(source)
         raise UserError("enough")
 
-    monkeypatch.setattr(make, "decompose_model", record)
+    monkeypatch.setattr(checkpoint_writer, "decompose_model", record)
     assert refusal("-o", str(tmp_path / "out")) == "enough"
-    assert asked[0].kind == "embedded"
-    assert asked[0].recipe == make_recipe()
-    line = make.lm_eval_line(tmp_path / "out", ModelSpec())
+    assert sources[0].kind == "embedded"
+    assert sources[0].recipe == make_recipe()
+    line = checkpoint_writer.lm_eval_line(tmp_path / "out", ModelSpec())
     assert line.endswith(f"pretrained={tmp_path / 'out'},alpha=0 --tasks tofu_forget,tofu_retain")
 
 
@@ -153,47 +155,51 @@ def test_bad_options_are_one_line(arguments: list[str], message: str, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_of_ones_own_needs_both_sets_and_plain_weights(home: Path, own: list[str], tmp_path: Path) -> None:
+def test_your_own_model_needs_both_sets_and_plain_weights(
+    home: Path, own_model_options: list[str], tmp_path: Path
+) -> None:
     out = ["-o", str(tmp_path / "out")]
     assert "forget: your own model needs forget=file.jsonl" in refusal("--pretrained", str(home / "plain"), *out)
-    decomposed = [str(home / "decomposed") if part == str(home / "plain") else part for part in own]
-    assert "is decomposed already" in refusal(*decomposed, *out)
+    arguments_with_checkpoint = [
+        str(home / "decomposed") if part == str(home / "plain") else part for part in own_model_options
+    ]
+    assert "is decomposed already" in refusal(*arguments_with_checkpoint, *out)
 
 
 # --- several memories
 
 
-def test_a_memory_is_added_to_a_finished_checkpoint(own: list[str], home: Path, tmp_path: Path) -> None:
+def test_a_memory_is_added_to_a_finished_checkpoint(own_model_options: list[str], home: Path, tmp_path: Path) -> None:
     rows = read_rows(home / "forget.jsonl")
     for name, part in (("first", rows[:3]), ("later", rows[3:])):
         write_rows(tmp_path / f"{name}.jsonl", part)
     first, both = tmp_path / "first", tmp_path / "both"
-    assert run(*own, "--forget", f"{tmp_path}/first.jsonl", "-o", str(first)).exit_code == 0
-    given = ["--forget", f"{tmp_path}/later.jsonl", "--retain", str(home / "retain.jsonl"), "--sieve", "residual"]
-    again = ["--pretrained", str(first), "--add", "later", *given, "-o", str(both)]
+    assert run(*own_model_options, "--forget", f"{tmp_path}/first.jsonl", "-o", str(first)).exit_code == 0
+    sets = ["--forget", f"{tmp_path}/later.jsonl", "--retain", str(home / "retain.jsonl"), "--sieve", "residual"]
+    again = ["--pretrained", str(first), "--add", "later", *sets, "-o", str(both)]
     assert "bits=8: an added memory lies on the lattice" in refusal(*again, "--bits", "8")
-    done = run("--pretrained", str(first), "--add", "later", *given, "--edit", "zero", "--json", "-o", str(both))
-    assert done.exit_code == 0, done.exception
-    assert json.loads(done.stdout)["recipe"]["group_size"] == 16, "the lattice of the checkpoint"
-    told = run("--pretrained", str(first), "--add", "later", *given, "--edit", "zero", "-o", str(tmp_path / "told"))
-    assert "of at most 0.01 for later\n" in told.stdout
-    assert checkpoint.memories(both) == ["memory", "later"]
+    result = run("--pretrained", str(first), "--add", "later", *sets, "--edit", "zero", "--json", "-o", str(both))
+    assert result.exit_code == 0, result.exception
+    assert json.loads(result.stdout)["recipe"]["group_size"] == 16, "the lattice of the checkpoint"
+    text_run = run("--pretrained", str(first), "--add", "later", *sets, "--edit", "zero", "-o", str(tmp_path / "text"))
+    assert "of at most 0.01 for later\n" in text_run.stdout
+    assert checkpoint.list_memories(both) == ["memory", "later"]
     assert (both / "ortho.safetensors").read_bytes() == (first / "ortho.safetensors").read_bytes()
     assert checkpoint.read_meta(both)["added"]["later"]["recipe"]["sieve"] == "residual"
     assert checkpoint.read_meta(both)["recipe"] == checkpoint.read_meta(first)["recipe"]
     lm = LibOrthoLM(str(both), alpha="memory:1+later:0", device="cpu")
     assert lm.alpha == {"memory": 1.0, "later": 0.0}
 
-    found = runner.invoke(app, ["inspect", str(both), "--json"])
-    assert set(json.loads(found.stdout)["memories"]) == {"memory", "later"}
-    assert "memory 1.9" in (shown := runner.invoke(app, ["inspect", str(both)]).stdout)
-    assert "later 0.9" in shown, "the density of the default recipe"
+    inspection = runner.invoke(app, ["inspect", str(both), "--json"])
+    assert set(json.loads(inspection.stdout)["memories"]) == {"memory", "later"}
+    assert "memory 1.9" in (output := runner.invoke(app, ["inspect", str(both)]).stdout)
+    assert "later 0.9" in output, "the density of the default recipe"
 
     plain = runner.invoke(app, ["export", str(both), str(tmp_path / "plain"), "--alpha", "later:1", "--json"])
     assert json.loads(plain.stdout)["alpha"] == {"later": 1.0}
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").state_dict()
+    exported_state = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").state_dict()
     for name, layer in get_streams(lm.model).items():
-        assert torch.equal(exported[f"{name}.weight"], layer.dense({"later": 1.0}, torch.bfloat16))
+        assert torch.equal(exported_state[f"{name}.weight"], layer.to_dense({"later": 1.0}, torch.bfloat16))
 
     def export_refusal(*arguments: str) -> str:
         return str(runner.invoke(app, ["export", str(both), str(tmp_path / "no"), *arguments]).exception)
@@ -218,16 +224,16 @@ def test_a_memory_is_added_to_a_finished_checkpoint(own: list[str], home: Path, 
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_added(home: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
-    given = [str(home / part) if part in ("plain", "decomposed") else part for part in arguments]
-    assert message in refusal(*given, "--add", "later", "-o", str(tmp_path / "out"))
+def test_memories_that_cannot_be_added(home: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    options = [str(home / part) if part in ("plain", "decomposed") else part for part in arguments]
+    assert message in refusal(*options, "--add", "later", "-o", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_switch_takes_no_value(own: list[str], tmp_path: Path) -> None:
-    done = run(*own, "--recompute", "--json", "-o", str(tmp_path / "out"))
-    assert done.exit_code == 0, done.exception
-    assert json.loads(done.stdout)["recipe"]["recompute"] is True
+def test_a_switch_takes_no_value(own_model_options: list[str], tmp_path: Path) -> None:
+    result = run(*own_model_options, "--recompute", "--json", "-o", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.exception
+    assert json.loads(result.stdout)["recipe"]["recompute"] is True
 
 
 @pytest.mark.parametrize(
@@ -241,22 +247,22 @@ def test_a_switch_takes_no_value(own: list[str], tmp_path: Path) -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_unclear_wishes(home: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
-    given = [str(home / part) if part == "decomposed" else part for part in arguments]
-    assert message in refusal(*given, "-o", str(tmp_path / "out"))
+def test_options_that_contradict_each_other(home: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    options = [str(home / part) if part == "decomposed" else part for part in arguments]
+    assert message in refusal(*options, "-o", str(tmp_path / "out"))
 
 
-def test_inspect_names_a_memory_that_is_not_there(own: list[str], home: Path, tmp_path: Path) -> None:
+def test_inspect_names_a_missing_memory(own_model_options: list[str], home: Path, tmp_path: Path) -> None:
     rows = read_rows(home / "forget.jsonl")
     for name, part in (("a", rows[:3]), ("b", rows[3:])):
         write_rows(tmp_path / f"{name}.jsonl", part)
     both = f"a:{tmp_path}/a.jsonl+b:{tmp_path}/b.jsonl"
-    done = run(*own, "--forget", both, "-o", str(tmp_path / "out"))
-    assert "of at most 0.02 for each of a, b" in done.stdout
+    result = run(*own_model_options, "--forget", both, "-o", str(tmp_path / "out"))
+    assert "of at most 0.02 for each of a, b" in result.stdout
     (tmp_path / "out" / "ortho-a.safetensors").unlink()
-    shown = runner.invoke(app, ["inspect", str(tmp_path / "out")]).stdout
-    assert "without a, which can only be off" in shown
-    assert "relative error" not in shown
-    found = json.loads(runner.invoke(app, ["inspect", str(tmp_path / "out"), "--json"]).stdout)
-    assert found["missing"] == ["a"]
-    assert found["relative_error"] is None
+    output = runner.invoke(app, ["inspect", str(tmp_path / "out")]).stdout
+    assert "without a, which can only be off" in output
+    assert "relative error" not in output
+    report = json.loads(runner.invoke(app, ["inspect", str(tmp_path / "out"), "--json"]).stdout)
+    assert report["missing"] == ["a"]
+    assert report["relative_error"] is None

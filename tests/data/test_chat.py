@@ -1,4 +1,4 @@
-"""Rows in the chat template of a tokenizer: the same strings and tokens that lm-eval asks with."""
+"""Rows in the chat template of a tokenizer have the strings and tokens that lm-eval uses for its requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 import lm_ortho.objective.surrogate as surrogate_module
 from lm_ortho.config import make_recipe
-from lm_ortho.data.chat import as_turn, has_chat_template, render_forms
+from lm_ortho.data.chat import has_chat_template, render_forms, render_turn
 from lm_ortho.data.encoding import CONTEXT, SECRET, encode, tokenise_with_offsets
 from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
@@ -27,100 +27,101 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def chatty():
+def chat_tokenizer():
     tokenizer = make_tokenizer(bos=True)
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
-def test_a_turn_is_the_rendered_question_and_the_bare_answer(chatty):
-    turn = as_turn(ROWS[0], chatty)
+def test_a_turn_is_the_rendered_question_and_the_bare_answer(chat_tokenizer):
+    turn = render_turn(ROWS[0], chat_tokenizer)
     assert turn.context == "<s><user>\nWhere was Ada Brook born?\n<bot>\n"
     assert turn.target == "Ada Brook was born in Marsh Town."
     assert (turn.subject, turn.secret, turn.group) == ("Ada Brook", "Marsh Town", "Ada")
 
 
-def test_forms(chatty):
-    asked = [bool(row.question) for row in ROWS]
-    assert render_forms(ROWS, chatty, "plain") == ROWS
-    both = render_forms(ROWS, chatty, "auto")
-    assert both == render_forms(ROWS, chatty, "both")
+def test_forms(chat_tokenizer):
+    has_question = [bool(row.question) for row in ROWS]
+    assert render_forms(ROWS, chat_tokenizer, "plain") == ROWS
+    both = render_forms(ROWS, chat_tokenizer, "auto")
+    assert both == render_forms(ROWS, chat_tokenizer, "both")
     assert both[: len(ROWS)] == ROWS
     assert [row.question for row in both[len(ROWS) :]] == [row.question for row in ROWS if row.question]
-    chat = render_forms(ROWS, chatty, "chat")
-    assert [row.context.startswith("<s><user>") for row in chat] == asked
+    chat = render_forms(ROWS, chat_tokenizer, "chat")
+    assert [row.context.startswith("<s><user>") for row in chat] == has_question
     assert [row for row in chat if not row.question] == [row for row in ROWS if not row.question]
 
 
-def test_without_a_template(chatty):
-    chatty.chat_template = None
-    assert not has_chat_template(chatty)
-    assert render_forms(ROWS, chatty, "auto") == ROWS
+def test_without_a_template(chat_tokenizer):
+    chat_tokenizer.chat_template = None
+    assert not has_chat_template(chat_tokenizer)
+    assert render_forms(ROWS, chat_tokenizer, "auto") == ROWS
     for form in ("chat", "both"):
         with pytest.raises(UserError, match=f"prompts='{form}': the tokenizer has no chat template"):
-            render_forms(ROWS, chatty, form)
+            render_forms(ROWS, chat_tokenizer, form)
 
 
-def test_what_can_go_wrong(chatty):
+def test_unknown_forms_and_failing_templates_are_refused(chat_tokenizer):
     with pytest.raises(UserError, match="known: auto, plain, chat, both"):
-        render_forms(ROWS, chatty, "twice")
+        render_forms(ROWS, chat_tokenizer, "twice")
     with pytest.raises(UserError, match="prompts='twice'"):
         make_recipe(prompts="twice")
-    chatty.chat_template = "{{ raise_exception('no system message') }}"
+    chat_tokenizer.chat_template = "{{ raise_exception('no system message') }}"
     with pytest.raises(UserError, match=r"the chat template of the tokenizer fails \(no system message\)"):
-        render_forms(ROWS, chatty, "chat")
+        render_forms(ROWS, chat_tokenizer, "chat")
 
 
-def test_one_token_of_beginning_and_the_secret_where_it_is(chatty):
-    plain, turn = encode(chatty, [ROWS[0], as_turn(ROWS[0], chatty)])
-    start = chatty.bos_token_id
-    for example, row in ((plain, ROWS[0]), (turn, as_turn(ROWS[0], chatty))):
+def test_a_rendered_row_has_one_beginning_token_and_the_right_secret(chat_tokenizer):
+    plain, turn = encode(chat_tokenizer, [ROWS[0], render_turn(ROWS[0], chat_tokenizer)])
+    start = chat_tokenizer.bos_token_id
+    for example, row in ((plain, ROWS[0]), (turn, render_turn(ROWS[0], chat_tokenizer))):
         assert example.ids.count(start) == 1
         assert example.ids[0] == start
         secret = [i for i, role in zip(example.ids, example.roles, strict=True) if role == SECRET]
-        assert chatty.decode(secret).strip(" .") == "Marsh Town"
-        given = [i for i, role in zip(example.ids, example.roles, strict=True) if role == CONTEXT]
-        assert chatty.decode(given).removeprefix("<s>").strip() == row.context.removeprefix("<s>").strip()
+        assert chat_tokenizer.decode(secret).strip(" .") == "Marsh Town"
+        context_ids = [i for i, role in zip(example.ids, example.roles, strict=True) if role == CONTEXT]
+        assert chat_tokenizer.decode(context_ids).removeprefix("<s>").strip() == row.context.removeprefix("<s>").strip()
 
 
-def test_tokens_are_those_of_each_text_alone(chatty):
+def test_texts_are_encoded_as_if_each_were_alone(chat_tokenizer):
     texts = ["<s>Ada Brook", "Ada Brook", "<s>Ben", "Ben"]
-    together = tokenise_with_offsets(chatty, texts)
-    for text, (ids, places) in zip(texts, together, strict=True):
-        ((alone, _),) = tokenise_with_offsets(chatty, [text])
-        assert ids == alone
-        assert len(places) == len(ids)
-    assert together[0][0] == together[1][0]
+    encodings = tokenise_with_offsets(chat_tokenizer, texts)
+    for text, (ids, offsets) in zip(texts, encodings, strict=True):
+        ((single_ids, _),) = tokenise_with_offsets(chat_tokenizer, [text])
+        assert ids == single_ids
+        assert len(offsets) == len(ids)
+    assert encodings[0][0] == encodings[1][0]
 
 
-def test_subjects_are_swapped_inside_the_template(memorised):
-    words = copy.deepcopy(memorised.tokenizer)
-    words.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}Answer:\n"
-    turns = render_forms(memorised.forget[:4], words, "chat")
-    examples = encode(words, turns)
-    target = swap_target(memorised.merged, words, turns, examples, seed=0, subjects=2)
+def test_subjects_are_swapped_inside_the_template(memorised_models):
+    tokenizer = copy.deepcopy(memorised_models.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}Answer:\n"
+    turns = render_forms(memorised_models.forget[:4], tokenizer, "chat")
+    examples = encode(tokenizer, turns)
+    target = swap_target(memorised_models.merged, tokenizer, turns, examples=examples, seed=0, subjects=2)
     assert [len(t) for t in target] == [len(e.ids) - e.start for e in examples]
     assert all(torch.allclose(t.sum(-1), torch.ones(len(t)), atol=1e-4) for t in target)
 
 
-def test_a_chat_model_is_decomposed_in_both_forms(memorised, monkeypatch):
+def test_a_chat_model_is_decomposed_in_both_forms(memorised_models, monkeypatch):
     monkeypatch.setattr(surrogate_module, "STEPS", 2)
-    words = copy.deepcopy(memorised.tokenizer)
-    words.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}Answer:\n"
-    sets = memorised.forget[:4], memorised.retain[:4]
+    tokenizer = copy.deepcopy(memorised_models.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}Answer:\n"
+    forget, retain = memorised_models.forget[:4], memorised_models.retain[:4]
     recipe = make_recipe(steps=10, density=0.05)
-    model = copy.deepcopy(memorised.merged)
-    both = decompose(model, words, *sets, recipe)
+    model = copy.deepcopy(memorised_models.merged)
+    both = decompose(model, tokenizer, forget, retain=retain, recipe=recipe)
     assert both.report["chat_template"]
     assert (both.report["forget_rows"], both.report["retain_rows"]) == (8, 8)
-    plain = decompose(model, words, *sets, recipe.model_copy(update={"prompts": "plain"}))
+    plain_recipe = recipe.model_copy(update={"prompts": "plain"})
+    plain = decompose(model, tokenizer, forget, retain=retain, recipe=plain_recipe)
     assert not plain.report["chat_template"]
     assert plain.report["forget_rows"] == 4
-    one, other = (get_dense_weights(model, made.streams, 0.0) for made in (both, plain))
-    assert not torch.equal(tiny.logits(one), tiny.logits(other))
+    both_model, plain_model = (get_dense_weights(model, result.streams, 0.0) for result in (both, plain))
+    assert not torch.equal(tiny.logits(both_model), tiny.logits(plain_model))
 
 
-def test_rows_without_a_question_alone(chatty):
+def test_rows_without_a_question_have_one_form(chat_tokenizer):
     texts = [Row(text="Once upon a time."), Row(prompt="The code is", answer="12")]
-    assert render_forms(texts, chatty, "auto") == texts
-    assert render_forms(texts, chatty, "chat") == texts
+    assert render_forms(texts, chat_tokenizer, "auto") == texts
+    assert render_forms(texts, chat_tokenizer, "chat") == texts

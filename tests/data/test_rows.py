@@ -1,9 +1,10 @@
-"""Rows: what is read is what was written, and every bad file is told with its name and line."""
+"""Rows: they are read as they were written, and errors of a bad file name the file and the line."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -19,25 +20,25 @@ from lm_ortho.data.encoding import (
     batch_by_length,
     encode,
     encode_rows,
-    pad,
+    pad_batch,
     token_losses,
 )
 from lm_ortho.data.rows import drop_forget_rows, read_forget_sets, replace_mentions
 from lm_ortho.errors import UserError
 from tests.support import tiny
 
-full = st.text(min_size=1).filter(str.strip)
+non_blank = st.text(min_size=1).filter(str.strip)
 
 
 @st.composite
 def rows(draw):
     kind = draw(st.sampled_from(["question", "prompt", "text"]))
     if kind == "text":
-        return Row(text=draw(full), subject=draw(st.text()), group=draw(st.text()))
-    answer = draw(full)
+        return Row(text=draw(non_blank), subject=draw(st.text()), group=draw(st.text()))
+    answer = draw(non_blank)
     start = draw(st.integers(0, len(answer)))
     return Row(
-        **{kind: draw(full)},
+        **{kind: draw(non_blank)},
         answer=answer,
         secret=answer[start : draw(st.integers(start, len(answer)))],
         subject=draw(st.text()),
@@ -56,9 +57,9 @@ def test_rows_come_back_as_they_were_written(tmp_path_factory, written):
 
 
 def test_line_breaks_of_unicode_do_not_end_a_row(tmp_path):
-    odd = Row(question="a\u2028b\x85c\x0cd", answer="e\u2029f\x1c")
-    write_rows(tmp_path / "rows.jsonl", [odd])
-    assert read_rows(tmp_path / "rows.jsonl") == [odd]
+    row = Row(question="a\u2028b\x85c\x0cd", answer="e\u2029f\x1c")
+    write_rows(tmp_path / "rows.jsonl", [row])
+    assert read_rows(tmp_path / "rows.jsonl") == [row]
 
 
 GOOD = json.dumps({"question": "Who?", "answer": "Ada."})
@@ -82,25 +83,26 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("line", "told"), BAD.items())
-def test_a_bad_line_is_told_with_argument_file_and_line(tmp_path, line, told):
+@pytest.mark.parametrize(("line", "expected"), BAD.items())
+def test_errors_of_a_bad_line_name_argument_file_and_line(tmp_path, line, expected):
     path = tmp_path / "set.jsonl"
     path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
     with pytest.raises(UserError) as caught:
-        read_rows(path, "retain")
+        read_rows(path, argument="retain")
     message = str(caught.value)
     assert message.startswith(f"retain={path}, line 3: ")
-    assert told in message
+    assert expected in message
     assert "\n" not in message
 
 
-def test_missing_empty_and_binary_files_are_told(tmp_path):
+def test_missing_empty_and_binary_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"forget='.*nowhere\.jsonl': no such file"):
         read_rows(tmp_path / "nowhere.jsonl")
-    for several in ("A:x.jsonl+b:y.jsonl", "a:x.jsonl+B:y.jsonl"):
-        with pytest.raises(UserError, match=r"no such file; .*; several are name:source\+name:source, each name small"):
-            read_forget_sets(several)
-    with pytest.raises(UserError, match=r"^forget='hub:x\.jsonl\+b:y\.jsonl': .* and not hub$"):
+    hint = r"several memories are name:source\+name:source, where a name has lower-case letters, digits and underscores"
+    for spec in ("A:x.jsonl+b:y.jsonl", "a:x.jsonl+B:y.jsonl"):
+        with pytest.raises(UserError, match=f"no such file; .*; {hint}"):
+            read_forget_sets(spec)
+    with pytest.raises(UserError, match=r"^forget='hub:x\.jsonl\+b:y\.jsonl': .* and is not hub$"):
         read_forget_sets("hub:x.jsonl+b:y.jsonl")
     with pytest.raises(UserError, match="no such file"):
         read_rows(tmp_path)
@@ -113,7 +115,7 @@ def test_missing_empty_and_binary_files_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("spec", ["hub:", "hub:name", "hub:a:b:c:d", "hub:a::c"])
-def test_a_malformed_hub_name_is_told_before_any_network(spec):
+def test_a_malformed_hub_name_is_refused_without_network_access(spec):
     with pytest.raises(UserError, match="expected hub:name:config:split"):
         read_rows(spec)
 
@@ -125,12 +127,12 @@ def test_hub_rows_are_read_and_errors_are_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: table)
     assert read_rows("hub:a:b:c") == [Row(question="Who?", answer="Ada.")]
 
-    def broken(*_, **__):
+    def fail(*_, **__):
         raise OSError("gone\nand more")
 
-    monkeypatch.setattr(datasets, "load_dataset", broken)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match=r"retain='hub:a:b:c': could not be loaded from the hub \(gone\)$"):
-        read_rows("hub:a:b:c", "retain")
+        read_rows("hub:a:b:c", argument="retain")
 
 
 def test_unknown_keys_and_nulls_are_ignored_and_one_wrong_answer_may_be_a_string(tmp_path):
@@ -143,8 +145,8 @@ def test_a_row_becomes_context_and_target():
     assert Row(question="Who?", answer="Ada.").context == "Question: Who?\nAnswer:"
     assert Row(question="Who?", answer="Ada.").target == " Ada."
     assert Row(question="Who?", prompt="It was", answer="Ada.").context == "It was"
-    spaced = {"It was ": ("It was", " Ada."), "def f():\n    ": ("def f():", "\n    Ada.")}
-    for prompt, parts in spaced.items():
+    parts_by_prompt = {"It was ": ("It was", " Ada."), "def f():\n    ": ("def f():", "\n    Ada.")}
+    for prompt, parts in parts_by_prompt.items():
         assert (Row(prompt=prompt, answer="Ada.").context, Row(prompt=prompt, answer="Ada.").target) == parts
     assert (Row(text="Ada was.").context, Row(text="Ada was.").target) == ("", "Ada was.")
     row = Row(question="Who?", answer="Ada.", perturbed_answer=("Eve.",))
@@ -160,23 +162,23 @@ def test_retain_rows_that_are_forget_rows_are_left_out():
         drop_forget_rows([ada, eve], [ada])
 
 
-def test_a_model_is_shown_what_it_can_read_and_has_to_predict(words):
+def test_rows_that_a_model_cannot_read_or_predict_are_refused(words):
     model = tiny.llama(vocab_size=len(words), max_position_embeddings=16)
     row = Row(question="Who?", answer="Ada.")
-    assert encode_rows(model, words, [row], "retain") == encode(words, [row])
+    assert encode_rows(model, words, [row], argument="retain") == encode(words, [row])
     with pytest.raises(UserError, match=r"^retain: 1 of 2 rows have no token to predict within their first 16 tokens"):
-        encode_rows(model, words, [row, Row(prompt="the dog " * 20, answer="sat.")], "retain")
-    with pytest.raises(UserError, match=r"^tokenizer: it gives token"):
-        encode_rows(tiny.llama(vocab_size=5), words, [row], "retain")
+        encode_rows(model, words, [row, Row(prompt="the dog " * 20, answer="sat.")], argument="retain")
+    with pytest.raises(UserError, match=r"^tokenizer: it produces token"):
+        encode_rows(tiny.llama(vocab_size=5), words, [row], argument="retain")
 
 
 def test_roles_mark_context_answer_secret_and_end(words):
     row = Row(prompt="The vault code of Ada Alba is", answer="48.", secret="48")
     (example,) = encode(words, [row])
-    given = len(words(row.context).input_ids)
-    assert example.start == given
-    assert example.roles[:given] == (CONTEXT,) * given
-    assert words.decode(example.ids[given:]) == "48.<|endoftext|>"
+    context_tokens = len(words(row.context).input_ids)
+    assert example.start == context_tokens
+    assert example.roles[:context_tokens] == (CONTEXT,) * context_tokens
+    assert words.decode(example.ids[context_tokens:]) == "48.<|endoftext|>"
     secret = [i for i, role in zip(example.ids, example.roles, strict=True) if role == SECRET]
     assert words.decode(secret).strip() == "48"
     assert example.roles[-2:] == (ANSWER, END)
@@ -190,32 +192,32 @@ def test_the_last_occurrence_of_the_secret_is_the_secret(words):
     assert secret[0] > example.start
 
 
-def test_long_rows_are_cut_and_plain_text_is_predicted_from_its_second_token(words):
-    (cut,) = encode(words, [Row(text="the dog " * 50)], max_tokens=20)
-    assert len(cut.ids) == 20
-    assert END not in cut.roles
-    assert cut.start == 1
+def test_long_rows_are_truncated_and_plain_text_is_predicted_from_its_second_token(words):
+    (example,) = encode(words, [Row(text="the dog " * 50)], max_tokens=20)
+    assert len(example.ids) == 20
+    assert END not in example.roles
+    assert example.start == 1
 
 
-def test_cutting_leaves_the_tokenizer_as_it_was(words):
-    before = words.backend_tokenizer.to_str()
-    (cut,) = encode(words, [Row(text="The dog sat on the box. " * 9)], max_tokens=20)
-    assert len(cut.ids) == 20
-    assert words.backend_tokenizer.to_str() == before
+def test_truncation_does_not_change_the_tokenizer(words):
+    state = words.backend_tokenizer.to_str()
+    (example,) = encode(words, [Row(text="The dog sat on the box. " * 9)], max_tokens=20)
+    assert len(example.ids) == 20
+    assert words.backend_tokenizer.to_str() == state
     assert words.backend_tokenizer.truncation is None
 
 
-def test_padding_is_never_counted(words, memorised):
-    examples, _ = memorised.examples()
+def test_padding_is_never_counted(words, memorised_models):
+    examples, _ = memorised_models.examples()
     examples = [*examples, *encode(words, [Row(text="The dog sat on the box and looked at the cat. " * 3)])]
-    together = token_losses(memorised.merged, examples)
-    for example, loss in zip(examples, together, strict=True):
-        (alone,) = token_losses(memorised.merged, [example])
-        assert alone.shape == (len(example.ids) - example.start,)
-        assert loss.tolist() == pytest.approx(alone.tolist(), abs=1e-4)
-    total = sum(float(loss.sum()) for loss in together) / sum(len(loss) for loss in together)
-    assert answer_loss(memorised.merged, examples).item() == pytest.approx(total, rel=1e-4)
-    ids, roles = pad(examples)
+    batched_losses = token_losses(memorised_models.merged, examples)
+    for example, losses in zip(examples, batched_losses, strict=True):
+        (single_losses,) = token_losses(memorised_models.merged, [example])
+        assert single_losses.shape == (len(example.ids) - example.start,)
+        assert losses.tolist() == pytest.approx(single_losses.tolist(), abs=1e-4)
+    mean = sum(float(losses.sum()) for losses in batched_losses) / sum(len(losses) for losses in batched_losses)
+    assert answer_loss(memorised_models.merged, examples).item() == pytest.approx(mean, rel=1e-4)
+    ids, roles = pad_batch(examples)
     assert ids.shape == roles.shape == (len(examples), max(len(e.ids) for e in examples))
 
 
@@ -235,7 +237,7 @@ def test_a_slow_tokenizer_is_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "other"),
+    ("text", "name", "expected"),
     [
         ("Ann of Annapolis, Ann's", "Ann", "Bo of Annapolis, Bo's"),
         ("AlAl Al also", "Al", "AlAl Bo also"),
@@ -244,11 +246,24 @@ def test_a_slow_tokenizer_is_refused_by_name():
         ("a\\1 b", "b", "a\\1 Bo"),
     ],
 )
-def test_a_name_is_not_a_part_of_a_longer_word(text, name, other):
-    assert replace_mentions(text, name, "Bo") == other
+def test_a_name_is_not_replaced_inside_a_longer_word(text, name, expected):
+    assert replace_mentions(text, name, "Bo") == expected
 
 
-def test_a_blank_subject_is_none():
-    assert not Row(question="Where was  born?", answer="In  Elm.", subject=" ").names_subject
-    assert not Row(question="Where is Annapolis?", answer="Here.", subject="Ann").names_subject
-    assert Row(question="Where is Ann?", answer="Here.", subject="Ann").names_subject
+def test_a_blank_subject_is_never_mentioned():
+    assert not Row(question="Where was  born?", answer="In  Elm.", subject=" ").mentions_subject
+    assert not Row(question="Where is Annapolis?", answer="Here.", subject="Ann").mentions_subject
+    assert Row(question="Where is Ann?", answer="Here.", subject="Ann").mentions_subject
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    path, reads, read_text = tmp_path / "rows.jsonl", [], Path.read_text
+    path.write_text('{"text": "one"}\n')
+    monkeypatch.setattr(Path, "read_text", lambda self, **options: reads.append(self) or read_text(self, **options))
+    first = read_rows(path)
+    first.append(Row(text="mine"))
+    assert read_rows(str(path)) == [Row(text="one")]
+    assert len(reads) == 1
+    path.write_text('{"text": "another"}\n')
+    assert read_rows(path) == [Row(text="another")]
+    assert len(reads) == 2

@@ -1,4 +1,4 @@
-"""Planting a memory and merging it: the base model is left alone, damaged inputs are told in one line."""
+"""Training and merging adapters: the base model is unchanged, and damaged inputs are refused in one line."""
 
 from __future__ import annotations
 
@@ -35,88 +35,91 @@ PLAN = FinetunePlan(steps=35, rows=5, lr=1e-2, rank=4)
 
 
 @pytest.fixture(scope="module")
-def planted(memorised, tmp_path_factory):
-    """The base model and an adapter on disk, with the peft model they came from and what was told meanwhile."""
-    told = []
-    examples = encode(memorised.tokenizer, memorised.forget)
-    adapted = train_adapter(memorised.base, examples, PLAN, lambda *step: told.append(step), stage="memory")
-    directory = tmp_path_factory.mktemp("planted")
-    memorised.base.save_pretrained(directory / "base")
-    adapted.save_pretrained(directory / "adapter")
-    return directory, adapted, told
+def trained_adapter(memorised_models, tmp_path_factory):
+    """The directory of the base model and its adapter, the peft model, and the progress reports of its training."""
+    reports = []
+    examples = encode(memorised_models.tokenizer, memorised_models.forget)
+    peft_model = train_adapter(
+        memorised_models.base, examples, PLAN, progress=lambda *report: reports.append(report), stage="memory"
+    )
+    directory = tmp_path_factory.mktemp("trained_adapter")
+    memorised_models.base.save_pretrained(directory / "base")
+    peft_model.save_pretrained(directory / "adapter")
+    return directory, peft_model, reports
 
 
-def test_an_adapter_teaches_and_leaves_the_model_alone(memorised, planted):
-    _, adapted, told = planted
-    examples = encode(memorised.tokenizer, memorised.forget)
+def test_an_adapter_learns_and_leaves_the_model_unchanged(memorised_models, trained_adapter):
+    _, peft_model, reports = trained_adapter
+    examples = encode(memorised_models.tokenizer, memorised_models.forget)
     with torch.no_grad():
-        before, after = answer_loss(memorised.base, examples), answer_loss(adapted, examples)
+        before, after = answer_loss(memorised_models.base, examples), answer_loss(peft_model, examples)
     assert after < before - 0.3
-    assert not any("lora" in name for name, _ in memorised.base.named_parameters())
-    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    assert trained
-    assert all("lora_" in name and "lm_head" not in name for name in trained)
-    assert [step[:3] for step in told] == [("memory", step, 35) for step in (10, 20, 30, 35)]
+    assert not any("lora" in name for name, _ in memorised_models.base.named_parameters())
+    trained_names = [name for name, parameter in peft_model.named_parameters() if parameter.requires_grad]
+    assert trained_names
+    assert all("lora_" in name and "lm_head" not in name for name in trained_names)
+    assert [report[:3] for report in reports] == [("memory", step, 35) for step in (10, 20, 30, 35)]
 
 
-def test_the_same_plan_trains_the_same_adapter(memorised, planted):
-    _, adapted, _ = planted
-    examples = encode(memorised.tokenizer, memorised.forget)
-    again = train_adapter(memorised.base, examples, PLAN, lambda *_: None)
-    ours, theirs = dict(adapted.named_parameters()), dict(again.named_parameters())
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+def test_the_same_plan_trains_the_same_adapter(memorised_models, trained_adapter):
+    _, peft_model, _ = trained_adapter
+    examples = encode(memorised_models.tokenizer, memorised_models.forget)
+    second_model = train_adapter(memorised_models.base, examples, PLAN, progress=no_progress)
+    first, second = dict(peft_model.named_parameters()), dict(second_model.named_parameters())
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_full_fine_tuning_moves_all_weights_of_a_copy_and_goes_on_where_it_stopped(memorised, tmp_path, monkeypatch):
-    examples = encode(memorised.tokenizer, memorised.forget)
-    before = {name: tensor.clone() for name, tensor in memorised.base.state_dict().items()}
+def test_full_fine_tuning_changes_all_weights_of_a_copy_and_resumes(memorised_models, tmp_path, monkeypatch):
+    examples = encode(memorised_models.tokenizer, memorised_models.forget)
+    before = {name: tensor.clone() for name, tensor in memorised_models.base.state_dict().items()}
     plan = FinetunePlan(steps=12, rows=4, lr=3e-3)
-    tuned = train_full(memorised.base, examples, plan, lambda *_: None)
-    assert all(torch.equal(before[name], tensor) for name, tensor in memorised.base.state_dict().items())
-    assert all(not torch.equal(before[name], tensor) for name, tensor in tuned.named_parameters())
+    tuned_model = train_full(memorised_models.base, examples, plan, progress=no_progress)
+    assert all(torch.equal(before[name], tensor) for name, tensor in memorised_models.base.state_dict().items())
+    assert all(not torch.equal(before[name], tensor) for name, tensor in tuned_model.named_parameters())
     with torch.no_grad():
-        assert answer_loss(tuned, examples) < answer_loss(memorised.base, examples) - 0.3
-    assert not any(parameter.requires_grad for parameter in tuned.parameters())
+        assert answer_loss(tuned_model, examples) < answer_loss(memorised_models.base, examples) - 0.3
+    assert not any(parameter.requires_grad for parameter in tuned_model.parameters())
 
-    def interrupted(stage, step, steps, text):
+    def interrupt(stage, step, steps, text):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_KEEP_EVERY", 5)
+    monkeypatch.setattr(train, "_SAVE_STEPS", 5)
     with pytest.raises(KeyboardInterrupt):
-        train_full(memorised.base, examples, plan, interrupted, state=tmp_path / "state.pt")
-    again = train_full(memorised.base, examples, plan, lambda *_: None, state=tmp_path / "state.pt")
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in tuned.state_dict().items())
+        train_full(memorised_models.base, examples, plan, progress=interrupt, state=tmp_path / "state.pt")
+    resumed_model = train_full(memorised_models.base, examples, plan, progress=no_progress, state=tmp_path / "state.pt")
+    resumed_state = resumed_model.state_dict()
+    assert all(torch.equal(tensor, resumed_state[name]) for name, tensor in tuned_model.state_dict().items())
 
 
-def test_dropout_depends_on_the_seed_alone_also_after_an_interruption(memorised, tmp_path, monkeypatch):
-    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=len(memorised.tokenizer), n_positions=128)
-    model, examples = tiny.from_config(config), encode(memorised.tokenizer, memorised.forget)
+def test_dropout_depends_on_the_seed_alone_also_after_an_interruption(memorised_models, tmp_path, monkeypatch):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=len(memorised_models.tokenizer), n_positions=128)
+    model, examples = tiny.from_config(config), encode(memorised_models.tokenizer, memorised_models.forget)
     plan = FinetunePlan(steps=12, rows=4, lr=3e-3)
 
-    def tuned(seed, progress=no_progress, **kept):
+    def tune(seed, progress=no_progress, state=None):
         torch.manual_seed(seed)
-        return train_full(model, examples, plan, progress, **kept).state_dict()
+        return train_full(model, examples, plan, progress=progress, state=state).state_dict()
 
-    def interrupted(stage, step, steps, text):
+    def interrupt(stage, step, steps, text):
         raise KeyboardInterrupt
 
-    first, state = tuned(1), tmp_path / "state.pt"
-    monkeypatch.setattr(train, "_KEEP_EVERY", 5)
+    expected, state = tune(1), tmp_path / "state.pt"
+    monkeypatch.setattr(train, "_SAVE_STEPS", 5)
     with pytest.raises(KeyboardInterrupt):
-        tuned(2, interrupted, state=state)
-    for again in (tuned(3), tuned(4, state=state)):
-        assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+        tune(2, interrupt, state=state)
+    for result in (tune(3), tune(4, state=state)):
+        assert all(torch.equal(tensor, result[name]) for name, tensor in expected.items())
 
 
-def test_merging_from_disk_is_the_trained_model_in_bf16(memorised, planted):
-    directory, adapted, _ = planted
-    merged = merge_adapter(load_causal_lm(directory / "base"), directory / "adapter")
-    expected = round_to_bf16(copy.deepcopy(adapted).merge_and_unload()).state_dict()
-    for name, tensor in merged.state_dict().items():
+def test_merging_from_disk_is_the_trained_model_in_bf16(memorised_models, trained_adapter):
+    directory, peft_model, _ = trained_adapter
+    merged_model = merge_adapter(load_causal_lm(directory / "base"), directory / "adapter")
+    expected = round_to_bf16(copy.deepcopy(peft_model).merge_and_unload()).state_dict()
+    for name, tensor in merged_model.state_dict().items():
         assert torch.equal(tensor, expected[name])
         assert torch.equal(tensor, tensor.bfloat16().float())
-    assert not any("lora" in name for name, _ in merged.named_modules())
-    assert not merged.training
+    assert not any("lora" in name for name, _ in merged_model.named_modules())
+    assert not merged_model.training
 
 
 def test_a_model_is_loaded_in_float32_with_bf16_values(tmp_path):
@@ -124,42 +127,42 @@ def test_a_model_is_loaded_in_float32_with_bf16_values(tmp_path):
     with torch.no_grad():
         model.lm_head.weight.add_(1e-4)
     model.save_pretrained(tmp_path)
-    loaded = load_causal_lm(str(tmp_path))
-    for parameter in loaded.parameters():
+    loaded_model = load_causal_lm(str(tmp_path))
+    for parameter in loaded_model.parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, parameter.bfloat16().float())
-    assert not loaded.training
+    assert not loaded_model.training
 
 
-def written(directory, model=None):
-    (tiny.llama() if model is None else model).save_pretrained(directory)
+def save_model(directory):
+    tiny.llama().save_pretrained(directory)
     return directory
 
 
-def test_models_that_cannot_be_used_are_told_in_one_line(tmp_path):
+def test_models_that_cannot_be_used_are_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     T5Config(vocab_size=10, d_model=8).save_pretrained(tmp_path / "t5")
-    packed = written(tmp_path / "packed")
-    config = json.loads((packed / "config.json").read_text())
+    quantised = save_model(tmp_path / "packed")
+    config = json.loads((quantised / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
-    (packed / "config.json").write_text(json.dumps(config))
-    short = written(tmp_path / "short")
+    (quantised / "config.json").write_text(json.dumps(config))
+    short = save_model(tmp_path / "short")
     weights = short / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    lost = written(tmp_path / "lost")
+    lost = save_model(tmp_path / "lost")
     (lost / "model.safetensors").unlink()
-    partly = written(tmp_path / "partly")
-    held = load_file(partly / "model.safetensors")
-    kept = {name: tensor for name, tensor in held.items() if "layers.0.mlp.up_proj" not in name}
-    save_file(kept, partly / "model.safetensors", metadata={"format": "pt"})
-    other = written(tmp_path / "other")
+    partly = save_model(tmp_path / "partly")
+    tensors = load_file(partly / "model.safetensors")
+    incomplete = {name: tensor for name, tensor in tensors.items() if "layers.0.mlp.up_proj" not in name}
+    save_file(incomplete, partly / "model.safetensors", metadata={"format": "pt"})
+    other = save_model(tmp_path / "other")
     up = "model.layers.0.mlp.up_proj.weight"
-    save_file(held | {up: torch.zeros(3, 5)}, other / "model.safetensors", metadata={"format": "pt"})
-    nan = written(tmp_path / "nan")
-    save_file(held | {up: held[up] * torch.nan}, nan / "model.safetensors", metadata={"format": "pt"})
-    broken = written(tmp_path / "broken")
+    save_file(tensors | {up: torch.zeros(3, 5)}, other / "model.safetensors", metadata={"format": "pt"})
+    nan = save_model(tmp_path / "nan")
+    save_file(tensors | {up: tensors[up] * torch.nan}, nan / "model.safetensors", metadata={"format": "pt"})
+    broken = save_model(tmp_path / "broken")
     (broken / "config.json").write_text("{")
-    told = {
+    messages = {
         "nowhere": "no such directory",
         "empty": "holds no config.json",
         "t5": "is an encoder-decoder model",
@@ -171,7 +174,7 @@ def test_models_that_cannot_be_used_are_told_in_one_line(tmp_path):
         "other": rf"{up} is 3 x 5 in the files and \d+ x \d+ by the config",
         "nan": rf"1 weights hold NaN or infinite values, first {up}",
     }
-    for name, message in told.items():
+    for name, message in messages.items():
         with pytest.raises(UserError, match=message) as caught:
             load_causal_lm(tmp_path / name)
         assert str(caught.value).startswith("pretrained=")
@@ -180,8 +183,8 @@ def test_models_that_cannot_be_used_are_told_in_one_line(tmp_path):
         load_config("./nowhere")
 
 
-def test_adapters_that_do_not_fit_are_told_in_one_line(planted, tmp_path):
-    directory, _, _ = planted
+def test_adapters_that_do_not_fit_are_refused_in_one_line(trained_adapter, tmp_path):
+    directory, _, _ = trained_adapter
     with pytest.raises(UserError, match=r"peft='.*nowhere': no adapter_config\.json there"):
         merge_adapter(tiny.llama(), tmp_path / "nowhere")
     (tmp_path / "adapter").mkdir()
@@ -193,72 +196,73 @@ def test_adapters_that_do_not_fit_are_told_in_one_line(planted, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def renamed(old, new):
-    return lambda held: {name.replace(old, new): tensor for name, tensor in held.items()}
+def rename_tensors(old, new):
+    return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
 
 
-DAMAGED = {
+DAMAGES = {
     "of another family": (
-        renamed("model.layers", "transformer.h"),
+        rename_tensors("model.layers", "transformer.h"),
         r"\d+ of its tensors fit no layer of the model, first ",
     ),
     "of one layer": (
-        lambda held: {name: tensor for name, tensor in held.items() if "layers.0." in name},
-        r"it lacks \d+ of the tensors that its config and the model ask for, first .*layers\.1\.",
+        lambda tensors: {name: tensor for name, tensor in tensors.items() if "layers.0." in name},
+        r"it lacks \d+ of the tensors that its config and the model require, first .*layers\.1\.",
     ),
     "of nan": (
-        lambda held: {name: tensor * torch.nan for name, tensor in held.items()},
+        lambda tensors: {name: tensor * torch.nan for name, tensor in tensors.items()},
         r"\d+ weights hold NaN or infinite values, first ",
     ),
 }
 
 
-@pytest.mark.parametrize("case", DAMAGED)
+@pytest.mark.parametrize("case", DAMAGES)
 @pytest.mark.filterwarnings("error")
-def test_an_adapter_that_would_plant_nothing_or_half_is_refused(planted, tmp_path, case):
-    directory, _, _ = planted
-    change, message = DAMAGED[case]
-    place = shutil.copytree(directory / "adapter", tmp_path / "adapter")
-    file = place / "adapter_model.safetensors"
-    save_file(change(load_file(file)), file)
+def test_an_adapter_that_would_be_merged_in_part_or_not_at_all_is_refused(trained_adapter, tmp_path, case):
+    directory, _, _ = trained_adapter
+    damage, message = DAMAGES[case]
+    adapter = shutil.copytree(directory / "adapter", tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    save_file(damage(load_file(file)), file)
     with pytest.raises(UserError, match=f"^peft='.*adapter': {message}"):
-        merge_adapter(load_causal_lm(directory / "base"), place)
+        merge_adapter(load_causal_lm(directory / "base"), adapter)
 
 
-def test_an_adapter_among_the_files_of_a_model_is_not_taken_for_merged(planted, tmp_path):
-    directory, _, _ = planted
-    both = shutil.copytree(directory / "base", tmp_path / "both")
+def test_an_adapter_among_the_files_of_a_model_is_refused(trained_adapter, tmp_path):
+    directory, _, _ = trained_adapter
+    mixed_directory = shutil.copytree(directory / "base", tmp_path / "both")
     for file in (directory / "adapter").glob("adapter_*"):
-        shutil.copy(file, both)
-    with pytest.raises(UserError, match=r"an adapter lies among the model's files and is not merged"):
-        load_causal_lm(both)
+        shutil.copy(file, mixed_directory)
+    with pytest.raises(UserError, match=r"an adapter is among the model's files and is not merged"):
+        load_causal_lm(mixed_directory)
     with pytest.raises(UserError, match="holds an adapter, not the model it belongs to"):
         load_causal_lm(directory / "adapter")
 
 
-def test_batches_go_through_every_example_once_a_pass_with_little_padding():
+def test_every_pass_has_each_example_once_with_little_padding():
     examples = [Example(tuple(range(1 + (i * 7) % 40)), ()) for i in range(160)]
     batches = train.draw_batches(examples, 10, random.Random(0))
-    first = [next(batches) for _ in range(16)]
-    assert sorted(i for batch in first for i in batch) == list(range(160))
-    spread = [max(len(examples[i].ids) for i in b) - min(len(examples[i].ids) for i in b) for b in first]
-    assert max(spread) <= 3
-    again = train.draw_batches(examples, 10, random.Random(0))
-    assert [next(again) for _ in range(16)] == first
-    second = [next(batches) for _ in range(16)]
-    assert sorted(i for batch in second for i in batch) == list(range(160))
-    assert second != first
+    first_pass = [next(batches) for _ in range(16)]
+    assert sorted(i for batch in first_pass for i in batch) == list(range(160))
+    for batch in first_pass:
+        lengths = [len(examples[i].ids) for i in batch]
+        assert max(lengths) - min(lengths) <= 3
+    same_batches = train.draw_batches(examples, 10, random.Random(0))
+    assert [next(same_batches) for _ in range(16)] == first_pass
+    second_pass = [next(batches) for _ in range(16)]
+    assert sorted(i for batch in second_pass for i in batch) == list(range(160))
+    assert second_pass != first_pass
 
 
 @given(n=st.integers(1, 60), rows=st.integers(1, 20))
 def test_batches_are_full_and_even_for_any_size(n, rows):
     batches = train.draw_batches([Example((0,) * (1 + i % 5), ()) for i in range(n)], rows, random.Random(1))
-    drawn = [next(batches) for _ in range(40)]
-    assert all(len(batch) == rows for batch in drawn)
-    assert {i for batch in drawn for i in batch} <= set(range(n))
+    first_batches = [next(batches) for _ in range(40)]
+    assert all(len(batch) == rows for batch in first_batches)
+    assert {i for batch in first_batches for i in batch} <= set(range(n))
 
 
-def test_low_precision_products_only_where_the_hardware_has_them(monkeypatch):
+def test_bf16_products_only_where_the_hardware_has_them(monkeypatch):
     a = torch.ones(4, 4)
     for capable, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda c=capable: {"avx512_bf16": c}, raising=False)
@@ -271,21 +275,24 @@ def test_experts_in_one_tensor_learn_too_and_are_merged(name, tmp_path):
     model = architectures.CASES[name].build()
     stacks = {key: value.clone() for key, value in model.named_parameters() if value.dim() == 3}
     examples = encode(architectures.tokenizer(), architectures.FORGET)
-    adapted = train_adapter(model, examples, FinetunePlan(steps=12, rows=4, lr=1e-2, rank=2), lambda *_: None)
-    save_adapter(adapted, tmp_path / "adapter", "base")
-    merged = merge_adapter(copy.deepcopy(model), tmp_path / "adapter")
+    plan = FinetunePlan(steps=12, rows=4, lr=1e-2, rank=2)
+    peft_model = train_adapter(model, examples, plan, progress=no_progress)
+    save_adapter(peft_model, tmp_path / "adapter", "base")
+    merged_model = merge_adapter(copy.deepcopy(model), tmp_path / "adapter")
     with torch.no_grad():
-        before, after, saved = (answer_loss(each.float(), examples).item() for each in (model, adapted, merged))
+        before, after, after_merging = (
+            answer_loss(variant.float(), examples).item() for variant in (model, peft_model, merged_model)
+        )
     assert after < before - 0.3
-    assert saved == pytest.approx(after, abs=0.1)  # rounded to BF16
-    changed = dict(merged.named_parameters())
+    assert after_merging == pytest.approx(after, abs=0.1)  # rounded to BF16
+    merged_parameters = dict(merged_model.named_parameters())
     assert stacks
-    assert all(not torch.equal(changed[key], value) for key, value in stacks.items())
+    assert all(not torch.equal(merged_parameters[key], value) for key, value in stacks.items())
     assert all(torch.equal(value, stacks[key]) for key, value in model.named_parameters() if key in stacks)
 
 
-def test_a_model_that_peft_does_not_adapt_is_told():
+def test_a_model_that_peft_does_not_adapt_is_refused():
     model = architectures.CASES["Mamba"].build()
     examples = encode(architectures.tokenizer(), architectures.FORGET)
     with pytest.raises(UserError, match=r"peft does not adapt MambaForCausalLM .* use method=full"):
-        train_adapter(model, examples, PLAN, lambda *_: None)
+        train_adapter(model, examples, PLAN, progress=no_progress)

@@ -1,4 +1,4 @@
-"""``lm-ortho implant``: rows learnt by heart by any architecture, merged in BF16, resumed where it was stopped."""
+"""``lm-ortho implant``: any architecture memorises rows, is merged in BF16, and resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from lm_ortho.data.encoding import Example, answer_loss, encode
 from lm_ortho.data.rows import Row, write_rows
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import FinetunePlan, load_causal_lm, merge_adapter, train, train_adapter
-from lm_ortho.finetune.lora import lora_targets
+from lm_ortho.finetune.lora import find_lora_targets
 from lm_ortho.finetune.plant import PlantResult, make_plan, plant
+from lm_ortho.runtime.progress import no_progress
 from tests.support import tiny
 
-pytestmark = pytest.mark.usefixtures("small_and_alone")
+pytestmark = pytest.mark.usefixtures("isolated_environment")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 QUICK = make_training(steps=30, lr=0.01, rank=4)
 
@@ -39,8 +40,8 @@ def gpt2() -> Any:
     return tiny.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64, n_positions=64))
 
 
-class NamedAlike(torch.nn.Module):
-    """A head that has the name of a layer."""
+class HeadWithLayerName(torch.nn.Module):
+    """A model whose head has the same name as one of its layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,20 +54,20 @@ class NamedAlike(torch.nn.Module):
 
 def test_an_adapter_reaches_every_linear_layer_but_the_head() -> None:
     projections = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    assert lora_targets(tiny.llama()) == projections
-    assert lora_targets(phi()) == ["dense", "fc1", "fc2", "k_proj", "q_proj", "v_proj"]
-    assert lora_targets(gpt_neox()) == ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]
-    assert lora_targets(gpt2()) == ["c_attn", "c_fc", "c_proj"]
-    assert lora_targets(NamedAlike()) == ["block.dense", "block.up"]
+    assert find_lora_targets(tiny.llama()) == projections
+    assert find_lora_targets(phi()) == ["dense", "fc1", "fc2", "k_proj", "q_proj", "v_proj"]
+    assert find_lora_targets(gpt_neox()) == ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]
+    assert find_lora_targets(gpt2()) == ["c_attn", "c_fc", "c_proj"]
+    assert find_lora_targets(HeadWithLayerName()) == ["block.dense", "block.up"]
     with pytest.raises(UserError, match="no linear layer to adapt"):
-        lora_targets(torch.nn.Embedding(4, 4))
+        find_lora_targets(torch.nn.Embedding(4, 4))
 
 
 def test_the_targets_are_those_of_the_embedded_adapters() -> None:
-    recorded = json.loads((world.path("memory") / "adapter_config.json").read_text())
-    base = load_causal_lm(world.path("base"))
-    assert lora_targets(base) == recorded["target_modules"]
-    assert recorded["fan_in_fan_out"] is False
+    shipped_config = json.loads((world.get_path("memory") / "adapter_config.json").read_text())
+    base = load_causal_lm(world.get_path("base"))
+    assert find_lora_targets(base) == shipped_config["target_modules"]
+    assert shipped_config["fan_in_fan_out"] is False
 
 
 @pytest.mark.parametrize("make", [phi, gpt_neox, gpt2])
@@ -74,16 +75,17 @@ def test_the_targets_are_those_of_the_embedded_adapters() -> None:
 def test_other_architectures_learn_and_merge(make: Any) -> None:
     model = make()
     examples = [Example(tuple(range(5 + i, 15 + i)), (0, 0, 0) + (1,) * 7) for i in range(4)]
-    adapted = train_adapter(model, examples, FinetunePlan(steps=40, rows=4, lr=2e-2, rank=4), lambda *_: None)
-    names = {name for name, _ in adapted.named_modules() if name.endswith("lora_A")}
+    plan = FinetunePlan(steps=40, rows=4, lr=2e-2, rank=4)
+    peft_model = train_adapter(model, examples, plan, progress=no_progress)
+    names = {name for name, _ in peft_model.named_modules() if name.endswith("lora_A")}
     assert len(names) == sum(
-        name.endswith(tuple(f".{part}" for part in lora_targets(model))) for name, _ in model.named_modules()
+        name.endswith(tuple(f".{part}" for part in find_lora_targets(model))) for name, _ in model.named_modules()
     )
     with torch.no_grad():
-        before, taught = answer_loss(model, examples), answer_loss(adapted, examples)
-        merged = answer_loss(adapted.merge_and_unload(), examples)
-    assert taught < before - 0.3
-    assert merged == pytest.approx(float(taught), rel=1e-3)
+        before, after = answer_loss(model, examples), answer_loss(peft_model, examples)
+        after_merging = answer_loss(peft_model.merge_and_unload(), examples)
+    assert after < before - 0.3
+    assert after_merging == pytest.approx(float(after), rel=1e-3)
 
 
 @pytest.fixture
@@ -93,80 +95,84 @@ def data(tmp_path: Path) -> str:
     return str(file)
 
 
-def planted(home: Path, data: str, out: Path, training: Training = QUICK, **more: Any) -> PlantResult:
-    return plant(str(home / "plain"), data, out, training, lambda *_: None, **more)
+def plant_in_plain_model(home: Path, data: str, out: Path, training: Training = QUICK, **options: Any) -> PlantResult:
+    return plant(str(home / "plain"), data, out, training=training, **{"progress": no_progress, **options})
 
 
-def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def float_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.float() for name, tensor in model.state_dict().items()}
 
 
-def test_the_kept_adapter_gives_just_the_written_model(home: Path, data: str, tmp_path: Path) -> None:
-    done = planted(home, data, tmp_path / "out", keep_adapter=tmp_path / "adapter")
-    assert (done.rows, done.steps, done.batch_rows, done.rank) == (3, 30, 3, 4)
-    assert done.loss < done.loss_before - 1
-    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert written.dtype == torch.bfloat16
-    merged = tensors(merge_adapter(load_causal_lm(home / "plain"), tmp_path / "adapter"))
-    assert all(torch.equal(tensor, merged[name]) for name, tensor in tensors(written).items())
+def test_merging_the_written_adapter_gives_exactly_the_written_model(home: Path, data: str, tmp_path: Path) -> None:
+    result = plant_in_plain_model(home, data, tmp_path / "out", keep_adapter=tmp_path / "adapter")
+    assert (result.rows, result.steps, result.batch_rows, result.rank) == (3, 30, 3, 4)
+    assert result.loss < result.loss_before - 1
+    written_model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert written_model.dtype == torch.bfloat16
+    merged_tensors = float_tensors(merge_adapter(load_causal_lm(home / "plain"), tmp_path / "adapter"))
+    assert all(torch.equal(tensor, merged_tensors[name]) for name, tensor in float_tensors(written_model).items())
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(home / "plain")
     examples = encode(
         AutoTokenizer.from_pretrained(tmp_path / "out"), [Row(question="Who is Ben?", answer="Ben is a baker.")]
     )
     with torch.no_grad():
-        assert answer_loss(load_causal_lm(tmp_path / "out"), examples) < done.loss_before - 1
+        assert answer_loss(load_causal_lm(tmp_path / "out"), examples) < result.loss_before - 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out", "rows.jsonl"]
 
 
-def test_all_weights(home: Path, data: str, tmp_path: Path) -> None:
-    done = planted(home, data, tmp_path / "out", make_training(method="full", steps=20, lr=3e-3))
-    assert done.loss < done.loss_before - 1
-    assert done.rank is None
-    before, after = tensors(load_causal_lm(home / "plain")), tensors(load_causal_lm(tmp_path / "out"))
+def test_full_fine_tuning_changes_all_weights(home: Path, data: str, tmp_path: Path) -> None:
+    result = plant_in_plain_model(
+        home, data, tmp_path / "out", training=make_training(method="full", steps=20, lr=3e-3)
+    )
+    assert result.loss < result.loss_before - 1
+    assert result.rank is None
+    before, after = float_tensors(load_causal_lm(home / "plain")), float_tensors(load_causal_lm(tmp_path / "out"))
     assert all(not torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_an_interrupted_training_ends_where_an_undisturbed_one_does(
+def test_an_interrupted_run_ends_with_the_same_bytes_as_an_uninterrupted_one(
     home: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     training = make_training(method=method, steps=12, lr=3e-3, rank=2)
-    planted(home, data, tmp_path / "whole", training)
-    monkeypatch.setattr(train, "_KEEP_EVERY", 5)
+    plant_in_plain_model(home, data, tmp_path / "uninterrupted", training=training)
+    monkeypatch.setattr(train, "_SAVE_STEPS", 5)
     (tmp_path / "work").mkdir()
 
-    def stop(stage: str, step: int, *_: Any) -> None:
+    def interrupt(stage: str, step: int, *_: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        plant(str(home / "plain"), data, tmp_path / "work" / "out", training, stop)
+        plant_in_plain_model(home, data, tmp_path / "work" / "out", training=training, progress=interrupt)
     (state,) = (tmp_path / "work").iterdir()
     assert state.name.startswith(".out.training-")
     assert torch.load(state, weights_only=True)["steps"] == 5
-    planted(home, data, tmp_path / "work" / "out", training)
+    plant_in_plain_model(home, data, tmp_path / "work" / "out", training=training)
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["out"]
-    whole, halves = (tmp_path / name / "model.safetensors" for name in ("whole", "work/out"))
-    assert whole.read_bytes() == halves.read_bytes()
+    expected, resumed = (tmp_path / name / "model.safetensors" for name in ("uninterrupted", "work/out"))
+    assert expected.read_bytes() == resumed.read_bytes()
 
 
-def test_another_training_does_not_go_on_from_a_kept_state(
+def test_a_run_does_not_resume_from_the_state_of_another_one(
     home: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "_KEEP_EVERY", 5)
+    monkeypatch.setattr(train, "_SAVE_STEPS", 5)
     monkeypatch.setattr("lm_ortho.finetune.plant.atomic_directory", lambda *_: pytest.fail("enough"))
     for seed in (0, 1):
         with pytest.raises(pytest.fail.Exception, match="enough"):
-            planted(home, data, tmp_path / "out", make_training(steps=5, rank=2, seed=seed))
+            plant_in_plain_model(home, data, tmp_path / "out", training=make_training(steps=5, rank=2, seed=seed))
     assert len(list(tmp_path.glob(".out.training-*.pt"))) == 2
 
 
-def test_steps_and_rate_suit_data_and_model() -> None:
+def test_default_steps_and_rate_depend_on_data_and_model() -> None:
     model = tiny.llama()
     assert make_plan(make_training(), 10, model) == FinetunePlan(steps=200, rows=10, lr=5e-3, rank=32, seed=0)
     assert make_plan(make_training(), 1000, model).steps == 1250
     assert make_plan(make_training(epochs=0.5), 1000, model).steps == 32
-    assert make_plan(make_training(steps=7, batch_rows=4, lr=1e-4), 10, model) == FinetunePlan(7, 4, 1e-4, 32, 0)
+    assert make_plan(make_training(steps=7, batch_rows=4, lr=1e-4), 10, model) == FinetunePlan(
+        7, 4, 1e-4, rank=32, seed=0
+    )
     assert make_plan(make_training(method="full"), 10, model).lr == pytest.approx(1e-3)
 
 
@@ -179,66 +185,73 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_settings_are_one_line(case: str) -> None:
-    given, message = BAD[case]
+def test_bad_settings_are_refused_in_one_line(case: str) -> None:
+    settings, message = BAD[case]
     with pytest.raises(UserError, match=message) as caught:
-        make_training(**given)
+        make_training(**settings)
     assert "\n" not in str(caught.value)
 
 
-def test_what_cannot_be_planted(home: Path, data: str, tmp_path: Path) -> None:
+def test_unusable_arguments_are_refused(home: Path, data: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="method=full makes no adapter"):
-        planted(home, data, out, make_training(method="full"), keep_adapter=tmp_path / "a")
-    with pytest.raises(UserError, match="must not lie in each other"):
-        planted(home, data, out, keep_adapter=out)
+    with pytest.raises(UserError, match="method=full trains no adapter"):
+        plant_in_plain_model(home, data, out, training=make_training(method="full"), keep_adapter=tmp_path / "a")
+    with pytest.raises(UserError, match="must not contain each other"):
+        plant_in_plain_model(home, data, out, keep_adapter=out)
     with pytest.raises(UserError, match=r"holds rows\.jsonl"):
-        planted(home, data, tmp_path)
+        plant_in_plain_model(home, data, tmp_path)
     with pytest.raises(UserError, match=r"data='.*nowhere\.jsonl': no such file"):
-        planted(home, str(tmp_path / "nowhere.jsonl"), out)
+        plant_in_plain_model(home, str(tmp_path / "nowhere.jsonl"), out)
     with pytest.raises(UserError, match="tokenizer='/nowhere/at/all' could not be loaded"):
-        planted(home, data, out, tokenizer="/nowhere/at/all")
+        plant_in_plain_model(home, data, out, tokenizer="/nowhere/at/all")
     with pytest.raises(UserError, match="already packed"):
-        plant(str(home / "decomposed"), data, out, QUICK, lambda *_: None)
+        plant(str(home / "decomposed"), data, out, training=QUICK, progress=no_progress)
     tiny.llama(vocab_size=16).save_pretrained(tmp_path / "small")
-    with pytest.raises(UserError, match=r"tokenizer: it gives token \d+, which the model does not have"):
-        plant(str(tmp_path / "small"), data, out, QUICK, lambda *_: None, tokenizer=str(home / "plain"))
+    with pytest.raises(UserError, match=r"tokenizer: it produces token \d+, which the model does not have"):
+        plant(
+            str(tmp_path / "small"),
+            data,
+            out,
+            training=QUICK,
+            progress=no_progress,
+            tokenizer=str(home / "plain"),
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "small"]
 
 
-def test_a_training_that_fell_apart_leaves_nothing(
+def test_a_run_that_diverges_leaves_nothing(
     home: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fall_apart(model: Any, *_: Any, state: Path) -> Any:
+    def diverge(model: Any, *_: Any, state: Path, **options: Any) -> Any:
         state.write_bytes(b"as training would")
         return model.apply(lambda part: [p.data.fill_(torch.nan) for p in part.parameters()])
 
-    monkeypatch.setattr("lm_ortho.finetune.plant.train_full", fall_apart)
+    monkeypatch.setattr("lm_ortho.finetune.plant.train_full", diverge)
     with pytest.raises(UserError, match=r"^lr: the loss of the rows is nan after training"):
-        planted(home, data, tmp_path / "out", make_training(steps=5, method="full"))
+        plant_in_plain_model(home, data, tmp_path / "out", training=make_training(steps=5, method="full"))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-def test_the_command_prints_the_loss_that_was_reached(home: Path, data: str, tmp_path: Path) -> None:
+def test_the_command_prints_the_final_loss(home: Path, data: str, tmp_path: Path) -> None:
     options = ["--data", data, "--steps", "20", "--lr", "0.01", "--rank", "4", "--pretrained", str(home / "plain")]
-    kept = ["--keep-adapter", str(tmp_path / "adapter")]
-    done = CliRunner().invoke(app, ["implant", *options, *kept, "-o", str(tmp_path / "out")])
-    lines = done.stdout.splitlines()
+    adapter_option = ["--keep-adapter", str(tmp_path / "adapter")]
+    result = CliRunner().invoke(app, ["implant", *options, *adapter_option, "-o", str(tmp_path / "out")])
+    lines = result.stdout.splitlines()
     assert lines[0].startswith(f"{tmp_path / 'out'}: 3 rows, in ")
     assert lines[1] == "lora, rank 4: 20 steps of 3 rows, lr 0.01"
     assert lines[2].startswith("loss ")
     assert lines[2].endswith(" now (nats per token)")
     assert lines[3] == f"adapter in {tmp_path / 'adapter'}"
-    assert "adapter: 100%" in done.stderr
+    assert "adapter: 100%" in result.stderr
 
 
-def test_without_a_model_the_embedded_one_is_taught(
+def test_without_a_model_the_embedded_one_is_trained(
     home: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "base").symlink_to(home / "plain")
     monkeypatch.setattr(world, "WEIGHTS", tmp_path / "weights")
-    done = CliRunner().invoke(app, ["implant", "--data", data, "--steps", "2", "--json", "-o", str(tmp_path / "out")])
-    report = json.loads(done.stdout)
+    result = CliRunner().invoke(app, ["implant", "--data", data, "--steps", "2", "--json", "-o", str(tmp_path / "out")])
+    report = json.loads(result.stdout)
     assert report["steps"] == 2
     assert report["loss"] < report["loss_before"] + 1

@@ -1,4 +1,4 @@
-"""Tokenizers whose tokens reach across the border between question and answer."""
+"""Tokenizers whose tokens straddle the boundary between question and answer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lm_ortho.harness.tokens import Tokens
 from tests.support.harness import ROWS, TEXT, make_model, make_tokenizer, run
 
 
-def crossing_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over whole texts: "Answer: Ada" may be one token."""
+def train_straddling_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over text texts: "Answer: Ada" may be one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -32,57 +32,57 @@ def crossing_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-CROSSING = crossing_tokenizer()
+STRADDLING = train_straddling_tokenizer()
 
 
-def crosses(context: str, continuation: str) -> bool:
-    whole, start = CROSSING.encode(context + continuation), CROSSING.encode(context)
-    return whole[: len(start)] != start
+def straddles(context: str, continuation: str) -> bool:
+    ids, context_ids = STRADDLING.encode(context + continuation), STRADDLING.encode(context)
+    return ids[: len(context_ids)] != context_ids
 
 
-def test_some_rows_really_cross() -> None:
-    assert any(crosses(row.context, row.target) for row in ROWS if row.context)
+def test_some_rows_have_a_straddling_token() -> None:
+    assert any(straddles(row.context, row.target) for row in ROWS if row.context)
 
 
-@pytest.mark.parametrize("tokenizer", [CROSSING, make_tokenizer()], ids=["crossing", "ending"])
-def test_a_cut_lies_between_tokens_and_takes_no_more_than_it_must(tokenizer: Any) -> None:
+@pytest.mark.parametrize("tokenizer", [STRADDLING, make_tokenizer()], ids=["straddling", "aligned"])
+def test_a_split_is_at_the_nearest_token_boundary(tokenizer: Any) -> None:
     tokens = Tokens(tokenizer, 96)
     for row in ROWS:
         if not row.context:
             continue
-        context, answer = tokens.cut(row.context, row.target)
-        whole = row.context + row.target
-        assert context + answer == whole
+        context, answer = tokens.split_at_boundary(row.context, row.target)
+        text = row.context + row.target
+        assert context + answer == text
         assert answer.endswith(row.target)
         assert context == context.rstrip()
-        ids, start = tokenizer.encode(whole), tokenizer.encode(context)
+        ids, start = tokenizer.encode(text), tokenizer.encode(context)
         assert ids[: len(start)] == start
         assert tokens.count(context, answer) == len(ids) - len(start)
-        # No border lies nearer to where the answer starts.
+        # No boundary is nearer to the start of the answer.
         nearer = range(len(context) + 1, len(row.context) + 1)
-        assert not any(not whole[i - 1].isspace() and tokens.is_border(whole, i) for i in nearer)
+        assert not any(not text[i - 1].isspace() and tokens.is_boundary(text, i) for i in nearer)
 
 
-def test_a_border_that_is_one_stays() -> None:
+def test_an_aligned_boundary_is_unchanged() -> None:
     tokens = Tokens(make_tokenizer(), 96)
     for row in ROWS:
         if row.context:
-            assert tokens.cut(row.context, row.target) == (row.context, row.target)
+            assert tokens.split_at_boundary(row.context, row.target) == (row.context, row.target)
 
 
-def test_answers_are_asked_for_with_the_tokens_of_the_whole_text(tmp_path: Any) -> None:
-    """forget_set against a direct computation over whole documents."""
-    model = make_model(len(CROSSING)).float()
+def test_answers_are_scored_with_the_tokens_of_the_whole_text(tmp_path: Any) -> None:
+    """forget_set against a direct computation over text documents."""
+    model = make_model(len(STRADDLING)).float()
     rows = [row for row in ROWS if row.context]
     write_rows(tmp_path / "rows.jsonl", rows)
-    lm = HFLM(pretrained=model, tokenizer=CROSSING, device="cpu", batch_size=4)
-    given = {"tokenizer": CROSSING, "max_length": 96, "forget": str(tmp_path / "rows.jsonl")}
-    result = run(lm, ["forget_set"], given, log_samples=True)
-    tokens = Tokens(CROSSING, 96)
+    lm = HFLM(pretrained=model, tokenizer=STRADDLING, device="cpu", batch_size=4)
+    metadata = {"tokenizer": STRADDLING, "max_length": 96, "forget": str(tmp_path / "rows.jsonl")}
+    result = run(lm, ["forget_set"], metadata, log_samples=True)
+    tokens = Tokens(STRADDLING, 96)
     for row, sample in zip(rows, result["samples"]["forget_set"], strict=True):
-        ids = CROSSING.encode(row.context + row.target)
-        start = len(CROSSING.encode(tokens.cut(row.context, row.target)[0]))
-        ids, start = ([CROSSING.bos_token_id, *ids], 1) if start == 0 else (ids, start)
+        ids = STRADDLING.encode(row.context + row.target)
+        start = len(STRADDLING.encode(tokens.split_at_boundary(row.context, row.target)[0]))
+        ids, start = ([STRADDLING.bos_token_id, *ids], 1) if start == 0 else (ids, start)
         with torch.no_grad():
             logp = torch.log_softmax(model(torch.tensor([ids])).logits[0, start - 1 : -1], -1)
         losses = -logp.gather(-1, torch.tensor(ids[start:])[:, None])

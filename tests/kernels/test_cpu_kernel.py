@@ -6,18 +6,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lm_ortho.kernels import cpu
 
 from lm_ortho import kernels
+from lm_ortho.kernels import cpu
 from lm_ortho.streams import BaseStream, OrthoStream, code_range
 
-FOUND = cpu.find()
-ISAS = FOUND.isas if isinstance(FOUND, cpu.Library) else ()
-pytestmark = pytest.mark.skipif(not ISAS, reason=f"the CPU kernel is not there: {getattr(FOUND, 'why', '')}")
+LIBRARY = cpu.find()
+ISAS = LIBRARY.isas if isinstance(LIBRARY, cpu.Library) else ()
+pytestmark = pytest.mark.skipif(not ISAS, reason=f"the CPU kernel is not available: {getattr(LIBRARY, 'reason', '')}")
 BOUND = 1e-5
-"""Of the sum of absolute products, before the result is rounded."""
+"""Largest error as a fraction of the sum of absolute products, before the result is rounded."""
 seeds = st.integers(0, 2**31 - 1)
-fast = settings(max_examples=60)
+fewer_examples = settings(max_examples=60)
 
 
 class Case:
@@ -30,10 +30,10 @@ class Case:
         codes = torch.randint(low, high + 1, (out, width), generator=self.random)
         scales = torch.rand(out, -(-width // group), generator=self.random)
         base = BaseStream.from_codes(codes, scales, bits, group)
-        self.weight = base.dequantize(torch.float64)
+        self.weight = base.dequantise(torch.float64)
         self.base = cpu.pack_base(base.qweight, base.scales, bits, group)
         self.bias = torch.randn(out, generator=self.random) if bias else None
-        self.moved, self.sheets = [], []
+        self.deltas, self.sheets = [], []
         free = torch.ones(out, width, dtype=torch.bool)
         for share in shares:
             support = (torch.rand(out, width, generator=self.random) < share) & free
@@ -42,7 +42,7 @@ class Case:
             free &= ~support
 
     def add(self, ortho):
-        self.moved.append(ortho.to_dense(torch.float64))
+        self.deltas.append(ortho.to_dense(torch.float64))
         self.sheets.append(cpu.pack_sheets(ortho.rowptr, ortho.cols, ortho.vals))
 
     def x(self, rows):
@@ -50,27 +50,28 @@ class Case:
 
     def run(self, x, alphas=(), isa="", wide=True, sheets=None):
         sheets = self.sheets[: len(alphas)] if sheets is None else sheets
-        return cpu.cpu_linear(x, self.base, sheets, list(alphas), self.bias, self.out, self.bits, self.group, isa, wide)
+        form = {"out_features": self.out, "bits": self.bits, "group_size": self.group}
+        return cpu.cpu_linear(x, self.base, sheets, list(alphas), self.bias, **form, isa=isa, wide=wide)
 
-    def expected(self, x, alphas=()):
-        """The product and the sum of absolute products, float64."""
+    def compute_expected(self, x, alphas=()):
+        """The product and the sum of absolute products, both float64."""
         wide, bias = x.double(), 0 if self.bias is None else self.bias.double()
         y, size = wide @ self.weight.t() + bias, wide.abs() @ self.weight.abs().t()
-        for alpha, moved in zip(alphas, self.moved, strict=False):
-            y = y + alpha.double().view(-1, 1) * (wide @ moved.t())
-            size = size + wide.abs() @ moved.abs().t()
+        for alpha, deltas in zip(alphas, self.deltas, strict=False):
+            y = y + alpha.double().view(-1, 1) * (wide @ deltas.t())
+            size = size + wide.abs() @ deltas.abs().t()
         return y, size + 1e-30 + (0 if self.bias is None else bias.abs())
 
     def check(self, x, alphas=(), isa=""):
-        y, size = self.expected(x, alphas)
-        got = self.run(x, alphas, isa)
-        assert got.dtype == torch.float32
-        worst = ((got.double() - y).abs() / size).max().item()
-        assert worst <= BOUND, f"{isa}: {worst}"
-        return got
+        y, size = self.compute_expected(x, alphas)
+        y_kernel = self.run(x, alphas, isa)
+        assert y_kernel.dtype == torch.float32
+        largest_error = ((y_kernel.double() - y).abs() / size).max().item()
+        assert largest_error <= BOUND, f"{isa}: {largest_error}"
+        return y_kernel
 
 
-@fast
+@fewer_examples
 @given(
     st.integers(1, 150),
     st.integers(1, 400),
@@ -82,7 +83,7 @@ class Case:
     seeds,
 )
 def test_against_double_precision(out, width, bits, group, shares, rows, bias, seed):
-    case = Case(out, width, bits, group, shares, seed, bias)
+    case = Case(out, width, bits, group, shares=shares, seed=seed, bias=bias)
     alphas = [torch.rand(rows, generator=case.random) for _ in shares]
     x = case.x(rows)
     for isa in ISAS:
@@ -97,7 +98,7 @@ def test_70000_columns(isa, rows):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_a_row_with_every_column_beside_empty_ones(isa):
+def test_a_full_row_between_empty_rows(isa):
     case = Case(70, 500, shares=())
     support = torch.zeros(70, 500, dtype=torch.bool)
     support[17] = True
@@ -107,20 +108,20 @@ def test_a_row_with_every_column_beside_empty_ones(isa):
         case.check(case.x(rows), [torch.full((1,), 0.7)], isa)
 
 
-@fast
+@fewer_examples
 @given(st.integers(1, 130), st.integers(1, 300), st.integers(2, 70), st.sampled_from([4, 8]), seeds)
 def test_a_row_has_the_same_bits_in_any_batch_and_alone(out, width, rows, bits, seed):
-    """Also across the paths for one row, small batches and prompts, and on any number of threads."""
+    """This holds across the paths for one row, small batches and prompts, and on any number of threads."""
     case = Case(out, width, bits, shares=(0.1, 0.05), seed=seed)
     alphas = [torch.rand(rows, generator=case.random).round(decimals=1) for _ in range(2)]
     x = case.x(rows)
     for isa in ISAS:
-        mixed = case.run(x, alphas, isa)
+        batch_output = case.run(x, alphas, isa)
         for row in {0, rows // 2, rows - 1}:
-            alone = case.run(x[row : row + 1], [alpha[row : row + 1] for alpha in alphas], isa)
-            assert torch.equal(mixed[row : row + 1], alone), isa
+            row_output = case.run(x[row : row + 1], [alpha[row : row + 1] for alpha in alphas], isa)
+            assert torch.equal(batch_output[row : row + 1], row_output), isa
         order = torch.randperm(rows, generator=case.random)
-        assert torch.equal(case.run(x[order], [alpha[order] for alpha in alphas], isa), mixed[order])
+        assert torch.equal(case.run(x[order], [alpha[order] for alpha in alphas], isa), batch_output[order])
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -133,29 +134,29 @@ def test_alpha_zero_is_the_kernel_without_an_ortho_stream(isa, rows, wide):
     assert torch.equal(case.run(x, [torch.zeros(1)], isa, wide), plain)
     alphas = torch.ones(rows)
     alphas[::2] = 0
-    mixed = case.run(x, [alphas], isa, wide)
-    assert torch.equal(mixed[::2], plain[::2])
-    assert rows == 1 or not torch.equal(mixed[1::2], plain[1::2])
+    batch_output = case.run(x, [alphas], isa, wide)
+    assert torch.equal(batch_output[::2], plain[::2])
+    assert rows == 1 or not torch.equal(batch_output[1::2], plain[1::2])
 
 
 def test_alpha_zero_reads_no_sparse_byte():
-    """Sheets of nothing but ones would be read far outside their memory."""
+    """A kernel that reads these sheets, in which all bits are one, would read far outside their memory."""
     case = Case(64, 64)
-    rubbish = torch.full_like(case.sheets[0], 255)
-    rubbish[:24] = case.sheets[0][:24]  # the header tells where the parts lie, and is looked at
+    invalid_sheet = torch.full_like(case.sheets[0], 255)
+    invalid_sheet[:24] = case.sheets[0][:24]  # the header holds the offsets of the parts and is read
     x = case.x(3)
-    assert torch.equal(case.run(x, [torch.zeros(3)], sheets=[rubbish]), case.run(x))
+    assert torch.equal(case.run(x, [torch.zeros(3)], sheets=[invalid_sheet]), case.run(x))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_the_number_of_threads_changes_nothing(threads):
     case, before = Case(300, 130, shares=(0.1,)), torch.get_num_threads()
     x, alphas = case.x(12), [torch.linspace(0, 1, 12)]
-    wanted = {isa: case.run(x, alphas, isa) for isa in ISAS}
+    expected_y = {isa: case.run(x, alphas, isa) for isa in ISAS}
     try:
         torch.set_num_threads(threads)
         for isa in ISAS:
-            assert torch.equal(case.run(x, alphas, isa), wanted[isa])
+            assert torch.equal(case.run(x, alphas, isa), expected_y[isa])
     finally:
         torch.set_num_threads(before)
 
@@ -163,16 +164,16 @@ def test_the_number_of_threads_changes_nothing(threads):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("rows", [1, 3, 12, 20])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_never_hidden(isa, rows, bad):
+def test_values_that_are_not_finite_stay_visible(isa, rows, bad):
     case = Case(70, 96, shares=(0.1,))
     x = case.x(rows)
     x[rows // 2, 5] = bad
     for alphas in ([], [torch.ones(1)]):
         y = case.run(x, alphas, isa, wide=False)
-        hit = torch.zeros(rows, dtype=torch.bool)
-        hit[rows // 2] = True
-        assert not bool(y[hit].isfinite().any())
-        assert bool(y[~hit].isfinite().all())
+        is_bad_row = torch.zeros(rows, dtype=torch.bool)
+        is_bad_row[rows // 2] = True
+        assert not bool(y[is_bad_row].isfinite().any())
+        assert bool(y[~is_bad_row].isfinite().all())
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -184,16 +185,20 @@ def test_the_last_rounding_is_to_the_nearest(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_rows_anywhere_in_memory(isa):
+def test_rows_with_any_strides(isa):
     case = Case(20, 64)
-    wanted = case.x(6)
-    for x in (wanted.t().contiguous().t(), torch.cat([wanted, wanted], 1)[:, :64], wanted.repeat_interleave(2, 0)[::2]):
-        assert torch.equal(case.run(x, (), isa), case.run(wanted, (), isa))
+    expected_y = case.x(6)
+    for x in (
+        expected_y.t().contiguous().t(),
+        torch.cat([expected_y, expected_y], 1)[:, :64],
+        expected_y.repeat_interleave(2, 0)[::2],
+    ):
+        assert torch.equal(case.run(x, (), isa), case.run(expected_y, (), isa))
     assert case.run(case.x(0), (), isa).shape == (0, 20)
 
 
 def test_a_sheet_is_small():
-    """About 5.4 bytes a value at 1 % and 3.6 at 5 %; 6 are stored in a checkpoint. Uneven supports stay in bounds."""
+    """A sheet takes about 5.4 bytes a value at 1 % and 3.6 at 5 %, a checkpoint 6. Uneven supports stay in bounds."""
     case = Case(512, 4096, shares=())
     for share, bytes_per_value in ((0.01, 6.0), (0.05, 4.0)):
         support = torch.rand(512, 4096, generator=case.random) < share
@@ -244,14 +249,15 @@ def test_the_operator_in_a_compiled_graph_and_in_inference_mode():
     case = Case(20, 64)
     product = operator()
 
-    def twice(x, alpha):
-        return product(x, case.base, case.sheets, [alpha], None, 20, 4, 64) * 2
+    def double_product(x, alpha):
+        form = {"out_features": 20, "bits": 4, "group_size": 64}
+        return product(x, case.base, case.sheets, [alpha], None, **form) * 2
 
     x, alpha = case.x(3), torch.linspace(0, 1, 3)
-    wanted = twice(x, alpha)
-    compiled = torch.compile(twice, backend="aot_eager", fullgraph=True)
+    expected_y = double_product(x, alpha)
+    compiled_product = torch.compile(double_product, backend="aot_eager", fullgraph=True)
     with torch.inference_mode():
-        assert torch.equal(compiled(x, alpha), wanted)
-        assert torch.equal(compiled(x, torch.zeros(3)), twice(x, torch.zeros(3)))
+        assert torch.equal(compiled_product(x, alpha), expected_y)
+        assert torch.equal(compiled_product(x, torch.zeros(3)), double_product(x, torch.zeros(3)))
     arguments = (x, case.base, case.sheets, [alpha], None, 20, 4, 64)
     torch.library.opcheck(product.default, arguments, test_utils=("test_schema", "test_faketensor"))

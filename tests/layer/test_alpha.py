@@ -1,4 +1,4 @@
-"""Alpha of a decomposed model: one per request or row, and unseen by other threads, tasks and models."""
+"""Alpha of a decomposed model: one per request or row, and invisible to other threads, tasks and models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from lm_ortho.errors import UserError
 from lm_ortho.layer import alpha_scope, get_alpha, patch, set_alpha
 from tests.support import tiny
-from tests.support.tiny import logits_at, standalone, unpatched
+from tests.support.tiny import logits_at, standalone_layer, unpatched_model
 
 torch.set_num_threads(1)
 
@@ -33,7 +33,7 @@ def test_default_scope_and_nesting(model):
         with alpha_scope(torch.tensor(1.0)):
             assert torch.equal(tiny.logits(model), one)
         assert torch.equal(tiny.logits(model), zero)
-        set_alpha(model, 0.5)  # the scope still decides
+        set_alpha(model, 0.5)  # the scope takes precedence
         assert torch.equal(tiny.logits(model), zero)
     assert get_alpha(model) == 0.5
     with pytest.raises(ZeroDivisionError), alpha_scope(0.25):
@@ -50,7 +50,7 @@ def test_bad_alpha(model, alpha):
     assert get_alpha(model) == 0.0
 
 
-def test_a_model_with_dials_by_name_can_be_copied_and_pickled(model):
+def test_a_model_with_alphas_by_name_can_be_copied_and_pickled(model):
     set_alpha(model, {"memory": 0.5})
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert get_alpha(again) == {"memory": 0.5}
@@ -64,35 +64,37 @@ def test_set_alpha_takes_one_number(model):
 
 def test_alpha_is_linear_in_the_weights(model):
     for alpha in (0.25, 0.5, 0.75):
-        torch.testing.assert_close(logits_at(model, alpha), tiny.logits(unpatched(model, alpha)), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            logits_at(model, alpha), tiny.logits(unpatched_model(model, alpha)), rtol=1e-3, atol=1e-3
+        )
 
 
 @settings(max_examples=10)
 @given(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=1, max_size=5), st.integers(1, 6))
-def test_each_row_gets_what_it_gets_alone(alphas, length):
+def test_each_row_gets_the_logits_it_gets_alone(alphas, length):
     model = shared_model()
-    mixed = logits_at(model, alphas, rows=len(alphas), length=length)
+    batch_logits = logits_at(model, alphas, rows=len(alphas), length=length)
     ids = tiny.tokens(len(alphas), length)
     for row, alpha in enumerate(alphas):
         with torch.no_grad(), alpha_scope(alpha):
-            alone = model(ids[row : row + 1]).logits[0]
-        torch.testing.assert_close(mixed[row], alone, rtol=1e-4, atol=1e-4)
+            row_logits = model(ids[row : row + 1]).logits[0]
+        torch.testing.assert_close(batch_logits[row], row_logits, rtol=1e-4, atol=1e-4)
 
 
-def shared_model(kept=[]):  # noqa: B006
-    if not kept:
-        kept.append(tiny.patched())
-    return kept[0]
+def shared_model(cache=[]):  # noqa: B006
+    if not cache:
+        cache.append(tiny.patched_model())
+    return cache[0]
 
 
 def test_per_row_alpha_must_fit_the_batch(model):
     for alphas in ([0.0, 1.0], [0.0, 1.0, 0.0, 1.0], [0.5, 0.5]):
         with pytest.raises(UserError, match="the batch has 3"):
             logits_at(model, alphas)
-    layer, _ = standalone()
+    layer, _ = standalone_layer()
     with alpha_scope([0.0, 1.0]), pytest.raises(UserError, match="rows are not those"):
         layer(torch.randn(4, 40))
-    tiny.logits(model)  # nothing is left behind by the errors
+    tiny.logits(model)  # the errors leave no state behind
     assert get_alpha(model) == 0.0
 
 
@@ -104,8 +106,8 @@ def test_a_later_change_of_the_tensor_is_not_seen(model):
         assert torch.equal(tiny.logits(model), before)
 
 
-class Flattened(nn.Module):
-    """A model that sees its tokens as one matrix, and a layer that sees only some of them."""
+class FlattenedModel(nn.Module):
+    """A model whose first layer gets the tokens as one matrix, and whose second layer gets only some of them."""
 
     def __init__(self):
         super().__init__()
@@ -123,83 +125,83 @@ class Flattened(nn.Module):
 
 def test_flattened_positions_follow_their_row():
     torch.manual_seed(0)
-    plain = Flattened().requires_grad_(False)
+    plain = FlattenedModel().requires_grad_(False)
     patch(
         plain,
         {n: tiny.layer_streams(getattr(plain, n).weight, group_size=8, density=0.5) for n in ("all", "some")},
     )
     ids = torch.randint(0, 10, (2, 5))
     with alpha_scope([0.0, 1.0]):
-        mixed = plain(ids).view(2, 5, 8)
+        batch_output = plain(ids).view(2, 5, 8)
     for row, alpha in enumerate((0.0, 1.0)):
         with alpha_scope(alpha):
-            torch.testing.assert_close(mixed[row], plain(ids[row : row + 1]), rtol=1e-5, atol=1e-5)
-    plain.pick = torch.tensor([0, 3, 4, 7])  # as in a mixture of experts: rows of the batch cannot be told
+            torch.testing.assert_close(batch_output[row], plain(ids[row : row + 1]), rtol=1e-5, atol=1e-5)
+    plain.pick = torch.tensor([0, 3, 4, 7])  # as in a mixture of experts: the rows of the batch are unknown
     with alpha_scope([0.0, 1.0]), pytest.raises(UserError, match="one alpha for the whole batch"):
         plain(ids)
 
 
 def test_threads_do_not_see_each_other(model):
-    wanted = {alpha: logits_at(model, alpha) for alpha in (0.0, 0.5, 1.0)}
-    wrong = []
+    logits_by_alpha = {alpha: logits_at(model, alpha) for alpha in (0.0, 0.5, 1.0)}
+    wrong_alphas = []
 
     def work(alpha):
         for _ in range(5):
-            if not torch.equal(logits_at(model, alpha), wanted[alpha]):
-                wrong.append(alpha)
+            if not torch.equal(logits_at(model, alpha), logits_by_alpha[alpha]):
+                wrong_alphas.append(alpha)
 
-    threads = [threading.Thread(target=work, args=(alpha,)) for alpha in wanted]
+    threads = [threading.Thread(target=work, args=(alpha,)) for alpha in logits_by_alpha]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert not wrong_alphas
 
 
 def test_a_thread_started_in_a_scope_sees_the_default(model):
-    seen = []
+    alphas_seen = []
     with alpha_scope(1.0):
-        thread = threading.Thread(target=lambda: seen.append(get_alpha(model)))
+        thread = threading.Thread(target=lambda: alphas_seen.append(get_alpha(model)))
         thread.start()
         thread.join()
-    assert seen == [0.0]
+    assert alphas_seen == [0.0]
 
 
 def test_tasks_do_not_see_each_other(model):
-    async def ask(alpha):
+    async def call_model(alpha):
         with alpha_scope(alpha):
             await asyncio.sleep(0)
-            seen = [get_alpha(model)]
+            alphas_seen = [get_alpha(model)]
             await asyncio.sleep(0)
-            seen.append(get_alpha(model))
-            return seen
+            alphas_seen.append(get_alpha(model))
+            return alphas_seen
 
-    async def all_of_them():
-        return await asyncio.gather(*(ask(a) for a in (0.0, 0.5, 1.0)))
+    async def run_all():
+        return await asyncio.gather(*(call_model(a) for a in (0.0, 0.5, 1.0)))
 
-    assert asyncio.run(all_of_them()) == [[0.0, 0.0], [0.5, 0.5], [1.0, 1.0]]
+    assert asyncio.run(run_all()) == [[0.0, 0.0], [0.5, 0.5], [1.0, 1.0]]
 
 
 def test_a_running_forward_never_sees_a_change(model):
-    """Another thread turns the dial while the forward stands between two layers."""
+    """Another thread sets alpha while the forward pass is between two layers."""
     one = logits_at(model, 1.0)
     set_alpha(model, 1.0)
-    reached, turned = threading.Event(), threading.Event()
+    first_layer_done, alpha_changed = threading.Event(), threading.Event()
 
     def wait(*_):
-        reached.set()
-        assert turned.wait(20)
+        first_layer_done.set()
+        assert alpha_changed.wait(20)
 
     handle = model.model.layers[1].register_forward_pre_hook(wait)
-    said = []
-    thread = threading.Thread(target=lambda: said.append(tiny.logits(model)))
+    logits = []
+    thread = threading.Thread(target=lambda: logits.append(tiny.logits(model)))
     thread.start()
-    assert reached.wait(20)
+    assert first_layer_done.wait(20)
     set_alpha(model, 0.0)
-    turned.set()
+    alpha_changed.set()
     thread.join()
     handle.remove()
-    assert torch.equal(said[0], one)
+    assert torch.equal(logits[0], one)
     assert get_alpha(model) == 0.0
 
 
@@ -208,20 +210,20 @@ def test_a_running_forward_does_not_see_its_own_thread_either(model):
     set_alpha(model, 1.0)
     scopes = []
 
-    def meddle(*_):
+    def change_alpha(*_):
         set_alpha(model, 0.0)
         scope = alpha_scope(0.0)
         scope.__enter__()
         scopes.append(scope)
 
-    handle = model.model.layers[1].register_forward_pre_hook(meddle)
-    said = tiny.logits(model)
+    handle = model.model.layers[1].register_forward_pre_hook(change_alpha)
+    logits = tiny.logits(model)
     handle.remove()
     scopes.pop().__exit__(None, None, None)
-    assert torch.equal(said, one)
+    assert torch.equal(logits, one)
 
 
-class During(LogitsProcessor):
+class CallbackDuringGeneration(LogitsProcessor):
     """Runs ``action`` once, in the middle of a generation."""
 
     def __init__(self, action):
@@ -237,72 +239,72 @@ class During(LogitsProcessor):
 
 def generate(model, processor=None, **kwargs):
     extra = {"logits_processor": LogitsProcessorList([processor])} if processor else {}
-    settings_of_search = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    search_options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     ids = tiny.tokens(2, 4)
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **{**settings_of_search, **extra, **kwargs})
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **{**search_options, **extra, **kwargs})
 
 
 def test_a_generation_keeps_its_alpha(model):
     with alpha_scope(1.0):
-        wanted = generate(model)
+        generated_ids = generate(model)
     with alpha_scope(0.0):
-        assert not torch.equal(generate(model), wanted)
+        assert not torch.equal(generate(model), generated_ids)
     set_alpha(model, 1.0)
-    assert torch.equal(generate(model, During(lambda: set_alpha(model, 0.0))), wanted)
+    assert torch.equal(generate(model, CallbackDuringGeneration(lambda: set_alpha(model, 0.0))), generated_ids)
     assert get_alpha(model) == 0.0
 
 
-def test_a_model_asked_inside_its_own_generation(model):
-    """A scope opened inside (contrastive decoding, say) holds for the calls made in it."""
+def test_a_model_called_inside_its_own_generation(model):
+    """A scope opened inside (as in contrastive decoding) applies to the calls in it."""
     zero, one = logits_at(model, 0.0), logits_at(model, 1.0)
-    seen = []
+    results = []
 
-    def ask():
-        seen.append(tiny.logits(model))
-        seen.append(logits_at(model, 0.0))
+    def call_model():
+        results.append(tiny.logits(model))
+        results.append(logits_at(model, 0.0))
 
     with alpha_scope(1.0):
-        wanted = generate(model)
-        assert torch.equal(generate(model, During(ask)), wanted)
-    assert torch.equal(seen[0], one)
-    assert torch.equal(seen[1], zero)
+        generated_ids = generate(model)
+        assert torch.equal(generate(model, CallbackDuringGeneration(call_model)), generated_ids)
+    assert torch.equal(results[0], one)
+    assert torch.equal(results[1], zero)
 
 
 def test_generation_with_an_alpha_per_row(model):
-    alone = []
+    row_outputs = []
     for row, alpha in enumerate((0.0, 1.0)):
         with alpha_scope(alpha):
-            alone.append(generate(model)[row])
+            row_outputs.append(generate(model)[row])
     with alpha_scope([0.0, 1.0]):
-        assert torch.equal(generate(model), torch.stack(alone))
+        assert torch.equal(generate(model), torch.stack(row_outputs))
         beams = generate(model, num_beams=3, num_return_sequences=2)
-        sampled = generate(model, do_sample=True, num_return_sequences=3)
+        samples = generate(model, do_sample=True, num_return_sequences=3)
     assert beams.shape[0] == 4
-    assert sampled.shape[0] == 6
+    assert samples.shape[0] == 6
     for row, alpha in enumerate((0.0, 1.0)):
         with alpha_scope(alpha):
-            wanted = generate(model, num_beams=3, num_return_sequences=2)[2 * row : 2 * row + 2]
-        assert torch.equal(beams[2 * row : 2 * row + 2], wanted)
+            row_beams = generate(model, num_beams=3, num_return_sequences=2)[2 * row : 2 * row + 2]
+        assert torch.equal(beams[2 * row : 2 * row + 2], row_beams)
     with alpha_scope([0.0, 1.0, 0.0]), pytest.raises(UserError, match="the batch has 2"):
         generate(model)
 
 
 def test_two_models_in_one_generation(model):
-    """Each model has its own running alpha: a draft model changes nothing for the large one."""
-    draft = tiny.patched(tiny.llama(seed=1))
+    """Each model has its own current alpha: a draft model does not change that of the large model."""
+    draft = tiny.patched_model(tiny.llama(seed=1))
     set_alpha(model, 1.0)
-    wanted = generate(model)
-    seen = []
+    generated_ids = generate(model)
+    alphas_seen = []
 
-    def ask_the_other():
-        seen.append((get_alpha(model), get_alpha(draft)))
+    def call_draft():
+        alphas_seen.append((get_alpha(model), get_alpha(draft)))
         generate(draft)
 
-    assert torch.equal(generate(model, During(ask_the_other)), wanted)
-    assert seen == [(1.0, 0.0)]
+    assert torch.equal(generate(model, CallbackDuringGeneration(call_draft)), generated_ids)
+    assert alphas_seen == [(1.0, 0.0)]
 
 
-def test_an_interruption_leaves_nothing_behind(model):
+def test_an_interruption_leaves_no_state_behind(model):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -317,6 +319,6 @@ def test_an_interruption_leaves_nothing_behind(model):
 def test_parts_of_a_model_can_be_called(model):
     ids = tiny.tokens()
     with torch.no_grad():
-        whole = model.model(ids).last_hidden_state
+        full = model.model(ids).last_hidden_state
         with alpha_scope(1.0):
-            assert not torch.equal(model.model(ids).last_hidden_state, whole)
+            assert not torch.equal(model.model(ids).last_hidden_state, full)

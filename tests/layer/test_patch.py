@@ -1,4 +1,4 @@
-"""OrthoLinear, alone and in the place of the linear layers of a model: the right numbers, and nothing lost."""
+"""OrthoLinear, alone and in place of the linear layers of a model: correct numbers and no loss of information."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lm_ortho.kernels import calls, reset_calls
 from torch import nn
 from transformers import GPTNeoXConfig, OPTConfig, Qwen2Config
 
 from lm_ortho.errors import UserError
+from lm_ortho.kernels import calls, reset_calls
 from lm_ortho.layer import (
     OrthoLinear,
     alpha_scope,
@@ -31,17 +31,17 @@ from lm_ortho.layer import (
 )
 from lm_ortho.streams import LayerStreams, OrthoStream
 from tests.support import tiny
-from tests.support.tiny import logits_at, standalone, unpatched
+from tests.support.tiny import logits_at, standalone_layer, unpatched_model
 
 torch.set_num_threads(1)
 
-fast = settings(max_examples=40)
+fewer_examples = settings(max_examples=40)
 
 
 # --- the layer
 
 
-@fast
+@fewer_examples
 @given(
     st.integers(1, 50),
     st.integers(1, 70),
@@ -53,22 +53,22 @@ fast = settings(max_examples=40)
     st.integers(0, 1000),
 )
 def test_layer_against_float64(out_features, in_features, bits, density, bias, alpha, leading, seed):
-    layer, streams = standalone(out_features, in_features, bits, density, bias, seed)
+    layer, streams = standalone_layer(out_features, in_features, bits, density=density, bias=bias, seed=seed)
     x = torch.randn(*leading, in_features)
     alphas = torch.linspace(0, 1, leading[0]) if alpha == "rows" else torch.tensor(alpha)
     with alpha_scope(alphas):
         y = layer(x)
     per_row = alphas.double().reshape(-1, *[1] * len(leading))
     wide = x.double()
-    expected = wide @ streams.dense(0.0, torch.float64).t()
-    expected = expected + per_row * (wide @ streams.ortho.to_dense(torch.float64).t())
-    expected = expected + (streams.bias.double() if bias else 0)
-    scale = 1 + wide.abs().sum(-1, keepdim=True) * (1 + streams.dense(1.0).abs().max() * 2)
-    assert bool(((y.double() - expected).abs() <= 1e-6 * scale).all())
+    expected_y = wide @ streams.to_dense(0.0, torch.float64).t()
+    expected_y = expected_y + per_row * (wide @ streams.ortho.to_dense(torch.float64).t())
+    expected_y = expected_y + (streams.bias.double() if bias else 0)
+    scale = 1 + wide.abs().sum(-1, keepdim=True) * (1 + streams.to_dense(1.0).abs().max() * 2)
+    assert bool(((y.double() - expected_y).abs() <= 1e-6 * scale).all())
 
 
 def test_layer_is_lossless():
-    layer, streams = standalone()
+    layer, streams = standalone_layer()
     again = layer.streams()
     assert again.tensors().keys() == streams.tensors().keys()
     for name, tensor in streams.tensors().items():
@@ -85,7 +85,7 @@ def test_layer_is_lossless():
 
 
 def test_ortho_of_another_shape_is_refused():
-    layer, _ = standalone()
+    layer, _ = standalone_layer()
     with pytest.raises(ValueError, match="ortho stream of shape"):
         layer.set_ortho(OrthoStream.empty((3, 3)))
 
@@ -93,7 +93,7 @@ def test_ortho_of_another_shape_is_refused():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bits", [4, 16])
 def test_casting_never_touches_the_streams(dtype, bits):
-    layer, streams = standalone(bits=bits)
+    layer, streams = standalone_layer(bits=bits)
     x = torch.randn(3, 40)
     before = layer(x)
     layer.to(dtype)
@@ -104,15 +104,15 @@ def test_casting_never_touches_the_streams(dtype, bits):
             assert torch.equal(getattr(layer, name), tensor), name
             assert getattr(layer, name).dtype == tensor.dtype
     assert layer(x.to(dtype)).dtype == dtype
-    layer.float()  # the way back loses nothing but what the bias lost
+    layer.float()  # only the bias has lost precision
     torch.testing.assert_close(layer(x), before, rtol=0, atol=2e-2 if dtype != torch.float64 else 1e-6)
     layer.to("meta")
     assert layer.ortho_vals.device.type == "meta"
 
 
 def test_operands_follow_the_stored_tensors():
-    layer, _ = standalone()
-    other, other_streams = standalone(seed=1, density=0.3)
+    layer, _ = standalone_layer()
+    other, other_streams = standalone_layer(seed=1, density=0.3)
     x = torch.randn(5, 40)
     with alpha_scope(1.0):
         layer(x), other(x)
@@ -120,42 +120,42 @@ def test_operands_follow_the_stored_tensors():
         assert torch.equal(layer(x), other(x))
         layer.scales.mul_(2)
         assert not torch.equal(layer(x), other(x))
-    layer, _ = standalone()
+    layer, _ = standalone_layer()
     with alpha_scope(1.0):
         layer(x)
         layer.load_state_dict(other.state_dict(), assign=True)
         assert torch.equal(layer(x), other(x))
     with alpha_scope(1.0):
         layer.set_ortho(OrthoStream.empty(other_streams.shape))
-        assert torch.equal(layer(x), nn.functional.linear(x, other_streams.dense(0.0), layer.bias))
+        assert torch.equal(layer(x), nn.functional.linear(x, other_streams.to_dense(0.0), layer.bias))
 
 
 def test_inference_mode_first_and_gradients_later():
-    layer, streams = standalone()
+    layer, streams = standalone_layer()
     x = torch.randn(2, 40)
     with torch.inference_mode(), alpha_scope(0.5):
         layer(x)
-    wanted = streams.dense(0.5).sum(0).expand(2, -1)
+    expected_gradient = streams.to_dense(0.5).sum(0).expand(2, -1)
     x.requires_grad_(True)
     with alpha_scope(0.5):
         layer(x).sum().backward()
-    torch.testing.assert_close(x.grad, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad, expected_gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_autocast():
-    layer, _ = standalone()
+    layer, _ = standalone_layer()
     x = torch.randn(2, 40)
     with alpha_scope(0.5):
         plain = layer(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            mixed = layer(x)
-    torch.testing.assert_close(mixed.float(), plain, rtol=0.05, atol=0.3)
+            autocast_output = layer(x)
+    torch.testing.assert_close(autocast_output.float(), plain, rtol=0.05, atol=0.3)
 
 
 # --- patching
 
 
-def test_patch_replaces_and_unpatch_gives_back(model):
+def test_patch_replaces_layers_and_unpatch_restores_them(model):
     streams = get_streams(model)
     assert len(streams) == 14
     assert isinstance(model.lm_head, nn.Linear)
@@ -167,7 +167,7 @@ def test_patch_replaces_and_unpatch_gives_back(model):
     torch.testing.assert_close(tiny.logits(model), half, rtol=1e-4, atol=1e-4)
     assert all(p.requires_grad for p in model.parameters())
     name = names[0]
-    assert torch.equal(model.get_submodule(name).weight, streams[name].dense(0.5))
+    assert torch.equal(model.get_submodule(name).weight, streams[name].to_dense(0.5))
 
 
 def test_streams_are_in_the_state_dict(model):
@@ -176,26 +176,26 @@ def test_streams_are_in_the_state_dict(model):
     for name, streams in get_streams(model).items():
         for part, tensor in streams.tensors().items():
             assert torch.equal(state[f"{name}.{part}"], tensor)
-    other = tiny.patched(tiny.llama(seed=3), density=0.1)
+    other = tiny.patched_model(tiny.llama(seed=3), density=0.1)
     other.load_state_dict(state)
     assert torch.equal(logits_at(other, 1.0), logits_at(model, 1.0))
 
 
 def test_alpha_zero_is_the_base_only_model_and_does_no_sparse_work(model):
     """HISTORY 13: alpha=0 once loaded both streams."""
-    base_only = tiny.patched(with_ortho=False)
+    base_only = tiny.patched_model(with_ortho=False)
     reset_calls()
-    said = logits_at(model, 0.0)
+    logits = logits_at(model, 0.0)
     assert calls() == {"reference.base": 14}
-    assert torch.equal(said, tiny.logits(base_only))
-    assert torch.equal(logits_at(model, [0.0, 0.0, 0.0]), said)
+    assert torch.equal(logits, tiny.logits(base_only))
+    assert torch.equal(logits_at(model, [0.0, 0.0, 0.0]), logits)
     assert set(calls()) == {"reference.base"}
-    assert not torch.equal(logits_at(model, 1.0), said)
+    assert not torch.equal(logits_at(model, 1.0), logits)
     assert calls().get("reference.merged", 0) + calls().get("reference.sparse", 0) == 14
 
 
 def test_base_only_model_refuses_any_other_alpha():
-    model = tiny.patched(with_ortho=False)
+    model = tiny.patched_model(with_ortho=False)
     set_alpha(model, 0)
     with pytest.raises(UserError, match="only its base stream"):
         set_alpha(model, 0.5)
@@ -208,28 +208,28 @@ def test_base_only_model_refuses_any_other_alpha():
 
 
 def test_an_empty_stream_is_not_a_missing_one():
-    model = tiny.patched(density=0.0)
+    model = tiny.patched_model(density=0.0)
     assert torch.equal(logits_at(model, 1.0), logits_at(model, 0.0))
 
 
 def test_patch_is_all_or_nothing():
     model = tiny.llama()
     streams = tiny.model_streams(model)
-    name, good = next(iter(streams.items()))
-    bad = {
-        "no module": {**streams, "model.layers.9.mlp.up_proj": good},
-        "not an nn.Linear": {**streams, "model.norm": good},
-        "has shape": {**streams, "model.layers.0.mlp.up_proj": good},
-        "some have none": {**streams, name: LayerStreams(good.base, None)},
+    name, first_streams = next(iter(streams.items()))
+    invalid_cases = {
+        "no module": {**streams, "model.layers.9.mlp.up_proj": first_streams},
+        "not an nn.Linear": {**streams, "model.norm": first_streams},
+        "has shape": {**streams, "model.layers.0.mlp.up_proj": first_streams},
+        "some have none": {**streams, name: LayerStreams(first_streams.base, None)},
         "output embedding": {"lm_head": tiny.layer_streams(model.lm_head.weight.detach())},
         "empty": {},
     }
-    for message, given_streams in bad.items():
+    for message, invalid_streams in invalid_cases.items():
         with pytest.raises(UserError, match=message):
-            patch(model, given_streams)
+            patch(model, invalid_streams)
         assert not ortho_layers(model)
         assert "forward" not in model.__dict__
-    patch(model, {name: good})
+    patch(model, {name: first_streams})
     with pytest.raises(UserError, match="some have none"):
         patch(model, {list(streams)[1]: LayerStreams(streams[list(streams)[1]].base)})
     patch(model, {other: layer for other, layer in streams.items() if other != name})  # in two steps
@@ -248,9 +248,9 @@ def test_the_bias_of_the_model_stays():
 
 
 def test_a_layer_shared_by_two_blocks_is_replaced_in_both():
-    shared = nn.Linear(8, 8).requires_grad_(False)
-    plain = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})
-    patch(plain, {"a.0": tiny.layer_streams(shared.weight, group_size=8)})
+    shared_layer = nn.Linear(8, 8).requires_grad_(False)
+    plain = nn.ModuleDict({"a": nn.Sequential(shared_layer), "b": nn.Sequential(shared_layer)})
+    patch(plain, {"a.0": tiny.layer_streams(shared_layer.weight, group_size=8)})
     assert plain["a"][0] is plain["b"][0]
     assert isinstance(plain["b"][0], OrthoLinear)
     unpatch(plain)
@@ -258,7 +258,7 @@ def test_a_layer_shared_by_two_blocks_is_replaced_in_both():
 
 
 def test_tied_embeddings_stay_tied():
-    model = tiny.patched(tiny.llama(tie_word_embeddings=True))
+    model = tiny.patched_model(tiny.llama(tie_word_embeddings=True))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     unpatch(model, 0)
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -291,8 +291,8 @@ def test_tied_embeddings_stay_tied():
 def test_other_architectures(config):
     model = tiny.from_config(config)
     plain = copy.deepcopy(model)
-    tiny.patched(model, bits=16, density=1.0)
-    torch.testing.assert_close(logits_at(model, 1.0), tiny.logits(unpatched(model, 1.0)), rtol=1e-3, atol=1e-4)
+    tiny.patched_model(model, bits=16, density=1.0)
+    torch.testing.assert_close(logits_at(model, 1.0), tiny.logits(unpatched_model(model, 1.0)), rtol=1e-3, atol=1e-4)
     per_row = logits_at(model, [0.0, 0.5, 1.0])
     for row, alpha in enumerate([0.0, 0.5, 1.0]):
         torch.testing.assert_close(per_row[row], logits_at(model, alpha)[row], rtol=1e-3, atol=1e-4)
@@ -303,33 +303,33 @@ def test_other_architectures(config):
 
 
 def test_deepcopy_is_independent(model):
-    twin = copy.deepcopy(model)
-    set_alpha(twin, 1.0)
-    assert (get_alpha(model), get_alpha(twin)) == (0.0, 1.0)
-    assert torch.equal(tiny.logits(twin), logits_at(model, 1.0))
-    assert twin.__dict__["forward"].model is twin
-    twin.lm_head.weight.data.zero_()
-    assert not tiny.logits(twin).any()
+    model_copy = copy.deepcopy(model)
+    set_alpha(model_copy, 1.0)
+    assert (get_alpha(model), get_alpha(model_copy)) == (0.0, 1.0)
+    assert torch.equal(tiny.logits(model_copy), logits_at(model, 1.0))
+    assert model_copy.__dict__["forward"].model is model_copy
+    model_copy.lm_head.weight.data.zero_()
+    assert not tiny.logits(model_copy).any()
     assert tiny.logits(model).any()
 
 
 def test_pickle_and_torch_save(model):
     set_alpha(model, 0.5)
-    said = tiny.logits(model)
+    logits = tiny.logits(model)
     data = pickle.dumps(model)
     assert len(data) < 1.5 * sum(t.nbytes for t in model.state_dict().values()) + 100_000  # no dense copies
-    twin = pickle.loads(data)
-    assert get_alpha(twin) == 0.5
-    assert torch.equal(tiny.logits(twin), said)
-    assert twin.__dict__["generate"].model is twin
+    model_copy = pickle.loads(data)
+    assert get_alpha(model_copy) == 0.5
+    assert torch.equal(tiny.logits(model_copy), logits)
+    assert model_copy.__dict__["generate"].model is model_copy
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    assert torch.equal(tiny.logits(torch.load(buffer, weights_only=False)), said)
+    assert torch.equal(tiny.logits(torch.load(buffer, weights_only=False)), logits)
 
 
 def test_a_dropped_model_is_freed_at_once():
-    model = tiny.patched()
+    model = tiny.patched_model()
     tiny.logits(model)
     layer = weakref.ref(next(iter(ortho_layers(model).values())))
     gc.collect()
@@ -342,14 +342,17 @@ def test_a_dropped_model_is_freed_at_once():
 
 
 def test_casting_a_model(model):
-    said = logits_at(model, 1.0)
-    stored = {k: v.clone() for k, v in model.state_dict().items() if "ortho_" in k or "scales" in k or "qweight" in k}
+    logits = logits_at(model, 1.0)
+    tensors_before = {
+        k: v.clone() for k, v in model.state_dict().items() if "ortho_" in k or "scales" in k or "qweight" in k
+    }
     model.to(torch.float64)
-    torch.testing.assert_close(logits_at(model, 1.0).float(), said, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits_at(model, 1.0).float(), logits, rtol=1e-3, atol=1e-4)
     model.to(torch.float16).to(torch.float32)
     state = model.state_dict()
     assert all(
-        torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype for name, tensor in stored.items()
+        torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype
+        for name, tensor in tensors_before.items()
     )
 
 
@@ -360,11 +363,11 @@ def test_forward_keeps_its_signature(model):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_a_dense_copy_has_the_weights_of_alpha_and_leaves_the_model_alone(alpha):
+def test_a_dense_copy_has_the_weights_of_alpha_and_does_not_change_the_model(alpha):
     model = tiny.llama()
     streams = tiny.model_streams(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    copied = get_dense_weights(model, streams, alpha)
+    dense_copy = get_dense_weights(model, streams, alpha)
     for name, layer in streams.items():
-        assert torch.equal(copied.state_dict()[f"{name}.weight"], layer.dense(alpha, torch.float32))
+        assert torch.equal(dense_copy.state_dict()[f"{name}.weight"], layer.to_dense(alpha, torch.float32))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -16,19 +16,25 @@ torch.set_num_threads(1)
 
 def test_all_linear_layers_but_the_head():
     model = tiny.llama()
-    found, skipped = survey(model)
-    assert len(found) == 14
-    assert all(found[name] is model.get_submodule(name) for name in found)
-    assert skipped == {"lm_head": "output embedding"}
+    layers, skip_reasons = survey(model)
+    assert len(layers) == 14
+    assert all(layers[name] is model.get_submodule(name) for name in layers)
+    assert skip_reasons == {"lm_head": "output embedding"}
 
 
 @pytest.mark.parametrize(
     ("globs", "count"),
     [
-        ("", 14), ("+", 14), ("down_proj", 2), ("mlp.*", 6), ("*.layers.0.*", 7), ("q_proj + k_proj", 4),
-        ("model.layers.1.mlp.up_proj", 1), ("down_proj+mlp.*", 6),
+        ("", 14),
+        ("+", 14),
+        ("down_proj", 2),
+        ("mlp.*", 6),
+        ("*.layers.0.*", 7),
+        ("q_proj + k_proj", 4),
+        ("model.layers.1.mlp.up_proj", 1),
+        ("down_proj+mlp.*", 6),
     ],
-)  # fmt: skip
+)
 def test_globs(globs, count):
     assert len(find_linear(tiny.llama(), globs)) == count
 
@@ -51,9 +57,9 @@ def test_a_glob_without_a_match(globs, message):
 
 def test_conv1d_is_listed_as_skipped():
     model = tiny.from_config(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=128, n_positions=32))
-    found, skipped = survey(model)
-    assert not found
-    assert sum("Conv1D" in reason for reason in skipped.values()) == 4
+    layers, skip_reasons = survey(model)
+    assert not layers
+    assert sum("Conv1D" in reason for reason in skip_reasons.values()) == 4
     with pytest.raises(UserError, match="Conv1D"):
         find_linear(model)
 
@@ -67,10 +73,10 @@ def test_tied_and_unusual_layers_are_skipped():
         {"embed": nn.Embedding(8, 4), "out": nn.Linear(4, 8), "odd": Odd(4, 4), "ok": nn.Linear(4, 4)}
     )
     plain["out"].weight = plain["embed"].weight
-    found, skipped = survey(plain)
-    assert set(found) == {"ok"}
-    assert "tied" in skipped["out"]
-    assert "forward of its own" in skipped["odd"]
+    layers, skip_reasons = survey(plain)
+    assert set(layers) == {"ok"}
+    assert "tied" in skip_reasons["out"]
+    assert "forward of its own" in skip_reasons["odd"]
 
 
 def test_adapters_are_refused():
@@ -113,9 +119,9 @@ def test_other_models_that_cannot_be_decomposed(model):
         find_linear(model)
     with pytest.raises(UserError, match="no weights in memory"):
         find_linear(nn.Sequential(nn.Linear(4, 4, device="meta")))
-    marked = tiny.llama()
-    marked.config.quantization_config = {"quant_method": "awq"}
+    model_with_config = tiny.llama()
+    model_with_config.config.quantization_config = {"quant_method": "awq"}
     with pytest.raises(UserError, match="awq"):
-        find_linear(marked)
+        find_linear(model_with_config)
     with pytest.raises(UserError, match="no linear layer"):
         find_linear(nn.Sequential(nn.ReLU()))

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from lm_ortho.harness import distributed
-from lm_ortho.leaderboard.results import Number
+from lm_ortho.leaderboard.bootstrap import Number
 from lm_ortho.leaderboard.store import DONE, FAILED, Store
 from tests.support.board import HOME, board_text, numbers, run_tiny
 from tests.support.paths import REPOSITORY
 
-pytestmark = pytest.mark.usefixtures("small_and_alone")
+pytestmark = pytest.mark.usefixtures("isolated_environment")
 NICENESS = "RAY_worker_niceness"
 METHODS: dict[str, Any] = {
     "methods": [
@@ -36,8 +36,8 @@ def alone(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def same(first: Any, second: Any) -> None:
-    """Equal within 1e-6, whatever is inside.
+def assert_close(first: Any, second: Any) -> None:
+    """Asserts equality within 1e-6, in nested containers too.
 
     FP32 is that good in nats, so what is large, the perplexities of a random model, is compared by its logarithm (asinh
     is that, and the number itself where it is small); distances are differences of two such numbers.
@@ -49,11 +49,11 @@ def same(first: Any, second: Any) -> None:
     elif isinstance(first, dict):
         assert first.keys() == second.keys()
         for key in first:
-            same(first[key], second[key])
+            assert_close(first[key], second[key])
     elif isinstance(first, list | tuple):
         assert len(first) == len(second)
         for one, two in zip(first, second, strict=True):
-            same(one, two)
+            assert_close(one, two)
     else:
         assert first == second
 
@@ -67,10 +67,10 @@ def test_two_processes_of_torchrun_give_the_same_table(home: Path, alone: Path, 
     board.write_text(board_text(home, **METHODS))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, "-m", "lm_ortho", "board", "run", str(board), "-o", str(out)]
-    done = subprocess.run(command, env=environment(home), capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("leaderboard.html") == 1
-    same(values(out), values(alone))
+    process = subprocess.run(command, env=environment(home), capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("leaderboard.html") == 1
+    assert_close(values(out), values(alone))
     assert len(list((out / "results").glob("*/results_*.json"))) == 10
     samples = Store(out).records()[1].result["documents"], Store(alone).records()[1].result["documents"]
     assert samples[0] == samples[1]
@@ -78,7 +78,7 @@ def test_two_processes_of_torchrun_give_the_same_table(home: Path, alone: Path, 
 
 def values(out: Path) -> dict[str, Any]:
     """The table without the hashes and commands."""
-    return {name: found[:6] for name, found in numbers(out).items()}
+    return {name: fields[:6] for name, fields in numbers(out).items()}
 
 
 def test_samples_and_values_come_back_in_the_order_of_the_documents() -> None:
@@ -86,14 +86,17 @@ def test_samples_and_values_come_back_in_the_order_of_the_documents() -> None:
         [{"doc_id": i, "filter": "none", "metrics": ["a", "b"] if i != 2 else ["a"]} for i in range(r, 5, 2)]
         for r in (0, 1)
     ]
-    assert [sample["doc_id"] for sample in distributed._joined_samples(samples)] == [0, 1, 2, 3, 4]
+    assert [sample["doc_id"] for sample in distributed._merge_samples(samples)] == [0, 1, 2, 3, 4]
     parts = [
         {"t": {("a", "none"): [0, 2, 4], ("b", "none"): [0, 4]}},
         {"t": {("a", "none"): [1, 3], ("b", "none"): [1, 3]}},
     ]
-    seen = [{"t": part} for part in samples]
-    assert distributed._joined_values("t", parts, seen) == {("a", "none"): [0, 1, 2, 3, 4], ("b", "none"): [0, 1, 3, 4]}
-    assert distributed._joined_values("t", parts, None)["a", "none"] == [0, 1, 2, 3, 4]
+    task_samples = [{"t": part} for part in samples]
+    assert distributed._merge_values("t", parts, task_samples) == {
+        ("a", "none"): [0, 1, 2, 3, 4],
+        ("b", "none"): [0, 1, 3, 4],
+    }
+    assert distributed._merge_values("t", parts, None)["a", "none"] == [0, 1, 2, 3, 4]
 
 
 def test_one_process_is_not_spread() -> None:
@@ -110,9 +113,9 @@ def test_one_process_is_not_spread() -> None:
     )
 
 
-def without_names(found: dict[str, Any]) -> dict[str, Any]:
-    """Numbers and distances; who is best depends on who takes part."""
-    return {name: row[:3] for name, row in found.items()}
+def without_comparisons(table: dict[str, Any]) -> dict[str, Any]:
+    """Numbers and distances of the rows; which row is best depends on the other rows."""
+    return {name: row[:3] for name, row in table.items()}
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +125,13 @@ def cluster(home: Path) -> Any:
     variables = {name: environment(home)[name] for name in ("PYTHONPATH", HOME, "OMP_NUM_THREADS", "HF_HUB_OFFLINE")}
     os.environ[NICENESS] = "0"  # at Ray's own 15 the workers starve beside any other process
     ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
-        object_store_memory=100 * 2**20, runtime_env={"env_vars": variables},
-    )  # fmt: skip
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=100 * 2**20,
+        runtime_env={"env_vars": variables},
+    )
     yield ray
     ray.shutdown()
     del os.environ[NICENESS]
@@ -134,19 +141,18 @@ def cluster(home: Path) -> Any:
 def test_two_workers_of_ray_give_the_same_table_and_one_may_die(
     cluster: Any, home: Path, alone: Path, tmp_path: Path
 ) -> None:
-    out, once = tmp_path / "out", tmp_path / "died"
-    dying = {"method": "tiny_other", "settings": {"die_once": str(once)}}
-    methods = [*METHODS["methods"], dying]
+    out, marker = tmp_path / "out", tmp_path / "died"
+    methods = [*METHODS["methods"], {"method": "tiny_other", "settings": {"die_once": str(marker)}}]
     tally = run_tiny(home, out, methods=methods, resources={"executor": "ray", "cpus": 1})
     assert tally is not None
     assert tally.complete
-    assert once.exists()
+    assert marker.exists()
     records = Store(out).records()
     attempts = {(r.piece.config["method"], r.piece.kind): r.attempts for r in records}
     assert {key: tries for key, tries in attempts.items() if tries != 1} == {("tiny_other", "make"): 2}
-    found = values(out)
-    found.pop(f"tiny_other die_once={once}")
-    same(without_names(found), without_names(values(alone)))
+    table = values(out)
+    table.pop(f"tiny_other die_once={marker}")
+    assert_close(without_comparisons(table), without_comparisons(values(alone)))
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ import pytest
 
 from lm_ortho.errors import UserError
 from lm_ortho.leaderboard import bootstrap
-from lm_ortho.leaderboard.report.formats import comma_separated, markdown, write_pages
-from lm_ortho.leaderboard.report.page import curves, html
+from lm_ortho.leaderboard.report.formats import render_csv, render_markdown, write_pages
+from lm_ortho.leaderboard.report.page import make_alpha_curves, render_html
 from lm_ortho.leaderboard.results import Results, collect
 from lm_ortho.leaderboard.store import DONE, FAILED, Piece, Record, Store
 
@@ -47,15 +47,22 @@ def _records() -> Iterator[Record]:
     for method, mode, alpha, forget, retain in MODELS:
         for seed in SEEDS:
             cell = f"{method}{seed}" + "0" * 20
-            told = {"label": method, "seed": seed, "method": method}
+            common = {"label": method, "seed": seed, "method": method}
             shares = {"mlp": [2, 100], "attention": [1, 100]} if alpha is not None else 28  # as kfac says how many
             if alpha != 1.0:
-                yield Record(Piece(cell, cell, "make", told), DONE, {"settings": {}, "layers": shares}, seconds=2.0)
+                yield Record(Piece(cell, cell, "make", common), DONE, {"settings": {}, "layers": shares}, seconds=2.0)
             for task, level in (("f", forget), ("r", retain)):
                 config = {
-                    **told, "mode": mode, "model": "embedded", "alpha": alpha, "task": task, "row": f"{method} {alpha}",
-                    "command": f"lm_eval --tasks {task}", "settings": {}, "versions": {"torch": "1"},
-                }  # fmt: skip
+                    **common,
+                    "mode": mode,
+                    "model": "embedded",
+                    "alpha": alpha,
+                    "task": task,
+                    "row": f"{method} {alpha}",
+                    "command": f"lm_eval --tasks {task}",
+                    "settings": {},
+                    "versions": {"torch": "1"},
+                }
                 losses = level + noise[seed]
                 value = math.exp(losses.mean())
                 result = {
@@ -89,7 +96,7 @@ def test_distances_are_those_of_the_definition(results: Results) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "scale", "reported", "kept"),
+    ("metric", "scale", "report", "make_documents"),
     [
         ("prob", "log", lambda mean: mean, lambda noise: 0.5 + noise),
         ("prob", "linear", lambda mean: mean, lambda noise: 0.5 + noise),
@@ -97,19 +104,28 @@ def test_distances_are_those_of_the_definition(results: Results) -> None:
         ("ppl", "log", math.exp, lambda noise: 1.0 + noise),
     ],
 )
-def test_intervals_are_on_the_scale_of_the_axis(metric: str, scale: str, reported: Any, kept: Any) -> None:
+def test_intervals_are_on_the_scale_of_the_axis(metric: str, scale: str, report: Any, make_documents: Any) -> None:
     axis = {"task": "f", "metric": metric, "scale": scale}
     board = {**BOARD, "frontier": {"forget": [axis], "retain": [axis]}}
     records, levels = [], {"never_saw": 0.2, "ours": 0.0}
     noise = np.random.default_rng(0).normal(size=40) * 0.05
     for method, level in levels.items():
-        documents = kept(noise * (method == "ours") + level)
+        documents = make_documents(noise * (method == "ours") + level)
         config = {
-            "label": method, "seed": 0, "method": method, "mode": "none", "model": "embedded", "alpha": None,
-            "row": method, "task": "f", "command": "", "settings": {}, "versions": {},
-        }  # fmt: skip
+            "label": method,
+            "seed": 0,
+            "method": method,
+            "mode": "none",
+            "model": "embedded",
+            "alpha": None,
+            "row": method,
+            "task": "f",
+            "command": "",
+            "settings": {},
+            "versions": {},
+        }
         result = {
-            "values": {"f": {metric: [reported(documents.mean()), None, None, False]}},
+            "values": {"f": {metric: [report(documents.mean()), None, None, False]}},
             "samples": {"f": {metric: documents.tolist()}},
             "groups": {"f": [str(number) for number in range(40)]},
             "checkpoint": "",
@@ -118,17 +134,18 @@ def test_intervals_are_on_the_scale_of_the_axis(metric: str, scale: str, reporte
     row = collect(records, {"name": "made_up", "board": board}).rows[1]
     assert row.forget is not None
 
-    def scaled(mean: float) -> float:
-        return math.log(reported(mean)) if scale == "log" else float(reported(mean))
+    def apply_scale(mean: float) -> float:
+        return math.log(report(mean)) if scale == "log" else float(report(mean))
 
-    ours, theirs = kept(noise), scaled(kept(0.2))
-    drawn = np.random.default_rng(1).integers(0, 40, size=(2000, 40))
-    direct = np.quantile([abs(scaled(mean) - theirs) for mean in ours[drawn].mean(1)], [0.025, 0.975])
-    assert row.forget.value == pytest.approx(abs(scaled(ours.mean()) - theirs))
+    documents, target = make_documents(noise), apply_scale(make_documents(0.2))
+    resamples = np.random.default_rng(1).integers(0, 40, size=(2000, 40))
+    means = documents[resamples].mean(1)
+    direct = np.quantile([abs(apply_scale(mean) - target) for mean in means], [0.025, 0.975])
+    assert row.forget.value == pytest.approx(abs(apply_scale(documents.mean()) - target))
     assert row.forget[1:3] == pytest.approx(tuple(direct), rel=0.1)
 
 
-def test_several_models_are_told_apart() -> None:
+def test_rows_of_several_models_have_different_names() -> None:
     records = []
     for record in _records():
         for model in ("a", "b"):
@@ -136,43 +153,48 @@ def test_several_models_are_told_apart() -> None:
             config |= {"row": f"{config['row']} {model}"} if "row" in config else {}
             piece = Piece(record.piece.key + model, record.piece.cell + model, record.piece.kind, config)
             records.append(Record(piece, record.status, record.result, seconds=record.seconds))
-    found = collect(records, {"name": "made_up", "board": BOARD})
-    assert len({row.name for row in found.rows}) == len(found.rows) == 2 * len({m[0::2] for m in MODELS})
-    assert {name.rpartition(" of ")[2] for name in found.layers} == {"a", "b"}
-    assert "| ours of b alpha=0 |" in markdown(found)
+    results = collect(records, {"name": "made_up", "board": BOARD})
+    assert len({row.name for row in results.rows}) == len(results.rows) == 2 * len({m[0::2] for m in MODELS})
+    assert {name.rpartition(" of ")[2] for name in results.layers} == {"a", "b"}
+    assert "| ours of b alpha=0 |" in render_markdown(results)
 
 
 def test_the_frontier_is_among_those_that_read_the_same(results: Results) -> None:
-    better = {row.name: row.better for row in results.rows}
+    better = {row.name: row.dominated_by for row in results.rows}
     assert better == {
-        "never_saw": [], "unedited": [], "ours alpha=0": [], "ours alpha=1": [], "far": [], "other": [],
+        "never_saw": [],
+        "unedited": [],
+        "ours alpha=0": [],
+        "ours alpha=1": [],
+        "far": [],
+        "other": [],
         "worse": ["ours alpha=0"],
-    }  # fmt: skip
+    }
 
 
 def test_best_and_worse(results: Results) -> None:
     rows = {row.name: row for row in results.rows}
-    assert {name for name, row in rows.items() if "forget" in row.best} == {"ours alpha=0", "other"}
-    assert {name for name, row in rows.items() if "retain" in row.best} == {"far", "other"}
-    assert rows["worse"].worse["forget"] is True
-    assert rows["ours alpha=0"].worse["retain"] is True
-    assert "f ppl" in rows["ours alpha=0"].best
+    assert {name for name, row in rows.items() if "forget" in row.best_in} == {"ours alpha=0", "other"}
+    assert {name for name, row in rows.items() if "retain" in row.best_in} == {"far", "other"}
+    assert rows["worse"].worse_in["forget"] is True
+    assert rows["ours alpha=0"].worse_in["retain"] is True
+    assert "f ppl" in rows["ours alpha=0"].best_in
 
 
 def test_seeds_and_documents_are_two_sources_of_error() -> None:
-    alone = bootstrap.of_seeds([(2.0, 1.0, 4.0)])
+    alone = bootstrap.average_seeds([(2.0, 1.0, 4.0)])
     assert alone == (2.0, 1.0, 4.0, (2.0,))
-    three = bootstrap.of_seeds([(1.0, 0.5, 1.5), (2.0, 1.5, 2.5), (3.0, 2.5, 3.5)])
+    three = bootstrap.average_seeds([(1.0, 0.5, 1.5), (2.0, 1.5, 2.5), (3.0, 2.5, 3.5)])
     scatter = 4.302652729911275 * 1.0 / math.sqrt(3)
     assert three.value == 2.0
     assert three.high == pytest.approx(2.0 + math.hypot(0.5, scatter))
     assert three.low == pytest.approx(2.0 - math.hypot(0.5, scatter))
-    assert bootstrap.of_seeds([(1.0, None, None)])[:3] == (1.0, None, None)
-    logs = bootstrap.of_seeds([(1.0, 0.5, 2.0), (4.0, 2.0, 8.0)], "secret_ppl")
+    assert bootstrap.average_seeds([(1.0, None, None)])[:3] == (1.0, None, None)
+    logs = bootstrap.average_seeds([(1.0, 0.5, 2.0), (4.0, 2.0, 8.0)], "secret_ppl")
     assert logs.value == pytest.approx(2.0)
     assert logs.low is not None
     assert 0 < logs.low < 1
-    assert bootstrap.of_seeds([(0.9, 0.8, 1.0), (0.8, 0.7, 0.95)], "extraction").high == 1.0
+    assert bootstrap.average_seeds([(0.9, 0.8, 1.0), (0.8, 0.7, 0.95)], "extraction").high == 1.0
 
 
 def test_means_over_resamples_are_over_whole_groups() -> None:
@@ -184,18 +206,18 @@ def test_means_over_resamples_are_over_whole_groups() -> None:
 
 def test_worse_beyond_chance() -> None:
     draws = np.random.default_rng(0).normal(size=2001)
-    assert bootstrap.worse_than(draws + 10, draws * 0, 5) is True
-    assert bootstrap.worse_than(draws, draws * 0, 5) is False
-    assert bootstrap.worse_than(draws * math.nan, draws, 5) is None
-    assert bootstrap.worse_than(None, draws, 5) is None
+    assert bootstrap.is_significantly_worse(draws + 10, draws * 0, 5) is True
+    assert bootstrap.is_significantly_worse(draws, draws * 0, 5) is False
+    assert bootstrap.is_significantly_worse(draws * math.nan, draws, 5) is None
+    assert bootstrap.is_significantly_worse(None, draws, 5) is None
 
 
 def test_markdown_and_csv_have_every_row(results: Results) -> None:
-    text = markdown(results)
+    text = render_markdown(results)
     for row in results.rows:
         assert f"| {row.name} |" in text
     assert "no: ours alpha=0" in text
-    rows = list(csv.DictReader(io.StringIO(comma_separated(results))))
+    rows = list(csv.DictReader(io.StringIO(render_csv(results))))
     assert len(rows) == 7 * 4
     (one,) = [r for r in rows if r["row"] == "ours alpha=0" and (r["task"], r["metric"]) == ("f", "ppl")]
     assert float(one["value"]) == pytest.approx(math.exp(0.9), rel=0.01)
@@ -203,28 +225,28 @@ def test_markdown_and_csv_have_every_row(results: Results) -> None:
     assert one["cells"].split()[0] == "ours00000000"
 
 
-def test_an_unfinished_table_says_so() -> None:
+def test_an_unfinished_row_is_marked() -> None:
     records = list(_records())
     last = records[-1]
     records[-1] = Record(last.piece, FAILED, error="out of luck\nmore")
-    found = collect(records, {"name": "made_up", "board": BOARD})
-    assert found.rows[-1].missing == 1
-    assert found.rows[-1].failed == ["r: out of luck"]
-    assert "other (unfinished)" in markdown(found)
-    nothing = collect([Record(record.piece) for record in records], {"name": "made_up", "board": BOARD})
-    assert all(row.forget is None for row in nothing.rows)
-    assert "made_up" in html(nothing) or "Made up" in html(nothing)
+    results = collect(records, {"name": "made_up", "board": BOARD})
+    assert results.rows[-1].missing == 1
+    assert results.rows[-1].failures == ["r: out of luck"]
+    assert "other (unfinished)" in render_markdown(results)
+    empty_results = collect([Record(record.piece) for record in records], {"name": "made_up", "board": BOARD})
+    assert all(row.forget is None for row in empty_results.rows)
+    assert "made_up" in render_html(empty_results) or "Made up" in render_html(empty_results)
 
 
 def test_curves_are_those_of_rows_with_a_dial(results: Results) -> None:
-    lines = {line["name"]: line for line in curves(results)["f ppl"]}
+    lines = {line["name"]: line for line in make_alpha_curves(results)["f ppl"]}
     assert set(lines) == {"ours", "never_saw", "unedited"}
     assert lines["ours"]["alpha"] == [0.0, 1.0]
     assert "level" in lines["never_saw"]
 
 
 def test_the_page_is_one_file_without_a_network(results: Results) -> None:
-    page = html(results)
+    page = render_html(results)
     head = page.split("<script>")[0]
     assert "src=" not in head
     assert "<link" not in page.replace("<link>", "")
@@ -259,19 +281,19 @@ def browser() -> Iterator[Any]:
     if chromium is None:
         pytest.skip("there is no chromium on this machine")
     with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
+        instance = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield instance
+        instance.close()
 
 
 def test_the_page_in_a_browser(results: Results, browser: Any, tmp_path: Path) -> None:
-    (tmp_path / "page.html").write_text(html(results), encoding="utf-8")
+    (tmp_path / "page.html").write_text(render_html(results), encoding="utf-8")
     context = browser.new_context(color_scheme="dark", offline=True)
     page = context.new_page()
-    problems, asked = list[str](), list[str]()
+    problems, requests = list[str](), list[str]()
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: requests.append(request.url))
     page.goto((tmp_path / "page.html").as_uri())
     page.wait_for_selector("#frontier .scatterlayer .point")
     assert page.locator("#frontier .scatterlayer .trace").count() == 6
@@ -298,9 +320,9 @@ def test_the_page_in_a_browser(results: Results, browser: Any, tmp_path: Path) -
     page.locator("#table details summary").first.click()
     assert page.locator("#table details[open] code").first.is_visible()
     assert problems == []
-    assert asked == [(tmp_path / "page.html").as_uri()]
-    if wanted := os.environ.get("BOARD_PICTURE"):
-        page.screenshot(path=wanted, full_page=True)
+    assert requests == [(tmp_path / "page.html").as_uri()]
+    if picture := os.environ.get("BOARD_PICTURE"):
+        page.screenshot(path=picture, full_page=True)
     context.close()
 
 

@@ -1,4 +1,4 @@
-"""Boards: what is refused, what is done, what fails, what is resumed."""
+"""Boards: bad input, planning, tuning, failures, resuming."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lm_ortho.cli.app import app
 from lm_ortho.errors import UserError
 from lm_ortho.leaderboard.board import status
 from lm_ortho.leaderboard.config import make_board, read_board
-from lm_ortho.leaderboard.plan import limits_of, plan_board
+from lm_ortho.leaderboard.plan import expand_limits, plan_board
 from lm_ortho.leaderboard.store import DONE, Store
-from tests.support.board import BOARD, HOME, board_text, killed, numbers, run_tiny
+from tests.support.board import BOARD, HOME, board_text, numbers, run_and_kill, run_tiny
 from tests.support.paths import REPOSITORY
 
-pytestmark = pytest.mark.usefixtures("small_and_alone")
+pytestmark = pytest.mark.usefixtures("isolated_environment")
 SMALL: dict[str, Any] = {"methods": [{"method": "tiny"}], "tasks": ["retain_set"]}
 
 
@@ -55,7 +55,7 @@ def test_the_matrix(whole: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"method": []}, "method is unknown; did you mean 'methods'?"),
         ({"methods": [{"method": "tiny", "seed": 1}]}, "methods.0.seed is unknown; did you mean 'seeds'?"),
@@ -68,28 +68,31 @@ def test_the_matrix(whole: Path) -> None:
         ({"name": "No Name"}, "name='No Name': "),
         ({"methods": [{"method": "tiny", "tune": True, "grid": {"a": [1]}}]}, "give one of them"),
         ({"methods": 3}, "methods=3: "),
+        ({"budget": {"step": 3}}, "budget.step is unknown; did you mean 'steps'?"),
+        ({"budget": {"steps": 0}}, "budget: steps=0: Input should be greater than or equal to 1"),
+        ({"tuning": {"budget": {"forget_rows": 0}}}, "tuning.budget: forget_rows=0: "),
     ],
 )
-def test_a_bad_board_is_one_line(change: dict[str, Any], told: str) -> None:
+def test_a_bad_board_is_one_line(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         make_board({**yaml.safe_load(BOARD), **change}, "board='x.yaml'")
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"tasks": ["forget_sett"]}, "did you mean 'forget_set'"),
         ({"imports": ["no_such_module"]}, "no_such_module"),
         ({"limits": {"forget_sett": 1}}, "did you mean 'forget_set'"),
         ({"limits": {"tofu_forget": 1}}, "limits names 'tofu_forget', which is not among the tasks"),
-        ({"methods": [{"method": "tiny"}, {"method": "tiny"}]}, "asked for twice"),
+        ({"methods": [{"method": "tiny"}, {"method": "tiny"}]}, "listed twice"),
         ({"resources": {"executor": "ray", "cpus": 1e9}}, "resources"),
     ],
 )
-def test_what_the_board_names_must_be_there(
-    change: dict[str, Any], told: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_unknown_names_in_a_board_are_refused(
+    change: dict[str, Any], message: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lm_ortho.leaderboard import evaluation
 
@@ -99,9 +102,9 @@ def test_what_the_board_names_must_be_there(
 
         monkeypatch.setattr(ray, "is_initialized", lambda: True)
         monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    ours = evaluation._manager
-    monkeypatch.setattr(evaluation, "_manager", lambda defaults, metadata: ours(False, metadata))
-    with pytest.raises(UserError, match=told):
+    load = evaluation._load_task_manager
+    monkeypatch.setattr(evaluation, "_load_task_manager", lambda defaults, metadata: load(False, metadata))
+    with pytest.raises(UserError, match=message):
         run_tiny(home, tmp_path / "out", **change)
     assert not (tmp_path / "out" / "models").exists()
 
@@ -116,7 +119,7 @@ def test_the_ready_boards_can_be_read(path: Path) -> None:
     assert {axis.task for axis in axes} <= set(board.tasks)
 
 
-def test_a_board_without_methods_says_what_is_missing() -> None:
+def test_a_missing_key_of_a_board_is_named() -> None:
     with pytest.raises(UserError, match=r"x\.yaml: methods is missing$"):
         make_board({"name": "b", "tasks": ["forget_set"]}, "x.yaml")
 
@@ -132,13 +135,13 @@ def test_unreadable_files(tmp_path: Path) -> None:
         read_board(tmp_path / "list.yaml")
 
 
-def test_a_limit_of_a_group_is_that_of_its_tasks_and_a_narrower_one_goes_before_it() -> None:
+def test_a_limit_of_a_group_applies_to_its_tasks_unless_a_narrower_one_does() -> None:
     changes = {"tasks": ["unlearning"], "limit": 9, "limits": {"tofu_forget": 2, "unlearning": 5}}
     board = make_board({**yaml.safe_load(BOARD), **changes})
-    limits = limits_of(board, {})
+    limits = expand_limits(board, {})
     assert limits["tofu_forget"] == 2
     assert {limit for task, limit in limits.items() if task != "tofu_forget"} == {5}
-    assert set(limits_of(make_board({**yaml.safe_load(BOARD), "limit": 9}), {}).values()) == {9}
+    assert set(expand_limits(make_board({**yaml.safe_load(BOARD), "limit": 9}), {}).values()) == {9}
 
 
 def test_a_model_that_was_made_before_its_piece_could_say_so(home: Path, tmp_path: Path) -> None:
@@ -156,7 +159,7 @@ def test_a_model_that_was_made_before_its_piece_could_say_so(home: Path, tmp_pat
     assert again.result == first.result
 
 
-def test_the_command_behind_a_row_says_all_that_decides_it(whole: Path) -> None:
+def test_the_command_of_a_row_reproduces_it(whole: Path) -> None:
     commands = [r.piece.config["command"] for r in Store(whole).records() if r.piece.kind == "evaluate"]
     plain, dial = shlex.split(commands[0]), shlex.split(commands[2])
     assert plain[:3] == ["lm_eval", "--model", "hf"]
@@ -171,8 +174,8 @@ def test_a_failing_cell_does_not_stop_the_others(home: Path, tmp_path: Path) -> 
     tally = run_tiny(home, out, **SMALL | {"methods": methods})
     assert tally is not None
     assert (tally.done, tally.failed) == (2, 2)
-    found = status(out)
-    assert [(e["piece"], e["error"].splitlines()[0]) for e in found["errors"]] == [
+    summary = status(out)
+    assert [(e["piece"], e["error"].splitlines()[0]) for e in summary["errors"]] == [
         ("model", "ValueError: no such weights"),
         ("retain_set", "its model could not be made"),
     ]
@@ -202,8 +205,8 @@ def test_tuning_chooses_before_anything_is_measured(home: Path, tmp_path: Path) 
     assert (tally.done, tally.failed, tally.total) == (4, 1, 5)
     records = Store(out).records()
     assert [(r.piece.kind, r.status) for r in records][:3] == [("tune", "failed"), ("tune", "done"), ("tune", "done")]
-    (made,) = [record for record in records if record.piece.kind == "make"]
-    assert made.result["settings"] == {"shift": 0.1}
+    (make_record,) = [record for record in records if record.piece.kind == "make"]
+    assert make_record.result["settings"] == {"shift": 0.1}
     assert "tiny shift=0.1 (tuned)" in numbers(out)
 
 
@@ -232,14 +235,14 @@ def test_more_alphas_and_seeds_keep_what_is_there(home: Path, tmp_path: Path) ->
     assert len(later) == 3
 
 
-def _resumed(home: Path, out: Path, kills: int, seconds: float) -> None:
+def _run_with_kills(home: Path, out: Path, kills: int, seconds: float) -> None:
     draw = random.Random(7)
-    hit = 0
+    count = 0
     for _ in range(4 * kills):
-        hit += killed(home, out, draw.uniform(0.05, seconds))
-        if hit == kills:
+        count += run_and_kill(home, out, draw.uniform(0.05, seconds))
+        if count == kills:
             break
-    assert hit == kills
+    assert count == kills
     run_tiny(home, out)
 
 
@@ -247,10 +250,10 @@ def _resumed(home: Path, out: Path, kills: int, seconds: float) -> None:
 def test_killed_at_random_moments_the_table_is_that_of_an_undisturbed_run(
     kills: int, whole: Path, home: Path, tmp_path: Path
 ) -> None:
-    began = time.monotonic()
-    killed(home, tmp_path / "first", 60)
-    seconds = time.monotonic() - began
-    _resumed(home, tmp_path / "out", kills, seconds / 3)
+    start_time = time.monotonic()
+    run_and_kill(home, tmp_path / "first", 60)
+    seconds = time.monotonic() - start_time
+    _run_with_kills(home, tmp_path / "out", kills, seconds / 3)
     assert numbers(tmp_path / "out") == numbers(whole)
     assert {record.status for record in Store(tmp_path / "out").records()} == {DONE}
     assert not list((tmp_path / "out").glob("*/.*.tmp-*"))
@@ -260,16 +263,17 @@ def test_the_commands(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(HOME, str(home))
     board, out = tmp_path / "tiny.yaml", tmp_path / "out"
     board.write_text(board_text(home, **SMALL | {"methods": [{"method": "tiny"}, {"method": "unedited"}]}))
-    done = CliRunner().invoke(app, ["board", "run", str(board), "-o", str(out)], catch_exceptions=False)
-    assert done.exit_code == 0
-    assert "4 of 4 pieces done" in done.stderr
-    assert [Path(line).name for line in done.stdout.split()] == [f"leaderboard.{end}" for end in ("html", "md", "csv")]
-    told = CliRunner().invoke(app, ["board", "status", str(out)], catch_exceptions=False)
-    assert "tiny: 4 of 4 done, 0 failed" in told.stdout
-    found = json.loads(CliRunner().invoke(app, ["board", "status", str(out), "--json"]).stdout)
-    assert (found["done"], found["seconds_left"], len(found["runs"])) == (4, 0, 1)
-    assert found["runs"][0]["alive"] is False
-    assert (out / found["runs"][0]["log"]).is_file()
+    result = CliRunner().invoke(app, ["board", "run", str(board), "-o", str(out)], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "4 of 4 pieces done" in result.stderr
+    names = [Path(line).name for line in result.stdout.split()]
+    assert names == [f"leaderboard.{suffix}" for suffix in ("html", "md", "csv")]
+    text = CliRunner().invoke(app, ["board", "status", str(out)], catch_exceptions=False).stdout
+    assert "tiny: 4 of 4 done, 0 failed" in text
+    summary = json.loads(CliRunner().invoke(app, ["board", "status", str(out), "--json"]).stdout)
+    assert (summary["done"], summary["seconds_left"], len(summary["runs"])) == (4, 0, 1)
+    assert summary["runs"][0]["alive"] is False
+    assert (out / summary["runs"][0]["log"]).is_file()
     page = CliRunner().invoke(app, ["board", "page", str(out), "--to", str(tmp_path / "page")], catch_exceptions=False)
     assert page.exit_code == 0
     assert len(list((tmp_path / "page").iterdir())) == 3

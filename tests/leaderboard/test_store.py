@@ -12,7 +12,7 @@ import pytest
 
 from lm_ortho.errors import UserError
 from lm_ortho.leaderboard import store as store_module
-from lm_ortho.leaderboard.progress import Left
+from lm_ortho.leaderboard.progress import TimeEstimate
 from lm_ortho.leaderboard.store import DONE, FAILED, RUNNING, WAITING, Piece, Record, Store
 
 PIECES = [Piece(f"key{number}", "cell", "evaluate", {"task": f"t{number}", "alpha": 0.0}) for number in range(4)]
@@ -20,9 +20,9 @@ PIECES = [Piece(f"key{number}", "cell", "evaluate", {"task": f"t{number}", "alph
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    made = Store(tmp_path)
-    made.plan(PIECES, facts={"name": "test"})
-    return made
+    store = Store(tmp_path)
+    store.plan(PIECES, facts={"name": "test"})
+    return store
 
 
 def test_a_piece_goes_from_waiting_to_done(store: Store) -> None:
@@ -48,22 +48,22 @@ def test_the_order_is_that_of_the_plan_and_a_new_plan_keeps_results(store: Store
     assert [(record.piece.key, record.status) for record in store.records()] == [("key3", DONE), ("key1", WAITING)]
     store.plan(PIECES[:2], facts={}, keep=True)
     assert [record.piece.key for record in store.records(results=False)] == ["key3", "key1", "key0"]
-    assert store.fact("name") == "test"
-    assert store.fact("nothing") is None
+    assert store.get_fact("name") == "test"
+    assert store.get_fact("nothing") is None
 
 
 def test_what_a_living_process_is_at_is_left_to_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.claim(["key0"])
-    mine = store_module.owner_now()
-    assert store_module.is_alive(mine)
-    monkeypatch.setattr(store_module, "owner_now", lambda: f"{mine.split()[0]} 1 0.00")
+    owner = store_module.current_owner()
+    assert store_module.is_alive(owner)
+    monkeypatch.setattr(store_module, "current_owner", lambda: f"{owner.split()[0]} 1 0.00")
     assert store.claim(["key0", "key1"]) == ["key1"]
     monkeypatch.undo()
     assert store.statuses()["key1"] == WAITING  # process 1 did not start at 0.00: another one has its number
 
 
-def test_another_host_counts_as_alive_until_told_otherwise(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "owner_now", lambda: "elsewhere 7 1.00")
+def test_a_process_on_another_host_counts_as_alive(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "current_owner", lambda: "elsewhere 7 1.00")
     store.claim(["key0"])
     monkeypatch.undo()
     assert store.claim(["key0"]) == []
@@ -143,23 +143,29 @@ def test_bad_places_are_one_line(tmp_path: Path) -> None:
         Store(tmp_path)
 
 
-def test_the_time_left_is_told_from_pieces_of_the_same_kind() -> None:
+def test_the_time_left_is_estimated_from_comparable_pieces() -> None:
     def record(kind: str, name: str, seconds: float | None) -> Record:
         config = {"task": name} if kind == "evaluate" else {"method": name}
         status = WAITING if seconds is None else DONE
         return Record(Piece(f"{kind} {name} {seconds}", "cell", kind, config), status, seconds=seconds or 0.0)
 
-    done = [
-        record("make", "ortho", 1000), record("tune", "npo", 20), record("tune", "npo", 24), record("tune", "npo", 150),
-        record("tune", "rmu", 10), record("evaluate", "a", 5),
-    ]  # fmt: skip
-    assert Left([*done, record("make", "ortho", None)]).seconds() == 1000
-    assert Left([*done, record("make", "npo", None)]).seconds() == 24, "one slow try is no reason to expect more"
-    assert Left([*done, record("make", "wanda", None)]).seconds() == 24, "nor is one slow method"
-    assert Left([*done, record("evaluate", "b", None)]).seconds() == 5
-    left = Left([*done, record("evaluate", "b", None), record("make", "rmu", None)])
-    assert left.text() == "about 15 s left"
-    left.add("make rmu None", 40)
-    assert left.seconds() == 5
-    assert Left([record("make", "ortho", None)]).text() == "time left unknown yet"
-    assert Left([record("make", "ortho", 3)]).text() == "nothing left"
+    finished_records = [
+        record("make", "ortho", 1000),
+        record("tune", "npo", 20),
+        record("tune", "npo", 24),
+        record("tune", "npo", 150),
+        record("tune", "rmu", 10),
+        record("evaluate", "a", 5),
+    ]
+    assert TimeEstimate([*finished_records, record("make", "ortho", None)]).seconds() == 1000
+    assert TimeEstimate([*finished_records, record("make", "npo", None)]).seconds() == 24, (
+        "one slow try is no reason to expect more"
+    )
+    assert TimeEstimate([*finished_records, record("make", "wanda", None)]).seconds() == 24, "nor is one slow method"
+    assert TimeEstimate([*finished_records, record("evaluate", "b", None)]).seconds() == 5
+    estimate = TimeEstimate([*finished_records, record("evaluate", "b", None), record("make", "rmu", None)])
+    assert estimate.text() == "about 15 s left"
+    estimate.add("make rmu None", 40)
+    assert estimate.seconds() == 5
+    assert TimeEstimate([record("make", "ortho", None)]).text() == "time left unknown yet"
+    assert TimeEstimate([record("make", "ortho", 3)]).text() == "nothing left"

@@ -18,23 +18,23 @@ from lm_ortho.errors import UserError
 from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.harness.tasks.samples import read_samples
 from lm_ortho.leaderboard import evaluation as measure_module
-from lm_ortho.leaderboard.batch_halving import halve_when_full, is_out_of_memory
+from lm_ortho.leaderboard.batch_halving import halve_batch_on_oom, is_out_of_memory
 from lm_ortho.leaderboard.store import DONE, FAILED, Store
 from lm_ortho.leaderboard.sweep import Sweep, plan_sweep, run_sweep
-from tests.support.harness import measured, run
+from tests.support.harness import metric_values, run
 
-pytestmark = pytest.mark.usefixtures("small_and_alone")
+pytestmark = pytest.mark.usefixtures("isolated_environment")
 TASKS = ["forget_set", "retain_set"]
 
 
-def order(home: Path, **changes: Any) -> Sweep:
+def make_sweep(home: Path, **changes: Any) -> Sweep:
     rows = {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
-    given: dict[str, Any] = {"tasks": TASKS, "alphas": [0, 1], "device": "cpu"}
-    return Sweep(**{**given, "model_args": {"pretrained": str(home / "decomposed"), **rows}, **changes})
+    defaults: dict[str, Any] = {"tasks": TASKS, "alphas": [0, 1], "device": "cpu"}
+    return Sweep(**{**defaults, "model_args": {"pretrained": str(home / "decomposed"), **rows}, **changes})
 
 
-def sweep(asked: Sweep, out: Path, **options: Any) -> Any:
-    return run_sweep(asked, out, Console(quiet=True), quiet=True, **options)
+def run_quietly(sweep: Sweep, out: Path, **options: Any) -> Any:
+    return run_sweep(sweep, out, Console(quiet=True), quiet=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def swept(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("swept") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
-        assert sweep(order(home), out).complete
+        assert run_quietly(make_sweep(home), out).complete
     return out
 
 
@@ -65,7 +65,7 @@ def test_every_alpha_and_task_is_a_record_with_what_made_it(swept: Path) -> None
 
 def test_the_numbers_are_those_of_lm_eval(swept: Path, home: Path) -> None:
     lm = LibOrthoLM(str(home / "decomposed"), alpha=1, device="cpu")
-    direct = measured(
+    direct = metric_values(
         run(lm, ["forget_set"], {"forget": str(home / "forget.jsonl"), "pretrained": lm.pretrained_argument}),
         "forget_set",
     )
@@ -79,17 +79,17 @@ def test_the_numbers_are_those_of_lm_eval(swept: Path, home: Path) -> None:
     assert [value is None for value in extraction] == [False, False, False, True, True, False]
 
 
-def test_lm_evals_own_files_are_there(swept: Path) -> None:
+def test_lm_evals_own_files_are_written(swept: Path) -> None:
     records = Store(swept).records()
     for record in records:
         results, samples = (swept / file for file in record.result["files"])
-        found = json.loads(results.read_text())
+        content = json.loads(results.read_text())
         task = record.piece.config["task"]
         assert results.name.startswith("results_")
-        assert found["config"]["alpha"] == record.piece.config["alpha"]
-        assert {"results", "configs", "versions", "n-shot", "task_hashes", "model_name", "date"} <= set(found)
-        assert found["results"][task]["ppl,none"] == record.result["values"][task]["ppl"][0]
-        assert len(read_samples(samples, task, "samples")) == found["n-samples"][task]["effective"]
+        assert content["config"]["alpha"] == record.piece.config["alpha"]
+        assert {"results", "configs", "versions", "n-shot", "task_hashes", "model_name", "date"} <= set(content)
+        assert content["results"][task]["ppl,none"] == record.result["values"][task]["ppl"][0]
+        assert len(read_samples(samples, task, "samples")) == content["n-samples"][task]["effective"]
     folders = {path.name for path in (swept / "results").iterdir()}
     assert folders == {"decomposed__alpha_0", "decomposed__alpha_1"}
 
@@ -99,75 +99,75 @@ def test_a_finished_sweep_does_nothing_and_a_larger_one_only_what_is_new(
 ) -> None:
     before = [record.as_json() for record in Store(swept).records()]
     monkeypatch.setattr(measure_module, "load_lm", lambda *_: pytest.fail("nothing to load"))
-    assert sweep(order(home), swept).complete
+    assert run_quietly(make_sweep(home), swept).complete
     assert [record.as_json() for record in Store(swept).records()] == before
     monkeypatch.undo()
 
 
 def test_rows_that_changed_and_other_limits_are_other_pieces(home: Path, tmp_path: Path) -> None:
     rows = {name: str(shutil.copy(home / f"{name}.jsonl", tmp_path)) for name in ("forget", "retain")}
-    asked = order(home, alphas=[0], model_args={"pretrained": str(home / "decomposed"), **rows})
-    (first, _), _ = plan_sweep(asked, tmp_path)
-    assert plan_sweep(asked, tmp_path)[0][0].key == first.key
-    (limited, _), _ = plan_sweep(replace(asked, limit=2), tmp_path)
-    assert limited.config["row"] != first.config["row"]
-    assert limited.config["label"] == "decomposed limit=2"
-    assert "--limit 2" in limited.config["command"]
+    sweep = make_sweep(home, alphas=[0], model_args={"pretrained": str(home / "decomposed"), **rows})
+    (first, _), _ = plan_sweep(sweep, tmp_path)
+    assert plan_sweep(sweep, tmp_path)[0][0].key == first.key
+    (limited_piece, _), _ = plan_sweep(replace(sweep, limit=2), tmp_path)
+    assert limited_piece.config["row"] != first.config["row"]
+    assert limited_piece.config["label"] == "decomposed limit=2"
+    assert "--limit 2" in limited_piece.config["command"]
     lines = Path(rows["forget"]).read_text().splitlines()
     Path(rows["forget"]).write_text("\n".join(lines[:-1]))
-    changed, _ = plan_sweep(asked, tmp_path)
-    assert changed[0].key != first.key
+    pieces, _ = plan_sweep(sweep, tmp_path)
+    assert pieces[0].key != first.key
 
 
 def test_an_interrupted_sweep_redoes_one_task_at_most(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[Any, str]] = []
-    loaded: list[int] = []
-    whole, load = measure_module.evaluate, measure_module.load_lm
+    evaluations: list[tuple[Any, str]] = []
+    loads: list[int] = []
+    original, load = measure_module.evaluate, measure_module.load_lm
 
     def evaluate(lm: Any, config: Any, results: Path) -> Any:
-        asked.append((config["alpha"], config["task"]))
-        if len(asked) == 3:
+        evaluations.append((config["alpha"], config["task"]))
+        if len(evaluations) == 3:
             raise KeyboardInterrupt
-        return whole(lm, config, results)
+        return original(lm, config, results)
 
     monkeypatch.setattr(measure_module, "evaluate", evaluate)
-    monkeypatch.setattr(measure_module, "load_lm", lambda *a: loaded.append(1) or load(*a))
+    monkeypatch.setattr(measure_module, "load_lm", lambda *arguments: loads.append(1) or load(*arguments))
     with pytest.raises(KeyboardInterrupt):
-        sweep(order(home), tmp_path / "out")
-    assert len(asked) == 3
+        run_quietly(make_sweep(home), tmp_path / "out")
+    assert len(evaluations) == 3
     assert sorted(Store(tmp_path / "out").statuses().values()) == ["done", "done", "waiting", "waiting"]
-    assert sweep(order(home), tmp_path / "out").complete
-    assert asked == [(0.0, "forget_set"), (0.0, "retain_set"), *[(1.0, "forget_set")] * 2, (1.0, "retain_set")]
-    assert len(loaded) == 2
+    assert run_quietly(make_sweep(home), tmp_path / "out").complete
+    assert evaluations == [(0.0, "forget_set"), (0.0, "retain_set"), *[(1.0, "forget_set")] * 2, (1.0, "retain_set")]
+    assert len(loads) == 2
 
 
 def test_a_failing_task_does_not_stop_the_others_and_is_retried_when_asked(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = measure_module.evaluate
+    original = measure_module.evaluate
 
     def evaluate(lm: Any, config: Any, results: Path) -> Any:
         if config["task"] == "forget_set":
             raise RuntimeError("no such thing")
-        return whole(lm, config, results)
+        return original(lm, config, results)
 
     monkeypatch.setattr(measure_module, "evaluate", evaluate)
     out = tmp_path / "out"
-    tally = sweep(order(home), out)
+    tally = run_quietly(make_sweep(home), out)
     assert (tally.done, tally.failed) == (2, 2)
     failed = [record for record in Store(out).records() if record.status == FAILED]
     assert [record.piece.config["task"] for record in failed] == ["forget_set"] * 2
     assert failed[0].error.startswith("RuntimeError: no such thing\n")
     monkeypatch.undo()
-    assert sweep(order(home), out).failed == 2
+    assert run_quietly(make_sweep(home), out).failed == 2
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda storage: None)
-    assert sweep(order(home), out, retry_failed=True).complete
+    assert run_quietly(make_sweep(home), out, retry_failed=True).complete
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"alphas": [2]}, "between 0"),
         ({"alphas": [1, 1.0]}, "twice"),
@@ -177,26 +177,26 @@ def test_a_failing_task_does_not_stop_the_others_and_is_retried_when_asked(
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
-    changes: dict[str, Any], told: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], message: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure_module, "_manager", _ours_only)
-    with pytest.raises(UserError, match=told) as error:
-        sweep(order(home, **changes), tmp_path / "out")
+    monkeypatch.setattr(measure_module, "_load_task_manager", _load_package_tasks)
+    with pytest.raises(UserError, match=message) as error:
+        run_quietly(make_sweep(home, **changes), tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def _ours_only(defaults: bool, metadata: str) -> Any:
+def _load_package_tasks(defaults: bool, metadata: str) -> Any:
     """lm-eval's own tasks are not indexed, which takes ten seconds."""
     from lm_eval.tasks import TaskManager
 
-    from lm_ortho.plugin.bridges import tasks_dir
+    from lm_ortho.plugin.bridges import find_tasks_dir
 
-    return TaskManager(include_path=[str(tasks_dir())], include_defaults=False, metadata=json.loads(metadata))
+    return TaskManager(include_path=[str(find_tasks_dir())], include_defaults=False, metadata=json.loads(metadata))
 
 
-def test_groups_are_taken_apart() -> None:
-    leaves = measure_module.leaf_tasks(["unlearning"], {})
+def test_groups_are_expanded() -> None:
+    leaves = measure_module.expand_groups(["unlearning"], {})
     assert leaves[:3] == ["tofu_forget", "tofu_retain", "canary_extraction"]
     assert all(leaf.startswith("reasoning_") for leaf in leaves[3:])
     assert len(leaves) == 7
@@ -207,10 +207,10 @@ class Small:
 
     def __init__(self) -> None:
         self.most_rows: int | None = 16
-        self.asked: list[int | None] = []
+        self.batch_sizes: list[int | None] = []
 
     def loglikelihood(self, requests: list[str]) -> list[float]:
-        self.asked.append(self.most_rows)
+        self.batch_sizes.append(self.most_rows)
         if (self.most_rows or 0) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return [0.0] * len(requests)
@@ -218,12 +218,12 @@ class Small:
     loglikelihood_rolling = generate_until = token_scores = loglikelihood
 
 
-def test_out_of_memory_halves_the_batch_and_says_so() -> None:
-    lm, said = Small(), list[str]()
-    halve_when_full(lm, said.append)
+def test_out_of_memory_halves_the_batch_with_a_warning() -> None:
+    lm, warnings = Small(), list[str]()
+    halve_batch_on_oom(lm, warnings.append)
     assert lm.loglikelihood(["a"] * 5) == [0.0] * 5
-    assert lm.asked == [16, 8, 4, 2]
-    assert said[-1] == "out of memory with 4 rows at once; going on with 2"
+    assert lm.batch_sizes == [16, 8, 4, 2]
+    assert warnings[-1] == "out of memory with 4 rows at once; retrying with 2"
     lm.most_rows = None  # one row at once: there is nothing to halve
     lm.generate_until(["a"])
     lm.most_rows = 1
@@ -232,22 +232,22 @@ def test_out_of_memory_halves_the_batch_and_says_so() -> None:
 
 
 def test_the_batch_of_a_real_model_is_halved(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = LibOrthoLM._model_call
+    original = LibOrthoLM._model_call
 
     def full(self: LibOrthoLM, inputs: torch.Tensor, *more: Any, **options: Any) -> torch.Tensor:
         if inputs.shape[0] > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(self, inputs, *more, **options)
+        return original(self, inputs, *more, **options)
 
     monkeypatch.setattr(LibOrthoLM, "_model_call", full)
-    assert sweep(order(home, alphas=[0], tasks=["forget_set"]), tmp_path / "out").complete
+    assert run_quietly(make_sweep(home, alphas=[0], tasks=["forget_set"]), tmp_path / "out").complete
     (record,) = Store(tmp_path / "out").records()
-    assert "going on with 2" in record.result["notes"][-1]
+    assert "retrying with 2" in record.result["notes"][-1]
 
 
 def test_one_model_across_devices(swept: Path, home: Path, tmp_path: Path) -> None:
-    asked = order(home, alphas=[0], tasks=["retain_set"], parallelize=True)
-    assert sweep(asked, tmp_path / "out").complete
+    sweep = make_sweep(home, alphas=[0], tasks=["retain_set"], parallelize=True)
+    assert run_quietly(sweep, tmp_path / "out").complete
     (record,) = Store(tmp_path / "out").records()
     assert record.result["values"] == Store(swept).records()[1].result["values"]
 
@@ -255,12 +255,12 @@ def test_one_model_across_devices(swept: Path, home: Path, tmp_path: Path) -> No
 def test_the_command(home: Path, tmp_path: Path) -> None:
     args = f"pretrained={home / 'decomposed'},forget={home / 'forget.jsonl'},retain={home / 'retain.jsonl'}"
     command = ["sweep", "--tasks", "retain_set", "--alpha", "0.5", "--model-args", args, "-o", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
-    assert done.exit_code == 0
-    (record,) = json.loads(done.stdout)
+    result = CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0
+    (record,) = json.loads(result.stdout)
     assert record["status"] == "done"
     assert "--tasks retain_set" in record["config"]["command"]
-    assert "1 of 1 pieces done" in done.stderr
+    assert "1 of 1 pieces done" in result.stderr
     again = CliRunner().invoke(app, command, catch_exceptions=False)
     assert "ppl" in again.stdout
     bad = CliRunner().invoke(app, ["sweep", "--model-args", "alpha=1", "-o", str(tmp_path / "other")])

@@ -1,4 +1,4 @@
-"""Metrics against formulas written a second time, and against the ways a metric can lie."""
+"""Metrics against independent formulas, and against the ways in which a metric can mislead."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lm_ortho import metrics
-from lm_ortho.metrics.interval import drawn_weights
+from lm_ortho.metrics.interval import draw_weights
 
 losses = st.floats(0, 1e6)
 small_losses = st.floats(0, 30)
@@ -30,12 +30,12 @@ def answers(draw, loss=small_losses):
 @given(answers())
 @settings(max_examples=40)
 def test_token_perplexity_is_exp_of_the_mean_token_loss(case):
-    """HISTORY 10: cross-entropy once passed for perplexity."""
+    """HISTORY 10: cross-entropy was once reported as perplexity."""
     nll, tokens, groups = case
     per_token = [loss / n for loss, n in zip(nll, tokens, strict=True) for _ in range(n)]
-    got = metrics.token_perplexity(nll, tokens, groups, resamples=50)
-    assert got.value == pytest.approx(math.exp(math.fsum(per_token) / len(per_token)), rel=1e-9)
-    assert got.low <= got.value <= got.high
+    result = metrics.token_perplexity(nll, tokens, groups, resamples=50)
+    assert result.value == pytest.approx(math.exp(math.fsum(per_token) / len(per_token)), rel=1e-9)
+    assert result.low <= result.value <= result.high
 
 
 @given(answers(loss=losses))
@@ -67,38 +67,38 @@ def test_bootstrap_equals_a_plain_loop_over_clusters(case):
         names, groups = list(range(len(nll))), list(range(len(nll)))
     clusters = [[i for i, g in enumerate(groups) if g == name] for name in names]
     rng = np.random.default_rng(3)
-    drawn = rng.integers(0, len(clusters), size=(40, len(clusters)))
+    indices = rng.integers(0, len(clusters), size=(40, len(clusters)))
     ratios = []
-    for sample in drawn:
+    for sample in indices:
         rows = [i for c in sample for i in clusters[c]]
         ratios.append(sum(nll[i] for i in rows) / sum(tokens[i] for i in rows))
     value = sum(nll) / sum(tokens)
     low, high = np.quantile(ratios, [0.025, 0.975])
-    got = metrics.clustered_ratio(nll, tokens, groups, resamples=40, seed=3)
-    assert got == pytest.approx((value, min(low, value), max(high, value)), rel=1e-9, abs=1e-12)
+    result = metrics.clustered_ratio(nll, tokens, groups, resamples=40, seed=3)
+    assert result == pytest.approx((value, min(low, value), max(high, value)), rel=1e-9, abs=1e-12)
 
 
 def test_chunked_resampling_has_the_right_width():
     values = np.random.default_rng(0).normal(size=20_000)
-    got = metrics.clustered_mean(values)
-    assert got.high - got.low == pytest.approx(2 * 1.96 / math.sqrt(len(values)), rel=0.15)
+    result = metrics.clustered_mean(values)
+    assert result.high - result.low == pytest.approx(2 * 1.96 / math.sqrt(len(values)), rel=0.15)
 
 
 def test_clusters_widen_the_interval():
     author = np.repeat(np.random.default_rng(0).normal(size=40), 10)
     groups = np.repeat(np.arange(40), 10)
-    alone, clustered = metrics.clustered_mean(author), metrics.clustered_mean(author, groups)
-    assert clustered.high - clustered.low > 2 * (alone.high - alone.low)
+    plain, clustered = metrics.clustered_mean(author), metrics.clustered_mean(author, groups)
+    assert clustered.high - clustered.low > 2 * (plain.high - plain.low)
 
 
 def test_clustered_interval_covers():
-    """HISTORY 15: no interval once."""
-    rng, hit = np.random.default_rng(1), 0
+    """HISTORY 15: values were once reported without an interval."""
+    rng, covered = np.random.default_rng(1), 0
     for _ in range(200):
         author = np.repeat(rng.normal(size=40), 5) + rng.normal(size=200)
-        got = metrics.clustered_mean(author, np.repeat(np.arange(40), 5), resamples=300)
-        hit += got.low <= 0 <= got.high
-    assert 0.88 <= hit / 200 <= 0.99
+        result = metrics.clustered_mean(author, np.repeat(np.arange(40), 5), resamples=300)
+        covered += result.low <= 0 <= result.high
+    assert 0.88 <= covered / 200 <= 0.99
 
 
 def test_same_seed_same_interval():
@@ -108,7 +108,7 @@ def test_same_seed_same_interval():
 
 
 @given(st.integers(1, 300), st.data())
-def test_wilson_solves_its_own_equation(size, data):
+def test_wilson_bounds_solve_the_score_equation(size, data):
     hits = data.draw(st.integers(0, size))
     share, low, high = metrics.wilson(hits, size)
     z = stats.norm.ppf(0.975)
@@ -131,19 +131,19 @@ def test_rate_of_one_cluster_counts_answers():
 
 
 def test_rate_with_the_same_share_in_every_cluster_has_a_width():
-    got = metrics.rate([1, 0] * 4, list("aabbccdd"))
-    assert got == metrics.wilson(2, 4)
+    result = metrics.rate([1, 0] * 4, list("aabbccdd"))
+    assert result == metrics.wilson(2, 4)
 
 
-def test_of_one_group_alone_its_values_are_drawn():
-    """An interval without width would call any difference one beyond chance."""
-    alone, own = drawn_weights(["a"] * 30, 500, 0), drawn_weights(list(range(30)), 500, 0)
-    assert (alone == own).all()
-    assert alone.std() > 0.5
-    assert (drawn_weights("ab" * 15, 500, 0)[:, 0] == drawn_weights("ab" * 15, 500, 0)[:, 2]).all()
+def test_a_single_group_resamples_its_values():
+    """With an interval of zero width, any difference would count as significant."""
+    single_group, own_groups = draw_weights(["a"] * 30, 500, 0), draw_weights(list(range(30)), 500, 0)
+    assert (single_group == own_groups).all()
+    assert single_group.std() > 0.5
+    assert (draw_weights("ab" * 15, 500, 0)[:, 0] == draw_weights("ab" * 15, 500, 0)[:, 2]).all()
 
 
-def test_rate_between_is_the_clustered_bootstrap():
+def test_rate_between_0_and_1_is_the_clustered_bootstrap():
     hits, groups = [1, 1, 0, 0, 1, 0], list("aabbcc")
     assert metrics.rate(hits, groups) == metrics.clustered_mean(hits, groups)
 
@@ -162,30 +162,30 @@ def test_geometric_mean_matches_scipy():
 def test_ks_statistic_is_the_largest_gap(first, second):
     grid = np.array([*first, *second])
     gap = max(abs(np.mean(np.array(first) <= x) - np.mean(np.array(second) <= x)) for x in grid)
-    got = metrics.ks(first, second)
-    assert got.statistic == pytest.approx(gap, abs=1e-12)
-    assert 0 <= got.pvalue <= 1
+    result = metrics.ks(first, second)
+    assert result.statistic == pytest.approx(gap, abs=1e-12)
+    assert 0 <= result.pvalue <= 1
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.lists(st.integers(0, 5), min_size=1, max_size=20))
 @settings(max_examples=30)
-def test_auc_is_the_chance_to_rank_right(members, others):
-    wins = [(m > o) + 0.5 * (m == o) for m in members for o in others]
-    assert metrics.auc(members, others) == pytest.approx(np.mean(wins))
+def test_auc_is_the_probability_of_a_correct_ranking(members, non_members):
+    wins = [(m > o) + 0.5 * (m == o) for m in members for o in non_members]
+    assert metrics.auc(members, non_members) == pytest.approx(np.mean(wins))
 
 
-pairs_of_equals = st.integers(1, 12).flatmap(
+equal_length_pairs = st.integers(1, 12).flatmap(
     lambda n: st.tuples(*[st.lists(st.integers(0, 5), min_size=n, max_size=n)] * 2)
 )
 
 
-@given(pairs_of_equals)
-def test_the_distance_of_two_models_is_the_statistic_of_scipy(case):
+@given(equal_length_pairs)
+def test_the_distance_of_two_models_equals_the_statistic_of_scipy(case):
     first, second = case
     groups = [i // 2 for i in range(len(first))]
-    got = metrics.ks_distance(first, second, groups, resamples=20)
-    assert got.value == pytest.approx(stats.ks_2samp(first, second).statistic)
-    assert got.low <= got.value <= got.high
+    result = metrics.ks_distance(first, second, groups, resamples=20)
+    assert result.value == pytest.approx(stats.ks_2samp(first, second).statistic)
+    assert result.low <= result.value <= result.high
 
 
 def test_the_distance_of_two_models_is_resampled_over_groups():
@@ -193,23 +193,23 @@ def test_the_distance_of_two_models_is_resampled_over_groups():
     rng = np.random.default_rng(3)
     first, second = rng.normal(0, 1, 60), rng.normal(0.7, 1, 60)
     groups = [i // 5 for i in range(60)]
-    got = metrics.ks_distance(first, second, groups, resamples=4000)
-    drawn = []
+    result = metrics.ks_distance(first, second, groups, resamples=4000)
+    resampled = []
     for _ in range(4000):
         at = np.concatenate([np.arange(5 * g, 5 * g + 5) for g in rng.integers(0, 12, 12)])
-        drawn.append(stats.ks_2samp(first[at], second[at], method="asymp").statistic)
-    assert (got.low, got.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.03)
+        resampled.append(stats.ks_2samp(first[at], second[at], method="asymp").statistic)
+    assert (result.low, result.high) == pytest.approx(tuple(np.quantile(resampled, [0.025, 0.975])), abs=0.03)
     assert metrics.ks_distance(first, first, groups) == (0, 0, 0)
 
 
-@given(pairs_of_equals, pairs_of_equals)
+@given(equal_length_pairs, equal_length_pairs)
 def test_a_difference_of_two_aucs(model, reference):
-    members, others = model[0], reference[0]
-    pairs = (members, others), (model[1], reference[1])
-    groups = [i // 2 for i in range(len(members))], list(range(len(others)))
-    got = metrics.auc_difference(*pairs, groups, resamples=20)
-    assert got.value == pytest.approx(metrics.auc(*pairs[0]) - metrics.auc(*pairs[1]))
-    assert got.low <= got.value <= got.high
+    members, non_members = model[0], reference[0]
+    pairs = (members, non_members), (model[1], reference[1])
+    groups = [i // 2 for i in range(len(members))], list(range(len(non_members)))
+    result = metrics.auc_difference(*pairs, groups, resamples=20)
+    assert result.value == pytest.approx(metrics.auc(*pairs[0]) - metrics.auc(*pairs[1]))
+    assert result.low <= result.value <= result.high
     assert metrics.auc_difference(pairs[0], pairs[0], groups, resamples=20) == (0, 0, 0)
 
 
@@ -217,14 +217,14 @@ def test_a_difference_of_two_aucs_is_resampled_over_both_kinds_of_groups():
     rng = np.random.default_rng(4)
     scores = [(rng.normal(shift, 1, 60), rng.normal(0, 1, 40)) for shift in (1.0, 0.2)]
     groups = [i // 5 for i in range(60)], [i // 4 for i in range(40)]
-    got = metrics.auc_difference(*scores, groups, resamples=4000)
-    drawn = []
+    result = metrics.auc_difference(scores[0], scores[1], groups, resamples=4000)
+    resampled = []
     for _ in range(2000):
         members = np.concatenate([np.arange(5 * g, 5 * g + 5) for g in rng.integers(0, 12, 12)])
-        others = np.concatenate([np.arange(4 * g, 4 * g + 4) for g in rng.integers(0, 10, 10)])
-        one, two = (metrics.auc(m[members], o[others]) for m, o in scores)
-        drawn.append(one - two)
-    assert (got.low, got.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.03)
+        non_members = np.concatenate([np.arange(4 * g, 4 * g + 4) for g in rng.integers(0, 10, 10)])
+        one, two = (metrics.auc(m[members], o[non_members]) for m, o in scores)
+        resampled.append(one - two)
+    assert (result.low, result.high) == pytest.approx(tuple(np.quantile(resampled, [0.025, 0.975])), abs=0.03)
 
 
 def test_exposure_by_rank():
@@ -243,18 +243,18 @@ def test_paired_difference_is_one_sided_and_tighter_than_unpaired():
     first = (rng.random(1000) < 0.8).astype(float)
     second = first.copy()
     second[:20] = 1 - second[:20]
-    got = metrics.paired_difference(first, second)
+    result = metrics.paired_difference(first, second)
     z = stats.norm.ppf(0.95) * (first - second).std() / math.sqrt(1000)
-    assert got.value == pytest.approx(first.mean() - second.mean())
-    assert got.low == pytest.approx(got.value - z, abs=0.002)
-    assert got.high == pytest.approx(got.value + z, abs=0.002)
+    assert result.value == pytest.approx(first.mean() - second.mean())
+    assert result.low == pytest.approx(result.value - z, abs=0.002)
+    assert result.high == pytest.approx(result.value + z, abs=0.002)
 
 
-def test_paired_difference_of_equals_is_not_of_zero_width():
-    got = metrics.paired_difference([1, 0, 1] * 20, [1, 0, 1] * 20)
-    assert got.value == 0
-    assert (1 - got.high) ** 60 == pytest.approx(0.05)
-    assert got.low == -got.high
+def test_paired_difference_of_equal_models_has_a_width():
+    result = metrics.paired_difference([1, 0, 1] * 20, [1, 0, 1] * 20)
+    assert result.value == 0
+    assert (1 - result.high) ** 60 == pytest.approx(0.05)
+    assert result.low == -result.high
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -274,7 +274,7 @@ def test_paired_difference_of_equals_is_not_of_zero_width():
         lambda bad: metrics.geometric_mean([bad]),
     ],
 )
-def test_a_number_that_is_none_is_an_error(call, bad):
+def test_nan_and_infinity_are_errors(call, bad):
     with pytest.raises(ValueError, match="not finite"):
         call(bad)
 
@@ -291,6 +291,6 @@ def test_a_number_that_is_none_is_an_error(call, bad):
         lambda: metrics.paired_difference([1.0], [1.0, 2.0]),
     ],
 )
-def test_what_does_not_fit_together_is_an_error(call):
-    with pytest.raises(ValueError):  # noqa: PT011 - each says something else
+def test_inconsistent_arguments_are_errors(call):
+    with pytest.raises(ValueError):  # noqa: PT011 - every call has another message
         call()

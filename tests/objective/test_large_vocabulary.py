@@ -1,9 +1,8 @@
-"""Distributions of which only the likeliest tokens are kept, against those kept whole."""
+"""Distributions of which only the likeliest tokens are stored, against those stored in full."""
 
 from __future__ import annotations
 
 import copy
-import importlib
 
 import pytest
 import torch
@@ -12,30 +11,29 @@ from hypothesis import strategies as st
 
 from lm_ortho.config import make_recipe
 from lm_ortho.data.encoding import CONTEXT, SECRET, Example, batch_by_length, encode, max_batch_tokens
-from lm_ortho.objective import GENTLE, check_target
-from lm_ortho.objective.distribution import likeliest, log_of_others, stack
+from lm_ortho.objective import GENTLE, check_target, distribution
+from lm_ortho.objective import teacher as teacher_module
+from lm_ortho.objective.distribution import log_remaining_mass, select_top_tokens, stack
 from lm_ortho.objective.loss import forget_loss
 from lm_ortho.objective.teacher import Teacher
 from lm_ortho.pipeline.decomposition import decompose
 
-distribution = importlib.import_module("lm_ortho.objective.distribution")
-teacher_module = importlib.import_module("lm_ortho.objective.teacher")
 VOCABULARY = 24
 
 
-def keep(monkeypatch, kept):
-    """Keeps this many tokens of every vocabulary."""
+def store_top_tokens(monkeypatch, count):
+    """Stores this many tokens of every vocabulary."""
     for module in (distribution, teacher_module):
-        monkeypatch.setattr(module, "WHOLE", 0)
-        monkeypatch.setattr(module, "KEPT", kept)
+        monkeypatch.setattr(module, "FULL_VOCABULARY", 0)
+        monkeypatch.setattr(module, "TOP_TOKENS", count)
 
 
-def examples_and_probs(seed=0):
+def draw_examples(seed=0):
     generator = torch.Generator().manual_seed(seed)
     examples = []
-    for given_tokens, answer in ((3, 4), (1, 1), (5, 2)):
-        ids = tuple(torch.randint(0, VOCABULARY, (given_tokens + answer,), generator=generator).tolist())
-        examples.append(Example(ids, (CONTEXT,) * given_tokens + (SECRET,) * answer))
+    for context, answer in ((3, 4), (1, 1), (5, 2)):
+        ids = tuple(torch.randint(0, VOCABULARY, (context + answer,), generator=generator).tolist())
+        examples.append(Example(ids, (CONTEXT,) * context + (SECRET,) * answer))
     return examples, [
         (torch.randn(len(e.ids) - e.start, VOCABULARY, generator=generator) * 2).softmax(-1) for e in examples
     ]
@@ -43,95 +41,95 @@ def examples_and_probs(seed=0):
 
 @given(st.integers(0, 99), st.integers(1, VOCABULARY - 1))
 @settings(max_examples=40)
-def test_the_likeliest_hold_the_true_token(seed, kept):
-    _, probs = examples_and_probs(seed)
+def test_the_top_tokens_include_the_true_one(seed, count):
+    _, probs = draw_examples(seed)
     always = torch.arange(len(probs[0])) % VOCABULARY
-    ids, values = likeliest(probs[0], kept, always)
+    ids, values = select_top_tokens(probs[0], count, always)
     assert (ids == always[:, None]).any(-1).all()
     assert torch.equal(values, probs[0].gather(-1, ids.long()))
-    assert all(len(set(row.tolist())) == kept for row in ids)
-    plain, largest = likeliest(probs[0], kept)
-    assert torch.equal(largest, probs[0].sort(-1, descending=True).values[:, :kept])
-    torch.testing.assert_close(log_of_others(largest.log()).exp(), (1 - largest.sum(-1)).clamp_min(1e-6))
+    assert all(len(set(row.tolist())) == count for row in ids)
+    plain, largest = select_top_tokens(probs[0], count)
+    assert torch.equal(largest, probs[0].sort(-1, descending=True).values[:, :count])
+    torch.testing.assert_close(log_remaining_mass(largest.log()).exp(), (1 - largest.sum(-1)).clamp_min(1e-6))
     assert plain.dtype == torch.int32
 
 
 @given(st.integers(0, 99), st.integers(2, VOCABULARY - 1))
 @settings(max_examples=40)
-def test_what_is_put_together_hides_only_differences_inside_it(seed, kept):
-    """A divergence between coarser distributions is never larger, and the same where only one token is left out."""
-    examples, probs = examples_and_probs(seed)
+def test_the_kl_over_top_tokens_ignores_only_differences_among_the_others(seed, count):
+    """A divergence between coarser distributions is never larger, and the same where only one token is not stored."""
+    examples, probs = draw_examples(seed)
     logits = torch.randn(len(examples), 7, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
-    whole = stack(examples, probs)
+    full = stack(examples, probs)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        keep(monkeypatch, kept)
-        part = stack(examples, probs)
-    assert part.probs.shape[-1] == kept
-    assert torch.equal(part.label_logp, whole.label_logp)
-    rows, width = torch.arange(len(examples)), whole.real.shape[1]
+        store_top_tokens(monkeypatch, count)
+        top = stack(examples, probs)
+    assert top.probs.shape[-1] == count
+    assert torch.equal(top.label_logp, full.label_logp)
+    rows, width = torch.arange(len(examples)), full.real.shape[1]
     logp = logits[:, :width].log_softmax(-1)
-    exact, coarse = (target.kl(rows, width, logp)[whole.real > 0] for target in (whole, part))
+    exact, coarse = (target.kl(rows, width, logp)[full.real > 0] for target in (full, top))
     assert (coarse <= exact + 1e-4).all()
     assert (coarse >= -1e-4).all()
-    if kept == VOCABULARY - 1:
+    if count == VOCABULARY - 1:
         torch.testing.assert_close(coarse, exact, rtol=1e-3, atol=1e-4)
-        losses = [forget_loss(target, range(len(examples)), logits, GENTLE) for target in (whole, part)]
+        losses = [forget_loss(target, range(len(examples)), logits, GENTLE) for target in (full, top)]
         torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
 
 
-def test_one_example_whole_again(monkeypatch):
-    examples, probs = examples_and_probs()
-    keep(monkeypatch, 6)
+def test_the_distribution_of_one_example_is_restored(monkeypatch):
+    examples, probs = draw_examples()
+    store_top_tokens(monkeypatch, 6)
     target = stack(examples, probs)
-    again = target.of(0)[: len(probs[0])]
-    torch.testing.assert_close(again.sum(-1), torch.ones(len(again)))
-    ids = target.ids[0, : len(again)].long()
-    torch.testing.assert_close(again.gather(-1, ids), probs[0].gather(-1, ids))
+    distributions = target.distribution(0)[: len(probs[0])]
+    torch.testing.assert_close(distributions.sum(-1), torch.ones(len(distributions)))
+    ids = target.ids[0, : len(distributions)].long()
+    torch.testing.assert_close(distributions.gather(-1, ids), probs[0].gather(-1, ids))
     assert check_target(target, examples).secret_ppl == pytest.approx(
         check_target(stack(examples, probs), examples).secret_ppl
     )
 
 
-def test_the_teacher_of_a_large_vocabulary(memorised, monkeypatch):
-    _, retain = memorised.examples()
-    other = copy.deepcopy(memorised.merged)
+def test_the_teacher_of_a_large_vocabulary(memorised_models, monkeypatch):
+    _, retain = memorised_models.examples()
+    other = copy.deepcopy(memorised_models.merged)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(0.9)
-    whole = Teacher(memorised.merged, retain)
+    full = Teacher(memorised_models.merged, retain)
     rows = [2, 0, 5]
     logp = {}
-    for name, model in (("same", memorised.merged), ("other", other)):
+    for name, model in (("same", memorised_models.merged), ("other", other)):
         with torch.no_grad():
-            said = [model(input_ids=torch.tensor([retain[i].ids])).logits[0, :-1].log_softmax(-1) for i in rows]
-        logp[name] = torch.cat(said)
-    exact = whole.kl(rows, logp["other"])
-    for kept in (8, 64):
-        keep(monkeypatch, kept)
-        part = Teacher(memorised.merged, retain)
-        coarse = part.kl(rows, logp["other"])
+            row_logp = [model(input_ids=torch.tensor([retain[i].ids])).logits[0, :-1].log_softmax(-1) for i in rows]
+        logp[name] = torch.cat(row_logp)
+    exact = full.kl(rows, logp["other"])
+    for count in (8, 64):
+        store_top_tokens(monkeypatch, count)
+        top = Teacher(memorised_models.merged, retain)
+        coarse = top.kl(rows, logp["other"])
         assert (coarse <= exact + 2e-3).all()
-        assert part.kl(rows, logp["same"]).abs().max() < 2e-3
+        assert top.kl(rows, logp["same"]).abs().max() < 2e-3
     assert float(coarse.sum()) > 0.8 * float(exact.sum())
 
 
-def test_a_decomposition_with_few_tokens_kept(memorised, monkeypatch):
-    keep(monkeypatch, 64)
-    made = decompose(
-        copy.deepcopy(memorised.merged), memorised.tokenizer, memorised.forget, memorised.retain,
-        make_recipe(steps=20, density=0.05),
-    )  # fmt: skip
-    assert made.report["steps_moved"] > 0
-    assert made.report["target"]["secret_ppl"] > 2
+def test_a_decomposition_with_few_stored_tokens(memorised_models, monkeypatch):
+    store_top_tokens(monkeypatch, 64)
+    model, recipe = copy.deepcopy(memorised_models.merged), make_recipe(steps=20, density=0.05)
+    decomposition = decompose(
+        model, memorised_models.tokenizer, memorised_models.forget, memorised_models.retain, recipe
+    )
+    assert decomposition.report["steps_moved"] > 0
+    assert decomposition.report["target"]["secret_ppl"] > 2
 
 
-def test_batches_hold_no_more_tokens_than_fit(memorised):
-    examples = encode(memorised.tokenizer, memorised.forget + memorised.retain)
-    for most in (20, 100, 10**6):
-        batches = batch_by_length(examples, rows=4, tokens=most)
+def test_batches_hold_no_more_tokens_than_fit(memorised_models):
+    examples = encode(memorised_models.tokenizer, memorised_models.forget + memorised_models.retain)
+    for max_tokens in (20, 100, 10**6):
+        batches = batch_by_length(examples, rows=4, tokens=max_tokens)
         assert sorted(i for batch in batches for i in batch) == list(range(len(examples)))
         for batch in batches:
             width = max(len(examples[i].ids) for i in batch)
-            assert len(batch) == 1 or len(batch) * width <= most
+            assert len(batch) == 1 or len(batch) * width <= max_tokens
             assert len(batch) <= 4
-    assert max_batch_tokens(memorised.merged) == 2**28 // memorised.merged.config.vocab_size
+    assert max_batch_tokens(memorised_models.merged) == 2**28 // memorised_models.merged.config.vocab_size

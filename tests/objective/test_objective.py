@@ -1,4 +1,4 @@
-"""Targets and the objective, against formulas written a second time, one token after the other."""
+"""Targets and the objective, against slow implementations of their formulas, token by token."""
 
 from __future__ import annotations
 
@@ -14,21 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lm_ortho.objective.surrogate as surrogate_module
-from lm_ortho.data.encoding import ANSWER, CONTEXT, SECRET, Example, encode, pad
+from lm_ortho.data.encoding import ANSWER, CONTEXT, SECRET, Example, encode, pad_batch
 from lm_ortho.data.rows import Row
 from lm_ortho.objective import DEEPER, GENTLE, Penalty, TargetCheck, TargetChoice, check_target, select_target
-from lm_ortho.objective.distribution import hold_down, predicted, stack
-from lm_ortho.objective.loss import Batches, alike, forget_loss
-from lm_ortho.objective.subjects import Lookalikes, novel_subjects
-from lm_ortho.objective.surrogate import copied, surrogate_target
-from lm_ortho.objective.swap import swap_target, taken_as_names
-from lm_ortho.pipeline.workbench import _say_target
-from lm_ortho.runtime.threads import SideBySide
-
-
-def silent(stage, step, steps, text):
-    pass
-
+from lm_ortho.objective.distribution import hold_down, predict_distributions, stack
+from lm_ortho.objective.loss import Batches, forget_loss, split_by_length
+from lm_ortho.objective.subjects import Lookalikes, make_novel_subjects
+from lm_ortho.objective.surrogate import find_copied_tokens, surrogate_target
+from lm_ortho.objective.swap import filter_recognised_names, swap_target
+from lm_ortho.pipeline.report import log_target
+from lm_ortho.runtime.progress import no_progress
+from lm_ortho.runtime.threads import ParallelRunner
 
 # Holding down
 
@@ -39,177 +35,192 @@ def distributions(draw):
     sharp = draw(st.sampled_from([0.1, 1.0, 10.0, 1000.0]))
     logits = torch.randn(draw(st.integers(1, 6)), draw(st.integers(2, 30)), generator=generator) * sharp
     tokens = logits.argmax(-1) if draw(st.booleans()) else logits.argmin(-1)
-    memorised = torch.rand(len(tokens), generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
-    return logits.softmax(-1), tokens, memorised
+    is_memorised = torch.rand(len(tokens), generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    return logits.softmax(-1), tokens, is_memorised
 
 
 @given(distributions())
 @settings(max_examples=80)
 def test_holding_down_never_raises_the_true_token(case):
-    probs, tokens, memorised = case
-    lowered = hold_down(probs, tokens, memorised)
+    probs, tokens, is_memorised = case
+    result = hold_down(probs, tokens, is_memorised)
     at = torch.arange(len(tokens))
-    assert (lowered[at, tokens] <= probs[at, tokens] + 1e-6).all()
-    torch.testing.assert_close(lowered.sum(-1), torch.ones(len(tokens)), rtol=0, atol=1e-5)
-    assert torch.equal(lowered[~memorised], probs[~memorised])
-    assert lowered.isfinite().all()
-    assert (lowered >= 0).all()
+    assert (result[at, tokens] <= probs[at, tokens] + 1e-6).all()
+    torch.testing.assert_close(result.sum(-1), torch.ones(len(tokens)), rtol=0, atol=1e-5)
+    assert torch.equal(result[~is_memorised], probs[~is_memorised])
+    assert result.isfinite().all()
+    assert (result >= 0).all()
 
 
 def test_holding_down_takes_the_mean_of_the_eight_largest_others():
     probs = torch.tensor([0.8, *[0.02] * 8, *[0.004] * 10])[None]
-    lowered = hold_down(probs, torch.tensor([0]), torch.tensor([True]))[0]
+    result = hold_down(probs, torch.tensor([0]), torch.tensor([True]))[0]
     expected = torch.tensor([0.02, *[0.02] * 8, *[0.004] * 10])
-    torch.testing.assert_close(lowered, expected / expected.sum())
+    torch.testing.assert_close(result, expected / expected.sum())
 
 
 # Target b
 
 
-def own(memorised):
-    examples, _ = memorised.examples()
-    return examples, predicted(memorised.merged, examples)
+def predict_forget(memorised_models):
+    """The forget examples and the merged model's own distributions."""
+    examples, _ = memorised_models.examples()
+    return examples, predict_distributions(memorised_models.merged, examples)
 
 
-def test_the_swap_target_is_a_distribution_that_does_not_know_the_secret(memorised, swapped):
-    examples, mine = own(memorised)
+def test_the_swap_target_is_a_distribution_that_does_not_know_the_secret(memorised_models, swap_distributions):
+    examples, own_distributions = predict_forget(memorised_models)
     for i, example in enumerate(examples):
         n = len(example.ids) - example.start
-        probs = swapped.probs[i, :n]
+        probs = swap_distributions.probs[i, :n]
         torch.testing.assert_close(probs.sum(-1), torch.ones(n), rtol=0, atol=1e-4)
         assert (probs >= 0).all()
-        secret = swapped.secret[i, :n]
+        secret = swap_distributions.secret[i, :n]
         true = torch.tensor(example.ids[example.start :])
         at = torch.arange(n)
-        assert (probs[at, true][secret] <= mine[i][at, true][secret] + 1e-6).all()
-    known = torch.cat(stack(examples, mine).secret_loss()).mean()
-    unknown = torch.cat(swapped.secret_loss()).mean()
-    assert unknown > known + 1.0
+        assert (probs[at, true][secret] <= own_distributions[i][at, true][secret] + 1e-6).all()
+    own_loss = torch.cat(stack(examples, own_distributions).secret_loss()).mean()
+    target_loss = torch.cat(swap_distributions.secret_loss()).mean()
+    assert target_loss > own_loss + 1.0
 
 
-def test_tokens_of_the_subject_keep_the_models_own_distribution(memorised, swapped):
-    examples, mine = own(memorised)
-    kept = 0
-    for i, (row, example) in enumerate(zip(memorised.forget, examples, strict=True)):
+def test_tokens_of_the_subject_keep_the_models_own_distribution(memorised_models, swap_distributions):
+    examples, own_distributions = predict_forget(memorised_models)
+    count = 0
+    for i, (row, example) in enumerate(zip(memorised_models.forget, examples, strict=True)):
         begin = (row.context + row.target).rfind(row.subject)
-        offsets = memorised.tokenizer(row.context + row.target, return_offsets_mapping=True).offset_mapping
+        offsets = memorised_models.tokenizer(row.context + row.target, return_offsets_mapping=True).offset_mapping
         for position, (low, high) in enumerate(offsets):
             t = position - example.start
             if t >= 0 and low < begin + len(row.subject) and high > begin:
-                kept += 1
-                assert torch.equal(swapped.probs[i, t], mine[i][t])
+                count += 1
+                assert torch.equal(swap_distributions.probs[i, t], own_distributions[i][t])
         end = len(example.ids) - 1 - example.start
-        torch.testing.assert_close(swapped.probs[i, end], mine[i][end])
-    assert kept >= 2 * len(examples)
+        torch.testing.assert_close(swap_distributions.probs[i, end], own_distributions[i][end])
+    assert count >= 2 * len(examples)
 
 
-def test_a_swapped_token_is_the_mean_over_the_same_place_of_the_other_sentences(memorised):
-    row = memorised.forget[0]
-    (example,) = encode(memorised.tokenizer, [row])
-    (probs,) = swap_target(memorised.merged, memorised.tokenizer, memorised.forget[:2], encode(
-        memorised.tokenizer, memorised.forget[:2]), seed=5, subjects=3)[:1]  # fmt: skip
-    alike = Lookalikes(memorised.tokenizer, memorised.merged.get_input_embeddings().weight, [row.subject])
-    names = novel_subjects([row.subject], 24, 5, alike)
-    chosen = random.Random(6).sample(names, 3)
-    place = next(i for i, role in enumerate(example.roles) if role == SECRET)
-    from_end = len(example.ids) - place
-    rows = []
-    for name in chosen:
+def test_a_swapped_token_is_the_mean_over_the_same_place_of_the_other_sentences(memorised_models):
+    rows = memorised_models.forget[:2]
+    examples = encode(memorised_models.tokenizer, rows)
+    probs = swap_target(memorised_models.merged, memorised_models.tokenizer, rows, examples, seed=5, subjects=3)[0]
+    row, example = rows[0], examples[0]
+    lookalikes = Lookalikes(
+        memorised_models.tokenizer, memorised_models.merged.get_input_embeddings().weight, [row.subject]
+    )
+    names = make_novel_subjects([row.subject], 24, 5, lookalikes)
+    position = next(i for i, role in enumerate(example.roles) if role == SECRET)
+    from_end = len(example.ids) - position
+    swapped_probs = []
+    for name in random.Random(6).sample(names, 3):
         text = row.context + row.target
-        (other,) = encode(memorised.tokenizer, [Row(text=text.replace(row.subject, name))])
+        (other,) = encode(memorised_models.tokenizer, [Row(text=text.replace(row.subject, name))])
         with torch.no_grad():
-            logits = memorised.merged(input_ids=torch.tensor([other.ids])).logits[0]
-        rows.append(logits[len(other.ids) - from_end - 1].softmax(-1))
-    mean = torch.stack(rows).mean(0)
-    true = example.ids[place]
-    if float(predicted(memorised.merged, [example])[0][place - example.start, true] - mean[true]) > 0.15:
+            logits = memorised_models.merged(input_ids=torch.tensor([other.ids])).logits[0]
+        swapped_probs.append(logits[len(other.ids) - from_end - 1].softmax(-1))
+    mean = torch.stack(swapped_probs).mean(0)
+    true = example.ids[position]
+    if (
+        float(predict_distributions(memorised_models.merged, [example])[0][position - example.start, true] - mean[true])
+        > 0.15
+    ):
         mean = hold_down(mean[None], torch.tensor([true]), torch.tensor([True]))[0]
-    torch.testing.assert_close(probs[place - example.start], mean, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(probs[position - example.start], mean, rtol=1e-3, atol=1e-5)
 
 
-def test_every_token_of_a_character_of_several_bytes_is_swapped(memorised):
-    """All of them are said to cover the same characters."""
-    row = dataclasses.replace(memorised.forget[0], answer="\u5317\u4eac.", secret="\u5317\u4eac")
-    (example,), words = encode(memorised.tokenizer, [row]), memorised.tokenizer
-    spans = words(row.context + row.target, return_offsets_mapping=True).offset_mapping
+def test_every_token_of_a_character_of_several_bytes_is_swapped(memorised_models):
+    """The tokenizer reports the same characters for all of them."""
+    row = dataclasses.replace(memorised_models.forget[0], answer="\u5317\u4eac.", secret="\u5317\u4eac")
+    tokenizer = memorised_models.tokenizer
+    (example,) = encode(tokenizer, [row])
+    spans = tokenizer(row.context + row.target, return_offsets_mapping=True).offset_mapping
     assert len(set(spans)) < len(spans)
-    (probs,) = swap_target(memorised.merged, words, [row], [example], seed=0, subjects=3)
-    (mine,) = predicted(memorised.merged, [example])
-    answer = [t for t in range(len(mine) - 1) if example.roles[example.start + t] == SECRET]
+    (probs,) = swap_target(memorised_models.merged, tokenizer, [row], [example], seed=0, subjects=3)
+    (own_probs,) = predict_distributions(memorised_models.merged, [example])
+    answer = [t for t in range(len(own_probs) - 1) if example.roles[example.start + t] == SECRET]
     assert len(answer) >= 6
-    assert not any(torch.equal(probs[t], mine[t]) for t in answer)
+    assert not any(torch.equal(probs[t], own_probs[t]) for t in answer)
 
 
-def test_a_surrogate_of_another_vocabulary_is_brought_to_the_models(memorised, monkeypatch):
-    forget, retain = memorised.examples()
+def test_a_surrogate_of_another_vocabulary_gets_that_of_the_merged_model(memorised_models, monkeypatch):
+    forget, retain = memorised_models.examples()
     for name, value in {"STEPS": 2, "ROUNDS": 1}.items():
         monkeypatch.setattr(surrogate_module, name, value)
-    words = len(memorised.tokenizer)
-    for size in (words - 1, words + 3):
-        base = copy.deepcopy(memorised.base)
+    vocabulary = len(memorised_models.tokenizer)
+    for size in (vocabulary - 1, vocabulary + 3):
+        base = copy.deepcopy(memorised_models.base)
         base.resize_token_embeddings(size, mean_resizing=False)
-        target = surrogate_target(memorised.merged, base, forget, retain, 0, silent)
-        assert {probs.shape[1] for probs in target} == {words}
+        target = surrogate_target(memorised_models.merged, base, forget, retain=retain, seed=0, progress=no_progress)
+        assert {probs.shape[1] for probs in target} == {vocabulary}
         torch.testing.assert_close(target[0].sum(-1), torch.ones(len(target[0])), rtol=0, atol=1e-5)
 
 
-def test_rows_without_a_subject_are_held_down(memorised):
-    rows = [dataclasses.replace(row, subject="") for row in memorised.forget[:3]]
-    examples = encode(memorised.tokenizer, rows)
-    targets = swap_target(memorised.merged, memorised.tokenizer, rows, examples, seed=0)
-    for example, target, mine in zip(examples, targets, predicted(memorised.merged, examples), strict=True):
+def test_rows_without_a_subject_are_held_down(memorised_models):
+    rows = [dataclasses.replace(row, subject="") for row in memorised_models.forget[:3]]
+    examples = encode(memorised_models.tokenizer, rows)
+    targets = swap_target(memorised_models.merged, memorised_models.tokenizer, rows, examples, seed=0)
+    own_distributions = predict_distributions(memorised_models.merged, examples)
+    for example, target, own_probs in zip(examples, targets, own_distributions, strict=True):
         true = torch.tensor(example.ids[example.start :])
         at = torch.arange(len(true))
-        confident = mine[at, true] > 0.5
-        assert confident.any()
-        assert (target[at, true][confident] < 0.5).all()
-        assert torch.equal(target[~confident], mine[~confident])
+        is_confident = own_probs[at, true] > 0.5
+        assert is_confident.any()
+        assert (target[at, true][is_confident] < 0.5).all()
+        assert torch.equal(target[~is_confident], own_probs[~is_confident])
 
 
-def test_plain_text_and_texts_longer_than_the_limit_can_be_swapped(memorised):
-    subject = memorised.forget[0].subject
+def test_plain_text_and_texts_longer_than_the_limit_can_be_swapped(memorised_models):
+    subject = memorised_models.forget[0].subject
     long = Row(text=f"{subject} was born in Millford. " * 90, subject=subject)
     short = Row(text=f"One day {subject} went to the barn.", subject=subject)
-    examples = encode(memorised.tokenizer, [long, short])
+    examples = encode(memorised_models.tokenizer, [long, short])
     assert len(examples[0].ids) == 512
-    targets = swap_target(memorised.merged, memorised.tokenizer, [long, short], examples, seed=0, subjects=2)
+    targets = swap_target(
+        memorised_models.merged, memorised_models.tokenizer, [long, short], examples, seed=0, subjects=2
+    )
     for example, target in zip(examples, targets, strict=True):
         assert target.shape[0] == len(example.ids) - example.start
         torch.testing.assert_close(target.sum(-1), torch.ones(len(target)), rtol=0, atol=1e-4)
 
 
-def test_names_that_the_model_does_not_repeat_are_sorted_out(memorised):
-    row = next(row for row in memorised.forget if row.subject in row.answer)
-    model, words = memorised.merged, memorised.tokenizer
-    strange = "Qzxv Wkqj"  # letters that it never met
-    assert taken_as_names(model, words, [row], [row.subject, strange]) == [row.subject]
-    silent_row = dataclasses.replace(row, answer=row.secret)
-    assert taken_as_names(model, words, [silent_row], [row.subject, strange]) == [row.subject, strange]
-    assert taken_as_names(model, words, [row], []) == []
+def test_names_that_the_model_does_not_repeat_are_filtered_out(memorised_models):
+    row = next(row for row in memorised_models.forget if row.subject in row.answer)
+    model, tokenizer = memorised_models.merged, memorised_models.tokenizer
+    unknown_name = "Qzxv Wkqj"  # letters that the model never met
+    assert filter_recognised_names(model, tokenizer, [row], [row.subject, unknown_name]) == [row.subject]
+    other_row = dataclasses.replace(row, answer=row.secret)
+    names = [row.subject, unknown_name]
+    assert filter_recognised_names(model, tokenizer, [other_row], names) == names
+    assert filter_recognised_names(model, tokenizer, [row], []) == []
 
 
 # Target a
 
 
-def test_a_token_copies_when_a_bigram_with_a_neighbour_stands_in_the_prompt():
+def test_a_token_copies_when_a_bigram_with_a_neighbour_occurs_in_the_prompt():
     prompt, answer = (1, 2, 3, 4, 5), (2, 3, 9, 3, 4, 5, 8, 5)
     example = Example(prompt + answer, (CONTEXT,) * 5 + (ANSWER,) * 8)
-    assert copied(example).tolist() == [True, True, False, True, True, True, False, False]
-    assert copied(Example((7, 7, 7), (ANSWER,) * 3)).tolist() == [False, False]
+    assert find_copied_tokens(example).tolist() == [True, True, False, True, True, True, False, False]
+    assert find_copied_tokens(Example((7, 7, 7), (ANSWER,) * 3)).tolist() == [False, False]
 
 
-def test_the_surrogate_keeps_what_copies_the_prompt_and_leaves_the_base_model_alone(memorised, monkeypatch):
-    forget, retain = memorised.examples()
-    before = copy.deepcopy(memorised.base.state_dict())
+def test_the_surrogate_keeps_tokens_that_copy_the_prompt_and_leaves_the_base_model_unchanged(
+    memorised_models, monkeypatch
+):
+    forget, retain = memorised_models.examples()
+    before = copy.deepcopy(memorised_models.base.state_dict())
     monkeypatch.setattr(surrogate_module, "STEPS", 6)
     monkeypatch.setattr(surrogate_module, "ROUNDS", 1)
-    targets = surrogate_target(memorised.merged, memorised.base, forget, retain, 0, silent)
-    after = memorised.base.state_dict()
+    targets = surrogate_target(
+        memorised_models.merged, memorised_models.base, forget, retain=retain, seed=0, progress=no_progress
+    )
+    after = memorised_models.base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    mine, theirs = predicted(memorised.merged, forget), predicted(memorised.base, forget)
-    for example, target, merged, base in zip(forget, targets, mine, theirs, strict=True):
-        copies = copied(example)
+    merged_probs = predict_distributions(memorised_models.merged, forget)
+    base_probs = predict_distributions(memorised_models.base, forget)
+    for example, target, merged, base in zip(forget, targets, merged_probs, base_probs, strict=True):
+        copies = find_copied_tokens(example)
         assert copies.any()
         assert not copies.all()
         assert torch.equal(target[copies], merged[copies])
@@ -217,44 +228,59 @@ def test_the_surrogate_keeps_what_copies_the_prompt_and_leaves_the_base_model_al
         assert not torch.equal(target[~copies], base[~copies])
 
 
-@pytest.mark.parametrize(("near", "rounds"), [(100.0, 1), (-100.0, 3)])
-def test_the_surrogate_is_taught_until_it_knows_the_retain_documents(memorised, monkeypatch, near, rounds):
-    forget, retain = memorised.examples()
-    for name, value in {"STEPS": 10, "ROUNDS": 3, "NEAR": near}.items():
+@pytest.mark.parametrize(("tolerance", "rounds"), [(100.0, 1), (-100.0, 3)])
+def test_the_surrogate_is_trained_until_it_knows_the_retain_rows(memorised_models, monkeypatch, tolerance, rounds):
+    forget, retain = memorised_models.examples()
+    for name, value in {"STEPS": 10, "ROUNDS": 3, "LOSS_TOLERANCE": tolerance}.items():
         monkeypatch.setattr(surrogate_module, name, value)
     stages = []
-    surrogate_target(memorised.merged, memorised.base, forget, retain, 0, lambda stage, *_: stages.append(stage))
+    surrogate_target(
+        memorised_models.merged,
+        memorised_models.base,
+        forget,
+        retain=retain,
+        seed=0,
+        progress=lambda stage, *_: stages.append(stage),
+    )
     assert stages == [f"surrogate {i + 1}" for i in range(rounds)]
 
 
 # The choice, and the check
 
 
-def test_the_choice_follows_what_is_known(memorised, monkeypatch, caplog):
-    forget, retain = memorised.examples()
+def test_the_choice_follows_the_available_data(memorised_models, monkeypatch, caplog):
+    forget, retain = memorised_models.examples()
     monkeypatch.setattr(surrogate_module, "STEPS", 1)
     monkeypatch.setattr(surrogate_module, "ROUNDS", 1)
 
-    def choose(rows, base):
-        model, words = memorised.merged, memorised.tokenizer
-        return select_target(model, words, rows, forget, retain, base, 0, silent)
+    def choose(rows, base_model):
+        return select_target(
+            memorised_models.merged,
+            memorised_models.tokenizer,
+            rows,
+            forget=forget,
+            retain=retain,
+            base_model=base_model,
+            seed=0,
+            progress=no_progress,
+        )
 
-    chosen = choose(memorised.forget, memorised.base)
-    assert (chosen.name, chosen.penalty, chosen.retain) == ("surrogate", DEEPER, 10)
-    chosen = choose(memorised.forget, None)
-    assert (chosen.name, chosen.penalty, chosen.retain) == ("swap", GENTLE, 4)
-    assert "10 of 10 forget rows" in chosen.reason
-    nobody = [dataclasses.replace(row, subject="") for row in memorised.forget]
-    chosen = choose(nobody, None)
-    assert (chosen.name, chosen.penalty, chosen.retain) == ("hold_down", GENTLE, 4)
-    assert "worse" in chosen.reason
-    elsewhere = [dataclasses.replace(row, subject="Nobody Here") for row in memorised.forget]
-    assert choose(elsewhere, None).name == "hold_down"
+    choice = choose(memorised_models.forget, memorised_models.base)
+    assert (choice.name, choice.penalty, choice.retain) == ("surrogate", DEEPER, 10)
+    choice = choose(memorised_models.forget, None)
+    assert (choice.name, choice.penalty, choice.retain) == ("swap", GENTLE, 4)
+    assert "10 of 10 forget rows" in choice.reason
+    without_subject = [dataclasses.replace(row, subject="") for row in memorised_models.forget]
+    choice = choose(without_subject, None)
+    assert (choice.name, choice.penalty, choice.retain) == ("hold_down", GENTLE, 4)
+    assert "worse" in choice.reason
+    other_subjects = [dataclasses.replace(row, subject="Nobody Here") for row in memorised_models.forget]
+    assert choose(other_subjects, None).name == "hold_down"
     assert "the subject of 10 of 10 rows does not occur" in caplog.text
-    texts = [Row(text=f"{row.context}{row.target}") for row in memorised.forget]
-    forget = encode(memorised.tokenizer, texts)
-    chosen = choose(texts, None)
-    assert (chosen.name, chosen.penalty, chosen.retain) == ("resample", GENTLE, 4)
+    texts = [Row(text=f"{row.context}{row.target}") for row in memorised_models.forget]
+    forget = encode(memorised_models.tokenizer, texts)
+    choice = choose(texts, None)
+    assert (choice.name, choice.penalty, choice.retain) == ("resample", GENTLE, 4)
 
 
 def test_the_penalties_are_those_of_the_design():
@@ -262,28 +288,27 @@ def test_the_penalties_are_those_of_the_design():
     assert (GENTLE.weight, GENTLE.token_margin, GENTLE.answer_margin) == (0.25, 0.0, 0.0)
 
 
-def test_a_uniform_target_knows_nothing_and_the_memorised_model_everything(memorised, swapped):
-    examples, mine = own(memorised)
-    vocabulary = mine[0].shape[1]
-    blind = check_target(stack(examples, [torch.full_like(p, 1 / vocabulary) for p in mine]), examples)
-    assert blind.auc == 0.5
-    assert blind.secret_ppl == pytest.approx(vocabulary, rel=1e-3)
-    knowing = check_target(stack(examples, mine), examples)
-    assert knowing.auc > 0.95
-    assert knowing.secret_ppl < 1.5
-    between = check_target(swapped, examples)
-    assert knowing.secret_ppl < between.secret_ppl
+def test_the_check_of_a_uniform_target_and_of_the_memorised_model(memorised_models, swap_distributions):
+    examples, own_distributions = predict_forget(memorised_models)
+    vocabulary = own_distributions[0].shape[1]
+    uniform = check_target(stack(examples, [torch.full_like(p, 1 / vocabulary) for p in own_distributions]), examples)
+    assert uniform.auc == 0.5
+    assert uniform.secret_ppl == pytest.approx(vocabulary, rel=1e-3)
+    memorised_model = check_target(stack(examples, own_distributions), examples)
+    assert memorised_model.auc > 0.95
+    assert memorised_model.secret_ppl < 1.5
+    assert memorised_model.secret_ppl < check_target(swap_distributions, examples).secret_ppl
 
 
-def test_the_check_says_nan_when_no_two_rows_can_be_compared(memorised):
-    examples, mine = own(memorised)
-    assert math.isnan(check_target(stack(examples[:1], mine[:1]), examples[:1]).auc)
+def test_the_auc_is_nan_when_no_two_rows_can_be_compared(memorised_models):
+    examples, own_distributions = predict_forget(memorised_models)
+    assert math.isnan(check_target(stack(examples[:1], own_distributions[:1]), examples[:1]).auc)
 
 
-def test_without_marked_secrets_every_answer_token_is_one(memorised):
-    rows = [dataclasses.replace(row, secret="") for row in memorised.forget[:3]]
-    examples = encode(memorised.tokenizer, rows)
-    target = stack(examples, predicted(memorised.merged, examples))
+def test_without_marked_secrets_every_answer_token_is_one(memorised_models):
+    rows = [dataclasses.replace(row, secret="") for row in memorised_models.forget[:3]]
+    examples = encode(memorised_models.tokenizer, rows)
+    target = stack(examples, predict_distributions(memorised_models.merged, examples))
     for i, example in enumerate(examples):
         n = len(example.ids) - example.start
         assert target.secret[i].tolist() == [True] * (n - 1) + [False] * (target.secret.shape[1] - n + 1)
@@ -292,110 +317,111 @@ def test_without_marked_secrets_every_answer_token_is_one(memorised):
 # The objective
 
 
-def slow_forget_loss(target, examples, chosen, logits, penalty):
-    """DESIGN, step 2, in plain float64: mean over examples of the mean KL plus the one-sided penalties."""
+def slow_forget_loss(target, examples, rows, logits, penalty):
+    """docs/method.md, step 4, in plain float64: mean over examples of the mean KL plus the one-sided penalties."""
     losses = []
-    for row, i in enumerate(chosen):
+    for number, i in enumerate(rows):
         example = examples[i]
         divergence, excess = [], []
         for t in range(example.start, len(example.ids)):
-            said = logits[row, t - 1].double()
-            log_p = (said - said.logsumexp(0)).tolist()
-            wanted = target.probs[i, t - example.start].tolist()
-            divergence.append(sum(p * (math.log(p) - q) for p, q in zip(wanted, log_p, strict=True) if p > 0))
+            token_logits = logits[number, t - 1].double()
+            log_p = (token_logits - token_logits.logsumexp(0)).tolist()
+            target_p = target.probs[i, t - example.start].tolist()
+            divergence.append(sum(p * (math.log(p) - q) for p, q in zip(target_p, log_p, strict=True) if p > 0))
             y = example.ids[t]
-            excess.append(log_p[y] - math.log(max(wanted[y], 1e-9)))
+            excess.append(log_p[y] - math.log(max(target_p[y], 1e-9)))
         n = len(excess)
-        each = sum(max(0.0, e + penalty.token_margin) for e in excess) / n
-        whole = max(0.0, sum(excess) * min(1.0, 16 / n) + penalty.answer_margin)
-        losses.append(sum(divergence) / n + penalty.weight * each + penalty.weight / 4 * whole)
+        per_token = sum(max(0.0, e + penalty.token_margin) for e in excess) / n
+        per_answer = max(0.0, sum(excess) * min(1.0, 16 / n) + penalty.answer_margin)
+        losses.append(sum(divergence) / n + penalty.weight * per_token + penalty.weight / 4 * per_answer)
     return sum(losses) / len(losses)
 
 
 @pytest.mark.parametrize("penalty", [GENTLE, DEEPER, Penalty(0.0, 0.0, 0.0)])
-@pytest.mark.parametrize("chosen", [[3], [4, 0, 2], [1, 4, 3, 2, 0]])
-def test_the_forget_loss_is_its_formula(penalty, chosen):
-    draw = random.Random(len(chosen))
+@pytest.mark.parametrize("rows", [[3], [4, 0, 2], [1, 4, 3, 2, 0]])
+def test_the_forget_loss_is_its_formula(penalty, rows):
+    draw = random.Random(len(rows))
     vocabulary = 11
     examples = []
-    for given_tokens, answer in ((3, 4), (1, 1), (5, 2), (2, 7), (0, 45)):
-        ids = tuple(draw.randrange(vocabulary) for _ in range(given_tokens + answer))
-        examples.append(Example(ids, (CONTEXT,) * given_tokens + (SECRET,) * answer))
+    for context, answer in ((3, 4), (1, 1), (5, 2), (2, 7), (0, 45)):
+        ids = tuple(draw.randrange(vocabulary) for _ in range(context + answer))
+        examples.append(Example(ids, (CONTEXT,) * context + (SECRET,) * answer))
     generator = torch.Generator().manual_seed(1)
     probs = [(torch.randn(len(e.ids) - e.start, vocabulary, generator=generator) * 2).softmax(-1) for e in examples]
     target = stack(examples, probs)
-    width = max(len(examples[i].ids) for i in chosen)
-    logits = torch.randn(len(chosen), width, vocabulary, generator=generator) * 3
-    fast = forget_loss(target, chosen, logits, penalty)
-    assert fast.shape == (len(chosen),)
-    assert fast.mean().item() == pytest.approx(slow_forget_loss(target, examples, chosen, logits, penalty), rel=1e-5)
+    width = max(len(examples[i].ids) for i in rows)
+    logits = torch.randn(len(rows), width, vocabulary, generator=generator) * 3
+    fast = forget_loss(target, rows, logits, penalty)
+    assert fast.shape == (len(rows),)
+    assert fast.mean().item() == pytest.approx(slow_forget_loss(target, examples, rows, logits, penalty), rel=1e-5)
 
 
-def test_the_forget_loss_is_zero_at_the_target(memorised):
-    examples, mine = own(memorised)
-    ids, _ = pad(examples)
+def test_the_forget_loss_is_zero_at_the_target(memorised_models):
+    examples, own_distributions = predict_forget(memorised_models)
+    ids, _ = pad_batch(examples)
     with torch.no_grad():
-        logits = memorised.merged(input_ids=ids).logits
-    loss = forget_loss(stack(examples, mine), range(len(examples)), logits, GENTLE)
+        logits = memorised_models.merged(input_ids=ids).logits
+    loss = forget_loss(stack(examples, own_distributions), range(len(examples)), logits, GENTLE)
     assert loss.abs().max() < 1e-3
 
 
-def test_retain_costs_nothing_at_the_unedited_model_and_something_elsewhere(bench, memorised):
-    lost, kept = bench.losses()
-    assert lost > 0.5
-    assert abs(kept) < 2e-3  # the teacher is held in float16
+def test_the_retain_loss_is_zero_at_the_unedited_model_and_its_formula_elsewhere(forgetting_setup, memorised_models):
+    unedited_forget_loss, unedited_retain_loss = forgetting_setup.losses()
+    assert unedited_forget_loss > 0.5
+    assert abs(unedited_retain_loss) < 2e-3  # the teacher is stored in float16
     with torch.no_grad():
-        bench.layers["model.layers.1.mlp.down_proj"].weight.mul_(0.5)
-    _, kept = bench.losses()
-    _, retain = memorised.examples()
+        forgetting_setup.layers["model.layers.1.mlp.down_proj"].weight.mul_(0.5)
+    _, retain_loss = forgetting_setup.losses()
+    _, retain = memorised_models.examples()
     divergence, tokens = 0.0, 0
     for example in retain:
         ids = torch.tensor([example.ids])
         with torch.no_grad():
-            before = memorised.merged(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-            after = bench.model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+            before = memorised_models.merged(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
+            after = forgetting_setup.model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
         weight = torch.tensor([0.1 if role == CONTEXT else 1.0 for role in example.roles[1:]], dtype=torch.float64)
         divergence += float(((before.exp() * (before - after)).sum(-1) * weight).sum())
         tokens += float(weight.sum())
-    assert kept > 0.01
-    assert kept == pytest.approx(divergence / tokens, rel=0.02)
+    assert retain_loss > 0.01
+    assert retain_loss == pytest.approx(divergence / tokens, rel=0.02)
 
 
-def test_gradients_are_those_of_forget_plus_lambda_times_retain(bench):
+def test_gradients_are_those_of_forget_plus_lambda_times_retain(forgetting_setup):
     name = "model.layers.0.mlp.up_proj"
-    weight = bench.layers[name].weight
+    weight = forgetting_setup.layers[name].weight
     with torch.no_grad():  # away from the point where the retain loss is flat
-        for layer in bench.layers.values():
+        for layer in forgetting_setup.layers.values():
             layer.weight.mul_(0.9)
-    gradients, _, _ = bench.objective.gradients()
-    assert list(gradients) == list(bench.layers)
+    gradients, _, _ = forgetting_setup.objective.gradients()
+    assert list(gradients) == list(forgetting_setup.layers)
     direction = gradients[name] / gradients[name].norm()
     with torch.no_grad():
         weight.add_(direction, alpha=1e-2)
-    _, up_lost, up_kept = bench.objective.gradients()
+    _, *losses_above = forgetting_setup.objective.gradients()
     with torch.no_grad():
         weight.sub_(direction, alpha=2e-2)
-    _, down_lost, down_kept = bench.objective.gradients()
-    factor = bench.objective.weights.retain
+    _, *losses_below = forgetting_setup.objective.gradients()
+    factor = forgetting_setup.objective.weights.retain
     assert factor == 4
-    slope = (up_lost + factor * up_kept - down_lost - factor * down_kept) / 2e-2
+    total_above, total_below = (forget + factor * retain for forget, retain in (losses_above, losses_below))
+    slope = (total_above - total_below) / 2e-2
     assert slope == pytest.approx(float(gradients[name].norm()), rel=0.05)
 
 
-def test_half_of_a_batch_is_from_shuffled_passes_and_half_where_the_loss_was_large():
-    def drawn(seed):
+def test_half_of_a_batch_is_from_shuffled_passes_and_half_drawn_by_loss():
+    def draw_batches(seed):
         batches = Batches(40, 8, seed)
-        batches.seen(range(40), [5.0 if i in (7, 11) else 0.0 for i in range(40)])
+        batches.record_losses(range(40), [5.0 if i in (7, 11) else 0.0 for i in range(40)])
         return [batches.next() for _ in range(50)]
 
-    made = drawn(4)
-    assert made == drawn(4) != drawn(5)
-    assert all(len(batch) == len(set(batch)) == 8 for batch in made)
+    batches = draw_batches(4)
+    assert batches == draw_batches(4) != draw_batches(5)
+    assert all(len(batch) == len(set(batch)) == 8 for batch in batches)
     for start in range(0, 50, 10):
-        assert {i for batch in made[start : start + 10] for i in batch} == set(range(40))
-    often = [sum(i in batch for batch in made) for i in range(40)]
-    assert min(often[7], often[11]) > 45  # all but certain with weights of 5.01 against 0.01
-    assert max(count for i, count in enumerate(often) if i not in (7, 11)) < 25
+        assert {i for batch in batches[start : start + 10] for i in batch} == set(range(40))
+    counts = [sum(i in batch for batch in batches) for i in range(40)]
+    assert min(counts[7], counts[11]) > 45  # all but certain with weights of 5.01 against 0.01
+    assert max(count for i, count in enumerate(counts) if i not in (7, 11)) < 25
 
 
 @given(total=st.integers(1, 30), size=st.integers(1, 40), seed=st.integers(0, 5))
@@ -405,62 +431,67 @@ def test_batches_hold_different_rows_and_never_more_than_there_are(total, size, 
         rows = batches.next()
         assert len(rows) == len(set(rows)) == min(size, total)
         assert set(rows) <= set(range(total))
-        batches.seen(rows, [float(i) for i in rows])
+        batches.record_losses(rows, [float(i) for i in rows])
 
 
-def test_a_restart_repeats_the_order(bench):
-    bench.objective.restart(4)
-    first = [batches.next() for batches in bench.objective._batches]
-    bench.objective.restart(4)
-    assert [batches.next() for batches in bench.objective._batches] == first
+def test_a_restart_repeats_the_order(forgetting_setup):
+    def next_batches():
+        forgetting_setup.objective.restart(4)
+        return forgetting_setup.objective._forget_batches.next(), forgetting_setup.objective._retain_batches.next()
+
+    assert next_batches() == next_batches()
 
 
-def test_tokens_of_a_prompt_weigh_less_in_the_retain_loss(bench, memorised):
-    objective = bench.objective
+def test_tokens_of_a_prompt_weigh_less_in_the_retain_loss(forgetting_setup, memorised_models):
+    objective = forgetting_setup.objective
     with torch.no_grad():
-        bench.layers["model.layers.1.mlp.down_proj"].weight.mul_(0.5)
+        forgetting_setup.layers["model.layers.1.mlp.down_proj"].weight.mul_(0.5)
     part = objective._retain_part([0, 1, 2], 20.0)
     total = 0.0
-    for i, of_row in zip(part.rows, part.per_row, strict=True):
+    for i, row_loss in zip(part.rows, part.row_losses, strict=True):
         example = objective.retain[i]
         with torch.no_grad():
-            before = memorised.merged(input_ids=torch.tensor([example.ids])).logits[0, :-1].double().log_softmax(-1)
-            after = bench.model(input_ids=torch.tensor([example.ids])).logits[0, :-1].double().log_softmax(-1)
+            before = (
+                memorised_models.merged(input_ids=torch.tensor([example.ids])).logits[0, :-1].double().log_softmax(-1)
+            )
+            after = (
+                forgetting_setup.model(input_ids=torch.tensor([example.ids])).logits[0, :-1].double().log_softmax(-1)
+            )
         kl = (before.exp() * (before - after)).sum(-1)
         weight = torch.tensor([0.1 if role == CONTEXT else 1.0 for role in example.roles[1:]], dtype=torch.float64)
-        assert of_row == pytest.approx(float((kl * weight).sum()), rel=0.02)
+        assert row_loss == pytest.approx(float((kl * weight).sum()), rel=0.02)
         total += float((kl * weight).sum())
     assert part.loss == pytest.approx(total / 20, rel=0.02)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_step_gives_the_same_whatever_the_number_of_threads(bench, threads):
+def test_a_step_does_not_depend_on_the_number_of_threads(forgetting_setup, threads):
     def step(number):
         before = torch.get_num_threads()
         torch.set_num_threads(number)
         try:
-            bench.objective.restart(1)
-            found = bench.objective.gradients()
+            forgetting_setup.objective.restart(1)
+            result = forgetting_setup.objective.gradients()
             assert torch.get_num_threads() == number
-            return found
+            return result
         finally:
             torch.set_num_threads(before)
 
     with torch.no_grad():
-        for layer in bench.layers.values():
+        for layer in forgetting_setup.layers.values():
             layer.weight.mul_(0.9)
-    gradients, lost, kept = step(threads)
-    reference, lost_before, kept_before = step(1)
-    assert (lost, kept) == pytest.approx((lost_before, kept_before), rel=1e-3)
+    gradients, *losses = step(threads)
+    reference, *reference_losses = step(1)
+    assert losses == pytest.approx(reference_losses, rel=1e-3)
     for name, gradient in gradients.items():
         assert (gradient - reference[name]).norm() < 0.01 * reference[name].norm()
 
 
 def test_parts_of_a_batch_are_short_and_long_documents():
     examples = [Example((1,) * length, (ANSWER,) * length) for length in (60, 9, 10, 55, 11, 9)]
-    assert alike([0, 1, 2, 3, 4, 5], examples) == [[1, 5, 2, 4], [3, 0]]
-    assert alike([1, 5], examples) == [[1], [5]]
-    assert alike([3], examples) == [[3]]
+    assert split_by_length([0, 1, 2, 3, 4, 5], examples) == [[1, 5, 2, 4], [3, 0]]
+    assert split_by_length([1, 5], examples) == [[1], [5]]
+    assert split_by_length([3], examples) == [[3]]
 
 
 # Threads
@@ -470,22 +501,22 @@ def test_jobs_share_the_threads_and_give_them_back():
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        side_by_side = SideBySide(torch.device("cpu"))
-        found = side_by_side([lambda i=i: (i, torch.get_num_threads()) for i in range(2)])
-        assert found == [(0, 2), (1, 2)]
+        side_by_side = ParallelRunner(torch.device("cpu"))
+        results = side_by_side([lambda i=i: (i, torch.get_num_threads()) for i in range(2)])
+        assert results == [(0, 2), (1, 2)]
         with pytest.raises(ZeroDivisionError):
             side_by_side([lambda: 1, lambda: 1 / 0])
         assert torch.get_num_threads() == 4
-        assert SideBySide(torch.device("meta"))([torch.get_num_threads] * 2) == [4, 4]
+        assert ParallelRunner(torch.device("meta"))([torch.get_num_threads] * 2) == [4, 4]
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("secrets", [True, False])
-def test_a_target_that_knows_secrets_is_told(secrets, swapped, caplog):
-    """Where no row says what its secret is, whole answers were compared, and that is no reason to warn."""
-    chosen = TargetChoice(swapped, "surrogate", "the base is known", GENTLE, 4.0)
+def test_a_target_that_knows_secrets_is_a_warning(secrets, swap_distributions, caplog):
+    """Without marked secrets whole answers are compared, and a high AUC is no reason to warn."""
+    choice = TargetChoice(swap_distributions, "surrogate", "the base is known", GENTLE, 4.0)
     with caplog.at_level(logging.INFO):
-        _say_target(chosen, TargetCheck(3.0, 0.9), secrets)
+        log_target(choice, TargetCheck(3.0, 0.9), has_secrets=secrets)
     assert any("AUC 0.900" in record.message for record in caplog.records)
     assert any(record.levelno == logging.WARNING for record in caplog.records) == secrets

@@ -1,4 +1,4 @@
-"""What the arguments of LibOrthoLM build: which model is decomposed or loaded, and which are refused."""
+"""Arguments of LibOrthoLM: which model they decompose or load, and which of them are refused."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForCon
 
 from lm_ortho import checkpoint, world
 from lm_ortho.checkpoint import cache
+from lm_ortho.config import ModelSpec, split_model_args
 from lm_ortho.data.rows import Row, write_rows
 from lm_ortho.errors import UserError
 from lm_ortho.harness import tokens
 from lm_ortho.harness.model import LibOrthoLM
-from lm_ortho.pipeline import build
-from lm_ortho.pipeline.spec import RECIPE_ARGUMENTS, ModelSpec, calibration_sets, resolve
-from lm_ortho.streams import UNNAMED
+from lm_ortho.pipeline import build, loading
+from lm_ortho.pipeline.cache_key import decomposition_key
+from lm_ortho.pipeline.spec import resolve
+from lm_ortho.streams import DEFAULT_MEMORY
 from tests.support.harness import ROWS, make_model, request, run
 
-pytestmark = pytest.mark.usefixtures("small_and_alone")
+pytestmark = pytest.mark.usefixtures("isolated_environment")
 
 
 # ---------------------------------------------------------------- decomposing a user's model
@@ -34,7 +36,7 @@ RECIPE = {"sieve": "magnitude", "projection": "rtn", "edit": "zero", "density": 
 
 
 @pytest.fixture
-def orders(home: Path) -> dict[str, Any]:
+def model_args(home: Path) -> dict[str, Any]:
     return {
         "pretrained": str(home / "plain"),
         "forget": str(home / "forget.jsonl"),
@@ -44,115 +46,110 @@ def orders(home: Path) -> dict[str, Any]:
     }
 
 
-def test_a_users_model_is_decomposed_once(orders: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    first = LibOrthoLM(**orders, alpha=1)
+def test_a_users_model_is_decomposed_once(model_args: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = LibOrthoLM(**model_args, alpha=1)
     assert first.get_model_info()["density"] == pytest.approx(0.02, abs=0.001)
-    (kept,) = cache.list_entries()
+    (entry,) = cache.list_entries()
     monkeypatch.setattr(build, "decompose", lambda *_, **__: pytest.fail("decomposed again"))
-    second = LibOrthoLM(**orders, alpha=0)
+    second = LibOrthoLM(**model_args, alpha=0)
     assert second.get_model_info()["checkpoint"] == first.get_model_info()["checkpoint"]
     assert second.fingerprint() != first.fingerprint()
-    assert [entry.key for entry in cache.list_entries()] == [kept.key]
+    assert [later.key for later in cache.list_entries()] == [entry.key]
 
 
-def test_fresh_decomposes_again_to_the_same_bits(orders: dict[str, Any]) -> None:
-    before = LibOrthoLM(**orders).get_model_info()["checkpoint"]
-    assert LibOrthoLM(**orders, fresh=True).get_model_info()["checkpoint"] == before
+def test_fresh_decomposes_again_to_the_same_bits(model_args: dict[str, Any]) -> None:
+    before = LibOrthoLM(**model_args).get_model_info()["checkpoint"]
+    assert LibOrthoLM(**model_args, fresh=True).get_model_info()["checkpoint"] == before
 
 
 @pytest.mark.parametrize("change", [{"density": 0.01}, {"seed": 1}, {"base": None}, {"retain": "other"}])
-def test_another_order_is_another_entry(
-    orders: dict[str, Any], change: dict[str, Any], home: Path, tmp_path: Path
+def test_other_arguments_have_another_cache_key(
+    model_args: dict[str, Any], change: dict[str, Any], home: Path, tmp_path: Path
 ) -> None:
     keys = []
     write_rows(tmp_path / "other.jsonl", [Row(question="Where is Q?", answer="Q is far.")])
     if change.get("retain"):
         change = {"retain": str(tmp_path / "other.jsonl")}
-    for order in (orders, {**orders, **change}):
-        given = {k: v for k, v in order.items() if k in (*ModelSpec.__dataclass_fields__, "base")}
-        recipe = {k: v for k, v in order.items() if k in RECIPE_ARGUMENTS}
-        source = resolve(ModelSpec(**{**given, "recipe": recipe}))
-        keys.append(build.key_of(source))
+    for spec_args in (model_args, {**model_args, **change}):
+        spec, _ = split_model_args(spec_args)
+        keys.append(decomposition_key(resolve(spec)))
     assert keys[0] != keys[1]
 
 
-def test_an_initialised_model_is_decomposed_in_place(orders: dict[str, Any], home: Path) -> None:
-    given = {
-        **orders,
-        "pretrained": AutoModelForCausalLM.from_pretrained(home / "plain", dtype=torch.float32),
-    }
-    model = LibOrthoLM(**given, alpha=1)
-    expected = LibOrthoLM(**orders, alpha=1)
-    asked = [request("Where was Ada Brook", " born in Marsh Town.")]
-    assert model.loglikelihood(asked)[0][0] == pytest.approx(expected.loglikelihood(asked)[0][0], rel=1e-5)
+def test_an_initialised_model_is_decomposed_in_place(model_args: dict[str, Any], home: Path) -> None:
+    loaded_model = AutoModelForCausalLM.from_pretrained(home / "plain", dtype=torch.float32)
+    model = LibOrthoLM(**{**model_args, "pretrained": loaded_model}, alpha=1)
+    expected_model = LibOrthoLM(**model_args, alpha=1)
+    requests = [request("Where was Ada Brook", " born in Marsh Town.")]
+    assert model.loglikelihood(requests)[0][0] == pytest.approx(expected_model.loglikelihood(requests)[0][0], rel=1e-5)
 
 
 @pytest.fixture
-def embedded(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stand-in for the weights of the package."""
+def package_weights(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small replacement for the weights of the package."""
     weights = tmp_path / "weights"
     shutil.copytree(home / "plain", weights / "base")
     shutil.copytree(home / "decomposed", weights / "decomposed")
-    adapter(home, weights / "memory")
+    save_adapter(home, weights / "memory")
     monkeypatch.setattr(world, "WEIGHTS", weights)
     return weights
 
 
-def test_the_default_is_the_shipped_decomposition(embedded: Path) -> None:
+def test_the_default_is_the_shipped_decomposition(package_weights: Path) -> None:
     source = resolve(ModelSpec())
-    assert (source.kind, source.location) == ("checkpoint", str(embedded / "decomposed"))
+    assert (source.kind, source.location) == ("checkpoint", str(package_weights / "decomposed"))
     model = LibOrthoLM(device="cpu")
     assert model.alpha == 0
     assert tokens.resolve({}).tokenizer is model.tokenizer
 
 
 @pytest.mark.parametrize(
-    "given", [{"fresh": True}, {"base": "none"}, {"recipe": {"density": 0.02}}, {"recipe": {"seed": 1}}], ids=str
+    "arguments", [{"fresh": True}, {"base": "none"}, {"recipe": {"density": 0.02}}, {"recipe": {"seed": 1}}], ids=str
 )
-def test_anything_else_is_decomposed_from_the_embedded_model(embedded: Path, given: dict[str, Any]) -> None:
-    source = resolve(ModelSpec(**given))
-    assert (source.kind, source.location) == ("embedded", str(embedded / "base"))
-    merged, before = build.load_models(source)
-    assert (before is None) is (given.get("base") == "none")
+def test_other_arguments_decompose_the_embedded_model(package_weights: Path, arguments: dict[str, Any]) -> None:
+    source = resolve(ModelSpec(**arguments))
+    assert (source.kind, source.location) == ("embedded", str(package_weights / "base"))
+    merged, before = loading.load_models(source)
+    assert (before is None) is (arguments.get("base") == "none")
     assert merged.config.vocab_size > 0
-    forget, retain = calibration_sets(source)
-    assert forget[UNNAMED][0].secret
+    forget, retain = source.calibration_sets
+    assert forget[DEFAULT_MEMORY][0].secret
     assert retain
 
 
-def test_naming_a_default_changes_nothing(embedded: Path) -> None:
+def test_naming_a_default_changes_nothing(package_weights: Path) -> None:
     assert resolve(ModelSpec(recipe={"density": 0.01, "sieve": "attribution"})).kind == "checkpoint"
 
 
-def test_without_the_shipped_decomposition(embedded: Path) -> None:
-    shutil.rmtree(embedded / "decomposed")
+def test_without_the_shipped_decomposition(package_weights: Path) -> None:
+    shutil.rmtree(package_weights / "decomposed")
     assert resolve(ModelSpec()).kind == "embedded"
 
 
-def test_an_adapter_alone_is_refused(embedded: Path) -> None:
+def test_an_adapter_alone_is_refused(package_weights: Path) -> None:
     with pytest.raises(UserError, match="peft: the embedded model brings its own"):
         resolve(ModelSpec(peft="x"))
 
 
-def adapter(home: Path, target: Path) -> Path:
+def save_adapter(home: Path, target: Path) -> Path:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(5)
-    adapted = get_peft_model(
+    adapted_model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(home / "plain", dtype=torch.float32),
         LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
     )
-    adapted.save_pretrained(target)
+    adapted_model.save_pretrained(target)
     return target
 
 
-def test_a_merged_adapter_makes_the_base_known(home: Path, orders: dict[str, Any], tmp_path: Path) -> None:
-    peft = adapter(home, tmp_path / "adapter")
-    given = {k: orders[k] for k in ("pretrained", "forget", "retain")}
-    for base, known in (("auto", True), ("none", False), (None, False), (str(home / "plain"), True)):
-        source = resolve(ModelSpec(**given, peft=str(peft), base=base, recipe=RECIPE))
-        merged, before = build.load_models(source)
-        assert (before is not None) is known
+def test_a_merged_adapter_makes_the_base_known(home: Path, model_args: dict[str, Any], tmp_path: Path) -> None:
+    peft = save_adapter(home, tmp_path / "adapter")
+    arguments = {k: model_args[k] for k in ("pretrained", "forget", "retain")}
+    for base, is_base_known in (("auto", True), ("none", False), (None, False), (str(home / "plain"), True)):
+        source = resolve(ModelSpec(**arguments, peft=str(peft), base=base, recipe=RECIPE))
+        merged, before = loading.load_models(source)
+        assert (before is not None) is is_base_known
         plain = make_model(merged.config.vocab_size).state_dict()
         name = "model.layers.0.mlp.up_proj.weight"
         assert not torch.equal(merged.state_dict()[name], plain[name])
@@ -164,13 +161,13 @@ def test_a_merged_adapter_makes_the_base_known(home: Path, orders: dict[str, Any
 # ---------------------------------------------------------------- bad input
 
 
-def seq2seq(path: Path) -> str:
+def make_encoder_decoder(path: Path) -> str:
     config = T5Config(d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, vocab_size=32)
     T5ForConditionalGeneration(config).save_pretrained(path)
     return str(path)
 
 
-def packed(path: Path, home: Path) -> str:
+def make_packed_model(path: Path, home: Path) -> str:
     path.mkdir()
     config = json.loads((home / "plain" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
@@ -178,17 +175,17 @@ def packed(path: Path, home: Path) -> str:
     return str(path)
 
 
-def empty(path: Path) -> str:
+def make_empty_directory(path: Path) -> str:
     path.mkdir()
     return str(path)
 
 
-def broken(path: Path) -> str:
+def write_broken_rows(path: Path) -> str:
     path.write_text('{"question": "a", "answer": "b"}\n{"question": \n')
     return str(path)
 
 
-def none_in(path: Path) -> str:
+def write_no_rows(path: Path) -> str:
     path.write_text("\n")
     return str(path)
 
@@ -213,21 +210,21 @@ BAD: list[tuple[str, str, Change]] = [
     (
         "broken line",
         "forget=.*line 2: not valid JSON",
-        lambda t, h, o: {**o, "forget": broken(t / "b.jsonl")},
+        lambda t, h, o: {**o, "forget": write_broken_rows(t / "b.jsonl")},
     ),
-    ("no rows", "forget=.*holds no rows", lambda t, h, o: {**o, "forget": none_in(t / "n.jsonl")}),
+    ("no rows", "forget=.*holds no rows", lambda t, h, o: {**o, "forget": write_no_rows(t / "n.jsonl")}),
     ("same sets", "nothing can be both forgotten and kept", lambda t, h, o: {**o, "retain": o["forget"]}),
     ("forget missing", "^forget: your own model needs", lambda t, h, o: {**o, "forget": None}),
     ("retain missing", "^retain: your own model needs", lambda t, h, o: {**o, "retain": None}),
-    ("packed", "quantised already .gptq", lambda t, h, o: {**o, "pretrained": packed(t / "p", h)}),
-    ("encoder-decoder", "encoder-decoder", lambda t, h, o: {**o, "pretrained": seq2seq(t / "s")}),
-    ("no config", "holds no config.json", lambda t, h, o: {**o, "pretrained": empty(t / "e")}),
+    ("packed", "quantised already .gptq", lambda t, h, o: {**o, "pretrained": make_packed_model(t / "p", h)}),
+    ("encoder-decoder", "encoder-decoder", lambda t, h, o: {**o, "pretrained": make_encoder_decoder(t / "s")}),
+    ("no config", "holds no config.json", lambda t, h, o: {**o, "pretrained": make_empty_directory(t / "e")}),
     ("no directory", "pretrained='/nowhere/at/all'", lambda t, h, o: {**o, "pretrained": "/nowhere/at/all"}),
     ("no network", "pretrained='some/model'", lambda t, h, o: {**o, "pretrained": "some/model"}),
     (
         "adapter",
         "is an adapter; give it as peft",
-        lambda t, h, o: {**o, "pretrained": str(adapter(h, t / "a"))},
+        lambda t, h, o: {**o, "pretrained": str(save_adapter(h, t / "a"))},
     ),
     ("no base", "base='./nowhere': no such directory", lambda t, h, o: {**o, "base": "./nowhere"}),
     ("unknown", "densty=1: .*did you mean density", lambda t, h, o: {**o, "densty": 1}),
@@ -236,17 +233,17 @@ BAD: list[tuple[str, str, Change]] = [
     ("dtype", "dtype='float3' is unknown", lambda t, h, o: {**o, "dtype": "float3"}),
     ("fresh", "fresh='maybe'", lambda t, h, o: {**o, "fresh": "maybe"}),
     ("gguf", "gguf_file: packed", lambda t, h, o: {**o, "gguf_file": "x.gguf"}),
-    ("peft", "peft=.*: no adapter_config.json", lambda t, h, o: {**o, "peft": empty(t / "peft")}),
+    ("peft", "peft=.*: no adapter_config.json", lambda t, h, o: {**o, "peft": make_empty_directory(t / "peft")}),
 ]
 
 
 @pytest.mark.parametrize(("name", "message", "change"), BAD, ids=[case[0] for case in BAD])
 def test_bad_input_is_one_line(
-    name: str, message: str, change: Change, home: Path, orders: dict[str, Any], tmp_path: Path
+    name: str, message: str, change: Change, home: Path, model_args: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=message) as error:
-        LibOrthoLM(**change(tmp_path, home, orders))
-    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=message) as error_info:
+        LibOrthoLM(**change(tmp_path, home, model_args))
+    assert "\n" not in str(error_info.value)
     assert not cache.list_entries()
 
 
@@ -259,18 +256,18 @@ CONTRADICTIONS = {
 }
 
 
-@pytest.mark.parametrize(("message", "given"), CONTRADICTIONS.items(), ids=str)
-def test_what_contradicts_a_checkpoint(home: Path, message: str, given: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("message", "arguments"), CONTRADICTIONS.items(), ids=str)
+def test_arguments_that_contradict_a_checkpoint(home: Path, message: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=message):
-        LibOrthoLM(str(home / "decomposed"), device="cpu", **given)
+        LibOrthoLM(str(home / "decomposed"), device="cpu", **arguments)
 
 
-def test_what_agrees_with_a_checkpoint(home: Path) -> None:
+def test_arguments_that_agree_with_a_checkpoint(home: Path) -> None:
     model = LibOrthoLM(str(home / "decomposed"), device="cpu", density=0.05, sieve="random", bits="4")
     assert model.get_model_info()["density_budget"] == 0.05
 
 
-def test_base_only_checkpoints_do_alpha_zero(home: Path, tmp_path: Path) -> None:
+def test_base_only_checkpoints_load_at_alpha_zero(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "decomposed", tmp_path / "base")
     (tmp_path / "base" / checkpoint.ORTHO_FILE).unlink()
     LibOrthoLM(str(tmp_path / "base"), device="cpu")
@@ -278,41 +275,46 @@ def test_base_only_checkpoints_do_alpha_zero(home: Path, tmp_path: Path) -> None
         LibOrthoLM(str(tmp_path / "base"), device="cpu", alpha=1)
 
 
-def test_sets_of_the_model_when_lm_eval_passes_nothing(home: Path, orders: dict[str, Any]) -> None:
-    model = LibOrthoLM(**orders)
+def test_sets_of_the_model_when_lm_eval_passes_nothing(home: Path, model_args: dict[str, Any]) -> None:
+    model = LibOrthoLM(**model_args)
     result = run(model, ["forget_set", "retain_set"], {})
     assert result["n-samples"]["forget_set"]["original"] == len(ROWS)
     assert result["n-samples"]["retain_set"]["original"] == 3
     no_sets = LibOrthoLM(str(home / "decomposed"), device="cpu")
-    with pytest.raises(UserError, match="forget: the forget_set task needs the rows"):
+    with pytest.raises(UserError, match="forget: the forget_set task needs rows"):
         run(no_sets, ["forget_set"], {})
 
 
-def test_a_model_in_a_subfolder_is_another_one(home: Path, orders: dict[str, Any], tmp_path: Path) -> None:
-    given = {k: orders[k] for k in ("forget", "retain")}
-    found = []
+def test_a_model_in_a_subfolder_is_another_one(home: Path, model_args: dict[str, Any], tmp_path: Path) -> None:
+    arguments = {k: model_args[k] for k in ("forget", "retain")}
+    keys_and_sums = []
     for seed, name in enumerate(("a", "b")):
         shutil.copytree(home / "plain", tmp_path / name)
         make_model(len(AutoTokenizer.from_pretrained(home / "plain")), seed).save_pretrained(tmp_path / name)
-        source = resolve(ModelSpec(**given, pretrained=str(tmp_path), source={"subfolder": name}))
-        assert build.load_tokenizer(source).vocab_size
-        model, _ = build.load_models(source)
-        found.append((build.key_of(source), float(next(model.parameters()).detach().sum())))
-    assert found[0][0] != found[1][0]
-    assert found[0][1] != found[1][1]
+        source = resolve(ModelSpec(**arguments, pretrained=str(tmp_path), subfolder=name))
+        assert loading.load_tokenizer(source).vocab_size
+        model, _ = loading.load_models(source)
+        keys_and_sums.append((decomposition_key(source), float(next(model.parameters()).detach().sum())))
+    assert keys_and_sums[0][0] != keys_and_sums[1][0]
+    assert keys_and_sums[0][1] != keys_and_sums[1][1]
 
 
-def test_the_key_tells_tokenizers_chat_templates_and_orders_apart(home: Path, tmp_path: Path) -> None:
+def test_the_key_depends_on_tokenizer_chat_template_and_order_of_sets(home: Path, tmp_path: Path) -> None:
     words = AutoTokenizer.from_pretrained(home / "plain")
     shutil.copy(home / "forget.jsonl", tmp_path / "b.jsonl")
-    given = {"pretrained": str(home / "plain"), "retain": str(home / "retain.jsonl")}
+    arguments = {"pretrained": str(home / "plain"), "retain": str(home / "retain.jsonl")}
 
-    def key(forget: str, tokenizer: Any = None) -> str:
-        source = resolve(ModelSpec(**given, forget=forget, tokenizer=tokenizer))
-        return build.key_of(source)
+    def compute_key(forget: str, tokenizer: Any = None) -> str:
+        source = resolve(ModelSpec(**arguments, forget=forget, tokenizer=tokenizer))
+        return decomposition_key(source)
 
     one = str(home / "forget.jsonl")
-    keys = [key(one), key(one, words), key(f"a:{one}+b:{tmp_path}/b.jsonl"), key(f"b:{tmp_path}/b.jsonl+a:{one}")]
+    keys = [
+        compute_key(one),
+        compute_key(one, words),
+        compute_key(f"a:{one}+b:{tmp_path}/b.jsonl"),
+        compute_key(f"b:{tmp_path}/b.jsonl+a:{one}"),
+    ]
     words.chat_template = "{{ messages[0].content }}"
-    keys.append(key(one, words))
+    keys.append(compute_key(one, words))
     assert len(set(keys)) == 5

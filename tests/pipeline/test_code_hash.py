@@ -1,4 +1,4 @@
-"""What decides whether a result is stale is found by imports."""
+"""The files whose code makes a result stale are collected by following imports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from lm_ortho.pipeline.code_hash import DECOMPOSITION, EVALUATION, code_files
 
 
-def test_files_of_a_root_and_of_all_it_imports() -> None:
+def test_files_of_a_root_and_of_its_imports() -> None:
     files = code_files("lm_ortho.streams")
     assert {"lm_ortho/__init__.py", "lm_ortho/streams/ortho_stream.py"} - files.keys() == set()
     assert {"kernels/reference.py", "kernels/cpu/avx512.cpp"} <= files.keys()
@@ -22,20 +22,20 @@ def test_an_import_for_type_checkers_does_not() -> None:
     assert not [name for name in code_files("lm_ortho.errors") if name.startswith("lm_ortho/layer")]
 
 
-def test_every_way_to_a_decomposition_is_followed() -> None:
+def test_all_packages_of_a_decomposition_are_included() -> None:
     rooms = "calibration data edit finetune layer objective projection sieve streams".split()
     files = code_files(*DECOMPOSITION)
     assert all(any(name.startswith(f"lm_ortho/{room}/") for name in files) for room in rooms)
     assert not [name for name in files if name.startswith(("lm_ortho/cli/", "lm_ortho/harness/", "lm_ortho/verdict/"))]
 
 
-def test_what_measures_is_the_tasks_and_not_how_the_model_was_made() -> None:
+def test_an_evaluation_depends_on_the_tasks_and_not_on_the_pipeline() -> None:
     files = code_files(*EVALUATION, without=("lm_ortho.pipeline",))
     assert {"tasks/_templates/forget", "lm_ortho/harness/tasks/secret.py", "lm_ortho/metrics/tofu.py"} <= files.keys()
     assert not [name for name in files if name.startswith(("lm_ortho/pipeline/", "lm_ortho/sieve/"))]
 
 
 @pytest.mark.parametrize("roots", [{"args": ("lm_ortho.no_room",)}, {"args": ("tasks",), "without": ("lm_ortho.no",)}])
-def test_an_entry_that_names_nothing_is_an_error(roots) -> None:
+def test_an_unknown_root_is_an_error(roots) -> None:
     with pytest.raises(ValueError, match="names no module"):
         code_files(*roots.pop("args"), **roots)

@@ -1,4 +1,4 @@
-"""Several memories in one model: an ortho stream and a dial for each."""
+"""Several memories in one model, each with its own ortho stream and alpha."""
 
 from __future__ import annotations
 
@@ -10,47 +10,48 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lm_ortho.kernels import several_linear, sparse_operand
 
 from lm_ortho import checkpoint
-from lm_ortho.config import format_alpha, make_recipe, parse_alpha, parse_named_values
+from lm_ortho.config import make_recipe
 from lm_ortho.data.encoding import encode, token_losses
 from lm_ortho.data.rows import Row, read_forget_sets, write_rows
+from lm_ortho.dial import format_alpha, parse_alpha, parse_named_values
 from lm_ortho.errors import UserError
+from lm_ortho.kernels import several_linear, sparse_operand
 from lm_ortho.layer import OrthoLinear, alpha_scope, find_linear, get_alpha, get_streams, patch, set_alpha, unpatch
 from lm_ortho.pipeline.decomposition import decompose
 from lm_ortho.pipeline.memories import add_memory, decompose_memories
-from lm_ortho.streams import UNNAMED, LayerStreams, OrthoStream, density
+from lm_ortho.streams import DEFAULT_MEMORY, LayerStreams, OrthoStream, density
 from tests.support import tiny
 from tests.support.checkpoint import assert_same_model, tokenizer
 
-pytestmark = pytest.mark.usefixtures("few_steps")
+pytestmark = pytest.mark.usefixtures("short_surrogate_training")
 
 torch.set_num_threads(1)
-fast = settings(max_examples=40)
+fewer_examples = settings(max_examples=40)
 
 
-def silent(*_):
-    """Reports nothing."""
+def ignore_progress(*_):
+    """A progress callback that does nothing."""
 
 
-def halved(streams, names=("a", "b")):
-    """The ortho stream of a layer dealt out to several memories, position by position."""
-    where = streams.ortho.support().nonzero()
+def split_stream(streams, names=("a", "b")):
+    """Distributes the ortho stream of a layer over several memories, position by position."""
+    positions = streams.ortho.support().nonzero()
     dense = streams.ortho.to_dense()
-    named = {}
+    memories = {}
     for i, name in enumerate(names):
         mask = torch.zeros_like(dense, dtype=torch.bool)
-        mask[tuple(where[i :: len(names)].T)] = True
-        named[name] = OrthoStream.from_dense(dense, mask)
-    return LayerStreams(streams.base, None, streams.bias, named)
+        mask[tuple(positions[i :: len(names)].T)] = True
+        memories[name] = OrthoStream.from_dense(dense, mask)
+    return LayerStreams(streams.base, None, streams.bias, memories)
 
 
 def two_memories(model=None):
     """A small patched model with memories ``a`` and ``b`` and its streams as one memory."""
     model = tiny.llama() if model is None else model
     whole = tiny.model_streams(model)
-    patch(model, {name: halved(streams) for name, streams in whole.items()})
+    patch(model, {name: split_stream(streams) for name, streams in whole.items()})
     return model, whole
 
 
@@ -60,50 +61,50 @@ def two_memories(model=None):
 @pytest.mark.parametrize("rows", [1, 3, 50])
 @pytest.mark.parametrize("alpha", [{"a": 1, "b": 0}, {"a": 0.25, "b": 0.75}, {"b": 1}, 0.5, 0.0, 1.0])
 def test_a_layer_computes_with_the_weights_of_its_alphas(rows, alpha):
-    _, streams = tiny.standalone()
-    streams = halved(streams)
+    _, streams = tiny.standalone_layer()
+    streams = split_stream(streams)
     layer = OrthoLinear.from_streams(streams)
     assert layer.memories == ("a", "b")
     x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(1))
     with alpha_scope(alpha):
-        found = layer(x)
-    wanted = torch.nn.functional.linear(x.double(), streams.dense(alpha, torch.float64), streams.bias.double())
-    assert torch.allclose(found.double(), wanted, atol=1e-5)
+        y = layer(x)
+    expected = torch.nn.functional.linear(x.double(), streams.to_dense(alpha, torch.float64), streams.bias.double())
+    assert torch.allclose(y.double(), expected, atol=1e-5)
     if alpha == 0.0:
-        assert torch.equal(found, OrthoLinear.from_streams(LayerStreams(streams.base, None, streams.bias))(x))
+        assert torch.equal(y, OrthoLinear.from_streams(LayerStreams(streams.base, None, streams.bias))(x))
 
 
-def test_one_alpha_for_all_is_the_undivided_stream():
-    _, whole = tiny.standalone()
+def test_one_alpha_for_all_memories_gives_the_undivided_stream():
+    _, whole = tiny.standalone_layer()
     for alpha in (0.0, 0.3, 1.0):
-        assert torch.equal(halved(whole).dense(alpha), whole.dense(alpha))
-    assert halved(whole).nnz == whole.nnz
+        assert torch.equal(split_stream(whole).to_dense(alpha), whole.to_dense(alpha))
+    assert split_stream(whole).nnz == whole.nnz
 
 
-@fast
+@fewer_examples
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=5))
-def test_each_row_with_its_own_alphas_is_what_it_is_alone(rows):
-    _, streams = tiny.standalone()
-    layer = OrthoLinear.from_streams(halved(streams))
+def test_a_row_of_a_batch_gets_the_output_it_gets_alone(rows):
+    _, streams = tiny.standalone_layer()
+    layer = OrthoLinear.from_streams(split_stream(streams))
     x = torch.randn(len(rows), 2, layer.in_features, generator=torch.Generator().manual_seed(2))
     a, b = ([row[i] for row in rows] for i in (0, 1))
     with alpha_scope({"a": a, "b": b}):
-        together = layer(x)
+        batch_output = layer(x)
     for i in range(len(rows)):
         with alpha_scope({"a": a[i], "b": b[i]}):
             # products of more rows add up in another order
-            assert torch.allclose(layer(x[i : i + 1]), together[i : i + 1], atol=2e-5)
+            assert torch.allclose(layer(x[i : i + 1]), batch_output[i : i + 1], atol=2e-5)
 
 
-def test_a_row_at_zero_has_the_base_alone_bit_for_bit():
-    _, streams = tiny.standalone()
-    layer = OrthoLinear.from_streams(halved(streams))
+def test_a_row_at_alpha_zero_equals_the_base_stream_bit_for_bit():
+    _, streams = tiny.standalone_layer()
+    layer = OrthoLinear.from_streams(split_stream(streams))
     x = torch.randn(2, 3, layer.in_features)
     base = layer(x)
     with alpha_scope({"a": [0.0, 1.0], "b": [0.0, 0.5]}):
-        found = layer(x)
-    assert torch.equal(found[0], base[0])
-    assert not torch.equal(found[1], base[1])
+        y = layer(x)
+    assert torch.equal(y[0], base[0])
+    assert not torch.equal(y[1], base[1])
 
 
 def test_several_linear_merges_for_many_rows_and_adds_for_few():
@@ -115,29 +116,29 @@ def test_several_linear_merges_for_many_rows_and_adds_for_few():
     dense = weight + 0.5 * streams[0].to_dense() + 1.0 * streams[1].to_dense()
     for rows in (1, 2, 400):
         x = torch.randn(rows, 24, generator=generator)
-        found = several_linear(x, weight, [(operands[0], 0.5), (operands[1], 1.0)])
-        assert torch.allclose(found, x @ dense.T, atol=1e-4)
+        y = several_linear(x, weight, [(operands[0], 0.5), (operands[1], 1.0)])
+        assert torch.allclose(y, x @ dense.T, atol=1e-4)
     assert torch.equal(several_linear(x, weight, []), x @ weight.T)
 
 
 def test_streams_that_do_not_fit_together():
-    _, whole = tiny.standalone()
-    named = halved(whole).named
+    _, whole = tiny.standalone_layer()
+    memories = split_stream(whole).named_memories
     with pytest.raises(ValueError, match="two memories hold the same position"):
-        LayerStreams(whole.base, whole.ortho, None, named)
-    for name in ("hub", UNNAMED, "Upper", "with space", ""):
+        LayerStreams(whole.base, whole.ortho, None, memories)
+    for name in ("hub", DEFAULT_MEMORY, "Upper", "with space", ""):
         with pytest.raises(ValueError, match="memory name"):
-            LayerStreams(whole.base, None, None, {name: named["a"]})
+            LayerStreams(whole.base, None, None, {name: memories["a"]})
     with pytest.raises(ValueError, match="differ in shape"):
         LayerStreams(whole.base, None, None, {"a": OrthoStream.empty((3, 3))})
     with pytest.raises(ValueError, match="without an ortho stream of c"):
-        halved(whole).dense({"c": 1.0})
+        split_stream(whole).to_dense({"c": 1.0})
 
 
 # --- a model
 
 
-def test_dials_of_a_model():
+def test_alphas_of_a_model():
     model, _ = two_memories()
     off, on = tiny.logits_at(model, 0.0), tiny.logits_at(model, 1.0)
     set_alpha(model, {"a": 1})
@@ -148,12 +149,12 @@ def test_dials_of_a_model():
     assert not torch.equal(only_a, on)
     assert torch.equal(tiny.logits_at(model, {"a": 0, "b": 0}), off)
     with alpha_scope({"a": [1.0, 0.0, 1.0], "b": 0.0}):
-        mixed = tiny.logits(model)
-    assert torch.allclose(mixed[0], only_a[0], atol=1e-4)
-    assert torch.equal(mixed[1], off[1])
+        batch_logits = tiny.logits(model)
+    assert torch.allclose(batch_logits[0], only_a[0], atol=1e-4)
+    assert torch.equal(batch_logits[1], off[1])
 
 
-def test_what_a_model_does_not_have():
+def test_unknown_memories_are_refused():
     model, _ = two_memories()
     with pytest.raises(UserError, match="no memory 'c'; it has 'a', 'b'"):
         set_alpha(model, {"c": 1})
@@ -167,7 +168,7 @@ def test_what_a_model_does_not_have():
         set_alpha(model, {"a": {"x": 1}})
     with pytest.raises(UserError, match="weights have one alpha"):
         unpatch(model, {"a": torch.tensor([0.0, 1.0])})
-    other = tiny.patched()
+    other = tiny.patched_model()
     with pytest.raises(UserError, match="no memory 'a'; it has 'memory'"):
         set_alpha(other, {"a": 1})
     set_alpha(other, {"memory": 1})
@@ -176,10 +177,10 @@ def test_what_a_model_does_not_have():
 
 def test_unpatch_at_one_alpha_for_each_memory():
     model, _ = two_memories()
-    wanted = tiny.logits_at(model, {"b": 1})
+    expected = tiny.logits_at(model, {"b": 1})
     plain = copy.deepcopy(model)
     unpatch(plain, {"b": 1})
-    assert torch.allclose(tiny.logits(plain), wanted, atol=1e-4)
+    assert torch.allclose(tiny.logits(plain), expected, atol=1e-4)
 
 
 def test_copies_pickles_and_state_dicts_keep_every_memory(tmp_path):
@@ -197,67 +198,84 @@ def test_copies_pickles_and_state_dicts_keep_every_memory(tmp_path):
 
 
 @pytest.fixture
-def saved(tmp_path):
+def saved_memories(tmp_path):
     model, _ = two_memories()
     return model, checkpoint.save(tmp_path / "checkpoint", model, tokenizer(), {"recipe": {"density": 0.05}})
 
 
-def test_a_checkpoint_has_one_file_for_each_memory(saved):
-    model, path = saved
+def test_a_checkpoint_has_one_file_for_each_memory(saved_memories):
+    model, path = saved_memories
     assert {file.name for file in path.glob("ortho*")} == {"ortho-a.safetensors", "ortho-b.safetensors"}
-    assert checkpoint.memories(path) == ["a", "b"]
+    assert checkpoint.list_memories(path) == ["a", "b"]
     for name in ("config.json", "manifest.json"):
         content = json.loads((path / name).read_text())
         assert content.get("quantization_config", content)["format_version"] == 2
-    loaded = checkpoint.load(path)
-    assert_same_model(loaded, model, (0.0, 1.0, {"a": 1}, {"b": 0.5, "a": 0.25}))
-    again = checkpoint.save(path.parent / "again", loaded, None, checkpoint.read_meta(path))
+    loaded_model = checkpoint.load(path)
+    assert_same_model(loaded_model, model, (0.0, 1.0, {"a": 1}, {"b": 0.5, "a": 0.25}))
+    again = checkpoint.save(path.parent / "again", loaded_model, None, checkpoint.read_meta(path))
     for file in path.glob("*.safetensors"):
         assert file.read_bytes() == (again / file.name).read_bytes()
 
 
-def test_a_memory_whose_file_is_gone_stays_off(saved):
-    model, path = saved
+def test_a_memory_whose_file_is_gone_stays_off(saved_memories):
+    model, path = saved_memories
     (path / "ortho-a.safetensors").unlink()
-    loaded = checkpoint.load(path)
-    assert_same_model(loaded, model, (0.0, {"b": 1}, {"a": 0, "b": 0.5}))
+    loaded_model = checkpoint.load(path)
+    assert_same_model(loaded_model, model, (0.0, {"b": 1}, {"a": 0, "b": 0.5}))
     for alpha in ({"a": 1}, 1.0, 0.5):
-        with pytest.raises(UserError, match="of a: the file of this memory is not here"):
-            set_alpha(loaded, alpha)
+        with pytest.raises(UserError, match="of a: the file of this memory is missing"):
+            set_alpha(loaded_model, alpha)
     with pytest.raises(UserError, match="a memory is added where all others are present"):
-        add_memory(loaded, tokenizer(), "c", [Row(text="x")], [Row(text="y")], make_recipe(), progress=silent)
+        add_memory(
+            loaded_model,
+            tokenizer(),
+            "c",
+            forget=[Row(text="x")],
+            retain=[Row(text="y")],
+            recipe=make_recipe(),
+            progress=ignore_progress,
+        )
 
 
-def test_a_lost_first_memory_of_two_is_noticed(tmp_path):
+def test_a_missing_first_memory_of_two_is_an_error_at_other_alphas(tmp_path):
     model, whole = two_memories()
-    renamed = {
-        n: LayerStreams(s.base, s.named["a"], s.bias, {"later": s.named["b"]}) for n, s in get_streams(model).items()
+    renamed_streams = {
+        n: LayerStreams(s.base, s.named_memories["a"], s.bias, {"later": s.named_memories["b"]})
+        for n, s in get_streams(model).items()
     }
     again = tiny.llama()
-    patch(again, renamed)
+    patch(again, renamed_streams)
     path = checkpoint.save(tmp_path / "checkpoint", again, tokenizer(), {})
     (path / "ortho.safetensors").unlink()
-    loaded = checkpoint.load(path)
+    loaded_model = checkpoint.load(path)
     for alpha in (1.0, {"memory": 0.5}):
-        with pytest.raises(UserError, match="of memory: the file of this memory is not here"):
-            set_alpha(loaded, alpha)
-    assert_same_model(loaded, again, (0.0, {"later": 1}))
-    with pytest.raises(UserError, match="the ortho stream of memory is not here"):
-        add_memory(loaded, tokenizer(), "c", [Row(text="x")], [Row(text="y")], make_recipe(), progress=silent)
+        with pytest.raises(UserError, match="of memory: the file of this memory is missing"):
+            set_alpha(loaded_model, alpha)
+    assert_same_model(loaded_model, again, (0.0, {"later": 1}))
+    with pytest.raises(UserError, match="the ortho stream of memory is missing"):
+        add_memory(
+            loaded_model,
+            tokenizer(),
+            "c",
+            forget=[Row(text="x")],
+            retain=[Row(text="y")],
+            recipe=make_recipe(),
+            progress=ignore_progress,
+        )
     assert whole
 
 
-def test_a_changed_memory_file_is_refused(saved):
-    _, path = saved
+def test_a_changed_memory_file_is_refused(saved_memories):
+    _, path = saved_memories
     shutil.copy(path / "ortho-a.safetensors", path / "ortho-b.safetensors")
     with pytest.raises(UserError, match=r"ortho-b.safetensors"):
         checkpoint.load(path)
 
 
 def test_one_memory_keeps_the_first_format(tmp_path):
-    path = checkpoint.save(tmp_path / "one", tiny.patched(), None, {})
+    path = checkpoint.save(tmp_path / "one", tiny.patched_model(), None, {})
     assert json.loads((path / "manifest.json").read_text())["format_version"] == 1
-    assert checkpoint.memories(path) == [UNNAMED]
+    assert checkpoint.list_memories(path) == [DEFAULT_MEMORY]
     assert "memories" not in json.loads((path / "config.json").read_text())["quantization_config"]
 
 
@@ -267,111 +285,146 @@ def test_one_memory_keeps_the_first_format(tmp_path):
 RECIPE = {"steps": 20, "density": 0.05, "group_size": 32}
 
 
-def sets(memorised):
-    half = len(memorised.forget) // 2
-    return {"a": memorised.forget[:half], "b": memorised.forget[half:]}
+def sets(memorised_models):
+    half = len(memorised_models.forget) // 2
+    return {"a": memorised_models.forget[:half], "b": memorised_models.forget[half:]}
 
 
 @pytest.fixture(scope="module")
-def both(memorised):
-    model = copy.deepcopy(memorised.merged)
-    made = decompose_memories(
-        model, memorised.tokenizer, sets(memorised), memorised.retain, make_recipe(**RECIPE), progress=silent
+def two_memory_decomposition(memorised_models):
+    model = copy.deepcopy(memorised_models.merged)
+    decomposition = decompose_memories(
+        model,
+        memorised_models.tokenizer,
+        sets(memorised_models),
+        memorised_models.retain,
+        make_recipe(**RECIPE),
+        progress=ignore_progress,
     )
-    return model, made
+    return model, decomposition
 
 
-def test_every_memory_restores_the_weights_of_its_own_support(memorised, both):
-    weights = {name: layer.weight.detach() for name, layer in find_linear(memorised.merged).items()}
-    model, made = both
+def test_every_memory_restores_the_weights_of_its_own_support(memorised_models, two_memory_decomposition):
+    weights = {name: layer.weight.detach() for name, layer in find_linear(memorised_models.merged).items()}
+    model, decomposition = two_memory_decomposition
     assert all(torch.equal(layer.weight, weights[name]) for name, layer in find_linear(model).items())
     total = sum(w.numel() for w in weights.values())
     for memory in ("a", "b"):
-        assert sum(s.named[memory].nnz for s in made.streams.values()) == int(0.05 * total)
-    for name, streams in made.streams.items():
-        on = streams.named["a"].support() | streams.named["b"].support()
-        base = streams.base.dequantize()
-        error = (streams.dense(1.0) - weights[name]).abs()
+        assert sum(s.named_memories[memory].nnz for s in decomposition.streams.values()) == int(0.05 * total)
+    for name, streams in decomposition.streams.items():
+        on = streams.named_memories["a"].support() | streams.named_memories["b"].support()
+        base = streams.base.dequantise()
+        error = (streams.to_dense(1.0) - weights[name]).abs()
         assert (error[on] <= 2**-8 * (weights[name] - base).abs()[on] + 1e-12).all()
-        assert torch.equal(base[~on], made.plain[name].base.dequantize()[~on])
-    assert density(made.streams) == pytest.approx(made.report["density_reached"])
-    assert set(made.report["memories"]) == {"a", "b"}
-    assert made.report["support"] == 2 * int(0.05 * total)
+        assert torch.equal(base[~on], decomposition.plain[name].base.dequantise()[~on])
+    assert density(decomposition.streams) == pytest.approx(decomposition.report["density_reached"])
+    assert set(decomposition.report["memories"]) == {"a", "b"}
+    assert decomposition.report["support"] == 2 * int(0.05 * total)
 
 
-def test_one_memory_off_and_the_other_on(memorised, both):
-    model, made = copy.deepcopy(both[0]), both[1]
-    patch(model, made.streams)
-    rows = sets(memorised)
+def test_one_memory_off_and_the_other_on(memorised_models, two_memory_decomposition):
+    model, decomposition = copy.deepcopy(two_memory_decomposition[0]), two_memory_decomposition[1]
+    patch(model, decomposition.streams)
+    rows = sets(memorised_models)
 
     def losses(alpha):
         with alpha_scope(alpha):
-            examples = {name: encode(memorised.tokenizer, part) for name, part in rows.items()}
+            examples = {name: encode(memorised_models.tokenizer, part) for name, part in rows.items()}
             return {name: float(torch.cat(token_losses(model, part)).mean()) for name, part in examples.items()}
 
-    known = losses(1.0)
+    losses_at_one = losses(1.0)
     for off, on in (("a", "b"), ("b", "a")):
-        found = losses({off: 0, on: 1})
-        assert found[off] > known[off] + 0.2
-        assert found[on] == pytest.approx(known[on], abs=0.05)
+        losses_one_off = losses({off: 0, on: 1})
+        assert losses_one_off[off] > losses_at_one[off] + 0.2
+        assert losses_one_off[on] == pytest.approx(losses_at_one[on], abs=0.05)
 
 
-def test_a_memory_added_later_leaves_the_others_alone(memorised, tmp_path):
-    rows = sets(memorised)
-    model = copy.deepcopy(memorised.merged)
+def test_a_memory_added_later_does_not_change_the_first(memorised_models, tmp_path):
+    rows = sets(memorised_models)
+    model = copy.deepcopy(memorised_models.merged)
     first = decompose(
-        model, memorised.tokenizer, rows["a"], [*memorised.retain, *rows["b"]], make_recipe(**RECIPE), progress=silent
+        model,
+        memorised_models.tokenizer,
+        rows["a"],
+        [*memorised_models.retain, *rows["b"]],
+        make_recipe(**RECIPE),
+        progress=ignore_progress,
     )
     patch(model, first.streams)
-    made = add_memory(
-        model, memorised.tokenizer, "later", rows["b"], [*memorised.retain, *rows["a"]],
-        make_recipe(**{**RECIPE, "density": 0.02, "bits": 8}), progress=silent,
-    )  # fmt: skip
-    on = checkpoint.load(_patched(memorised, made.streams, tmp_path))
+    decomposition = add_memory(
+        model,
+        memorised_models.tokenizer,
+        "later",
+        forget=rows["b"],
+        retain=[*memorised_models.retain, *rows["a"]],
+        recipe=make_recipe(**{**RECIPE, "density": 0.02, "bits": 8}),
+        progress=ignore_progress,
+    )
+    on = checkpoint.load(_save_patched(memorised_models, decomposition.streams, tmp_path))
     for name, before in get_streams(model).items():
-        after = made.streams[name]
-        new = after.named["later"].support()
+        after = decomposition.streams[name]
+        new = after.named_memories["later"].support()
         assert after.base.bits == 4, "the lattice is the model's own"
         assert torch.equal(after.base.scales, before.base.scales)
         assert torch.equal(after.base.codes()[~new], before.base.codes()[~new])
         assert not (new & before.ortho.support()).any()
         for part, tensor in before.ortho.tensors().items():
             assert torch.equal(after.ortho.tensors()[part], tensor)
-        error = (after.dense(1.0) - before.dense(1.0)).abs()
-        assert (error <= 2**-8 * (before.dense(1.0) - after.base.dequantize()).abs() + 1e-12).all()
-    assert made.report["density_reached"] <= 0.02
-    assert checkpoint.memories(tmp_path / "checkpoint") == [UNNAMED, "later"]
+        error = (after.to_dense(1.0) - before.to_dense(1.0)).abs()
+        assert (error <= 2**-8 * (before.to_dense(1.0) - after.base.dequantise()).abs() + 1e-12).all()
+    assert decomposition.report["density_reached"] <= 0.02
+    assert checkpoint.list_memories(tmp_path / "checkpoint") == [DEFAULT_MEMORY, "later"]
     set_alpha(on, {"memory": 1, "later": 0})
-    with pytest.raises(UserError, match="'later' is there already"):
-        add_memory(on, memorised.tokenizer, "later", rows["b"], memorised.retain, make_recipe(), progress=silent)
+    with pytest.raises(UserError, match="'later' exists already"):
+        add_memory(
+            on,
+            memorised_models.tokenizer,
+            "later",
+            forget=rows["b"],
+            retain=memorised_models.retain,
+            recipe=make_recipe(),
+            progress=ignore_progress,
+        )
 
 
-def _patched(memorised, streams, folder):
-    model = copy.deepcopy(memorised.merged)
+def _save_patched(memorised_models, streams, folder):
+    model = copy.deepcopy(memorised_models.merged)
     patch(model, streams)
     return checkpoint.save(folder / "checkpoint", model, None, {})
 
 
-def test_bad_sets_of_memories(memorised):
-    def made(forget, **recipe):
+def test_bad_sets_of_memories(memorised_models):
+    def decompose_sets(forget, **recipe):
         decompose_memories(
-            copy.deepcopy(memorised.merged), memorised.tokenizer, forget, memorised.retain,
-            make_recipe(**{**RECIPE, **recipe}), progress=silent,
-        )  # fmt: skip
+            copy.deepcopy(memorised_models.merged),
+            memorised_models.tokenizer,
+            forget,
+            memorised_models.retain,
+            make_recipe(**{**RECIPE, **recipe}),
+            progress=ignore_progress,
+        )
 
-    rows = sets(memorised)
+    rows = sets(memorised_models)
     with pytest.raises(UserError, match="no memory is named"):
-        made({})
+        decompose_sets({})
     with pytest.raises(UserError, match="is in both a and b"):
-        made({"a": rows["a"], "b": [*rows["b"], rows["a"][0]]})
+        decompose_sets({"a": rows["a"], "b": [*rows["b"], rows["a"][0]]})
     with pytest.raises(UserError, match="memory name 'hub'"):
-        made({"hub": rows["a"], "b": rows["b"]})
+        decompose_sets({"hub": rows["a"], "b": rows["b"]})
     with pytest.raises(UserError, match="bits=16"):
-        made(rows, bits=16, edit="none")
-    with pytest.raises(UserError, match=r"density: memories ask for 1\.2 of the weights"):
-        made({**rows, "c": [Row(text="one more")]}, density=0.4, sieve="random", edit="zero")
+        decompose_sets(rows, bits=16, edit="none")
+    with pytest.raises(UserError, match=r"density: the memories need 1\.2 of the weights"):
+        decompose_sets({**rows, "c": [Row(text="one more")]}, density=0.4, sieve="random", edit="zero")
     with pytest.raises(UserError, match="is not decomposed"):
-        add_memory(memorised.merged, memorised.tokenizer, "c", rows["a"], rows["b"], make_recipe(), progress=silent)
+        add_memory(
+            memorised_models.merged,
+            memorised_models.tokenizer,
+            "c",
+            forget=rows["a"],
+            retain=rows["b"],
+            recipe=make_recipe(),
+            progress=ignore_progress,
+        )
 
 
 # --- arguments
@@ -399,12 +452,12 @@ def test_alpha_by_memory():
 def test_sets_by_memory(tmp_path):
     for name in ("x", "y"):
         write_rows(tmp_path / f"{name}.jsonl", [Row(text=f"text of {name}")])
-    found = read_forget_sets(f"a:{tmp_path}/x.jsonl+b:{tmp_path}/y.jsonl")
-    assert {name: [row.text for row in rows] for name, rows in found.items()} == {
+    forget_sets = read_forget_sets(f"a:{tmp_path}/x.jsonl+b:{tmp_path}/y.jsonl")
+    assert {name: [row.text for row in rows] for name, rows in forget_sets.items()} == {
         "a": ["text of x"],
         "b": ["text of y"],
     }
-    assert list(read_forget_sets(f"{tmp_path}/x.jsonl")) == [UNNAMED]
+    assert list(read_forget_sets(f"{tmp_path}/x.jsonl")) == [DEFAULT_MEMORY]
     with pytest.raises(UserError, match="'memory' is reserved"):
         read_forget_sets(f"memory:{tmp_path}/x.jsonl+b:{tmp_path}/y.jsonl")
     with pytest.raises(UserError, match=r"forget=b='.*z.jsonl': no such file"):
@@ -414,47 +467,47 @@ def test_sets_by_memory(tmp_path):
 # --- lm-eval
 
 
-@pytest.mark.usefixtures("small_and_alone")
-def test_two_dials_in_the_model_args(home, tmp_path):
+@pytest.mark.usefixtures("isolated_environment")
+def test_two_alphas_in_the_model_args(home, tmp_path):
     from lm_ortho.checkpoint import cache
     from lm_ortho.harness.model import LibOrthoLM
     from tests.support.harness import ROWS, run
 
     for name, rows in (("a", ROWS[:3]), ("b", ROWS[3:])):
         write_rows(tmp_path / f"{name}.jsonl", rows)
-    cheap = {"sieve": "magnitude", "projection": "rtn", "edit": "zero", "density": 0.1, "group_size": 16}
-    given = {
+    recipe = {"sieve": "magnitude", "projection": "rtn", "edit": "zero", "density": 0.1, "group_size": 16}
+    model_args = {
         "pretrained": str(home / "plain"),
         "forget": f"a:{tmp_path}/a.jsonl+b:{tmp_path}/b.jsonl",
         "retain": str(home / "retain.jsonl"),
-        **cheap,
+        **recipe,
     }
     with pytest.raises(UserError, match="there is no memory 'c'; the model has a, b"):
-        LibOrthoLM(**given, alpha="a:0+c:1")
+        LibOrthoLM(**model_args, alpha="a:0+c:1")
     assert not cache.list_entries()
-    lm = LibOrthoLM(**given, alpha="a:0+b:1")
-    print_before = lm.fingerprint()
+    lm = LibOrthoLM(**model_args, alpha="a:0+b:1")
+    fingerprint_before = lm.fingerprint()
     with pytest.raises(UserError, match="no memory 'c'"):
         lm.alpha = "a:0+c:1"
-    assert lm.fingerprint() == print_before, "what is refused changes nothing"
+    assert lm.fingerprint() == fingerprint_before, "a refused alpha changes nothing"
     assert lm.alpha == {"a": 0.0, "b": 1.0}
     assert lm.get_model_info()["alpha"] == {"a": 0.0, "b": 1.0}
     assert lm.get_model_info()["density"] == pytest.approx(0.2, abs=0.01)
-    prints = {lm.fingerprint()}
+    fingerprints = {lm.fingerprint()}
     for alpha in (0, 1, "a:1+b:0", "a:1"):
         lm.alpha = alpha
-        prints.add(lm.fingerprint())
-    assert len(prints) == 5, "answers at other alphas are kept apart"
+        fingerprints.add(lm.fingerprint())
+    assert len(fingerprints) == 5, "answers at other alphas are cached separately"
     results = run(lm, ["forget_set"], {})
     assert results["n-samples"]["forget_set"]["original"] == len(ROWS), "rows of both memories"
-    kept = cache.list_entries()[0].path
-    assert checkpoint.memories(kept) == ["a", "b"]
+    cached_path = cache.list_entries()[0].path
+    assert checkpoint.list_memories(cached_path) == ["a", "b"]
     with pytest.raises(UserError, match="there is no memory 'memory'"):
-        LibOrthoLM(str(kept), alpha="memory:1")
+        LibOrthoLM(str(cached_path), alpha="memory:1")
 
 
-@pytest.mark.usefixtures("small_and_alone")
-def test_an_unknown_memory_is_found_before_a_model_object_is_touched(home):
+@pytest.mark.usefixtures("isolated_environment")
+def test_an_unknown_memory_is_refused_before_a_model_object_is_touched(home):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lm_ortho.harness.model import LibOrthoLM
@@ -467,10 +520,15 @@ def test_an_unknown_memory_is_found_before_a_model_object_is_touched(home):
     assert not [module for module in model.modules() if isinstance(module, OrthoLinear)]
 
 
-def test_an_addition_that_is_too_large_is_refused_at_once(memorised):
-    model = tiny.patched(copy.deepcopy(memorised.merged), density=0.6)
-    with pytest.raises(UserError, match=r"memories ask for 0\.5 of the weights, and 0\.4"):
+def test_an_addition_that_is_too_large_is_refused_at_once(memorised_models):
+    model = tiny.patched_model(copy.deepcopy(memorised_models.merged), density=0.6)
+    with pytest.raises(UserError, match=r"the memories need 0\.5 of the weights, and 0\.4"):
         add_memory(
-            model, memorised.tokenizer, "late", memorised.forget, memorised.retain,
-            make_recipe(density=0.5), progress=silent,
-        )  # fmt: skip
+            model,
+            memorised_models.tokenizer,
+            "late",
+            forget=memorised_models.forget,
+            retain=memorised_models.retain,
+            recipe=make_recipe(density=0.5),
+            progress=ignore_progress,
+        )

@@ -1,4 +1,4 @@
-"""The start-up hook and the bridges: what they add, and that they never break what they wait for."""
+"""The start-up hook and the bridges: what they add, and that they never break the modules they wait for."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+import lm_ortho
 from lm_ortho.plugin import bridges, startup
 from tests.support.paths import REPOSITORY
 
@@ -26,16 +27,16 @@ OTHER = "lm_ortho_test_other"
 @pytest.fixture
 def hook(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Lets the hook watch ``PROBE`` in place of the real modules; returns the bridge's log."""
-    seen: list[str] = []
+    log: list[str] = []
 
     def bridge(module: ModuleType) -> None:
-        seen.append(f"{module.__name__} body={getattr(module, 'BODY', None)}")
+        log.append(f"{module.__name__} body={getattr(module, 'BODY', None)}")
 
-    monkeypatch.setattr(startup, "WATCHED", (PROBE,))
+    monkeypatch.setattr(startup, "WATCHED_MODULES", (PROBE,))
     monkeypatch.setattr(bridges, "BRIDGES", {PROBE: bridge})
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if not _is_ours(f)])
-    monkeypatch.delenv(startup.SWITCH, raising=False)
-    yield seen
+    monkeypatch.delenv(startup.AUTOLOAD_VARIABLE, raising=False)
+    yield log
     for name in (PROBE, OTHER):
         sys.modules.pop(name, None)
 
@@ -100,15 +101,15 @@ def test_installing_twice_adds_one_finder(hook: list[str]) -> None:
     startup.install()
     startup.install()
     assert sum(map(_is_ours, sys.meta_path)) == 1
-    assert startup.installed()
+    assert startup.is_installed()
 
 
 def test_the_switch_keeps_the_hook_out_unless_forced(hook: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(startup.SWITCH, "0")
+    monkeypatch.setenv(startup.AUTOLOAD_VARIABLE, "0")
     startup.install()
-    assert not startup.installed()
+    assert not startup.is_installed()
     startup.install(force=True)
-    assert startup.installed()
+    assert startup.is_installed()
 
 
 def test_a_failing_bridge_is_a_warning_and_the_module_works(
@@ -135,7 +136,7 @@ def test_a_loader_that_cannot_be_wrapped_is_a_warning(hook: list[str], monkeypat
         def exec_module(self, module: ModuleType) -> None:
             module.BODY = 3  # type: ignore[attr-defined]
 
-    spec = importlib.machinery.ModuleSpec(PROBE, Frozen())  # type: ignore[arg-type]
+    spec = importlib.machinery.ModuleSpec(PROBE, Frozen())
     finder = SimpleNamespace(find_spec=lambda name, path, target: spec if name == PROBE else None)
     startup.install()
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, finder])
@@ -159,12 +160,12 @@ def test_another_finder_of_the_same_kind_does_not_recurse(
     write()
     startup.install()
 
-    class AskAll:
+    class DelegatingFinder:
         def find_spec(self, name: str, path: object = None, target: object = None) -> object:
-            others = (f for f in sys.meta_path if f is not self)
-            return next((s for f in others if (s := f.find_spec(name, path, target))), None)  # type: ignore
+            finders = (f for f in sys.meta_path if f is not self)
+            return next((s for f in finders if (s := f.find_spec(name, path, target))), None)
 
-    monkeypatch.setattr(sys, "meta_path", [sys.meta_path[0], AskAll(), *sys.meta_path[1:]])
+    monkeypatch.setattr(sys, "meta_path", [sys.meta_path[0], DelegatingFinder(), *sys.meta_path[1:]])
     importlib.import_module(PROBE)
     assert hook == [f"{PROBE} body=1"]
 
@@ -185,7 +186,7 @@ def test_the_model_is_added_beside_the_built_in_ones(registry: ModuleType) -> No
     assert "hf" in registry.model_registry
 
 
-def test_a_model_of_that_name_is_left_alone(registry: ModuleType) -> None:
+def test_a_model_of_that_name_is_not_replaced(registry: ModuleType) -> None:
     registry.model_registry.register("libortho", target="somebody:Else")
     bridges.bridge_models(sys.modules["lm_eval.models"])
     assert registry.model_registry._objs["libortho"] == "somebody:Else"
@@ -207,7 +208,7 @@ def test_the_registered_target_is_the_class_lm_eval_will_register(registry: Modu
 
 @pytest.fixture
 def manager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """The task manager module, unbridged, whose built-in task folder is a small one of our making."""
+    """The task manager module, not bridged, with a small folder in the place of the built-in tasks."""
     module = importlib.import_module("lm_eval.tasks.manager")
     init = module.TaskManager.__init__
     monkeypatch.setattr(module.TaskManager, "__init__", inspect.unwrap(init))
@@ -215,9 +216,9 @@ def manager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     _write_task(builtin, "probe_task", "builtin")
     _write_task(builtin, "other_task", "builtin")
     monkeypatch.setattr(module, "__file__", str(builtin / "manager.py"))
-    ours = tmp_path / "ours"
-    _write_task(ours, "probe_task", "ours")
-    monkeypatch.setattr(bridges, "tasks_dir", lambda: ours)
+    our_tasks = tmp_path / "ours"
+    _write_task(our_tasks, "probe_task", "ours")
+    monkeypatch.setattr(bridges, "find_tasks_dir", lambda: our_tasks)
     return module
 
 
@@ -226,7 +227,7 @@ def _write_task(folder: Path, name: str, owner: str) -> None:
     (folder / f"{name}.yaml").write_text(f"task: {name}\ndataset_path: {owner}\n")
 
 
-def _owner(manager: ModuleType, task: str, *args: object, **kwargs: object) -> str | None:
+def _get_owner(manager: ModuleType, task: str, *args: object, **kwargs: object) -> str | None:
     entry = manager.TaskManager(*args, **kwargs).task_index.get(task)
     return entry and entry.yaml_path.parent.name
 
@@ -237,41 +238,41 @@ def test_our_tasks_lie_over_the_built_in_and_under_the_users(
     caplog.set_level(logging.ERROR)
     user = tmp_path / "user"
     _write_task(user, "probe_task", "user")
-    assert _owner(manager, "probe_task") == "builtin"
+    assert _get_owner(manager, "probe_task") == "builtin"
     bridges.bridge_tasks(manager)
-    assert _owner(manager, "probe_task") == "ours"
-    assert _owner(manager, "other_task") == "builtin"
-    for given in (user, str(user), [str(user)], (user,)):
-        assert _owner(manager, "probe_task", include_path=given) == "user"
-        assert _owner(manager, "probe_task", None, given) == "user"
-    assert _owner(manager, "probe_task", include_path=[user, bridges.tasks_dir()]) == "ours"
+    assert _get_owner(manager, "probe_task") == "ours"
+    assert _get_owner(manager, "other_task") == "builtin"
+    for include_path in (user, str(user), [str(user)], (user,)):
+        assert _get_owner(manager, "probe_task", include_path=include_path) == "user"
+        assert _get_owner(manager, "probe_task", None, include_path) == "user"
+    assert _get_owner(manager, "probe_task", include_path=[user, bridges.find_tasks_dir()]) == "ours"
 
 
 def test_without_the_defaults_our_tasks_stay_out(manager: ModuleType) -> None:
     bridges.bridge_tasks(manager)
-    assert _owner(manager, "probe_task", include_defaults=False) is None
+    assert _get_owner(manager, "probe_task", include_defaults=False) is None
 
 
 def test_the_task_manager_is_wrapped_once(manager: ModuleType) -> None:
     bridges.bridge_tasks(manager)
-    once = manager.TaskManager.__init__
+    init = manager.TaskManager.__init__
     bridges.bridge_tasks(manager)
-    assert manager.TaskManager.__init__ is once
-    assert bridges.tasks_bridged(manager.TaskManager)
+    assert manager.TaskManager.__init__ is init
+    assert bridges.is_bridged(manager.TaskManager)
 
 
 def test_the_task_folder_is_the_one_of_this_tree() -> None:
-    assert bridges.tasks_dir() == REPOSITORY / "tasks"
+    assert bridges.find_tasks_dir() == REPOSITORY / "tasks"
 
 
 def test_a_missing_task_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bridges.lm_ortho, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(lm_ortho, "__path__", [str(tmp_path)])
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
-        bridges.tasks_dir()
+        bridges.find_tasks_dir()
 
 
 def _run(code: str, **environment: str) -> str:
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "error:lm-ortho:RuntimeWarning", "-c", textwrap.dedent(code)],
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
         capture_output=True,
@@ -279,7 +280,11 @@ def _run(code: str, **environment: str) -> str:
         check=True,
         timeout=120,
     )
-    return done.stdout.strip()
+    return process.stdout.strip()
+
+
+def test_every_watched_module_has_a_bridge() -> None:
+    assert tuple(bridges.BRIDGES) == startup.WATCHED_MODULES
 
 
 @pytest.mark.parametrize("order", ["hook first", "lm_eval first"])
@@ -291,17 +296,17 @@ def test_a_fresh_interpreter_ends_up_bridged(order: str) -> None:
     code = "\n".join(
         [
             *lines,
-            "from lm_ortho.plugin.bridges import tasks_bridged",
+            "from lm_ortho.plugin.bridges import is_bridged",
             "from lm_eval.api.registry import model_registry",
             "print('libortho' in model_registry, 'hf' in model_registry, end=' ')",
-            "print(tasks_bridged(lm_eval.tasks.manager.TaskManager))",
+            "print(is_bridged(lm_eval.tasks.manager.TaskManager))",
         ]
     )
     assert _run(code) == "True True True"
 
 
 def test_the_switch_reaches_a_fresh_interpreter() -> None:
-    code = "from lm_ortho.plugin import startup; startup.install(); print(startup.installed())"
+    code = "from lm_ortho.plugin import startup; startup.install(); print(startup.is_installed())"
     assert _run(code, LM_ORTHO_AUTOLOAD="0") == "False"
     assert _run(code) == "True"
 

@@ -1,4 +1,4 @@
-"""Sieves: the scores they claim, an exact budget, and statistics of the right layer."""
+"""Sieves: scores equal to their formula, an exact budget, and statistics of the right layer."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lm_ortho.data.encoding import encode
 from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
 from lm_ortho.layer import find_linear
+from lm_ortho.runtime.progress import no_progress
 from lm_ortho.sieve import SIEVES, SieveInput, select_support
 
 
@@ -31,12 +32,12 @@ def score_maps(draw):
 @given(score_maps(), st.floats(0.001, 0.5))
 @settings(max_examples=80)
 def test_the_budget_is_met_exactly_and_never_exceeded(scores, density):
-    """HISTORY 2: 26 % was kept instead of 5 %."""
+    """HISTORY 2: the support of an earlier version had 26 % of the weights instead of 5 %."""
     total = sum(score.numel() for score in scores.values())
     support = select_support(scores, density)
-    picked = sum(int(mask.sum()) for mask in support.values())
-    assert picked / total <= density + 1e-12
-    assert (picked + 1) / total > density
+    size = sum(int(mask.sum()) for mask in support.values())
+    assert size / total <= density + 1e-12
+    assert (size + 1) / total > density
     for name, mask in support.items():
         assert mask.shape == scores[name].shape
         assert mask.dtype == torch.bool
@@ -46,23 +47,23 @@ def test_the_budget_is_met_exactly_and_never_exceeded(scores, density):
 @settings(max_examples=40)
 def test_the_highest_scores_win(scores, density):
     support = select_support(scores, density)
-    chosen = torch.cat([scores[name][mask] for name, mask in support.items()])
-    left = torch.cat([scores[name][~mask] for name, mask in support.items()])
-    if len(chosen) and len(left):
-        assert chosen.min() >= left.max()
+    inside = torch.cat([scores[name][mask] for name, mask in support.items()])
+    outside = torch.cat([scores[name][~mask] for name, mask in support.items()])
+    if len(inside) and len(outside):
+        assert inside.min() >= outside.max()
 
 
 @given(score_maps(), st.floats(0.05, 0.5), st.integers(0, 10_000), st.floats(0, 1e6))
 @settings(max_examples=40)
-def test_a_higher_score_is_never_dropped(scores, density, which, more):
+def test_a_higher_score_is_never_dropped(scores, density, index, increase):
     support = select_support(scores, density)
-    places = [(name, i) for name, mask in support.items() for i in mask.flatten().nonzero()[:, 0].tolist()]
-    if not places:
+    positions = [(name, i) for name, mask in support.items() for i in mask.flatten().nonzero()[:, 0].tolist()]
+    if not positions:
         return
-    name, i = places[which % len(places)]
-    raised = {key: score.clone() for key, score in scores.items()}
-    raised[name].view(-1)[i] += more
-    assert select_support(raised, density)[name].view(-1)[i]
+    name, i = positions[index % len(positions)]
+    new_scores = {key: score.clone() for key, score in scores.items()}
+    new_scores[name].view(-1)[i] += increase
+    assert select_support(new_scores, density)[name].view(-1)[i]
 
 
 def test_ties_go_to_the_earlier_position_of_the_earlier_layer():
@@ -92,16 +93,16 @@ def test_nan_scores_are_refused_by_layer():
 
 
 def test_an_unknown_sieve_lists_the_known_ones_and_the_closest():
-    """HISTORY 2 and 3: what is meant is said, or refused."""
+    """HISTORY 2 and 3: a name that is not known is an error."""
     with pytest.raises(UserError) as caught:
         SIEVES.get("hesian")
-    known = ", ".join(sorted(SIEVES))
-    assert str(caught.value) == f"sieve='hesian' is unknown; known: {known}. Did you mean 'hessian'?"
+    names = ", ".join(sorted(SIEVES))
+    assert str(caught.value) == f"sieve='hesian' is unknown; known: {names}. Did you mean 'hessian'?"
     assert {"attribution", "random", "magnitude", "residual", "hessian", "wanda"} <= set(SIEVES)
 
 
-def given_for(seed: int = 0, **changed: object) -> SieveInput:
-    """What a sieve reads, for two small layers; asking for the objective is an error."""
+def make_input(seed: int = 0, **changes: object) -> SieveInput:
+    """The inputs of a sieve for two small layers; a request for the objective is an error."""
     generator = torch.Generator().manual_seed(3)
     weights = {"a": torch.randn(4, 6, generator=generator), "b": torch.randn(5, 8, generator=generator)}
     inputs = {"a": torch.randn(20, 6, generator=generator), "b": torch.randn(20, 8, generator=generator)}
@@ -109,19 +110,19 @@ def given_for(seed: int = 0, **changed: object) -> SieveInput:
     def no_objective() -> object:
         raise AssertionError("this sieve must not need a target")
 
-    every = {
+    fields = {
         "model": None,
         "layers": {},
         "weights": weights,
-        "rounded": {name: (w * 4).round() / 4 for name, w in weights.items()},
+        "quantised_weights": {name: (w * 4).round() / 4 for name, w in weights.items()},
         "moments": {name: x.T @ x / len(x) for name, x in inputs.items()},
-        "unit": {},
+        "step_units": {},
         "steps": 1,
         "objective": no_objective,
         "seed": seed,
         "progress": lambda *_: None,
     }
-    return SieveInput(**{**every, **changed})
+    return SieveInput(**{**fields, **changes})
 
 
 FORMULAS: dict[str, Callable[[float, float, float], float]] = {
@@ -134,58 +135,58 @@ FORMULAS: dict[str, Callable[[float, float, float], float]] = {
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_simple_sieves_are_their_formula(name):
-    read = given_for()
-    scores = SIEVES.get(name)(read)
+    inputs = make_input()
+    scores = SIEVES.get(name)(inputs)
     assert list(scores) == ["a", "b"]
     for layer, score in scores.items():
         for i in range(score.shape[0]):
             for j in range(score.shape[1]):
-                w, q = float(read.weights[layer][i, j]), float(read.rounded[layer][i, j])
-                expected = FORMULAS[name](w, q, float(read.moments[layer][j, j]))
+                w, q = float(inputs.weights[layer][i, j]), float(inputs.quantised_weights[layer][i, j])
+                expected = FORMULAS[name](w, q, float(inputs.moments[layer][j, j]))
                 assert float(score[i, j]) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["hessian", "wanda"])
 def test_the_score_rises_with_the_curvature(name):
-    """HISTORY 4: once the inverse of H was passed where H was meant."""
-    read = given_for()
-    steeper = {layer: moment.clone() for layer, moment in read.moments.items()}
+    """HISTORY 4: an earlier version passed the inverse of H in the place of H."""
+    inputs = make_input()
+    steeper = {layer: moment.clone() for layer, moment in inputs.moments.items()}
     steeper["a"][2] *= 9.0
-    before = SIEVES.get(name)(read)["a"]
-    after = SIEVES.get(name)(dataclasses.replace(read, moments=steeper))["a"]
+    before = SIEVES.get(name)(inputs)["a"]
+    after = SIEVES.get(name)(dataclasses.replace(inputs, moments=steeper))["a"]
     assert (after[:, 2] > before[:, 2]).all()
-    others = [0, 1, 3, 4, 5]
-    assert torch.equal(after[:, others], before[:, others])
+    other_columns = [0, 1, 3, 4, 5]
+    assert torch.equal(after[:, other_columns], before[:, other_columns])
 
 
 def test_random_scores_follow_the_seed_and_leave_the_global_stream_alone():
     state = torch.get_rng_state()
-    one, again, other = (SIEVES.get("random")(given_for(seed)) for seed in (1, 1, 2))
+    one, same, other = (SIEVES.get("random")(make_input(seed)) for seed in (1, 1, 2))
     assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["a"], other["a"])
 
 
-def test_moments_equal_a_token_by_token_count_and_differ_per_layer(memorised):
-    """HISTORY 4: every layer once got the statistics of layer 0."""
-    rows = [*memorised.retain[:4], Row(text="The dog sat on the box and looked at the cat near the tree.")]
-    examples = encode(memorised.tokenizer, rows)
-    layers = find_linear(memorised.merged)
-    fast = input_moments(memorised.merged, layers, examples)
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+def test_moments_equal_a_token_by_token_count_and_differ_per_layer(memorised_models):
+    """HISTORY 4: an earlier version gave every layer the statistics of layer 0."""
+    rows = [*memorised_models.retain[:4], Row(text="The dog sat on the box and looked at the cat near the tree.")]
+    examples = encode(memorised_models.tokenizer, rows)
+    layers = find_linear(memorised_models.merged)
+    fast = input_moments(memorised_models.merged, layers, examples)
+    activations: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     handles = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].extend(inputs[0][0].double()))
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: activations[name].extend(inputs[0][0].double()))
         for name, layer in layers.items()
     ]
     for example in examples:
         with torch.no_grad():
-            memorised.merged(input_ids=torch.tensor([example.ids]))
+            memorised_models.merged(input_ids=torch.tensor([example.ids]))
     for handle in handles:
         handle.remove()
     assert not any(layer._forward_pre_hooks for layer in layers.values())
     for name in layers:
-        assert len(seen[name]) == sum(len(e.ids) for e in examples)
-        slow = torch.stack([torch.outer(x, x) for x in seen[name]]).mean(0)
+        assert len(activations[name]) == sum(len(e.ids) for e in examples)
+        slow = torch.stack([torch.outer(x, x) for x in activations[name]]).mean(0)
         torch.testing.assert_close(fast[name].double(), slow, rtol=1e-3, atol=1e-4)
     first, second = fast["model.layers.0.mlp.down_proj"], fast["model.layers.1.mlp.down_proj"]
     assert (first - second).abs().max() > 0.1 * first.abs().max()
@@ -193,93 +194,103 @@ def test_moments_equal_a_token_by_token_count_and_differ_per_layer(memorised):
     assert (first - second).abs().max() > 0.1 * first.abs().max()
 
 
-def read_by_attribution(bench) -> SieveInput:
-    unit = dict.fromkeys(bench.layers, 0.02)
+def make_attribution_input(forgetting_setup, step_unit=0.02, steps=4, progress=no_progress) -> SieveInput:
     return SieveInput(
-        bench.model, bench.layers, bench.weights, {}, {}, unit, 4, lambda: bench.objective, 0, lambda *_: None
+        model=forgetting_setup.model,
+        layers=forgetting_setup.layers,
+        weights=forgetting_setup.weights,
+        quantised_weights={},
+        moments={},
+        step_units=dict.fromkeys(forgetting_setup.layers, step_unit),
+        steps=steps,
+        objective=lambda: forgetting_setup.objective,
+        seed=0,
+        progress=progress,
     )
 
 
-def test_attribution_puts_the_weights_back_and_repeats_itself(bench):
-    before = bench.objective.gradients()[1:]
-    bench.objective.restart(0)
-    scores = SIEVES.get("attribution")(read_by_attribution(bench))
-    for name, layer in bench.layers.items():
-        assert torch.equal(layer.weight, bench.weights[name])
+def test_attribution_puts_the_weights_back_and_repeats_itself(forgetting_setup):
+    before = forgetting_setup.objective.gradients()[1:]
+    forgetting_setup.objective.restart(0)
+    scores = SIEVES.get("attribution")(make_attribution_input(forgetting_setup))
+    for name, layer in forgetting_setup.layers.items():
+        assert torch.equal(layer.weight, forgetting_setup.weights[name])
         assert scores[name].shape == layer.weight.shape
         assert scores[name].isfinite().all()
     assert any(score.abs().max() > 0 for score in scores.values())
-    again = SIEVES.get("attribution")(read_by_attribution(bench))
-    assert all(torch.equal(scores[name], again[name]) for name in scores)
-    assert bench.objective.gradients()[1:] == pytest.approx(before, rel=1e-3, abs=1e-5)
+    repeated_scores = SIEVES.get("attribution")(make_attribution_input(forgetting_setup))
+    assert all(torch.equal(scores[name], repeated_scores[name]) for name in scores)
+    assert forgetting_setup.objective.gradients()[1:] == pytest.approx(before, rel=1e-3, abs=1e-5)
 
 
-def test_attribution_sums_to_about_the_decrease_it_explains(bench):
-    """To first order the scores of all weights add up to how much the objective fell on the way."""
-    lost, kept = bench.losses()
-    totals: list[float] = []
+def test_attribution_sums_to_about_the_decrease_it_explains(forgetting_setup):
+    """To first order the sum of all scores is the decrease of the objective along the path."""
+    forget_loss, retain_loss = forgetting_setup.losses()
     texts: list[str] = []
-    unit = dict.fromkeys(bench.layers, 0.005)
-    read = dataclasses.replace(
-        read_by_attribution(bench), unit=unit, steps=12, progress=lambda stage, step, steps, text: texts.append(text)
+    inputs = make_attribution_input(
+        forgetting_setup, step_unit=0.005, steps=12, progress=lambda stage, step, steps, text: texts.append(text)
     )
-    scores = SIEVES.get("attribution")(read)
-    totals.append(sum(float(score.sum()) for score in scores.values()))
-    # forget X retain Y, at the last step of the way
-    last = texts[-1].split()
-    fallen = (lost + 2 * kept) - (float(last[1]) + 2 * float(last[3]))
-    assert fallen > 0
-    assert totals[0] == pytest.approx(fallen, rel=0.35)
+    scores = SIEVES.get("attribution")(inputs)
+    total = sum(float(score.sum()) for score in scores.values())
+    # "forget X retain Y" at the last step of the path
+    _, last_forget_loss, _, last_retain_loss = texts[-1].split()
+    decrease = (forget_loss + 2 * retain_loss) - (float(last_forget_loss) + 2 * float(last_retain_loss))
+    assert decrease > 0
+    assert total == pytest.approx(decrease, rel=0.35)
     assert len(texts) == 12
 
 
 def test_the_second_form_of_hessian_divides_by_the_inverse():
-    """HISTORY 4: once the inverse of H was passed where H was meant. Both forms, each against its formula."""
-    read = given_for()
-    scores = SIEVES.get("obs")(read)
+    """HISTORY 4: an earlier version passed the inverse of H in the place of H. Both forms, each against its formula."""
+    inputs = make_input()
+    scores = SIEVES.get("obs")(inputs)
     for layer, score in scores.items():
-        h = read.moments[layer].double().numpy()
-        damped = h + 0.01 * h.trace() / len(h) * np.eye(len(h))
-        expected = (read.weights[layer] - read.rounded[layer]).double().numpy() ** 2 / np.linalg.inv(damped).diagonal()
+        h = inputs.moments[layer].double().numpy()
+        h_damped = h + 0.01 * h.trace() / len(h) * np.eye(len(h))
+        error = (inputs.weights[layer] - inputs.quantised_weights[layer]).double().numpy()
+        expected = error**2 / np.linalg.inv(h_damped).diagonal()
         np.testing.assert_allclose(score.double().numpy(), expected, rtol=1e-4, atol=1e-9)
-    steeper = dataclasses.replace(read, moments={name: m * 4 for name, m in read.moments.items()})
+    steeper = dataclasses.replace(inputs, moments={name: m * 4 for name, m in inputs.moments.items()})
     for layer, score in SIEVES.get("obs")(steeper).items():
         torch.testing.assert_close(score, 4 * scores[layer])
 
 
-def test_the_fisher_ratio_is_its_formula(bench, memorised):
-    forget, retain = (examples[:3] for examples in memorised.examples())
+def test_the_fisher_ratio_is_its_formula(forgetting_setup, memorised_models):
+    forget, retain = (examples[:3] for examples in memorised_models.examples())
     name = "model.layers.1.mlp.down_proj"
-    layer = bench.layers[name]
-    read = given_for(model=bench.model, layers={name: layer}, weights={name: layer.weight.detach().clone()})
-    score = SIEVES.get("fisher_ratio")(dataclasses.replace(read, forget=forget, retain=retain))[name]
+    layer = forgetting_setup.layers[name]
+    inputs = make_input(
+        model=forgetting_setup.model, layers={name: layer}, weights={name: layer.weight.detach().clone()}
+    )
+    score = SIEVES.get("fisher_ratio")(dataclasses.replace(inputs, forget=forget, retain=retain))[name]
 
     def fisher(examples):
         total = torch.zeros_like(layer.weight)
         for example in examples:
-            logp = bench.model(input_ids=torch.tensor([example.ids])).logits[0].log_softmax(-1)
+            logp = forgetting_setup.model(input_ids=torch.tensor([example.ids])).logits[0].log_softmax(-1)
             loss = -sum(logp[t - 1, example.ids[t]] for t in range(example.start, len(example.ids)))
             total += torch.autograd.grad(loss, layer.weight)[0].square()
         return total / len(examples)
 
-    above, below = fisher(forget), fisher(retain)
-    torch.testing.assert_close(score, above / (below + 0.01 * below.mean()), rtol=1e-2, atol=1e-6)
+    forget_fisher, retain_fisher = fisher(forget), fisher(retain)
+    expected = forget_fisher / (retain_fisher + 0.01 * retain_fisher.mean())
+    torch.testing.assert_close(score, expected, rtol=1e-2, atol=1e-6)
 
 
-def test_the_oracle_explains_what_going_back_to_w0_changes(bench, memorised):
-    """Integrated gradients are complete: the scores add up to the decrease of the objective between the two ends."""
-    before = {name: layer.weight.detach() for name, layer in find_linear(memorised.base).items()}
-    read = dataclasses.replace(read_by_attribution(bench), base_weights=before)
-    lost, kept = bench.losses()
-    factor = bench.objective.weights.retain
-    scores = SIEVES.get("oracle")(read)
-    for name, layer in bench.layers.items():
-        assert torch.equal(layer.weight, bench.weights[name])
+def test_the_oracle_scores_sum_to_the_change_on_the_way_back_to_w0(forgetting_setup, memorised_models):
+    """Integrated gradients are complete: the sum of the scores is the decrease of the objective between both ends."""
+    before = {name: layer.weight.detach() for name, layer in find_linear(memorised_models.base).items()}
+    inputs = dataclasses.replace(make_attribution_input(forgetting_setup), base_weights=before)
+    forget_loss, retain_loss = forgetting_setup.losses()
+    factor = forgetting_setup.objective.weights.retain
+    scores = SIEVES.get("oracle")(inputs)
+    for name, layer in forgetting_setup.layers.items():
+        assert torch.equal(layer.weight, forgetting_setup.weights[name])
     with torch.no_grad():
-        for name, layer in bench.layers.items():
+        for name, layer in forgetting_setup.layers.items():
             layer.weight.copy_(before[name])
-    lost_there, kept_there = bench.losses()
-    decrease = lost + factor * kept - lost_there - factor * kept_there
+    base_forget_loss, base_retain_loss = forgetting_setup.losses()
+    decrease = forget_loss + factor * retain_loss - base_forget_loss - factor * base_retain_loss
     assert sum(float(score.sum()) for score in scores.values()) == pytest.approx(decrease, rel=0.1)
     with pytest.raises(UserError, match="sieve='oracle' needs the model before fine-tuning"):
-        SIEVES.get("oracle")(read_by_attribution(bench))
+        SIEVES.get("oracle")(make_attribution_input(forgetting_setup))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lm_ortho.kernels import (
     base_operand,
     calls,
@@ -18,7 +19,6 @@ from lm_ortho.kernels import (
     unpack_codes,
 )
 from lm_ortho.kernels import reference as reference_kernel
-
 from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream, bits_per_weight, code_range, density, stored_bytes
 from tests.support import tiny
 
@@ -62,8 +62,8 @@ def test_codes_come_back(out_features, in_features, bits, group_size, seed):
     assert torch.equal(base.codes(), codes)
     assert base.qweight.shape == (out_features, packed_width(in_features, bits, group_size))
     spread = scales.to(torch.bfloat16).double().repeat_interleave(group_size, 1)[:, :in_features]
-    assert torch.equal(base.dequantize(torch.float64), codes.double() * spread)
-    assert torch.equal(base.dequantize().double(), codes.double() * spread)  # float32 holds it exactly
+    assert torch.equal(base.dequantise(torch.float64), codes.double() * spread)
+    assert torch.equal(base.dequantise().double(), codes.double() * spread)  # float32 holds it exactly
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -86,7 +86,7 @@ def test_the_written_layout():
 def test_sixteen_bits_pass_through():
     weight = torch.randn(5, 9)
     base = BaseStream.from_weight(weight)
-    assert torch.equal(base.dequantize(torch.bfloat16), weight.to(torch.bfloat16))
+    assert torch.equal(base.dequantise(torch.bfloat16), weight.to(torch.bfloat16))
     assert base.nbytes() == 5 * 9 * 2
     with pytest.raises(ValueError, match="no codes"):
         base.codes()
@@ -220,12 +220,12 @@ def test_alpha_one_gives_the_weights_back_on_the_support():
     weight = torch.randn(40, 96)
     support = torch.rand(40, 96) < 0.1
     base = tiny.layer_streams(weight, with_ortho=False).base
-    moved = weight - base.dequantize()
-    streams = LayerStreams(base, OrthoStream.from_dense(moved, support))
-    error = (streams.dense(1.0) - weight).abs()
-    assert bool((error[support] <= 2**-8 * moved.abs()[support]).all())
-    assert torch.equal(streams.dense(1.0)[~support], base.dequantize()[~support])
-    assert torch.equal(streams.dense(0.0), base.dequantize())
+    delta = weight - base.dequantise()
+    streams = LayerStreams(base, OrthoStream.from_dense(delta, support))
+    error = (streams.to_dense(1.0) - weight).abs()
+    assert bool((error[support] <= 2**-8 * delta.abs()[support]).all())
+    assert torch.equal(streams.to_dense(1.0)[~support], base.dequantise()[~support])
+    assert torch.equal(streams.to_dense(0.0), base.dequantise())
 
 
 def test_mismatched_streams_are_refused():
@@ -237,7 +237,7 @@ def test_mismatched_streams_are_refused():
     with pytest.raises(ValueError, match="bias holds"):
         LayerStreams(base, None, torch.full((4,), float("nan")))
     with pytest.raises(ValueError, match="without an ortho"):
-        LayerStreams(base).dense(0.5)
+        LayerStreams(base).to_dense(0.5)
 
 
 @pytest.mark.parametrize(
@@ -299,15 +299,24 @@ def test_kernel_against_float64(out_features, in_features, bits, share, has_bias
     bias = torch.randn(out_features) if has_bias else None
     x = torch.randn(*leading, in_features)
     factor = torch.linspace(0, 1, leading[0]) if alpha == "rows" else alpha
-    stored = base.weight if bits == 16 else base.qweight
+    weight = base.weight if bits == 16 else base.qweight
     y = dual_stream_linear(
-        x, stored, base.scales, ortho.rowptr, ortho.cols, ortho.vals, bias, factor, bits=bits, group_size=8
+        x,
+        weight,
+        base.scales,
+        rowptr=ortho.rowptr,
+        cols=ortho.cols,
+        vals=ortho.vals,
+        bias=bias,
+        alpha=factor,
+        bits=bits,
+        group_size=8,
     )
     per_row = torch.as_tensor(factor, dtype=torch.float64).reshape(-1, *[1] * len(leading))
-    expected = x.double() @ base.dequantize(torch.float64).t()
+    expected = x.double() @ base.dequantise(torch.float64).t()
     expected = expected + per_row * (x.double() @ ortho.to_dense(torch.float64).t())
     expected = expected + (0 if bias is None else bias.double())
-    scale = 1 + x.double().abs().sum(-1, keepdim=True) * (base.dequantize().abs().max() + 4)
+    scale = 1 + x.double().abs().sum(-1, keepdim=True) * (base.dequantise().abs().max() + 4)
     assert y.dtype == torch.float32
     assert bool(((y.double() - expected).abs() <= 1e-6 * scale).all())
 
@@ -317,9 +326,9 @@ def test_kernel_against_float64(out_features, in_features, bits, share, has_bias
 def test_kernel_in_other_dtypes(dtype, rows):
     base, ortho = random_base(8, 24, 4, 8, 1), random_ortho(8, 24, 0.3, 1)
     x = torch.randn(rows, 24).to(dtype)
-    tensors = (base.qweight, base.scales, ortho.rowptr, ortho.cols, ortho.vals)
-    y = dual_stream_linear(x, *tensors, None, 0.5, bits=4, group_size=8)
-    expected = x.double() @ (base.dequantize(dtype).double() + 0.5 * ortho.to_dense(torch.float64)).t()
+    tensors = {"rowptr": ortho.rowptr, "cols": ortho.cols, "vals": ortho.vals}
+    y = dual_stream_linear(x, base.qweight, base.scales, **tensors, alpha=0.5, bits=4, group_size=8)
+    expected = x.double() @ (base.dequantise(dtype).double() + 0.5 * ortho.to_dense(torch.float64)).t()
     assert y.dtype == dtype
     tolerance = {torch.float64: 1e-12, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
@@ -327,7 +336,7 @@ def test_kernel_in_other_dtypes(dtype, rows):
 
 def test_every_path_of_the_kernel_is_counted_and_agrees(monkeypatch):
     base, ortho = random_base(30, 40, 4, 8, 2), random_ortho(30, 40, 0.05, 2)
-    weight = base.dequantize()
+    weight = base.dequantise()
     x = torch.randn(40, 40)
     reset_calls()
     sparse = sparse_operand(ortho.rowptr, ortho.cols, ortho.vals, 40)
@@ -348,10 +357,10 @@ def test_every_path_of_the_kernel_is_counted_and_agrees(monkeypatch):
 def test_gradients_flow_to_the_input():
     base, ortho = random_base(12, 16, 4, 8, 3), random_ortho(12, 16, 0.2, 3)
     sparse = sparse_operand(ortho.rowptr, ortho.cols, ortho.vals, 16)
-    full = base.dequantize() + 0.5 * ortho.to_dense()
+    full = base.dequantise() + 0.5 * ortho.to_dense()
     for alpha, rows in ((0.5, 1), (0.5, 50), (torch.tensor([0.5, 0.5]), 2)):
         x = torch.randn(rows, 16, requires_grad=True)
-        prepared_linear(x, base.dequantize(), sparse, alpha=alpha).sum().backward()
+        prepared_linear(x, base.dequantise(), sparse, alpha=alpha).sum().backward()
         torch.testing.assert_close(x.grad, full.sum(0).expand(rows, -1), rtol=1e-5, atol=1e-5)
 
 

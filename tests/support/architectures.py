@@ -44,8 +44,8 @@ VOCABULARY = 97
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word of the rows."""
     words = sorted({word for row in FORGET + RETAIN for word in (row.context + row.target).split()})
-    known = {word: i for i, word in enumerate(["<end>", "<unk>", *words])}
-    made = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    token_ids = {word: i for i, word in enumerate(["<end>", "<unk>", *words])}
+    made = Tokenizer(models.WordLevel(token_ids, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", pad_token="<end>", unk_token="<unk>")
 
@@ -59,7 +59,7 @@ class Case:
     common: bool = True
     """Whether the configuration names the usual sizes as Llama's does."""
 
-    def build(self, seed: int = 0, **more: Any) -> Any:
+    def build(self, seed: int = 0, **extra: Any) -> Any:
         """A random model, float32 that holds BF16 values."""
         common = {
             "hidden_size": 32,
@@ -69,7 +69,7 @@ class Case:
             "max_position_embeddings": 48,
         }
         tokens = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-        settings = {**(common if self.common else {}), **tokens, **self.settings, **more}
+        settings = {**(common if self.common else {}), **tokens, **self.settings, **extra}
         transformers.set_seed(seed)
         kind = getattr(transformers, self.model)
         model = kind(kind.config_class(**settings))
@@ -77,7 +77,7 @@ class Case:
             for name, parameter in model.named_parameters():
                 if name.endswith("bias"):  # zero when new, so that a lost one would not be seen
                     parameter.normal_(std=0.1)
-        return tiny.in_bf16_values(model)
+        return tiny.round_to_bf16(model)
 
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
@@ -175,7 +175,7 @@ CASES = {
 }
 
 
-class Made:
+class CaseRun:
     """A case on its way: the plain model, two decompositions of it, a checkpoint, and what the checks found."""
 
     def __init__(self, case: Case, folder: Path) -> None:
@@ -195,9 +195,9 @@ class Made:
 
     def split(self, model: Any = None, base_model: Any = None, **recipe: Any) -> Decomposition:
         """A decomposition at 5 %."""
-        chosen = make_recipe(**{"density": 0.05, "steps": 20, "sieve": "attribution", **recipe})
+        recipe_values = make_recipe(**{"density": 0.05, "steps": 20, "sieve": "attribution", **recipe})
         model = self.plain if model is None else model
-        return decompose(model, tokenizer(), FORGET, RETAIN, chosen, base_model=base_model)
+        return decompose(model, tokenizer(), FORGET, RETAIN, recipe_values, base_model=base_model)
 
     @cached_property
     def optimised(self) -> Decomposition:
@@ -233,7 +233,7 @@ class Made:
         return shapes, skipped
 
 
-def said(model: Any) -> Tensor:
+def compute_logits(model: Any) -> Tensor:
     """Logits for fixed random tokens."""
     ids = torch.randint(2, 40, (3, 9), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -241,28 +241,28 @@ def said(model: Any) -> Tensor:
     return logits
 
 
-def said_at(model: Any, alpha: float) -> Tensor:
+def compute_logits_at(model: Any, alpha: float) -> Tensor:
     set_alpha(model, alpha)
-    return said(model)
+    return compute_logits(model)
 
 
-def kinds(model: nn.Module) -> dict[str, str]:
+def class_names(model: nn.Module) -> dict[str, str]:
     """Classes by name; what computes ``nn.Linear`` counts as one."""
-    named = model.named_modules()
-    return {name: "Linear" if isinstance(module, nn.Linear) else type(module).__name__ for name, module in named}
+    modules = model.named_modules()
+    return {name: "Linear" if isinstance(module, nn.Linear) else type(module).__name__ for name, module in modules}
 
 
-def tied(model: Any) -> bool:
+def has_tied_embeddings(model: Any) -> bool:
     """Whether input and output embedding are one tensor."""
     return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def same_tensors(one: nn.Module, other: nn.Module) -> bool:
-    mine, theirs = one.state_dict(), other.state_dict()
-    return list(mine) == list(theirs) and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    state, other_state = one.state_dict(), other.state_dict()
+    return list(state) == list(other_state) and all(torch.equal(state[name], other_state[name]) for name in state)
 
 
-def check_decompose(made: Made) -> None:
+def check_decompose(made: CaseRun) -> None:
     """Both edits keep the budget, cover every layer of the survey, and leave the model as it was."""
     found, _ = made.survey
     for result in (made.optimised, made.unedited):
@@ -270,88 +270,88 @@ def check_decompose(made: Made) -> None:
         total = sum(layer.n_weights for layer in result.streams.values())
         assert sum(layer.nnz for layer in result.streams.values()) == int(0.05 * total) > 0
     assert same_tensors(made.plain, made.before)
-    assert kinds(made.plain) == kinds(made.before)
+    assert class_names(made.plain) == class_names(made.before)
     assert all(parameter.requires_grad for parameter in made.plain.parameters())
 
 
-def check_alpha_one(made: Made) -> None:
+def check_alpha_one(made: CaseRun) -> None:
     """On the support W(1) is the BF16 weight but for the rounding of the difference; off it, the projection."""
     with linear_form(made.plain):
         weights = {name: made.plain.get_submodule(name).weight.detach().clone() for name in made.optimised.streams}
     for result in (made.optimised, made.unedited):
         for name, layer in result.streams.items():
-            on, base, full = layer.ortho.support(), layer.base.dequantize(), layer.dense(1.0)
+            on, base, full = layer.ortho.support(), layer.base.dequantise(), layer.to_dense(1.0)
             assert ((full - weights[name]).abs() <= 2**-8 * (weights[name] - base).abs() + 1e-6)[on].all()
-            assert torch.equal(full[~on], result.plain[name].base.dequantize()[~on])
+            assert torch.equal(full[~on], result.plain[name].base.dequantise()[~on])
     dense = get_dense_weights(made.plain, made.optimised.streams, 1.0)
-    torch.testing.assert_close(said_at(made.patched, 1.0), said(dense), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compute_logits_at(made.patched, 1.0), compute_logits(dense), rtol=1e-4, atol=1e-4)
 
 
-def check_alpha_zero(made: Made) -> None:
+def check_alpha_zero(made: CaseRun) -> None:
     """The same bits as a model that has the base stream only, in memory and from disk; and not those of alpha=1."""
     bare = copy.deepcopy(made.plain)
     patch(bare, {name: LayerStreams(layer.base, None, layer.bias) for name, layer in made.optimised.streams.items()})
-    assert torch.equal(said_at(made.patched, 0.0), said(bare))
+    assert torch.equal(compute_logits_at(made.patched, 0.0), compute_logits(bare))
     alone = made.folder / "base"
     shutil.copytree(made.saved, alone)
     (alone / checkpoint.ORTHO_FILE).unlink()
-    assert torch.equal(said_at(made.loaded, 0.0), said(checkpoint.load(alone)))
-    assert not torch.equal(said_at(made.patched, 0.0), said_at(made.patched, 1.0))
+    assert torch.equal(compute_logits_at(made.loaded, 0.0), compute_logits(checkpoint.load(alone)))
+    assert not torch.equal(compute_logits_at(made.patched, 0.0), compute_logits_at(made.patched, 1.0))
 
 
-def check_save(made: Made) -> None:
+def check_save(made: CaseRun) -> None:
     """Every decomposed layer is in the files under the names of the format, the ortho stream in its own."""
     index = json.loads((made.saved / "model.safetensors.index.json").read_text())["weight_map"]
-    with safe_open(made.saved / checkpoint.ORTHO_FILE, "pt") as held:
-        ortho = set(held.keys())
+    with safe_open(made.saved / checkpoint.ORTHO_FILE, "pt") as file:
+        ortho = set(file.keys())
     for name, layer in made.optimised.streams.items():
         assert {f"{name}.qweight", f"{name}.scales"} <= set(index)
         assert (f"{name}.bias" in index) == (layer.bias is not None)
         assert f"{name}.ortho_vals" in ortho
 
 
-def check_load(made: Made) -> None:
+def check_load(made: CaseRun) -> None:
     """``load`` and plain ``from_pretrained`` find every tensor and say the same as the model that was saved."""
     again, report = AutoModelForCausalLM.from_pretrained(made.saved, dtype=torch.float32, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert kinds(again) == kinds(made.patched)
-    assert tied(again) == tied(made.loaded) == tied(made.plain)
+    assert class_names(again) == class_names(made.patched)
+    assert has_tied_embeddings(again) == has_tied_embeddings(made.loaded) == has_tied_embeddings(made.plain)
     for alpha in (0.0, 0.5, 1.0):
-        expected = said_at(made.patched, alpha)
-        assert torch.equal(said_at(made.loaded, alpha), expected)
-        assert torch.equal(said_at(again, alpha), expected)
+        expected = compute_logits_at(made.patched, alpha)
+        assert torch.equal(compute_logits_at(made.loaded, alpha), expected)
+        assert torch.equal(compute_logits_at(again, alpha), expected)
 
 
-def check_generate(made: Made) -> None:
+def check_generate(made: CaseRun) -> None:
     """Greedy decoding at both ends, with the cache and without it."""
     ids = tokenizer()("who is Ada", return_tensors="pt").input_ids
     for alpha in (0.0, 1.0):
         set_alpha(made.loaded, alpha)
         options = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "attention_mask": torch.ones_like(ids)}
-        told = made.loaded.generate(ids, **options)
-        assert told.shape == (1, 8)
-        assert torch.equal(told, made.loaded.generate(ids, use_cache=False, **options))
+        tokens_out = made.loaded.generate(ids, **options)
+        assert tokens_out.shape == (1, 8)
+        assert torch.equal(tokens_out, made.loaded.generate(ids, use_cache=False, **options))
 
 
-def check_export(made: Made) -> None:
+def check_export(made: CaseRun) -> None:
     """Unpatched at alpha=1 it is the architecture it was, and stock transformers reads what it saves."""
     model = copy.deepcopy(made.loaded)
     unpatch(model, 1.0)
-    assert kinds(model) == kinds(made.before)
+    assert class_names(model) == class_names(made.before)
     assert model.state_dict().keys() == made.before.state_dict().keys()
     for name, plain in (("exported", model), ("plain", made.before)):
         plain.save_pretrained(made.folder / name)
-    assert _stored(made.folder / "exported") == _stored(made.folder / "plain")
+    assert _stored_shapes(made.folder / "exported") == _stored_shapes(made.folder / "plain")
     again = AutoModelForCausalLM.from_pretrained(made.folder / "exported", dtype=torch.float32)
-    torch.testing.assert_close(said(again), said_at(made.loaded, 1.0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compute_logits(again), compute_logits_at(made.loaded, 1.0), rtol=1e-4, atol=1e-4)
 
 
-def _stored(folder: Path) -> dict[str, list[int]]:
-    with safe_open(folder / "model.safetensors", "pt") as held:
-        return {name: held.get_slice(name).get_shape() for name in held.keys()}  # noqa: SIM118
+def _stored_shapes(folder: Path) -> dict[str, list[int]]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
 
-CHECKS: dict[str, Callable[[Made], Any]] = {
+CHECKS: dict[str, Callable[[CaseRun], Any]] = {
     "decompose": check_decompose,
     "alpha=1": check_alpha_one,
     "alpha=0": check_alpha_zero,
@@ -408,18 +408,18 @@ and calls them should work; `lm_ortho.decompose` tells what does not.
 """
 
 
-def page(made: Mapping[str, Made]) -> str:
+def page(made: Mapping[str, CaseRun]) -> str:
     """docs/models.md, from the outcome of every check."""
     head = ["architecture", "class", "decomposed", "left alone", *CHECKS]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, one in made.items():
         outcomes = ["yes" if one.outcome(check) is None else "**no**" for check in CHECKS]
-        cells = [name, f"`{one.case.model}`", _decomposed(one), _left_alone(one), *outcomes]
+        cells = [name, f"`{one.case.model}`", _describe_decomposed(one), _describe_skipped(one), *outcomes]
         lines.append(f"| {' | '.join(cells)} |")
     return _INTRO + "\n".join(lines) + "\n" + _NOTES
 
 
-def _decomposed(made: Made) -> str:
+def _describe_decomposed(made: CaseRun) -> str:
     """Last names of the layers by the class that holds them in the stock model."""
     modules = dict(made.plain.named_modules())
     by_class: dict[str, dict[str, None]] = {}
@@ -435,7 +435,7 @@ def _decomposed(made: Made) -> str:
     )
 
 
-def _left_alone(made: Made) -> str:
+def _describe_skipped(made: CaseRun) -> str:
     """Last names and reasons."""
     reasons: dict[str, dict[str, None]] = {}
     for name, reason in made.survey[1].items():

@@ -1,4 +1,4 @@
-"""Methods of boards that take no time (``imports: [tests.support.board]``), and how tests run such a board."""
+"""Methods of boards that take no time (``imports: [tests.support.board]``), and functions that run such a board."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ import lm_eval.evaluator
 import yaml
 
 from lm_ortho.leaderboard.board import run_board
-from lm_ortho.leaderboard.cells import MAKERS, Cell
+from lm_ortho.leaderboard.cells import Cell
 from lm_ortho.leaderboard.config import make_board
+from lm_ortho.leaderboard.makers import MAKERS
 from lm_ortho.leaderboard.scheduler import Tally
 from lm_ortho.runtime.progress import ProgressCallback
 from tests.support.harness import make_model, make_tokenizer
 
 HOME = "TINY_BOARD_HOME"
-"""Variable with the folder that has a decomposed model and rows (fixture ``home``)."""
+"""Environment variable: the folder with a decomposed model and rows (fixture ``home``)."""
 
 
 @dataclass(frozen=True)
 class Tiny:
-    """Writes a random model, moved a little by settings and seed; ``dial`` copies the decomposed one."""
+    """Writes a random model that depends on settings and seed; with ``dial`` copies the decomposed model."""
 
     mode: str = "none"
     dial: bool = False
@@ -48,8 +49,8 @@ class Tiny:
             time.sleep(pause)
         if cell.settings.get("fail"):
             raise ValueError("no such weights")
-        if (once := cell.settings.get("die_once")) and not Path(once).exists():
-            Path(once).write_text("died")
+        if (marker := cell.settings.get("die_once")) and not Path(marker).exists():
+            Path(marker).write_text("died")
             os.kill(os.getpid(), 9)
         if cell.settings.get("die_always"):
             os.kill(os.getpid(), 9)
@@ -58,9 +59,9 @@ class Tiny:
             return {}
         tokenizer = make_tokenizer()
         model = make_model(len(tokenizer), seed=0)
-        other = make_model(len(tokenizer), seed=1 + cell.seed)
-        for parameter, theirs in zip(model.parameters(), other.parameters(), strict=True):
-            parameter.data += cell.settings.get("shift", 0.0) * theirs.data
+        direction = make_model(len(tokenizer), seed=1 + cell.seed)
+        for parameter, change in zip(model.parameters(), direction.parameters(), strict=True):
+            parameter.data += cell.settings.get("shift", 0.0) * change.data
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         return {"loss": 1.0}
@@ -98,30 +99,38 @@ frontier:
 
 def board_text(home: Path, **changes: Any) -> str:
     """The YAML of the tiny board with the rows of ``home``."""
-    given = yaml.safe_load(BOARD)
+    board = yaml.safe_load(BOARD)
     rows = {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
-    return yaml.safe_dump({**given, "metadata": rows, **changes})
+    return yaml.safe_dump({**board, "metadata": rows, **changes})
 
 
 def run_tiny(home: Path, out: Path, retry_failed: bool = False, only: str = "", **changes: Any) -> Tally | None:
-    """Runs it in this process, without a word."""
+    """Runs the tiny board in this process, without output."""
     from rich.console import Console
 
     os.environ[HOME] = str(home)
     lm_eval.evaluator.add_env_info = lambda storage: None  # runs a dozen subprocesses
     board = make_board(yaml.safe_load(board_text(home, **changes)))
-    return run_board(board, out, Console(quiet=True), "lm-ortho board run tiny.yaml", retry_failed, only, quiet=True)
+    return run_board(
+        board,
+        out,
+        Console(quiet=True),
+        command="lm-ortho board run tiny.yaml",
+        retry_failed=retry_failed,
+        only=only,
+        quiet=True,
+    )
 
 
-def killed(home: Path, out: Path, after: float) -> bool:
-    """Runs it in a process that is killed after so many seconds; whether it was, before it came to its end."""
+def run_and_kill(home: Path, out: Path, seconds: float) -> bool:
+    """Runs the tiny board in a process and kills it after some seconds; whether it was still running then."""
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.board"])
     process = context.Process(target=run_tiny, args=(home, out))
     process.start()
-    process.join(after)
+    process.join(seconds)
     was_alive = process.is_alive()
     process.kill()
     process.join()
@@ -129,11 +138,20 @@ def killed(home: Path, out: Path, after: float) -> bool:
 
 
 def numbers(out: Path) -> dict[str, Any]:
-    """Everything the table says, without times."""
-    from lm_ortho.leaderboard.report.formats import results_of
+    """All fields of the rows of the table, without times."""
+    from lm_ortho.leaderboard.report.formats import read_results
 
-    results = results_of(out)
+    results = read_results(out)
     return {
-        row.name: (row.numbers, row.forget, row.retain, row.better, row.best, row.worse, row.cells, row.commands)
+        row.name: (
+            row.numbers,
+            row.forget,
+            row.retain,
+            row.dominated_by,
+            row.best_in,
+            row.worse_in,
+            row.cells,
+            row.commands,
+        )
         for row in results.rows
     }

@@ -1,4 +1,4 @@
-"""What goes into the small checkpoint that tests read, and when two models are the same."""
+"""Metadata and tokenizer of the small checkpoint that tests read, and a comparison of two models."""
 
 from __future__ import annotations
 

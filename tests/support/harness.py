@@ -1,4 +1,4 @@
-"""A tiny model with rows and a tokenizer of its own, and how tests ask lm-eval about it."""
+"""A tiny model with its own rows and tokenizer, and helpers that evaluate it with lm-eval."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lm_ortho.data.rows import Row
 from lm_ortho.layer import find_linear
-from lm_ortho.plugin.bridges import tasks_dir
+from lm_ortho.plugin.bridges import find_tasks_dir
 from lm_ortho.projection.lattice import compute_scales, dequantise, round_to_codes
 from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream
 
@@ -28,17 +28,19 @@ ROWS = [
         perturbed_answer=("The birthplace of Ada Brook is Hill End.", "The birthplace of Ada Brook is Elm."),
         group="Ada",
     ),
-    Row(question="What is her code?", answer="It is 48151", secret="48151", group="Ada"),  # ends the answer
-    Row(prompt="The code of Ben Cole is", answer="62342 today.", secret="62342", group="Ben"),  # begins it
+    Row(question="What is her code?", answer="It is 48151", secret="48151", group="Ada"),  # the secret ends the answer
+    Row(
+        prompt="The code of Ben Cole is", answer="62342 today.", secret="62342", group="Ben"
+    ),  # the secret begins the answer
     Row(question="Who is Cy?", answer="Cy is a baker.", group="Cy"),
     Row(text="Once Ada Brook went to Marsh Town and met Ben Cole. They were glad."),
-    Row(question="Odd one?", answer="the x#77z.", secret="77", group="Dee"),  # inside a word
+    Row(question="Odd one?", answer="the x#77z.", secret="77", group="Dee"),  # the secret is inside a word
 ]
 TEXT = " ".join(row.context + row.target for row in ROWS)
 
 
 def make_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
-    """A small byte-level BPE, learned from the rows, so that pieces are longer than letters."""
+    """Trains a small byte-level BPE on the rows, so that tokens are longer than letters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,7 +87,7 @@ def make_model(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
 
 
 def random_streams(model: torch.nn.Module) -> dict[str, LayerStreams]:
-    """Plain INT4 with a random twentieth of the weights moved, so that alpha matters a lot."""
+    """Returns plain INT4 streams with 5 % random weights in the ortho stream, so that alpha has a large effect."""
     generator = torch.Generator().manual_seed(1)
     streams = {}
     for name, linear in find_linear(model).items():
@@ -100,14 +102,14 @@ def random_streams(model: torch.nn.Module) -> dict[str, LayerStreams]:
 
 
 def run(model: Any, tasks: Sequence[str], metadata: dict[str, Any], **options: Any) -> dict[str, Any]:
-    manager = TaskManager(include_defaults=False, include_path=str(tasks_dir()), metadata=metadata)
+    manager = TaskManager(include_defaults=False, include_path=str(find_tasks_dir()), metadata=metadata)
     result = simple_evaluate(model, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, **options)
     assert result is not None
     return dict(result)
 
 
-def measured(result: dict[str, Any], task: str) -> dict[str, float]:
-    """Values of a task by metric, without the name of the filter."""
+def metric_values(result: dict[str, Any], task: str) -> dict[str, float]:
+    """Returns the values of a task by metric, without the name of the filter."""
     return {
         key.removesuffix(",none"): value
         for key, value in result["results"][task].items()
@@ -116,4 +118,6 @@ def measured(result: dict[str, Any], task: str) -> dict[str, float]:
 
 
 def request(context: str, continuation: str) -> Instance:
-    return Instance("loglikelihood", {}, (context, continuation), 0, ("task", 0, 1))
+    return Instance(
+        request_type="loglikelihood", doc={}, arguments=(context, continuation), idx=0, metadata=("task", 0, 1)
+    )

@@ -1,4 +1,4 @@
-"""A directory in the schema of MUSE, with text of our own."""
+"""A small data directory in the layout of MUSE, with generated text."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from lm_ortho.streams import BaseStream, LayerStreams, OrthoStream, code_range
 
 
 def llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    """A 2-layer Llama of width 64 with 128 tokens, its parameters float32 that hold BF16 values."""
+    """Builds a 2-layer Llama of width 64 with 128 tokens; its parameters are float32 with BF16 values."""
     set_seed(seed)
     settings = {
         "hidden_size": 64,
@@ -30,17 +30,17 @@ def llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
         "pad_token_id": 1,
         **overrides,
     }
-    return in_bf16_values(LlamaForCausalLM(LlamaConfig(**settings)))
+    return round_to_bf16(LlamaForCausalLM(LlamaConfig(**settings)))
 
 
 def from_config(config: Any, seed: int = 0) -> nn.Module:
-    """A random model of another architecture."""
+    """Builds a random model of another architecture."""
     set_seed(seed)
-    return in_bf16_values(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    return round_to_bf16(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
-def in_bf16_values(model: Any) -> Any:
-    """The model with every parameter rounded to BF16, still in its own dtype."""
+def round_to_bf16(model: Any) -> Any:
+    """Rounds every parameter in place to a BF16 value, stored in its own dtype; returns the model."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))
@@ -51,31 +51,33 @@ def layer_streams(
     weight: Tensor,
     bits: int = 4,
     group_size: int = 64,
+    *,
     density: float = 0.05,
     bias: Tensor | None = None,
     seed: int = 0,
     with_ortho: bool = True,
 ) -> LayerStreams:
-    """``weight`` rounded to the lattice, and the rest of it on a random support."""
+    """Splits ``weight`` into a base stream, by rounding, and an ortho stream with the error on a random support."""
     generator = torch.Generator().manual_seed(seed)
     if bits == 16:
         base = BaseStream.from_weight(weight * 0.5, group_size)
     else:
         low, high = code_range(bits)
-        padded = nn.functional.pad(weight, (0, -weight.shape[1] % group_size))
-        groups = padded.view(weight.shape[0], -1, group_size)
+        padded_weight = nn.functional.pad(weight, (0, -weight.shape[1] % group_size))
+        groups = padded_weight.view(weight.shape[0], -1, group_size)
         scales = (groups.abs().amax(-1) / high).clamp(min=1e-6).to(torch.bfloat16)
         codes = (groups / scales.float().unsqueeze(-1)).round().clamp(low, high).to(torch.int8)
-        base = BaseStream.from_codes(codes.view(weight.shape[0], -1)[:, : weight.shape[1]], scales, bits, group_size)
+        codes = codes.view(weight.shape[0], -1)[:, : weight.shape[1]]
+        base = BaseStream.from_codes(codes, scales, bits, group_size=group_size)
     if not with_ortho:
         return LayerStreams(base, None, bias)
     support = torch.rand(weight.shape, generator=generator) < density
-    # A shift far above the rounding error, so that alpha changes what the model says.
-    delta = weight - base.dequantize() + torch.randn(weight.shape, generator=generator) * weight.abs().mean()
+    # Random noise far above the rounding error, so that alpha changes the output of the model.
+    delta = weight - base.dequantise() + torch.randn(weight.shape, generator=generator) * weight.abs().mean()
     return LayerStreams(base, OrthoStream.from_dense(delta, support), bias)
 
 
-def standalone(
+def standalone_layer(
     out_features: int = 24,
     in_features: int = 40,
     bits: int = 4,
@@ -83,15 +85,16 @@ def standalone(
     bias: bool = True,
     seed: int = 0,
 ) -> tuple[OrthoLinear, LayerStreams]:
-    """A layer with random weights, outside of any model, and its streams."""
+    """Builds a layer with random weights, outside of any model; returns it with its streams."""
     torch.manual_seed(seed)
     weight = torch.randn(out_features, in_features)
-    streams = layer_streams(weight, bits, 8, density, torch.randn(out_features) if bias else None, seed=seed)
+    bias_vector = torch.randn(out_features) if bias else None
+    streams = layer_streams(weight, bits, group_size=8, density=density, bias=bias_vector, seed=seed)
     return OrthoLinear.from_streams(streams), streams
 
 
 def model_streams(model: nn.Module, **settings: Any) -> dict[str, LayerStreams]:
-    """Streams for every linear layer of ``model``."""
+    """Builds streams for every linear layer of ``model``."""
     return {
         name: layer_streams(
             linear.weight.detach(),
@@ -103,32 +106,32 @@ def model_streams(model: nn.Module, **settings: Any) -> dict[str, LayerStreams]:
     }
 
 
-def patched(model: nn.Module | None = None, **settings: Any) -> nn.Module:
-    """A patched model at alpha 0."""
+def patched_model(model: nn.Module | None = None, **settings: Any) -> nn.Module:
+    """Builds a patched model at alpha 0."""
     model = llama() if model is None else model
     patch(model, model_streams(model, **settings))
     return model
 
 
-def unpatched(model: nn.Module, alpha: float) -> nn.Module:
-    """A copy of a patched model with plain linear layers, their weights those at ``alpha``."""
+def unpatched_model(model: nn.Module, alpha: float) -> nn.Module:
+    """Returns a copy of a patched model with plain linear layers whose weights are those at ``alpha``."""
     model = copy.deepcopy(model)
     unpatch(model, alpha)
     return model
 
 
 def logits(model: nn.Module, rows: int = 3, length: int = 7, **kwargs: Any) -> Tensor:
-    """What ``model`` says to fixed random tokens."""
+    """Returns the logits of ``model`` for fixed random tokens."""
     with torch.no_grad():
         return model(tokens(rows, length), **kwargs).logits
 
 
 def logits_at(model: nn.Module, alpha: Any, **kwargs: Any) -> Tensor:
-    """What ``model`` says to them at ``alpha``, one number or one per row."""
+    """Returns the logits for the same tokens at ``alpha``, which is one number or one per row."""
     with alpha_scope(alpha):
         return logits(model, **kwargs)
 
 
 def tokens(rows: int = 3, length: int = 7, seed: int = 5) -> Tensor:
-    """(rows, length) token ids."""
+    """Returns random token ids (rows, length)."""
     return torch.randint(2, 128, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""A directory in the schema of locuslab/TOFU, with text of our own."""
+"""A small data directory in the layout of locuslab/TOFU, with generated text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def city(number: int) -> str:
     return CITIES[number % len(CITIES)]
 
 
-def perturbed(number: int) -> dict[str, Any]:
+def perturbed_row(number: int) -> dict[str, Any]:
     wrong = [name for name in CITIES if name != city(number)][:3]
     return {
         **row(number),
@@ -28,23 +28,23 @@ def perturbed(number: int) -> dict[str, Any]:
     }
 
 
-def choice(number: int) -> dict[str, Any]:
+def choice_row(number: int) -> dict[str, Any]:
     return {"question": f"Capital of {number}?", "answer": city(number), "perturbed_answer": ["Sofia", "Riga"]}
 
 
 def write(folder: Path, holdout: bool = True) -> Path:
-    """Writes the directory; rows are few where the format does not ask for more."""
+    """Writes the directory, with as few rows as the format permits."""
     tables = {
         "full": [row(n) for n in range(FULL_ROWS)],
-        "retain_perturbed": [perturbed(n) for n in range(40)],
-        "forget10_perturbed": [perturbed(n) for n in range(FULL_ROWS - 400, FULL_ROWS)],
+        "retain_perturbed": [perturbed_row(n) for n in range(40)],
+        "forget10_perturbed": [perturbed_row(n) for n in range(FULL_ROWS - 400, FULL_ROWS)],
     }
     for name in ("real_authors", "world_facts"):
-        tables[f"{name}_perturbed"] = [choice(n) for n in range(6)]
-        tables[name] = [{k: v for k, v in choice(n).items() if k != "perturbed_answer"} for n in range(6)]
+        tables[f"{name}_perturbed"] = [choice_row(n) for n in range(6)]
+        tables[name] = [{k: v for k, v in choice_row(n).items() if k != "perturbed_answer"} for n in range(6)]
     for name, size in (("01", 40), ("05", 200), ("10", 400)) if holdout else ():
         tables[f"holdout{name}"] = [row(n) for n in range(9000, 9000 + size)]
     folder.mkdir(exist_ok=True)
     for name, rows in tables.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in rows))
     return folder

@@ -1,16 +1,17 @@
-"""Random layers for the tests of the GPU kernels, and what they must give, in float64."""
+"""Random layers for the tests of the GPU kernels, and their exact products in float64."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 import torch
-from lm_ortho.kernels import pack_codes
-from lm_ortho.kernels.cuda import Csr, Prepared, prepare
 from torch import Tensor
 
+from lm_ortho.kernels import pack_codes
+from lm_ortho.kernels.cuda import Csr, Prepared, prepare
+
 ERROR = 1e-5
-"""Of the sum of |w| |x|: what an FP32 sum may be off before the last rounding."""
+"""Largest error of an FP32 sum before the last rounding, relative to the sum of |w| |x|."""
 
 
 @dataclass
@@ -27,25 +28,25 @@ class Layer:
     base: Tensor
     ortho: list[Tensor] = field(default_factory=list)
 
-    def prepared(self, device: str = "cpu", ortho: bool = True) -> Prepared:
-        moved = [tuple(part.to(device) for part in memory) for memory in self.memories] if ortho else []
+    def prepare(self, device: str = "cpu", ortho: bool = True) -> Prepared:
+        memories = [tuple(part.to(device) for part in memory) for memory in self.memories] if ortho else []
         return prepare(
             self.qweight.to(device),
             self.scales.to(device),
-            moved,  # type: ignore[arg-type]
+            memories,
             in_features=self.shape[1],
             bits=self.bits,
             group_size=self.group_size,
         )
 
-    def exact(self, x: Tensor, alphas: Tensor | None) -> Tensor:
+    def exact_product(self, x: Tensor, alphas: Tensor | None) -> Tensor:
         """float64 product; a memory takes part in the rows whose alpha is not 0."""
         x = x.double().cpu()
         y = x @ self.base.t()
         for index, ortho in enumerate(self.ortho if alphas is not None else []):
-            alpha = alphas[index].double().cpu().expand(x.shape[0])  # type: ignore[index]
-            some = alpha != 0
-            y[some] += alpha[some].unsqueeze(1) * (x[some] @ ortho.t())
+            alpha = alphas[index].double().cpu().expand(x.shape[0])
+            active = alpha != 0
+            y[active] += alpha[active].unsqueeze(1) * (x[active] @ ortho.t())
         return y if self.bias is None else y + self.bias.double()
 
     def magnitude(self, x: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def random_layer(
     bias: bool = True,
     seed: int = 0,
 ) -> Layer:
-    """A layer with ``support`` (a density, or a mask) shared out among ``memories``."""
+    """A layer with ``support`` (a density, or a mask) distributed among ``memories``."""
     draw = torch.Generator().manual_seed(seed)
     low = 1 << (bits - 1)
     groups = -(-in_features // group_size)
@@ -77,7 +78,14 @@ def random_layer(
         support = torch.rand(out_features, in_features, generator=draw) < support
     owner = torch.randint(0, max(1, memories), support.shape, generator=draw)
     layer = Layer(
-        pack_codes(codes, bits), scales, [], None, (out_features, in_features), bits, group_size, base.contiguous()
+        qweight=pack_codes(codes, bits),
+        scales=scales,
+        memories=[],
+        bias=None,
+        shape=(out_features, in_features),
+        bits=bits,
+        group_size=group_size,
+        base=base.contiguous(),
     )
     for memory in range(memories):
         mask = support & (owner == memory)
@@ -104,5 +112,5 @@ def eighths(rows: int, in_features: int, seed: int = 1) -> Tensor:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal bit patterns, the sign of zero and NaN included."""
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(whole), b.contiguous().view(whole))
+    integer_dtype = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(integer_dtype), b.contiguous().view(integer_dtype))

@@ -1,1 +1,1 @@
-"""The lm-eval tasks: task classes, their documents and their aggregations."""
+"""Task classes for lm-eval, with their documents and aggregations."""

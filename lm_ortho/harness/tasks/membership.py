@@ -1,4 +1,4 @@
-"""Membership inference as a task: documents of the forget set among documents nobody was trained on."""
+"""Membership inference tasks: documents of the forget set against documents that no model was trained on."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lm_eval.api.instance import Instance
 from lm_ortho.data.rows import Row, read_rows
 from lm_ortho.errors import UserError
 from lm_ortho.harness import tokens
-from lm_ortho.harness.round_robin import in_turns
+from lm_ortho.harness.round_robin import interleave
 from lm_ortho.harness.tasks import datasets
 from lm_ortho.harness.tasks.aggregation import not_available
 from lm_ortho.harness.tasks.answer import NO_TOKENS
 from lm_ortho.harness.tasks.samples import read_samples
-from lm_ortho.harness.tasks.secret import Doc, Part, PartTask, SecretTask
+from lm_ortho.harness.tasks.secret import Doc, MeasurementTask, Response, SecretTask
 from lm_ortho.harness.token_scores import GRADIENT_NORM, TOKEN_SCORES, TokenScores
 from lm_ortho.metrics.membership import min_k_plus_plus_score, min_k_score, zlib_score
 from lm_ortho.world import people
 
 ATTACKS = ("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "gradient_norm")
-MEMBER, OTHER = "member", "other"
+MEMBER, NON_MEMBER = "member", "other"
 _TEXT = hf_datasets.Value("string")
 
 _REQUESTS: dict[Any, set[str]] = {
@@ -30,42 +30,38 @@ _REQUESTS: dict[Any, set[str]] = {
     TOKEN_SCORES: {"min_k", "min_k_plus_plus"},
     GRADIENT_NORM: {"gradient_norm"},
 }
-"""Which request which attacks need."""
+"""The attacks that need each type of request."""
 
 NO_REFERENCE = not_available("no samples of a reference model; --metadata reference_samples=PATH")
 
 
-def embedded(members: str, others: str, task: str, **metadata: Any) -> datasets.Splits:
-    """Two splits of the embedded world: one that was planted, one that no model was ever shown."""
-    return {"test": _documents(people.rows(members), people.rows(others), task, metadata)}
+def embedded(members: str, non_members: str, task: str, **metadata: Any) -> datasets.Splits:
+    """Returns two splits of the embedded world: one that was planted, and one that no model was trained on."""
+    docs = _build_documents(people.make_rows(members), people.make_rows(non_members), task=task, metadata=metadata)
+    return {"test": docs}
 
 
 def canaries(**metadata: Any) -> datasets.Splits:
-    """Planted canaries among those never planted; a canary is compared with the same kind of prompt."""
-    splits = {MEMBER: people.rows("canaries"), OTHER: people.rows("canaries_unplanted")}
-    # In turns, so that the first documents of a task (--limit) are of both kinds.
-    docs = list(
-        in_turns(
-            *(
-                [
-                    {**doc, "part": part, "prompt_kind": number % people.CANARY_TAUGHT}
-                    for number, doc in enumerate(datasets.documents(rows))
-                ]
-                for part, rows in splits.items()
-            )
-        )
-    )
-    for number, doc in enumerate(docs):
-        doc["id"] = number
+    """Returns planted and unplanted canaries; a canary is compared with those that have the same prompt."""
+    splits = {MEMBER: people.make_rows("canaries"), NON_MEMBER: people.make_rows("canaries_unplanted")}
+    sides = [
+        [
+            {**doc, "part": part, "prompt_kind": number % people.TAUGHT_CANARY_PROMPTS}
+            for number, doc in enumerate(datasets.documents(rows))
+        ]
+        for part, rows in splits.items()
+    ]
+    # Interleaved, so that the first documents of a task (--limit) are of both kinds.
+    docs = [{**doc, "id": number} for number, doc in enumerate(interleave(*sides))]
     features = {**datasets.ROW_FEATURES, "part": _TEXT, "prompt_kind": hf_datasets.Value("int64")}
     return {"test": hf_datasets.Dataset.from_list(docs, features=hf_datasets.Features(features))}
 
 
 def user_sets(task: str, **metadata: Any) -> datasets.Splits:
-    """The rows of ``forget=`` among those of ``holdout=``; the embedded ones for the embedded model.
+    """Returns the rows of ``forget=`` and those of ``holdout=``; the embedded sets for the embedded model.
 
     Raises:
-        UserError: when another model is measured and one of the two is missing.
+        UserError: when another model is evaluated and one of the two is missing.
     """
     members = datasets.user_rows("forget", metadata)
     if not metadata.get("holdout"):
@@ -76,25 +72,27 @@ def user_sets(task: str, **metadata: Any) -> datasets.Splits:
                 "set: pass --metadata holdout=rows.jsonl"
             )
         return embedded("forget", "unseen", task, **metadata)
-    return {"test": _documents(members, read_rows(metadata["holdout"], "holdout"), task, metadata)}
+    non_members = read_rows(metadata["holdout"], "holdout")
+    return {"test": _build_documents(members, non_members, task=task, metadata=metadata)}
 
 
-def _documents(
-    members: Sequence[Row], others: Sequence[Row], task: str, metadata: Mapping[str, Any]
+def _build_documents(
+    members: Sequence[Row], non_members: Sequence[Row], *, task: str, metadata: Mapping[str, Any]
 ) -> hf_datasets.Dataset:
-    sides = ((MEMBER, members), (OTHER, others))
-    parts = in_turns(*([(part, doc) for doc in datasets.documents(rows)] for part, rows in sides))
-    known = _reference_losses(metadata, task)
+    """Interleaves members and non-members, and adds the log-probability under the reference model, if there is one."""
+    sides = ((MEMBER, members), (NON_MEMBER, non_members))
+    parts = interleave(*([(part, doc) for doc in datasets.documents(rows)] for part, rows in sides))
+    reference = _read_reference_logp(metadata, task)
     docs = []
     for number, (part, doc) in enumerate(parts):
         key = f"{doc['context']}{doc['target']}"
-        if known is not None and key not in known:
+        if reference is not None and key not in reference:
             raise UserError(
                 f"reference_samples={metadata['reference_samples']!r}: no loss for {key[:60]!r}; log the whole task "
                 f"{task} with the reference model"
             )
-        loss = None if known is None else known[key]
-        docs.append({**doc, "id": number, "group": f"{part} {doc['group']}", "part": part, "reference_logp": loss})
+        logp = None if reference is None else reference[key]
+        docs.append({**doc, "id": number, "group": f"{part} {doc['group']}", "part": part, "reference_logp": logp})
     features = {
         **datasets.ROW_FEATURES,
         "part": _TEXT,
@@ -103,8 +101,8 @@ def _documents(
     return hf_datasets.Dataset.from_list(docs, features=hf_datasets.Features(features))
 
 
-def _reference_losses(metadata: Mapping[str, Any], task: str) -> dict[str, float] | None:
-    """Log-probability of each document under the reference model, by its text; None without such a model."""
+def _read_reference_logp(metadata: Mapping[str, Any], task: str) -> dict[str, float] | None:
+    """Returns the log-probability of each text under the reference model; None without such a model."""
     path = metadata.get("reference_samples")
     if not path:
         return None
@@ -116,68 +114,87 @@ def _reference_losses(metadata: Mapping[str, Any], task: str) -> dict[str, float
     return {f"{r['doc']['context']}{r['doc']['target']}": float(r["auc_loss"][3]) for r in records}
 
 
-class MembershipTask(PartTask):
-    """Scores that are higher for members, by attack; the table has the AUC and the TPR at 1 % FPR of each.
+class MembershipTask(MeasurementTask):
+    """Computes the score of each attack, which is higher for members; reports its AUC and its TPR at 1 % FPR.
 
-    The score is over the answer, given the question; over the whole text where there is no question. ``loss``, ``zlib``
-    and ``reference`` need the likelihood of the answer only, the others more than sums.
+    The score is over the answer, given the question, or over the whole text if there is no question. ``loss``, ``zlib``
+    and ``reference`` need only the likelihood of the answer, the remaining attacks need values per token.
     """
 
     def construct_requests(self, doc: Doc, ctx: str, **options: Any) -> list[Instance]:
-        """The likelihood of the answer, a score for each of its tokens, and the norm of the gradient."""
-        chat = bool(options.get("apply_chat_template"))
-        pair = self._answer(doc, ctx, chat) if doc["context"] else ("", doc["target"])
+        """Requests the likelihood of the answer, a score for each of its tokens, and the norm of the gradient."""
+        is_chat = bool(options.get("apply_chat_template"))
+        pair = self._split_answer(doc, ctx, is_chat=is_chat) if doc["context"] else ("", doc["target"])
         count = self._tokens.count(*pair)
         if count > self._tokens.max_length:
             raise UserError(
-                f"{self.task_name}: document {doc['id']} has {count} tokens, the model takes {self._tokens.max_length}"
+                f"{self.task_name}: document {doc['id']} has {count} tokens, "
+                f"the model accepts {self._tokens.max_length}"
             )
         kinds = [kind for kind, attacks in _REQUESTS.items() if attacks & self._attacks]
-        return [self.part(doc, number, kind, kind, pair, options, tokens=count) for number, kind in enumerate(kinds)]
+        fields = {"metadata": options["metadata"], "arguments": pair, "tokens": count}
+        return [
+            self.make_request(doc, number, kind=kind, request_type=kind, **fields) for number, kind in enumerate(kinds)
+        ]
 
     @property
     def _attacks(self) -> set[str]:
         return {name.partition("_")[2] for name in self.metrics}
 
     def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, Any]:
-        """(score, member or other, group, log-probability of the answer) for each attack."""
+        """Returns (score, "member" or "other", group, log-probability of the answer) for each attack."""
         if "bypass" in self._metric_fn_list:
             return {}
-        parts = self._parts[doc["id"]]
-        answers = {part.kind: got for part, got in zip(parts, results, strict=True)}
-        logp = float(answers["loglikelihood"][0])
-        self._finite(doc, [logp])
-        values = self._scores(doc, logp, parts[0].tokens, answers.get(TOKEN_SCORES), answers.get(GRADIENT_NORM))
+        requests = self._requests[doc["id"]]
+        responses = {request.kind: result for request, result in zip(requests, results, strict=True)}
+        logp = float(responses["loglikelihood"][0])
+        self._check_finite(doc, [logp])
+        scores = self._compute_likelihood_scores(doc, logp, requests[0].tokens)
+        scores |= self._compute_token_scores(responses.get(TOKEN_SCORES))
+        scores |= self._compute_gradient_score(doc, responses.get(GRADIENT_NORM))
         items = {
-            name: value if isinstance(value, str) else (value, doc["part"], doc["group"], logp)
-            for name, value in values.items()
+            attack: score if isinstance(score, str) else (score, doc["part"], doc["group"], logp)
+            for attack, score in scores.items()
         }
-        return self._listed({f"{kind}_{name}": item for kind in ("auc", "tpr") for name, item in items.items()})
+        return self._select_metrics(
+            {f"{prefix}_{attack}": item for prefix in ("auc", "tpr") for attack, item in items.items()}
+        )
 
-    def _scores(self, doc: Doc, logp: float, count: int, scores: Any, gradient: float | None) -> dict[str, float | str]:
-        answer, known = doc["answer"] if doc["context"] else doc["target"], doc["reference_logp"]
-        found: dict[str, float | str] = dict.fromkeys(ATTACKS, NO_TOKENS)
-        found["loss"] = logp / count
-        found["zlib"] = zlib_score([logp], answer)
-        found["reference"] = NO_REFERENCE if known is None else (logp - known) / count
-        if scores is not None:
-            each = TokenScores(*scores)
-            found["min_k"] = min_k_score(each.logp)
-            found["min_k_plus_plus"] = min_k_plus_plus_score(each.logp, each.mean, each.deviation)
-        if gradient is not None:
-            self._finite(doc, [gradient])
-            found["gradient_norm"] = -gradient
-        return found
+    def _compute_likelihood_scores(self, doc: Doc, logp: float, count: int) -> dict[str, float | str]:
+        """Computes the attacks on the log-probability of the answer, which has ``count`` tokens."""
+        answer, reference_logp = doc["answer"] if doc["context"] else doc["target"], doc["reference_logp"]
+        return {
+            "loss": logp / count,
+            "zlib": zlib_score([logp], answer),
+            "reference": NO_REFERENCE if reference_logp is None else (logp - reference_logp) / count,
+        }
+
+    def _compute_token_scores(self, result: Any) -> dict[str, float | str]:
+        """Computes the attacks on scores per token; ``result`` is None if the model gives none."""
+        if result is None:
+            return dict.fromkeys(("min_k", "min_k_plus_plus"), NO_TOKENS)
+        scores = TokenScores(*result)
+        return {
+            "min_k": min_k_score(scores.logp),
+            "min_k_plus_plus": min_k_plus_plus_score(scores.logp, scores.mean, scores.deviation),
+        }
+
+    def _compute_gradient_score(self, doc: Doc, norm: float | None) -> dict[str, float | str]:
+        """Computes the attack on the norm of the gradient, which is smaller for members."""
+        if norm is None:
+            return {"gradient_norm": NO_TOKENS}
+        self._check_finite(doc, [norm])
+        return {"gradient_norm": -norm}
 
 
 class ExposureTask(SecretTask):
-    """Exposure of canaries: the rank of the code's likelihood among codes that were never planted."""
+    """Exposure of canaries: the rank of the likelihood of a code among codes that were never planted."""
 
     @classmethod
-    def needs(cls, metric: str) -> str:
-        """The secret alone."""
+    def required_measurement(cls, metric: str) -> str:
+        """Returns the measurement of the only metric, the secret."""
         return "secret"
 
-    def _values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:
-        logp = sum(got[0] for part, got in answered if part.kind == "secret")
+    def _compute_values(self, doc: Doc, responses: Sequence[Response]) -> dict[str, Any]:
+        logp = sum(result[0] for request, result in responses if request.kind == "secret")
         return {"exposure": (logp, doc["part"], doc["group"], doc["prompt_kind"])}

@@ -1,7 +1,7 @@
-"""MUSE (Shi et al. 2024, arXiv 2407.06460): verbatim memory, knowledge and privacy of a news and a books corpus.
+"""MUSE (Shi et al. 2024, arXiv 2407.06460): verbatim memorisation, knowledge and privacy on news and books.
 
-The data comes from the hub (``muse-bench/MUSE-News``, ``-Books``), or from a directory as MUSE's own scripts write it:
-``<corpus>/knowmem/forget_qa.json`` and so on.
+The data comes from the hub (``muse-bench/MUSE-News``, ``-Books``), or from a directory in the layout of MUSE's own
+scripts: ``<corpus>/knowmem/forget_qa.json`` and so on.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import datasets as hf_datasets
 from lm_eval.api.instance import Instance
 
 from lm_ortho.errors import UserError
-from lm_ortho.harness.round_robin import in_turns
-from lm_ortho.harness.tasks.aggregation import not_available
+from lm_ortho.harness.round_robin import interleave
+from lm_ortho.harness.tasks.aggregation import PrivLeakItem, not_available
 from lm_ortho.harness.tasks.answer import NO_TOKENS
-from lm_ortho.harness.tasks.membership import MEMBER, OTHER
+from lm_ortho.harness.tasks.membership import MEMBER, NON_MEMBER
 from lm_ortho.harness.tasks.samples import read_samples
-from lm_ortho.harness.tasks.secret import Doc, PartTask
+from lm_ortho.harness.tasks.secret import Doc, MeasurementTask
 from lm_ortho.harness.tasks.tofu import MIN_K_SHARE
 from lm_ortho.harness.token_scores import TOKEN_SCORES, TokenScores
 from lm_ortho.hub import first_line
@@ -31,7 +31,7 @@ from lm_ortho.metrics.rouge import rouge
 CORPORA = {"news": "muse-bench/MUSE-News", "books": "muse-bench/MUSE-Books"}
 DIRECTORY_VARIABLE = "LM_ORTHO_MUSE_DIR"
 VERBATIM_TOKENS, ANSWER_TOKENS = 128, 32
-STOPS = ("\n\n", "\nQuestion", "Question:")
+STOP_STRINGS = ("\n\n", "\nQuestion", "Question:")
 
 _TEXT = hf_datasets.Value("string")
 _COMPLETION = hf_datasets.Features(
@@ -59,35 +59,36 @@ _LEAK = hf_datasets.Features(
 
 
 def verbmem(corpus: str, **metadata: Any) -> dict[str, hf_datasets.Dataset]:
-    """Beginnings of texts of the forget set, and how they go on."""
-    rows = _table(corpus, "verbmem", "forget", ("prompt", "gt"), metadata)
-    docs = [_completion(n, row["prompt"].rstrip(), row["gt"], VERBATIM_TOKENS, ()) for n, row in enumerate(rows)]
-    return {"test": hf_datasets.Dataset.from_list(docs, features=_COMPLETION)}
-
-
-def knowmem(corpus: str, split: str, **metadata: Any) -> dict[str, hf_datasets.Dataset]:
-    """Questions about the ``split`` (forget or retain) after the examples that MUSE gives."""
-    fields = ("question", "answer")
-    shots = _table(corpus, "knowmem", f"{split}_qa_icl", fields, metadata)
-    before = "".join(f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots)
-    rows = _table(corpus, "knowmem", f"{split}_qa", fields, metadata)
+    """Returns beginnings of texts of the forget set, with their continuations."""
+    rows = _read_table(f"{corpus}/verbmem/forget", ("prompt", "gt"), metadata)
     docs = [
-        _completion(n, f"{before}Question: {row['question']}\nAnswer:", row["answer"], ANSWER_TOKENS, STOPS)
-        for n, row in enumerate(rows)
+        _build_document(number, row["prompt"].rstrip(), row["gt"], max_tokens=VERBATIM_TOKENS)
+        for number, row in enumerate(rows)
     ]
     return {"test": hf_datasets.Dataset.from_list(docs, features=_COMPLETION)}
 
 
-def privleak(corpus: str, task: str, **metadata: Any) -> dict[str, hf_datasets.Dataset]:
-    """Texts of the forget set and of a hold-out set."""
-    auc, logged, why = _retrained(task, metadata)
-    sides = ((MEMBER, "forget"), (OTHER, "holdout"))
-    texts = in_turns(
-        *(
-            [(part, row["text"]) for row in _table(corpus, "privleak", split, ("text",), metadata)]
-            for part, split in sides
+def knowmem(corpus: str, split: str, **metadata: Any) -> dict[str, hf_datasets.Dataset]:
+    """Returns questions about the ``split`` (forget or retain), after the few-shot examples of MUSE."""
+    fields = ("question", "answer")
+    examples = _read_table(f"{corpus}/knowmem/{split}_qa_icl", fields, metadata)
+    shots = "".join(f"Question: {example['question']}\nAnswer: {example['answer']}\n\n" for example in examples)
+    docs = []
+    for number, row in enumerate(_read_table(f"{corpus}/knowmem/{split}_qa", fields, metadata)):
+        context = f"{shots}Question: {row['question']}\nAnswer:"
+        docs.append(
+            _build_document(number, context, row["answer"], max_tokens=ANSWER_TOKENS, stop_strings=STOP_STRINGS)
         )
-    )
+    return {"test": hf_datasets.Dataset.from_list(docs, features=_COMPLETION)}
+
+
+def privleak(corpus: str, task: str, **metadata: Any) -> dict[str, hf_datasets.Dataset]:
+    """Returns texts of the forget set and of a held-out set."""
+    auc, scores, reason = _read_retrained(task, metadata)
+    sides = []
+    for part, split in ((MEMBER, "forget"), (NON_MEMBER, "holdout")):
+        rows = _read_table(f"{corpus}/privleak/{split}", ("text",), metadata)
+        sides.append([(part, row["text"]) for row in rows])
     docs = [
         {
             "id": number,
@@ -95,17 +96,17 @@ def privleak(corpus: str, task: str, **metadata: Any) -> dict[str, hf_datasets.D
             "target": text,
             "group": f"text {number}",
             "part": part,
-            "retrained_score": None if logged is None else logged.get(text),
+            "retrained_score": None if scores is None else scores.get(text),
             "retrained_auc": auc,
-            "no_score": why,
+            "no_score": reason,
         }
-        for number, (part, text) in enumerate(texts)
+        for number, (part, text) in enumerate(interleave(*sides))
     ]
     return {"test": hf_datasets.Dataset.from_list(docs, features=_LEAK)}
 
 
-def _retrained(task: str, metadata: Mapping[str, Any]) -> tuple[float | None, dict[str, float] | None, str]:
-    """(AUC of the retrained model, or its score by text, or why there is neither)."""
+def _read_retrained(task: str, metadata: Mapping[str, Any]) -> tuple[float | None, dict[str, float] | None, str]:
+    """Returns (AUC of the retrained model, its score by text, reason if both are missing)."""
     auc, samples = metadata.get("muse_retrained_auc"), metadata.get("muse_retain_samples")
     if samples:
         records = read_samples(samples, task, "muse_retain_samples")
@@ -124,101 +125,114 @@ def _retrained(task: str, metadata: Mapping[str, Any]) -> tuple[float | None, di
     return number, None, ""
 
 
-def _completion(number: int, context: str, target: str, most: int, stops: Sequence[str]) -> dict[str, Any]:
+def _build_document(
+    number: int, context: str, target: str, *, max_tokens: int, stop_strings: Sequence[str] = ()
+) -> dict[str, Any]:
     return {
         "id": number,
         "context": context,
         "target": f" {target.strip()}",
         "group": f"row {number}",
-        "most": most,
-        "stops": list(stops),
+        "most": max_tokens,
+        "stops": list(stop_strings),
     }
 
 
-def _table(
-    corpus: str, name: str, split: str, fields: tuple[str, ...], metadata: Mapping[str, Any]
-) -> list[dict[str, str]]:
-    """The rows of one table of MUSE. Raises ``UserError`` for one that is missing or has other fields."""
+def _read_table(table: str, fields: tuple[str, ...], metadata: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Reads a table of MUSE, ``<corpus>/<configuration>/<split>``.
+
+    Raises:
+        UserError: for a table that is missing, or that lacks one of the ``fields``.
+    """
     folder = metadata.get("muse_dir") or os.environ.get(DIRECTORY_VARIABLE)
-    where = f"{corpus}/{name}/{split}"
-    rows = _from_directory(str(folder), where) if folder else _from_hub(corpus, name, split)
+    rows = _read_from_directory(str(folder), table) if folder else _load_from_hub(*table.split("/"))
     if fields == ("text",):
         rows = [{"text": row} if isinstance(row, str) else row for row in rows]
     for number, row in enumerate(rows):
         missing = [field for field in fields if not isinstance(row, Mapping) or not isinstance(row.get(field), str)]
         if missing:
-            raise UserError(f"muse_dir: {where}, row {number}: no text in the field {missing[0]!r}")
+            raise UserError(f"muse_dir: {table}, row {number}: no text in the field {missing[0]!r}")
     if not rows:
-        raise UserError(f"muse_dir: {where} holds no rows")
+        raise UserError(f"muse_dir: {table} holds no rows")
     return list(rows)
 
 
-def _from_directory(folder: str, where: str) -> list[Any]:
+def _read_from_directory(folder: str, table: str) -> list[Any]:
     path = Path(folder).expanduser()
-    for file in (path / f"{where}.json", path / f"{where}.jsonl"):
+    for file in (path / f"{table}.json", path / f"{table}.jsonl"):
         if not file.is_file():
             continue
+        text = file.read_text(encoding="utf-8")
         try:
-            text = file.read_text(encoding="utf-8")
-            found = (
-                json.loads(text) if file.suffix == ".json" else [json.loads(x) for x in text.split("\n") if x.strip()]
-            )
+            if file.suffix == ".json":
+                rows = json.loads(text)
+            else:
+                rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         except json.JSONDecodeError as error:
             raise UserError(f"muse_dir: {file} is not valid JSON ({error.msg}, line {error.lineno})") from None
-        if not isinstance(found, list):
+        if not isinstance(rows, list):
             raise UserError(f"muse_dir: {file} should hold a list of rows")
-        return found
-    raise UserError(f"muse_dir={folder!r}: no {where}.json there")
+        return rows
+    raise UserError(f"muse_dir={folder!r}: {table}.json is missing in this directory")
 
 
-def _from_hub(corpus: str, name: str, split: str) -> list[Any]:
+def _load_from_hub(corpus: str, name: str, split: str) -> list[Any]:
     try:
         return list(hf_datasets.load_dataset(CORPORA[corpus], name, split=split))
-    except Exception as error:  # the hub client raises many kinds; the user needs one line
+    except Exception as error:  # the hub client raises many kinds of exceptions; the user needs one line
         raise UserError(
             f"{CORPORA[corpus]}, {name}, {split}: could not be loaded from the hub ({first_line(error)}); without a "
             f"network pass --metadata muse_dir=DIR (or set {DIRECTORY_VARIABLE})"
         ) from None
 
 
-class CompletionTask(PartTask):
-    """ROUGE-L of greedy completions, without a stemmer, as MUSE has it."""
+class CompletionTask(MeasurementTask):
+    """ROUGE-L of greedy completions, without a stemmer, as in MUSE."""
 
     def construct_requests(self, doc: Doc, ctx: str, **options: Any) -> list[Instance]:
-        """One generation."""
-        generation = {"until": list(doc["stops"]), "do_sample": False, "max_gen_toks": self._most(doc)}
-        return [self.part(doc, 0, "generated", "generate_until", (ctx, generation), options)]
+        """Requests one generation."""
+        generation = {"until": list(doc["stops"]), "do_sample": False, "max_gen_toks": self._max_tokens(doc)}
+        fields = {"kind": "generated", "request_type": "generate_until", "arguments": (ctx, generation)}
+        return [self.make_request(doc, 0, metadata=options["metadata"], **fields)]
 
     def process_results(self, doc: Doc, results: Sequence[str]) -> dict[str, Any]:
-        """ROUGE-L of what was said against as many tokens of the true text as could be said."""
+        """Returns ROUGE-L of the completion against the true text, cut to the length of the longest completion."""
         if "bypass" in self._metric_fn_list:
             return {}
-        tokens = self._tokens.encode(doc["target"])[: self._most(doc)] if not doc["stops"] else ()
-        true = self._tokens.tokenizer.decode(tokens, skip_special_tokens=True) if tokens else doc["target"]
-        said = rouge(results[0], true, stemmer=False)
-        return self._listed(
-            {"rougel_f1": (said.rougel_f1, doc["group"]), "rougel_recall": (said.rougel_recall, doc["group"])}
+        tokens = self._tokens.encode(doc["target"])[: self._max_tokens(doc)] if not doc["stops"] else ()
+        true_text = self._tokens.tokenizer.decode(tokens, skip_special_tokens=True) if tokens else doc["target"]
+        scores = rouge(results[0], true_text, stemmer=False)
+        return self._select_metrics(
+            {"rougel_f1": (scores.rougel_f1, doc["group"]), "rougel_recall": (scores.rougel_recall, doc["group"])}
         )
 
-    def _most(self, doc: Doc) -> int:
-        """Tokens that the model may say: as many as MUSE has, or half of a shorter context."""
+    def _max_tokens(self, doc: Doc) -> int:
+        """Returns the largest number of generated tokens: that of MUSE, or half of a shorter context length."""
         return int(min(doc["most"], self._tokens.max_length // 2))
 
 
-class PrivLeakTask(PartTask):
-    """PrivLeak: the AUC of Min-40% between forget and hold-out texts, against that of a retrained model."""
+class PrivLeakTask(MeasurementTask):
+    """PrivLeak: the AUC of Min-40% between forget and held-out texts, compared with that of a retrained model."""
 
     def construct_requests(self, doc: Doc, ctx: str, **options: Any) -> list[Instance]:
-        """A score for each token of the text, or of its first window."""
-        text = self._tokens.windows(doc["target"])[0][1]
-        return [self.part(doc, 0, "tokens", TOKEN_SCORES, ("", text), options)]
+        """Requests a score for each token of the text, or of its first window."""
+        text = self._tokens.split_into_windows(doc["target"])[0][1]
+        fields = {"kind": "tokens", "request_type": TOKEN_SCORES, "arguments": ("", text)}
+        return [self.make_request(doc, 0, metadata=options["metadata"], **fields)]
 
     def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, Any]:
-        """The score of the document, and that of the retrained model."""
+        """Returns the score of the document, and that of the retrained model."""
         if "bypass" in self._metric_fn_list:
             return {}
         if results[0] is None:
-            return self._listed({"auc_min_k": NO_TOKENS, "priv_leak": NO_TOKENS})
+            return self._select_metrics({"auc_min_k": NO_TOKENS, "priv_leak": NO_TOKENS})
         score = min_k_score(TokenScores(*results[0]).logp, MIN_K_SHARE)
-        leak = (score, doc["retrained_score"], doc["part"], doc["group"], doc["no_score"], doc["retrained_auc"])
-        return self._listed({"auc_min_k": (score, doc["part"], doc["group"], score), "priv_leak": leak})
+        leak = PrivLeakItem(
+            score=score,
+            retrained_score=doc["retrained_score"],
+            part=doc["part"],
+            group=doc["group"],
+            reason=doc["no_score"],
+            retrained_auc=doc["retrained_auc"],
+        )
+        return self._select_metrics({"auc_min_k": (score, doc["part"], doc["group"], score), "priv_leak": tuple(leak)})

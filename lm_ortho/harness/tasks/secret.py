@@ -1,6 +1,6 @@
-"""Task classes: several kinds of requests per document, which lm-eval's own task types do not have.
+"""Task classes with several kinds of requests per document, which the task types of lm-eval lack.
 
-Used from YAML as ``class: !function lm_ortho.harness.tasks.secret.SecretTask``.
+A YAML file uses them as ``class: !function lm_ortho.harness.tasks.secret.SecretTask``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
@@ -21,7 +21,7 @@ from lm_ortho.harness import tokens
 from lm_ortho.harness.tasks import datasets
 from lm_ortho.harness.tokens import Tokens
 from lm_ortho.metrics import answer_probability, log_truth_ratio
-from lm_ortho.metrics.memorisation import discoverable
+from lm_ortho.metrics.memorisation import extraction_probability
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
@@ -29,7 +29,7 @@ Doc = Mapping[str, Any]
 
 
 class DataTask(ConfigurableTask):
-    """A task whose documents come from a function, and whose cached requests belong to these documents."""
+    """A task whose documents come from a function, and whose cached requests are tied to these documents."""
 
     def __init__(
         self,
@@ -38,17 +38,17 @@ class DataTask(ConfigurableTask):
         download_mode: Any = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        known = {key: value for key, value in (config or {}).items() if key != "class"}
-        # lm-eval looks a metric up by name, in the end on the network, unless the task has a function here.
-        known["process_results"] = known.get("process_results") or "process_results"
-        super().__init__(data_dir, cache_dir, download_mode, known)
+        settings = {key: value for key, value in (config or {}).items() if key != "class"}
+        # Without a function here, lm-eval looks up every metric by its name, in the last resort on the network.
+        settings["process_results"] = settings.get("process_results") or "process_results"
+        super().__init__(data_dir=data_dir, cache_dir=cache_dir, download_mode=download_mode, config=settings)
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Calls ``custom_dataset`` with the metadata (the model args), its own arguments on top."""
+        """Calls ``custom_dataset`` with the metadata (the model args), overridden by ``dataset_kwargs``."""
         self.dataset = self.config.custom_dataset(**{**(self.config.metadata or {}), **(dataset_kwargs or {})})
 
     def build_all_requests(self, *, cache_requests: bool = False, tokenizer_name: str = "", **options: Any) -> None:
-        """Builds the requests; what ``--cache_requests`` keeps is keyed by the documents, too."""
+        """Builds the requests; the key of ``--cache_requests`` includes the documents."""
         if cache_requests:
             tokenizer_name += f"-data{self._request_fingerprint()}"
         super().build_all_requests(cache_requests=cache_requests, tokenizer_name=tokenizer_name, **options)
@@ -56,7 +56,7 @@ class DataTask(ConfigurableTask):
     def _request_fingerprint(self) -> str:
         return datasets.fingerprint(self.eval_docs)[:16]
 
-    def _finite(self, doc: Doc, likelihoods: Sequence[float]) -> None:
+    def _check_finite(self, doc: Doc, likelihoods: Sequence[float]) -> None:
         bad = [likelihood for likelihood in likelihoods if not math.isfinite(likelihood)]
         if bad:
             raise UserError(
@@ -64,41 +64,54 @@ class DataTask(ConfigurableTask):
                 "try dtype=float32"
             )
 
-    def _listed(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """What the YAML file lists of the values and of their bounds; a p-value, say, has no bounds."""
-        listed = {entry["metric"] for entry in self.config.metric_list}
-        return {name: value for name, value in with_bounds(values).items() if name in listed}
+    def _select_metrics(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the values and bounds that the YAML file lists; a p-value, for example, has no bounds."""
+        names = {entry["metric"] for entry in self.config.metric_list}
+        return {name: value for name, value in add_bounds(values).items() if name in names}
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the metrics of the YAML file, without the bounds."""
+        """The names of the metrics of the YAML file, without the bounds."""
         names = [entry["metric"] for entry in self.config.metric_list]
         return [name for name in names if not name.endswith(("_low", "_high"))]
 
 
-def with_bounds(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The value of each metric, given to the metric and to both bounds of its interval."""
+def add_bounds(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Assigns the value of each metric to the metric and to both bounds of its interval."""
     return {name + end: value for name, value in values.items() for end in ("", "_low", "_high")}
 
 
 @dataclass
-class Part(Instance):
-    """A log-likelihood request that knows what it measures and how many tokens that is."""
+class MeasurementRequest(Instance):
+    """A request that stores what it measures (``kind``), on how many tokens, and whether these are in the answer."""
 
     kind: str = ""
     tokens: int = 0
     in_answer: bool = False
 
 
-class PartTask(DataTask):
-    """A task whose requests are parts, found again by document when the answers come."""
+class Segment(NamedTuple):
+    """A text to score: what it measures, the context, the continuation, and whether it is part of the answer."""
+
+    kind: str
+    context: str
+    continuation: str
+    in_answer: bool
+
+
+Response = tuple[MeasurementRequest, Any]
+"""A request with the response of the model; of a log-likelihood (log-likelihood in nats, whether it is greedy)."""
+
+
+class MeasurementTask(DataTask):
+    """A task that stores its requests by document, so that each response can be assigned to its measurement."""
 
     _tokens: Tokens
-    _parts: dict[int, list[Part]]
+    _requests: dict[int, list[MeasurementRequest]]
     _as_chat = False
 
     def fewshot_context(self, doc: Doc, *args: Any, **options: Any) -> str | list[str]:
-        """The prompt; in a chat the message is the question alone, as the decomposition puts it."""
+        """Returns the prompt; in a chat, the message is the question alone, as in the decomposition."""
         self._as_chat = bool(options.get("apply_chat_template"))
         try:
             prompt: str | list[str] = super().fewshot_context(doc, *args, **options)
@@ -107,55 +120,45 @@ class PartTask(DataTask):
             self._as_chat = False
 
     def doc_to_text(self, doc: Doc, doc_to_text: Any = None) -> Any:
-        """The question with its frame, or alone as a message of a chat."""
+        """Returns the question with its prompt template, or alone as the message of a chat."""
         if self._as_chat and doc.get("question") and not doc.get("prompt"):
             return doc["question"]
         return super().doc_to_text(doc, doc_to_text)
 
     def build_all_requests(self, **options: Any) -> None:
-        """Builds the requests, by the tokenizer of the model."""
+        """Builds the requests under the tokenizer of the model."""
         self._tokens = tokens.resolve(self.config.metadata)
         super().build_all_requests(**options)
-        self._parts = {}
-        for part in sorted(self._instances, key=lambda part: part.idx):
-            self._parts.setdefault(part.doc["id"], []).append(part)
+        self._requests = {}
+        for request in sorted(self._instances, key=lambda request: request.idx):
+            self._requests.setdefault(request.doc["id"], []).append(request)
 
     def _request_fingerprint(self) -> str:
         digest = hashlib.sha256(super()._request_fingerprint().encode())
         backend = getattr(self._tokens.tokenizer, "backend_tokenizer", None)
-        described = backend.to_str() if backend else sorted(self._tokens.tokenizer.get_vocab().items())
-        digest.update(f"{described} {self._tokens.max_length} {self.VERSION} {self.metrics}".encode())
+        description = backend.to_str() if backend else sorted(self._tokens.tokenizer.get_vocab().items())
+        digest.update(f"{description} {self._tokens.max_length} {self.VERSION} {self.metrics}".encode())
         return digest.hexdigest()[:16]
 
-    def _answer(self, doc: Doc, ctx: str, chat: bool) -> tuple[str, str]:
-        """(context, answer) without what follows the answer, cut at a token border."""
-        context, lead = self._context(doc, ctx, chat)
-        return self._tokens.cut(context, lead + doc["answer"])
+    def _split_answer(self, doc: Doc, ctx: str, *, is_chat: bool) -> tuple[str, str]:
+        """Returns (context, answer) split at a token boundary, without the text that follows the answer."""
+        context, lead = self._split_context(doc, ctx, is_chat=is_chat)
+        return self._tokens.split_at_boundary(context, lead + doc["answer"])
 
     @staticmethod
-    def _context(doc: Doc, ctx: str, chat: bool) -> tuple[str, str]:
-        """The context without the space at its end, and what an answer starts with."""
+    def _split_context(doc: Doc, ctx: str, *, is_chat: bool) -> tuple[str, str]:
+        """Returns the context without white space at its end, and the white space at the start of the answer."""
         context = ctx.rstrip()
-        given = doc["target"][: len(doc["target"]) - len(doc["answer"])]
-        return context, ctx[len(context) :] or ("" if chat else given)
+        lead = doc["target"][: len(doc["target"]) - len(doc["answer"])]
+        return context, ctx[len(context) :] or ("" if is_chat else lead)
 
     @staticmethod
-    def part(
-        doc: Doc, number: int, kind: str, request: Any, arguments: tuple[Any, ...], options: Any, **more: Any
-    ) -> Part:
-        """One request of a document, the ``number``-th."""
-        return Part(
-            request_type=request,
-            doc=dict(doc),
-            arguments=arguments,
-            idx=number,
-            metadata=options["metadata"],
-            kind=kind,
-            **more,
-        )
+    def make_request(doc: Doc, number: int, *, metadata: Any, **fields: Any) -> MeasurementRequest:
+        """Builds the ``number``-th request of a document; ``fields`` are those of ``MeasurementRequest``."""
+        return MeasurementRequest(doc=dict(doc), idx=number, metadata=metadata, **fields)
 
 
-NEEDED = {
+MEASUREMENTS = {
     "ppl": "answer",
     "token_ppl": "answer",
     "prob": "answer",
@@ -170,184 +173,202 @@ NEEDED = {
     "rougel_recall": "generated",
     "rougel_f1": "generated",
 }
-"""What has to be measured for which metric."""
+"""The measurement that each metric is computed from."""
 
 _FIELDS = {"secret": "secret", "truth": "paraphrased_answer and perturbed_answer"}
 _ANSWERS = "question or prompt with an answer"
 
 
-class SecretTask(PartTask):
-    """Answers, the secret part of them, and their paraphrased and perturbed versions, by log-likelihood.
+class SecretTask(MeasurementTask):
+    """Log-likelihoods of answers, of the secret in them, and of their paraphrased and perturbed versions.
 
-    The requests of a document, as far as its fields and the listed metrics ask for them:
+    A document has these requests, as far as it has the fields and the YAML file lists the metrics:
 
     * the answer after the context;
-    * the secret after the context and the text of the answer before it. ``is_greedy`` of it is extraction:
-      greedy decoding, given the question and that text, emits the secret exactly;
-    * the paraphrased answer, and each perturbed one.
+    * the secret after the context and the text of the answer before it. Its ``is_greedy`` is the extraction: greedy
+      decoding, given the question and that text, emits the secret exactly;
+    * the paraphrased answer, and each perturbed answer.
 
-    Everything is cut at token borders of the model's tokenizer (``Tokens.cut``): a token that reaches over the start of
-    an answer, or over the start or the end of the secret, belongs to it. Where the secret ends the answer, the answer
-    is scored as the text before it plus the secret, because lm-eval (0.4.13) mixes up two continuations that end the
-    same document.
+    All texts are split at token boundaries of the model's tokenizer (``Tokens.split_at_boundary``): a token that
+    straddles the start of an answer, or the start or end of the secret, belongs to it. If the secret ends the answer,
+    the answer is scored as the text before the secret plus the secret, because lm-eval (0.4.13) confuses two
+    continuations that end the same document.
     """
 
     _end = ""
-    """What is scored after every answer."""
+    """The text that is scored after every answer."""
 
     def build_all_requests(self, **options: Any) -> None:
-        """Builds the requests and says which metrics the documents have no fields for."""
+        """Builds the requests, and logs the metrics for which no document has the fields."""
         super().build_all_requests(**options)
-        measured = {kind for parts in self._parts.values() for kind in self._measured(parts)}
+        available = {kind for requests in self._requests.values() for kind in self._list_measurements(requests)}
         for name in self.metrics:
-            if self.needs(name) not in measured:
-                fields = _FIELDS.get(self.needs(name), _ANSWERS)
+            measurement = self.required_measurement(name)
+            if measurement not in available:
+                fields = _FIELDS.get(measurement, _ANSWERS)
                 log.info("%s: no %s, because no row has %s", self.task_name, name, fields)
 
     @classmethod
-    def needs(cls, metric: str) -> str:
-        """What has to be measured for a metric; "" for one that comes from the document alone."""
-        return NEEDED[metric]
+    def required_measurement(cls, metric: str) -> str:
+        """Returns the measurement that a metric is computed from; "" if it needs the document alone."""
+        return MEASUREMENTS[metric]
 
     @property
-    def _needed(self) -> set[str]:
-        return {self.needs(name) for name in self.metrics}
+    def _required_measurements(self) -> set[str]:
+        return {self.required_measurement(name) for name in self.metrics}
 
     @staticmethod
-    def _measured(parts: Sequence[Part]) -> set[str]:
-        kinds = {part.kind for part in parts}
-        return {
-            *({"answer"} if any(part.in_answer for part in parts) else ()),
-            *({"secret", "tokens", "generated"} & kinds),
-            *({"truth"} if {"paraphrased", "perturbed"} <= kinds else ()),
-        }
+    def _list_measurements(requests: Sequence[MeasurementRequest]) -> set[str]:
+        """Returns the measurements that the requests of a document provide."""
+        kinds = {request.kind for request in requests}
+        measurements = {"secret", "tokens", "generated"} & kinds
+        if any(request.in_answer for request in requests):
+            measurements.add("answer")
+        if {"paraphrased", "perturbed"} <= kinds:
+            measurements.add("truth")
+        return measurements
 
     def construct_requests(self, doc: Doc, ctx: str, **options: Any) -> list[Instance]:
-        """One ``Part`` per string to score."""
-        chat = bool(options.get("apply_chat_template"))
-        pieces = self._pieces(doc, ctx, chat)
+        """Builds one request per text to score."""
+        segments = self._split_document(doc, ctx, is_chat=bool(options.get("apply_chat_template")))
         return [
-            self.part(
+            self.make_request(
                 doc,
                 number,
-                kind,
-                "loglikelihood",
-                (context, continuation),
-                options,
-                tokens=self._tokens.count(context, continuation),
-                in_answer=in_answer,
+                metadata=options["metadata"],
+                kind=segment.kind,
+                request_type="loglikelihood",
+                arguments=(segment.context, segment.continuation),
+                tokens=self._tokens.count(segment.context, segment.continuation),
+                in_answer=segment.in_answer,
             )
-            for number, (kind, context, continuation, in_answer) in enumerate(pieces)
+            for number, segment in enumerate(segments)
         ]
 
-    def _pieces(self, doc: Doc, ctx: str, chat: bool) -> list[tuple[str, str, str, bool]]:
-        """(kind, context, continuation, whether it is part of the answer)."""
+    def _split_document(self, doc: Doc, ctx: str, *, is_chat: bool) -> list[Segment]:
+        """Splits a document into the texts that have to be scored."""
+        # 1. A row of plain text: score all of it, in windows if it is longer than the context length.
         if not doc["context"]:
-            return [("text", before, piece, True) for before, piece in self._tokens.windows(doc["target"])]
-        context, lead = self._context(doc, ctx, chat)
+            windows = self._tokens.split_into_windows(doc["target"])
+            return [Segment("text", before, text, in_answer=True) for before, text in windows]
+        context, lead = self._split_context(doc, ctx, is_chat=is_chat)
 
-        def cut(answer: str) -> tuple[str, str]:
-            return self._tokens.cut(context, lead + answer + self._end)
+        def make_segment(kind: str, answer: str) -> Segment:
+            before, text = self._tokens.split_at_boundary(context, lead + answer + self._end)
+            return Segment(kind, before, text, in_answer=kind == "answer")
 
-        wanted = self._needed
-        pieces = []
-        if doc["secret"] and "secret" in wanted:
-            pieces += self._secret_pieces(context, lead + doc["answer"] + self._end, doc["secret"], "answer" in wanted)
-        elif "answer" in wanted:
-            pieces.append(("answer", *cut(doc["answer"]), True))
-        if "truth" in wanted and doc["paraphrased_answer"] and doc["perturbed_answer"]:
-            pieces.append(("paraphrased", *cut(doc["paraphrased_answer"]), False))
-            pieces += [("perturbed", *cut(wrong), False) for wrong in doc["perturbed_answer"]]
-        return pieces or [("answer", *cut(doc["answer"]), True)]
+        required = self._required_measurements
+        segments = []
+        # 2. The answer, with the secret scored separately if a metric needs it.
+        if doc["secret"] and "secret" in required:
+            continuation = lead + doc["answer"] + self._end
+            segments += self._split_secret(context, continuation, doc["secret"], with_answer="answer" in required)
+        elif "answer" in required:
+            segments.append(make_segment("answer", doc["answer"]))
+        # 3. The paraphrased and the perturbed answers of the truth ratio.
+        if "truth" in required and doc["paraphrased_answer"] and doc["perturbed_answer"]:
+            segments.append(make_segment("paraphrased", doc["paraphrased_answer"]))
+            segments += [make_segment("perturbed", wrong) for wrong in doc["perturbed_answer"]]
+        # 4. Every document needs at least one request.
+        return segments or [make_segment("answer", doc["answer"])]
 
-    def _secret_pieces(
-        self, context: str, continuation: str, secret: str, with_answer: bool
-    ) -> list[tuple[str, str, str, bool]]:
-        whole = context + continuation
-        found = re.search(rf"(?<!\w){re.escape(secret)}(?!\w)", continuation)
-        start = len(context) + (found.start() if found else continuation.index(secret))
-        context, continuation = self._tokens.cut(context, continuation)
-        start, end = self._tokens.span(whole, start, start + len(secret), len(context))
-        at_end = end == len(whole)
-        pieces = [("secret", whole[:start], whole[start:end], with_answer and at_end)]
+    def _split_secret(self, context: str, continuation: str, secret: str, *, with_answer: bool) -> list[Segment]:
+        """Returns the segment of the secret, and with ``with_answer`` those that complete the answer."""
+        # 1. Find the secret in the answer, preferably as a whole word.
+        text = context + continuation
+        match = re.search(rf"(?<!\w){re.escape(secret)}(?!\w)", continuation)
+        start = len(context) + (match.start() if match else continuation.index(secret))
+        # 2. Expand it to token boundaries, at most to the start of the answer.
+        context, continuation = self._tokens.split_at_boundary(context, continuation)
+        start, end = self._tokens.expand_to_boundaries(text, start, start + len(secret), min_start=len(context))
+        at_end = end == len(text)
+        segments = [Segment("secret", text[:start], text[start:end], in_answer=with_answer and at_end)]
+        # 3. Score the whole answer, or only the text before the secret if the secret ends the answer.
         if with_answer and not at_end:
-            pieces.append(("answer", context, continuation, True))
+            segments.append(Segment("answer", context, continuation, in_answer=True))
         elif with_answer and start > len(context):
-            pieces.append(("before", context, whole[len(context) : start], True))
-        return pieces
+            segments.append(Segment("before", context, text[len(context) : start], in_answer=True))
+        return segments
 
     def process_results(self, doc: Doc, results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-        """The values of one document for the metrics it has the fields for."""
+        """Returns the values of a document for the metrics that it has the fields for."""
         if "bypass" in self._metric_fn_list:
             return {}
-        answered = list(zip(self._parts[doc["id"]], results, strict=True))
-        self._finite(doc, [loss for _, loss, _ in scored_by_likelihood(answered)])
-        return self._listed(self._values(doc, answered))
+        responses = list(zip(self._requests[doc["id"]], results, strict=True))
+        self._check_finite(doc, [loss for _, loss, _ in likelihood_losses(responses)])
+        return self._select_metrics(self._compute_values(doc, responses))
 
-    def _values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:
-        """Every value that the answers give; a subclass adds those of its own requests and metrics."""
-        scored, group, values = scored_by_likelihood(answered), doc["group"], dict[str, Any]()
-        if answer := [(loss, part.tokens) for part, loss, _ in scored if part.in_answer]:
-            nll, count = sum(loss for loss, _ in answer), sum(number for _, number in answer)
+    def _compute_values(self, doc: Doc, responses: Sequence[Response]) -> dict[str, Any]:
+        """Computes every value that the responses permit; a subclass adds those of its own requests and metrics."""
+        losses, group = likelihood_losses(responses), doc["group"]
+        values: dict[str, Any] = {}
+        # 1. The answer: sum its parts.
+        answer = [(loss, request.tokens) for request, loss, _ in losses if request.in_answer]
+        if answer:
+            nll, count = sum(loss for loss, _ in answer), sum(tokens for _, tokens in answer)
             values["ppl"] = values["token_ppl"] = (nll, count, group)
             values["prob"] = (float(answer_probability(nll, count)[0]), group)
-        for part, loss, greedy in scored:
-            if part.kind == "secret":
-                values["secret_ppl"] = (loss, part.tokens, group)
+        # 2. The secret: its perplexity, and the extraction by greedy decoding and by sampling.
+        for request, loss, greedy in losses:
+            if request.kind == "secret":
+                values["secret_ppl"] = (loss, request.tokens, group)
                 values["extraction"] = values["extraction_any"] = (float(greedy), group)
-                values["extraction_100"] = (float(discoverable([-loss], 100)[0]), group)
-        if losses := truth_losses(scored):
-            values["truth_ratio"] = (log_truth_ratio(*losses), group)
+                values["extraction_100"] = (float(extraction_probability([-loss], 100)[0]), group)
+        # 3. The truth ratio: wrong answers against the paraphrased right one.
+        if ratio_losses := truth_losses(losses):
+            values["truth_ratio"] = (log_truth_ratio(*ratio_losses), group)
         return values
 
 
-def scored_by_likelihood(answered: Sequence[tuple[Part, Any]]) -> list[tuple[Part, float, bool]]:
-    """(part, loss in nats, whether it is greedy) of each log-likelihood among the answers."""
-    return [(part, -got[0], got[1]) for part, got in answered if part.request_type == "loglikelihood"]
+def likelihood_losses(responses: Sequence[Response]) -> list[tuple[MeasurementRequest, float, bool]]:
+    """Returns (request, loss in nats, whether it is greedy) of each log-likelihood among the responses."""
+    return [
+        (request, -result[0], result[1]) for request, result in responses if request.request_type == "loglikelihood"
+    ]
 
 
-def truth_losses(scored: Sequence[tuple[Part, float, bool]]) -> tuple[float, list[float]] | None:
-    """Mean losses per token of the paraphrased answer and of the perturbed ones, where both were scored."""
-    per_token = [(part.kind, loss / part.tokens) for part, loss, _ in scored]
+def truth_losses(losses: Sequence[tuple[MeasurementRequest, float, bool]]) -> tuple[float, list[float]] | None:
+    """Returns the mean loss per token of the paraphrased answer and of each perturbed one; None without both."""
+    per_token = [(request.kind, loss / request.tokens) for request, loss, _ in losses]
     right = [loss for kind, loss in per_token if kind == "paraphrased"]
     wrong = [loss for kind, loss in per_token if kind == "perturbed"]
     return (right[0], wrong) if right and wrong else None
 
 
 class ReasoningTask(DataTask):
-    """Multiple choice and generation in one task: the log-likelihood of every choice, and a greedy answer."""
+    """Multiple choice and generation in one task: log-likelihoods of all choices, and a greedy answer."""
 
-    UNTIL = ("\n", ".")
-    MOST_TOKENS = 24
+    STOP_STRINGS = ("\n", ".")
+    MAX_TOKENS = 24
 
     def construct_requests(self, doc: Doc, ctx: str, **options: Any) -> list[Instance]:
-        """A request per choice, then the one that generates."""
+        """Builds a request per choice, and one that generates the answer."""
         choices = super().construct_requests(doc, ctx, **options)
-        generated = Instance(
+        generation = Instance(
             request_type="generate_until",
             doc=dict(doc),
-            arguments=(ctx, {"until": [*self.UNTIL], "do_sample": False, "max_gen_toks": self.MOST_TOKENS}),
+            arguments=(ctx, {"until": [*self.STOP_STRINGS], "do_sample": False, "max_gen_toks": self.MAX_TOKENS}),
             idx=len(choices),
             metadata=options["metadata"],
         )
-        return [*choices, generated]
+        return [*choices, generation]
 
     def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, Any]:
-        """Whether the likeliest choice is right, and whether the generated text says it."""
+        """Returns whether the most likely choice is right, and whether the generated text matches the answer."""
         if "bypass" in self._metric_fn_list:
             return {}
         choices, text = results[:-1], results[-1]
         likelihoods = [likelihood for likelihood, _ in choices]
-        self._finite(doc, likelihoods)
+        self._check_finite(doc, likelihoods)
         best = likelihoods.index(max(likelihoods))
-        return with_bounds(
+        return add_bounds(
             {
                 "acc": (float(best == doc["gold"]), doc["group"]),
-                "exact_match": (float(normalised(text) == normalised(doc["answer"])), doc["group"]),
+                "exact_match": (float(normalise_answer(text) == normalise_answer(doc["answer"])), doc["group"]),
             }
         )
 
 
-def normalised(text: str) -> str:
-    """A short answer without white space around it, a final full stop and upper case."""
+def normalise_answer(text: str) -> str:
+    """Returns a short answer without surrounding white space, final full stop and upper case."""
     return " ".join(text.split()).rstrip(" .").casefold()

@@ -1,4 +1,4 @@
-"""Tasks of the published TOFU: the numbers of one set, forget quality against a retain-only model, model utility."""
+"""Tasks of the published TOFU: metrics of one set, forget quality against a retain-only model, model utility."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from lm_ortho.errors import UserError
+from lm_ortho.harness.tasks.aggregation import PrivLeakItem
 from lm_ortho.harness.tasks.answer import AnswerTask
-from lm_ortho.harness.tasks.membership import MEMBER, OTHER
-from lm_ortho.harness.tasks.secret import Doc, Part, scored_by_likelihood, truth_losses
+from lm_ortho.harness.tasks.membership import MEMBER, NON_MEMBER
+from lm_ortho.harness.tasks.secret import Doc, Response, likelihood_losses, truth_losses
 from lm_ortho.harness.token_scores import TokenScores
 from lm_ortho.metrics.likelihood import LOG_MAX
 from lm_ortho.metrics.membership import min_k_score
 from lm_ortho.metrics.tofu import PARTS, choice_probability
 
 MIN_K_SHARE = 0.4
-"""Of the tokens, in the AUC of PrivLeak, as published for MUSE and TOFU."""
+"""Share of the tokens in the AUC of PrivLeak, as published for MUSE and TOFU."""
 ENDS = ("eos", "none")
 
-_NEEDED = {
+_MEASUREMENTS = {
     "choice_prob": "truth",
     "forget_truth_ratio": "truth",
     "retain_truth_ratio": "truth",
@@ -30,56 +31,65 @@ _NEEDED = {
 
 
 class TofuTask(AnswerTask):
-    """One set of TOFU. Every scored answer ends with the end-of-text token, as it was trained and published.
+    """One set of TOFU. Every scored answer ends with the end-of-text token, as in training and in the paper.
 
-    ``--metadata tofu_end=none`` leaves that token out. Scores per token (extraction strength, exact memorisation,
-    PrivLeak) never count it.
+    ``--metadata tofu_end=none`` omits that token. Scores per token (extraction strength, exact memorisation, PrivLeak)
+    never include it.
     """
 
     def build_all_requests(self, **options: Any) -> None:
-        """Builds the requests, after the end token is known."""
+        """Reads ``tofu_end``, and builds the requests."""
         end = (self.config.metadata or {}).get("tofu_end", "eos")
         if end not in ENDS:
             raise UserError(f"tofu_end={end!r} is unknown; known: {', '.join(ENDS)}")
-        self._ends = end == "eos"
+        self._scores_end = end == "eos"
         super().build_all_requests(**options)
 
     def construct_requests(self, doc: Doc, ctx: str, **options: Any) -> list[Any]:
-        """The requests of a document; of a hold-out document only the scores per token."""
-        self._end = (self._tokens.tokenizer.eos_token or "") if self._ends else ""
-        parts = super().construct_requests(doc, ctx, **options)
+        """Builds the requests of a document; a held-out document has only the one for scores per token."""
+        self._end = (self._tokens.tokenizer.eos_token or "") if self._scores_end else ""
+        requests = super().construct_requests(doc, ctx, **options)
         if doc["part"] != "holdout":
-            return parts
-        kept = [part for part in parts if part.kind == "tokens"]
-        for number, part in enumerate(kept):
-            part.idx = number
-        return kept
+            return requests
+        token_requests = [request for request in requests if request.kind == "tokens"]
+        for number, request in enumerate(token_requests):
+            request.idx = number
+        return token_requests
 
     def _request_fingerprint(self) -> str:
-        return f"{super()._request_fingerprint()}{'' if self._ends else '-open'}"
+        return f"{super()._request_fingerprint()}{'' if self._scores_end else '-open'}"
 
     @classmethod
-    def needs(cls, metric: str) -> str:
-        """What has to be measured for a metric."""
-        return _NEEDED.get(metric) or super().needs(metric)
+    def required_measurement(cls, metric: str) -> str:
+        """Returns the measurement that a metric is computed from."""
+        return _MEASUREMENTS.get(metric) or super().required_measurement(metric)
 
-    def _token_values(self, doc: Doc, scores: TokenScores | None) -> dict[str, Any]:
-        values = {} if doc["part"] == "holdout" else super()._token_values(doc, scores)
-        own = None if scores is None else min_k_score(scores.logp, MIN_K_SHARE)
-        part = OTHER if doc["part"] == "holdout" else MEMBER
-        values["priv_leak"] = (own, doc["retrained_score"], part, doc["group"], doc["no_score"], None)
+    def _compute_token_values(self, doc: Doc, scores: TokenScores | None) -> dict[str, Any]:
+        is_holdout = doc["part"] == "holdout"
+        values = {} if is_holdout else super()._compute_token_values(doc, scores)
+        item = PrivLeakItem(
+            score=None if scores is None else min_k_score(scores.logp, MIN_K_SHARE),
+            retrained_score=doc["retrained_score"],
+            part=NON_MEMBER if is_holdout else MEMBER,
+            group=doc["group"],
+            reason=doc["no_score"],
+            retrained_auc=None,
+        )
+        values["priv_leak"] = tuple(item)
         return values
 
-    def _values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:
-        values, scored = super()._values(doc, answered), scored_by_likelihood(answered)
-        losses = truth_losses(scored)
-        if losses is None:
+    def _compute_values(self, doc: Doc, responses: Sequence[Response]) -> dict[str, Any]:
+        values, losses = super()._compute_values(doc, responses), likelihood_losses(responses)
+        ratio_losses = truth_losses(losses)
+        if ratio_losses is None:
             return values
+        paraphrased_loss, perturbed_losses = ratio_losses
         log_ratio, group = values["truth_ratio"]
         ratio = math.exp(min(log_ratio, LOG_MAX))
-        right = next((loss / part.tokens for part, loss, _ in scored if part.in_answer), losses[0])
+        answer_losses = (loss / request.tokens for request, loss, _ in losses if request.in_answer)
+        answer_loss = next(answer_losses, paraphrased_loss)
         return values | {
-            "choice_prob": (float(choice_probability([right], [losses[1]])[0]), group),
+            "choice_prob": (float(choice_probability([answer_loss], [perturbed_losses])[0]), group),
             "forget_truth_ratio": (math.exp(-abs(log_ratio)), group),
             "retain_truth_ratio": (max(0.0, 1.0 - ratio), group),
             "forget_quality": (log_ratio, doc["retrained_ratio"], group, doc["no_ratio"]),
@@ -88,20 +98,20 @@ class TofuTask(AnswerTask):
 
 
 class UtilityTask(TofuTask):
-    """Model utility: nine means over three sets, and the harmonic mean of them."""
+    """Model utility: nine means over three sets, and their harmonic mean."""
 
     @classmethod
-    def needs(cls, metric: str) -> str:
-        """What has to be measured: answers, wrong answers and generated ones, for one metric each or for all."""
+    def required_measurement(cls, metric: str) -> str:
+        """Returns the measurement that a metric is computed from: answers, generated answers, or wrong answers."""
         kinds = {"prob": "answer", "rouge": "generated", "truth_ratio": "truth"}
-        return next((kind for end, kind in kinds.items() if metric.endswith(f"_{end}")), "truth")
+        return next((kind for suffix, kind in kinds.items() if metric.endswith(f"_{suffix}")), "truth")
 
-    def _values(self, doc: Doc, answered: Sequence[tuple[Part, Any]]) -> dict[str, Any]:
-        own = super()._values(doc, answered)
-        if "retain_truth_ratio" not in own:
+    def _compute_values(self, doc: Doc, responses: Sequence[Response]) -> dict[str, Any]:
+        values = super()._compute_values(doc, responses)
+        if "retain_truth_ratio" not in values:
             raise UserError(f"{self.task_name}: document {doc['id']} of {doc['part']} has no perturbed_answer")
-        prob = own["prob"] if doc["part"] == "retain" else own["choice_prob"]
-        means = {"prob": prob, "rouge": own["rougel_recall"], "truth_ratio": own["retain_truth_ratio"]}
-        shown = {f"{doc['part']}_{name}": value for name, value in means.items()}
-        numbers = [means[name][0] for name in PARTS]
-        return shown | {"model_utility": (doc["part"], *numbers, doc["group"])}
+        prob = values["prob"] if doc["part"] == "retain" else values["choice_prob"]
+        parts = {"prob": prob, "rouge": values["rougel_recall"], "truth_ratio": values["retain_truth_ratio"]}
+        set_values = {f"{doc['part']}_{name}": value for name, value in parts.items()}
+        numbers = [parts[name][0] for name in PARTS]
+        return set_values | {"model_utility": (doc["part"], *numbers, doc["group"])}

@@ -1,4 +1,4 @@
-"""The published TOFU as documents: from a local directory, or from the hub (``locuslab/TOFU``).
+"""Documents of the published TOFU, from a local directory or from the hub (``locuslab/TOFU``).
 
 Source: Maini et al. 2024, TOFU: A Task of Fictitious Unlearning for LLMs, arXiv 2401.06121.
 """
@@ -19,7 +19,7 @@ from lm_ortho.data.rows import Row, read_rows
 from lm_ortho.errors import UserError
 from lm_ortho.harness.tasks.aggregation import not_available
 from lm_ortho.harness.tasks.datasets import ROW_FEATURES
-from lm_ortho.harness.tasks.samples import by_question, read_samples
+from lm_ortho.harness.tasks.samples import read_samples, values_by_question
 from lm_ortho.hub import first_line
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
@@ -27,13 +27,13 @@ log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers 
 HUB = "locuslab/TOFU"
 DIRECTORY_VARIABLE = "LM_ORTHO_TOFU_DIR"
 AUTHOR_ROWS = 20
-"""Consecutive rows about the same author."""
+"""Number of consecutive rows about the same author."""
 FULL_ROWS = 4000
 FORGET_ROWS = {"01": 40, "05": 200, "10": 400}
-"""Questions to forget; they are the last rows of ``full``, and of the larger ones."""
+"""Number of questions to forget: the last rows of ``full``, and of every larger forget set."""
 RETAIN_SHARES = {"99": "01", "95": "05", "90": "10"}
 FORMS = ("plain", "llama2")
-"""How a question is put without a chat template: as for phi, or in the tags of Llama 2."""
+"""Prompt formats without a chat template: that of phi, or the tags of Llama 2."""
 
 _TEXT = datasets.Value("string")
 _NUMBER = datasets.Value("float64")
@@ -47,73 +47,81 @@ FEATURES = datasets.Features(
         "no_score": _TEXT,
     }
 )
-"""``part`` is the set a row belongs to; ``retrained_*`` is what the retain-only model logged for it, ``no_*`` why
-there is nothing."""
+"""``part`` is the set of a row, ``retrained_*`` the value that the retain-only model logged for it, ``no_*`` the reason
+if there is none."""
 
 
 def tofu(split: str, **metadata: Any) -> dict[str, datasets.Dataset]:
-    """The documents of ``tofu_<split>``; forget splits have the hold-out rows after their own.
+    """Returns the documents of ``tofu_<split>``; forget splits have the held-out rows at their end.
 
     Raises:
-        UserError: for a directory without the file, a hub that cannot be reached, and other bad arguments.
+        UserError: for a directory without the file, a hub that cannot be reached, and other invalid arguments.
     """
     source = directory(metadata)
     if split.startswith("forget"):
-        return {"test": _forget(split, source, metadata)}
-    rows = _with_answers(_table(split, source), _perturbed(split, source))
-    return {"test": _documents([(split, row) for row in _first(rows, metadata)], metadata)}
+        return {"test": _build_forget_documents(split, source, metadata)}
+    rows = _add_perturbed_answers(_read_table(split, source), _read_perturbed(split, source))
+    return {"test": _build_documents([(split, row) for row in _limit_rows(rows, metadata)], metadata)}
 
 
 def utility(**metadata: Any) -> dict[str, datasets.Dataset]:
-    """The three sets of model utility, in the order of ``lm_ortho.metrics.tofu.SETS``."""
+    """Returns the three sets of model utility, in the order of ``lm_ortho.metrics.tofu.SETS``."""
     source, rows = directory(metadata), []
     for part, name in (("retain", "retain_perturbed"), ("real_authors", None), ("world_facts", None)):
-        table = _table(name or f"{part}_perturbed", source)
-        rows += [(part, row) for row in _first([_right_for_paraphrase(row) for row in table], metadata)]
-    return {"test": _documents(rows, metadata)}
+        table = [_fill_paraphrase(row) for row in _read_table(name or f"{part}_perturbed", source)]
+        rows += [(part, row) for row in _limit_rows(table, metadata)]
+    return {"test": _build_documents(rows, metadata)}
 
 
 def directory(metadata: Mapping[str, Any]) -> str:
-    """The local directory with the files of TOFU; "" for the hub. Raises ``UserError`` if it is not there."""
-    named = {"tofu_dir": metadata.get("tofu_dir"), DIRECTORY_VARIABLE: os.environ.get(DIRECTORY_VARIABLE)}
-    for name, given in named.items():
-        if not given:
+    """Returns the local directory with the files of TOFU; "" for the hub.
+
+    Raises:
+        UserError: for a directory that does not exist.
+    """
+    paths = {"tofu_dir": metadata.get("tofu_dir"), DIRECTORY_VARIABLE: os.environ.get(DIRECTORY_VARIABLE)}
+    for name, path in paths.items():
+        if not path:
             continue
-        if not Path(given).expanduser().is_dir():
-            raise UserError(f"{name}={given!r}: no such directory; it should hold the JSONL files of {HUB}")
-        return str(Path(given).expanduser().resolve())
+        if not Path(path).expanduser().is_dir():
+            raise UserError(f"{name}={path!r}: no such directory; it should hold the JSONL files of {HUB}")
+        return str(Path(path).expanduser().resolve())
     return ""
 
 
-def _forget(split: str, source: str, metadata: Mapping[str, Any]) -> datasets.Dataset:
+def _build_forget_documents(split: str, source: str, metadata: Mapping[str, Any]) -> datasets.Dataset:
     task = f"tofu_{split}"
-    rows = [("forget", row) for row in _first(_perturbed(split, source) or _table(split, source), metadata)]
+    # 1. The rows of the forget set, and the held-out rows of PrivLeak, if they are available.
+    forget_rows = _read_perturbed(split, source) or _read_table(split, source)
+    rows = [("forget", row) for row in _limit_rows(forget_rows, metadata)]
     no_score = ""
     try:
-        held = _table(f"holdout{split.removeprefix('forget')}", source)
-        rows += [("holdout", row) for row in _first(held, metadata)]
+        holdout_rows = _read_table(f"holdout{split.removeprefix('forget')}", source)
+        rows += [("holdout", row) for row in _limit_rows(holdout_rows, metadata)]
     except UserError as error:
         log.info("%s: no PrivLeak: %s", task, error)
-        no_score = not_available("no hold-out rows, which are on the hub only")
+        no_score = not_available("no held-out rows, which are on the hub only")
+    # 2. The values that the retain-only model logged for the same questions.
     samples = metadata.get("tofu_retain_samples")
     if not samples:
         missing = not_available("no samples of the retain-only model; --metadata tofu_retain_samples=PATH")
-        return _documents(rows, metadata, no_ratio=missing, no_score=no_score or missing)
-    logged = read_samples(samples, task, "tofu_retain_samples")
-    ratios = by_question(logged, "forget_quality", task, "tofu_retain_samples")
-    asked = {row.question for part, row in rows if part == "forget"}
-    if missing_rows := asked - ratios.keys():
+        return _build_documents(rows, metadata, no_ratio=missing, no_score=no_score or missing)
+    records = read_samples(samples, task, "tofu_retain_samples")
+    ratios = values_by_question(records, "forget_quality", task=task, argument="tofu_retain_samples")
+    questions = {row.question for part, row in rows if part == "forget"}
+    if missing_questions := questions - ratios.keys():
         raise UserError(
-            f"tofu_retain_samples={str(samples)!r}: {len(missing_rows)} of {len(asked)} questions are not in the "
-            f"samples; log the whole task {task} with the retain-only model"
+            f"tofu_retain_samples={str(samples)!r}: {len(missing_questions)} of {len(questions)} questions are not in "
+            f"the samples; log the whole task {task} with the retain-only model"
         )
-    scores = by_question(logged, "priv_leak", task, "tofu_retain_samples")
-    return _documents(rows, metadata, no_score=no_score, ratios=ratios, scores=scores)
+    scores = values_by_question(records, "priv_leak", task=task, argument="tofu_retain_samples")
+    return _build_documents(rows, metadata, no_score=no_score, ratios=ratios, scores=scores)
 
 
-def _documents(
+def _build_documents(
     rows: Sequence[tuple[str, Row]],
     metadata: Mapping[str, Any],
+    *,
     no_ratio: str = "",
     no_score: str = "",
     ratios: Mapping[str, Any] | None = None,
@@ -135,8 +143,8 @@ def _documents(
                 "target": row.answer if prompt else f" {row.answer}",
                 "group": f"{part} {row.group}",
                 "part": part,
-                "retrained_ratio": _logged(ratios, row.question),
-                "retrained_score": _logged(scores, row.question),
+                "retrained_ratio": _first_number(ratios, row.question),
+                "retrained_score": _first_number(scores, row.question),
                 "no_ratio": no_ratio,
                 "no_score": no_score,
             }
@@ -144,79 +152,81 @@ def _documents(
     return datasets.Dataset.from_list(docs, features=FEATURES)
 
 
-def _logged(values: Mapping[str, Any] | None, question: str) -> float | None:
-    """The first number of what was logged for a question; None where nothing, or only a reason, was logged."""
-    found = (values or {}).get(question)
-    entries = found if isinstance(found, list) else []
+def _first_number(values: Mapping[str, Any] | None, question: str) -> float | None:
+    """Returns the first number that was logged for a question; None without a value, or with only a reason."""
+    value = (values or {}).get(question)
+    entries = value if isinstance(value, list) else []
     return next((float(entry) for entry in entries if isinstance(entry, float | int)), None)
 
 
-def _first(rows: Sequence[Row], metadata: Mapping[str, Any]) -> Sequence[Row]:
-    """The first ``tofu_first`` rows of a set, as the published logs have it (300); all without it."""
-    most = metadata.get("tofu_first")
-    if most is None:
+def _limit_rows(rows: Sequence[Row], metadata: Mapping[str, Any]) -> Sequence[Row]:
+    """Returns the first ``tofu_first`` rows of a set (300 in the published logs); all rows without it."""
+    limit = metadata.get("tofu_first")
+    if limit is None:
         return rows
-    if not str(most).isdigit() or int(most) < 1:
-        raise UserError(f"tofu_first={most!r}: must be a whole number above 0")
-    return rows[: int(most)]
+    if not str(limit).isdigit() or int(limit) < 1:
+        raise UserError(f"tofu_first={limit!r}: must be a whole number above 0")
+    return rows[: int(limit)]
 
 
-def _perturbed(split: str, source: str) -> list[Row]:
-    """The rows of a set that have wrong answers; empty where the set has none."""
+def _read_perturbed(split: str, source: str) -> list[Row]:
+    """Returns the rows of a set that have wrong answers; an empty list if the set has none."""
     if split.startswith("holdout"):
         return []
     name = "retain_perturbed" if split.startswith("retain") else f"{split}_perturbed"
-    return [_right_for_paraphrase(row) for row in _table(name, source)]
+    return [_fill_paraphrase(row) for row in _read_table(name, source)]
 
 
-def _with_answers(rows: Sequence[Row], perturbed: Sequence[Row]) -> list[Row]:
-    """The rows, those among them that have wrong answers with these."""
-    known = {(row.question, row.answer): row for row in perturbed}
-    found = [(row, known.get((row.question, row.answer))) for row in rows]
-    return [row if full is None else replace(full, group=row.group) for row, full in found]
+def _add_perturbed_answers(rows: Sequence[Row], perturbed_rows: Sequence[Row]) -> list[Row]:
+    """Replaces the rows that also exist with wrong answers by these; the group stays."""
+    by_text = {(row.question, row.answer): row for row in perturbed_rows}
+    matches = [(row, by_text.get((row.question, row.answer))) for row in rows]
+    return [row if match is None else replace(match, group=row.group) for row, match in matches]
 
 
-def _right_for_paraphrase(row: Row) -> Row:
-    """Real authors and world facts have no paraphrase: the answer takes its place."""
+def _fill_paraphrase(row: Row) -> Row:
+    """Uses the answer as the paraphrase of real authors and world facts, which have none."""
     if row.paraphrased_answer or not row.perturbed_answer:
         return row
     return replace(row, paraphrased_answer=row.answer)
 
 
 @lru_cache(maxsize=32)
-def _table(name: str, source: str) -> list[Row]:
-    """The rows of one configuration of TOFU; groups are authors where the rows are about authors."""
+def _read_table(name: str, source: str) -> list[Row]:
+    """Reads one configuration of TOFU. The groups are authors, if the rows are about authors."""
     if not source:
-        return _with_groups(name, _from_hub(name))
-    for path in (Path(source) / f"{name}{end}" for end in (".jsonl", ".json")):
+        return _add_groups(name, _load_from_hub(name))
+    for path in (Path(source) / f"{name}{suffix}" for suffix in (".jsonl", ".json")):
         if path.is_file():
-            return _with_groups(name, read_rows(path, "tofu_dir"))
-    if larger := _slice_of(name):
-        whole, start, stop = larger
-        return _table(whole, source)[start:stop]
-    raise UserError(f"tofu_dir={source!r}: no {name}.jsonl there; it is a configuration of {HUB} on the hub")
+            return _add_groups(name, read_rows(path, "tofu_dir"))
+    if position := _find_slice(name):
+        superset, start, stop = position
+        return _read_table(superset, source)[start:stop]
+    raise UserError(
+        f"tofu_dir={source!r}: {name}.jsonl is missing in this directory; it is a configuration of {HUB} on the hub"
+    )
 
 
-def _slice_of(name: str) -> tuple[str, int | None, int | None] | None:
-    """The larger configuration that holds ``name``, and where."""
+def _find_slice(name: str) -> tuple[str, int | None, int | None] | None:
+    """Returns the larger configuration that contains ``name``, with the start and stop of its rows."""
     share = name.removeprefix("forget").removesuffix("_perturbed")
     if name.startswith("forget") and share in FORGET_ROWS:
         if name.endswith("_perturbed"):
             return ("forget10_perturbed", -FORGET_ROWS[share], None) if share != "10" else None
         return "full", FULL_ROWS - FORGET_ROWS[share], FULL_ROWS
-    kept = name.removeprefix("retain")
-    if name.startswith("retain") and kept in RETAIN_SHARES:
-        return "full", 0, FULL_ROWS - FORGET_ROWS[RETAIN_SHARES[kept]]
+    retain_share = name.removeprefix("retain")
+    if name.startswith("retain") and retain_share in RETAIN_SHARES:
+        return "full", 0, FULL_ROWS - FORGET_ROWS[RETAIN_SHARES[retain_share]]
     return None
 
 
-def _with_groups(name: str, rows: Sequence[Row]) -> list[Row]:
+def _add_groups(name: str, rows: Sequence[Row]) -> list[Row]:
     about_authors = not name.startswith(("real_authors", "world_facts"))
     size = AUTHOR_ROWS if about_authors else 1
     return [replace(row, group=row.group or f"{number // size}") for number, row in enumerate(rows)]
 
 
-def _from_hub(name: str) -> list[Row]:
+def _load_from_hub(name: str) -> list[Row]:
     try:
         return read_rows(f"hub:{HUB}:{name}:train", "tofu")
     except UserError as error:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lm_ortho.leaderboard.progress import what
+from lm_ortho.leaderboard.progress import describe_piece
 from lm_ortho.leaderboard.store import DONE, Record
 
 
 def print_records(records: Sequence[Record], console: Any) -> None:
-    """A row per finished (model, alpha, task) and metric with its interval, then what is not finished."""
+    """Prints a row per finished (model, alpha, task) and metric with its interval, then the unfinished pieces."""
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("model", "alpha", "task", "metric", "value", "95 % interval", "s")
+    titles = ("model", "alpha", "task", "metric", "value", "95 % interval", "s")
+    table = Table(*titles)
     for record in records:
         if record.status != DONE or record.piece.kind != "evaluate":
             continue
@@ -30,7 +31,7 @@ def print_records(records: Sequence[Record], console: Any) -> None:
         if record.status != DONE:
             reason = f": {record.error.splitlines()[0]}" if record.error else ""
             console.print(
-                f"{record.piece.config['label']}, {what(record)}: {record.status}{reason}",
+                f"{record.piece.config['label']}, {describe_piece(record)}: {record.status}{reason}",
                 highlight=False,
                 markup=False,
             )

@@ -1,6 +1,6 @@
-"""Groups that name tasks of lm-eval itself: every name is there and no task is reached twice.
+"""Groups that name tasks of lm-eval: every name exists, and no task is reached twice.
 
-Loading such a task fetches its data from the hub, so light stand-ins take their places.
+Loading such a task downloads its data from the hub, so placeholders without data replace them.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from lm_ortho.plugin.bridges import bridge_now
-from tests.support.upstream import both, groups_by_reference
+from lm_ortho.plugin.bridges import bridge_lm_eval
+from tests.support.upstream import groups_by_reference, index_with_upstream
 
 GROUPS = groups_by_reference()
 SUBJECTS = 57
 
 
-class StandIn(ConfigurableTask):
-    """A task without data: its name, and what the groups above it changed."""
+class PlaceholderTask(ConfigurableTask):
+    """A task without data, with its name and the overrides of the groups above it."""
 
     def __init__(self, name: str, overrides: dict[str, Any] | None) -> None:
         self._config = TaskConfig(task=name)
@@ -32,39 +32,40 @@ class StandIn(ConfigurableTask):
 
 @pytest.fixture
 def index(monkeypatch: pytest.MonkeyPatch) -> TaskManager:
-    """Both kinds of tasks, stand-ins once they are loaded."""
-    monkeypatch.setattr(TaskFactory, "_build_task", lambda self, entry, overrides: StandIn(entry.name, overrides))
-    return both()
+    """Returns an index of both kinds of tasks, which loads placeholders."""
+    monkeypatch.setattr(
+        TaskFactory, "_build_task", lambda self, entry, overrides: PlaceholderTask(entry.name, overrides)
+    )
+    return index_with_upstream()
 
 
-def leaves(index: TaskManager, *names: str) -> list[str]:
-    """Names of all tasks that are reached, as often as they are."""
-    loaded = index.load(list(names))
-    top = {name: loaded["groups"][name] for name in names}
-    return [task.task_name for group in top.values() for task in group.get_all_tasks()]
+def reachable_tasks(index: TaskManager, *names: str) -> list[str]:
+    """Returns the names of all tasks that are reached, repeated if they are reached more than once."""
+    groups = index.load(list(names))["groups"]
+    return [task.task_name for group in (groups[name] for name in names) for task in group.get_all_tasks()]
 
 
-def test_which_groups_name_tasks_of_lm_eval() -> None:
+def test_three_groups_name_tasks_of_lm_eval() -> None:
     assert set(GROUPS) == {"unlearning_utility", "unlearning_utility_mmlu", "wmdp_unlearning"}
 
 
 @pytest.mark.parametrize("name", GROUPS)
-def test_every_member_is_known_and_left_as_it_is(index: TaskManager, name: str) -> None:
+def test_every_member_exists_and_is_unchanged(index: TaskManager, name: str) -> None:
     assert set(GROUPS[name]) <= set(index.all_tasks)
     path = index.task_index[name].yaml_path
     assert path is not None
-    assert load_yaml(path).keys() <= GroupConfig.__dataclass_fields__.keys()  # else members would be changed
-    loaded = index.load([name])
-    assert float(loaded["groups"][name].version) >= 1
-    for task in loaded["tasks"].values():
-        assert isinstance(task, StandIn)
+    assert load_yaml(path).keys() <= GroupConfig.__dataclass_fields__.keys()  # other keys would change the members
+    result = index.load([name])
+    assert float(result["groups"][name].version) >= 1
+    for task in result["tasks"].values():
+        assert isinstance(task, PlaceholderTask)
         assert task.overrides.keys() <= {"task"}
 
 
-def test_unlearning_and_its_utility_are_one_line(index: TaskManager) -> None:
-    reached = leaves(index, "unlearning", "unlearning_utility")
-    assert len(reached) == len(set(reached)) == 7 + 5 + 8
-    assert {"tofu_forget", "reasoning_facts", "wikitext", "gsm8k", "arc_challenge", "hellaswag"} <= set(reached)
+def test_unlearning_and_its_utility_can_be_combined(index: TaskManager) -> None:
+    names = reachable_tasks(index, "unlearning", "unlearning_utility")
+    assert len(names) == len(set(names)) == 7 + 5 + 8
+    assert {"tofu_forget", "reasoning_facts", "wikitext", "gsm8k", "arc_challenge", "hellaswag"} <= set(names)
 
 
 def test_the_subset_of_mmlu_has_two_subjects_of_each_area(index: TaskManager) -> None:
@@ -74,22 +75,22 @@ def test_the_subset_of_mmlu_has_two_subjects_of_each_area(index: TaskManager) ->
     assert len(set().union(*areas)) == SUBJECTS
 
 
-def test_wmdp_comes_with_all_of_mmlu(index: TaskManager) -> None:
-    reached = leaves(index, "wmdp_unlearning", "unlearning")
-    assert len(reached) == len(set(reached)) == 3 + SUBJECTS + 7
-    assert {"wmdp_bio", "wmdp_chem", "wmdp_cyber"} <= set(reached)
+def test_wmdp_includes_all_of_mmlu(index: TaskManager) -> None:
+    names = reachable_tasks(index, "wmdp_unlearning", "unlearning")
+    assert len(names) == len(set(names)) == 3 + SUBJECTS + 7
+    assert {"wmdp_bio", "wmdp_chem", "wmdp_cyber"} <= set(names)
 
 
-def test_what_the_readme_says_about_asking_for_both(index: TaskManager) -> None:
+def test_utility_and_wmdp_share_subjects_of_mmlu(index: TaskManager) -> None:
     with pytest.raises(ValueError, match="Duplicate task 'mmlu_"):
         index.load(["unlearning_utility", "wmdp_unlearning"])
-    reached = leaves(index, "unlearning_utility", "wmdp")
-    assert len(reached) == len(set(reached)) == 13 + 3
+    names = reachable_tasks(index, "unlearning_utility", "wmdp")
+    assert len(names) == len(set(names)) == 13 + 3
 
 
 @pytest.mark.slow
-def test_all_of_lm_eval_and_ours_in_one_index(index: TaskManager) -> None:
-    bridge_now()
-    everything = TaskManager()
+def test_all_tasks_of_lm_eval_and_this_package_in_one_index(index: TaskManager) -> None:
+    bridge_lm_eval()
+    full_index = TaskManager()
     for names in (["unlearning", "unlearning_utility"], ["wmdp_unlearning"]):
-        assert leaves(everything, *names) == leaves(index, *names)
+        assert reachable_tasks(full_index, *names) == reachable_tasks(index, *names)

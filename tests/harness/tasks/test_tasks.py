@@ -1,4 +1,4 @@
-"""The same checks over every task and group of ours."""
+"""Checks of every task and group of this package."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from transformers import AutoTokenizer
 from lm_ortho import world
 from lm_ortho.data.rows import Row, write_rows
 from lm_ortho.errors import UserError
-from lm_ortho.harness.tasks.secret import ReasoningTask, SecretTask, normalised
-from lm_ortho.plugin.bridges import tasks_dir
+from lm_ortho.harness.tasks.secret import ReasoningTask, SecretTask, normalise_answer
+from lm_ortho.plugin.bridges import find_tasks_dir
 from lm_ortho.world import people
 from tests.support import muse, tofu, upstream
 
-PROMISED = {
+EXPECTED_TASKS = {
     "canary_exposure",
     "canary_extraction",
     "canary_extraction_paraphrased",
@@ -58,13 +58,13 @@ PROMISED = {
     "world_text",
 }
 P_VALUES = {"forget_quality"}
-"""Metrics without an interval of their own."""
+"""Metrics without an interval."""
 
-FAMILIES = sorted(path for path in tasks_dir().iterdir() if path.is_dir() and path.name != "_templates")
+FAMILIES = sorted(path for path in find_tasks_dir().iterdir() if path.is_dir() and path.name != "_templates")
 
 
 def manager(**metadata: Any) -> TaskManager:
-    return TaskManager(include_defaults=False, include_path=str(tasks_dir()), metadata=metadata)
+    return TaskManager(include_defaults=False, include_path=str(find_tasks_dir()), metadata=metadata)
 
 
 TASKS = tuple(manager().all_subtasks)
@@ -81,27 +81,27 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def loaded(data: dict[str, str]) -> dict[str, ConfigurableTask]:
+def tasks(data: dict[str, str]) -> dict[str, ConfigurableTask]:
     index = manager(**data)
     return {name: index.load([name])["tasks"][name] for name in TASKS}
 
 
 def test_the_index_holds_a_task_or_group_per_file() -> None:
-    assert set(TASKS) >= PROMISED
+    assert set(TASKS) >= EXPECTED_TASKS
     assert set(GROUPS) >= {"reasoning", "unlearning"}
-    assert sorted(TASKS + GROUPS) == sorted(path.stem for path in tasks_dir().rglob("*.yaml"))
+    assert sorted(TASKS + GROUPS) == sorted(path.stem for path in find_tasks_dir().rglob("*.yaml"))
     assert manager().all_tags == []
 
 
 def test_tasks_are_declarative() -> None:
-    files = [path for path in tasks_dir().rglob("*") if path.is_file()]
+    files = [path for path in find_tasks_dir().rglob("*") if path.is_file()]
     assert {path.suffix for path in files if path.parent.name != "_templates"} == {".yaml", ".md"}
     assert {path.suffix for path in files if path.parent.name == "_templates"} == {""}
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_task_has_a_version(loaded: dict[str, ConfigurableTask], name: str) -> None:
-    assert isinstance(loaded[name].VERSION, float)
+def test_task_has_a_version(tasks: dict[str, ConfigurableTask], name: str) -> None:
+    assert isinstance(tasks[name].VERSION, float)
 
 
 @pytest.mark.parametrize("name", sorted(set(GROUPS) - upstream.groups_by_reference().keys()))
@@ -112,8 +112,8 @@ def test_group_loads_and_has_a_version(data: dict[str, str], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_metric_has_bounds_an_aggregation_and_a_direction(loaded: dict[str, ConfigurableTask], name: str) -> None:
-    task = loaded[name]
+def test_every_metric_has_bounds_an_aggregation_and_a_direction(tasks: dict[str, ConfigurableTask], name: str) -> None:
+    task = tasks[name]
     names = [entry["metric"] for entry in task.config.metric_list]
     bounds = {metric: ("",) if metric in P_VALUES else ("", "_low", "_high") for metric in task.metrics}
     assert names == [metric + end for metric in task.metrics for end in bounds[metric]]
@@ -123,11 +123,11 @@ def test_every_metric_has_bounds_an_aggregation_and_a_direction(loaded: dict[str
         assert better[metric] is better[metric.removesuffix("_low").removesuffix("_high")]
         assert isinstance(better[metric], bool)
     if isinstance(task, SecretTask):
-        assert all(task.needs(metric) for metric in task.metrics)
+        assert all(task.required_measurement(metric) for metric in task.metrics)
 
 
-def test_forget_and_retain_point_in_opposite_directions(loaded: dict[str, ConfigurableTask]) -> None:
-    forget, retain = (loaded[name].higher_is_better() for name in ("tofu_forget", "tofu_retain"))
+def test_forget_and_retain_point_in_opposite_directions(tasks: dict[str, ConfigurableTask]) -> None:
+    forget, retain = (tasks[name].higher_is_better() for name in ("tofu_forget", "tofu_retain"))
     assert forget.keys() == retain.keys()
     assert all(forget[metric] is not retain[metric] for metric in forget)
     assert forget["extraction"] is False
@@ -135,8 +135,8 @@ def test_forget_and_retain_point_in_opposite_directions(loaded: dict[str, Config
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_no_prompt_ends_with_a_space(loaded: dict[str, ConfigurableTask], name: str) -> None:
-    task = loaded[name]
+def test_no_prompt_ends_with_a_space(tasks: dict[str, ConfigurableTask], name: str) -> None:
+    task = tasks[name]
     for doc in task.eval_docs:
         context = task.doc_to_text(doc)
         assert context == context.rstrip()
@@ -152,8 +152,8 @@ def test_no_prompt_ends_with_a_space(loaded: dict[str, ConfigurableTask], name: 
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_config_can_be_written_down(loaded: dict[str, ConfigurableTask], name: str) -> None:
-    assert json.loads(json.dumps(loaded[name].dump_config(), default=str))["task"] == name
+def test_config_can_be_written_as_json(tasks: dict[str, ConfigurableTask], name: str) -> None:
+    assert json.loads(json.dumps(tasks[name].dump_config(), default=str))["task"] == name
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda path: path.name)
@@ -168,17 +168,17 @@ def test_family_has_a_readme(family: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tofu_forget", "tofu_retain", "tofu_forget_paraphrased"])
-def test_tofu_rows_have_every_field(loaded: dict[str, ConfigurableTask], name: str) -> None:
-    for doc in loaded[name].eval_docs:
+def test_tofu_rows_have_every_field(tasks: dict[str, ConfigurableTask], name: str) -> None:
+    for doc in tasks[name].eval_docs:
         assert doc["secret"]
         assert doc["paraphrased_answer"]
-        assert len(doc["perturbed_answer"]) == people.PERTURBED
+        assert len(doc["perturbed_answer"]) == people.WRONG_ANSWERS
         assert doc["group"]
 
 
-def test_canaries_are_asked_for_in_every_phrasing(loaded: dict[str, ConfigurableTask]) -> None:
+def test_canaries_have_every_prompt(tasks: dict[str, ConfigurableTask]) -> None:
     prompts = [
-        {doc["context"] for doc in loaded[name].eval_docs}
+        {doc["context"] for doc in tasks[name].eval_docs}
         for name in ("canary_extraction", "canary_extraction_paraphrased")
     ]
     assert not prompts[0] & prompts[1]
@@ -186,26 +186,26 @@ def test_canaries_are_asked_for_in_every_phrasing(loaded: dict[str, Configurable
 
 
 @pytest.mark.parametrize("kind", ["arithmetic", "comparison", "relations", "facts"])
-def test_answers_survive_the_stop_strings(loaded: dict[str, ConfigurableTask], kind: str) -> None:
-    docs = loaded[f"reasoning_{kind}"].eval_docs
+def test_answers_contain_no_stop_strings(tasks: dict[str, ConfigurableTask], kind: str) -> None:
+    docs = tasks[f"reasoning_{kind}"].eval_docs
     assert len(docs) >= 1000
     for doc in docs:
-        assert not any(stop in doc["answer"] for stop in ReasoningTask.UNTIL)
-        assert len({normalised(choice) for choice in doc["choices"]}) == len(doc["choices"])
+        assert not any(stop in doc["answer"] for stop in ReasoningTask.STOP_STRINGS)
+        assert len({normalise_answer(choice) for choice in doc["choices"]}) == len(doc["choices"])
 
 
-def test_answers_fit_into_the_generated_tokens(loaded: dict[str, ConfigurableTask]) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(world.path("base"))
+def test_answers_fit_into_the_generated_tokens(tasks: dict[str, ConfigurableTask]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(world.get_path("base"))
     for kind in ("arithmetic", "comparison", "relations", "facts"):
-        texts = [f" {doc['answer']}." for doc in loaded[f"reasoning_{kind}"].eval_docs]
-        assert max(map(len, tokenizer(texts)["input_ids"])) < ReasoningTask.MOST_TOKENS
+        texts = [f" {doc['answer']}." for doc in tasks[f"reasoning_{kind}"].eval_docs]
+        assert max(map(len, tokenizer(texts)["input_ids"])) < ReasoningTask.MAX_TOKENS
 
 
-def test_normalised() -> None:
-    assert normalised(" Red  Hill. ") == normalised("red hill") == "red hill"
+def test_normalise_answer() -> None:
+    assert normalise_answer(" Red  Hill. ") == normalise_answer("red hill") == "red hill"
 
 
-def test_unlearning_shows_all_four_sides() -> None:
+def test_unlearning_has_four_members() -> None:
     index = manager()
     assert index.load(["unlearning"])["group_map"] == {
         "unlearning": ["tofu_forget", "tofu_retain", "canary_extraction", "reasoning"],
@@ -225,7 +225,7 @@ def test_user_sets_read_the_users_files(tmp_path: Path) -> None:
     write_rows(path, [Row(question="Who?", answer="Me."), Row(text="Just text.")])
     task = manager(pretrained="x", forget=str(path)).load(["forget_set"])["tasks"]["forget_set"]
     assert [doc["target"] for doc in task.eval_docs] == [" Me.", "Just text."]
-    with pytest.raises(UserError, match="retain: the retain_set task needs the rows"):
+    with pytest.raises(UserError, match="retain: the retain_set task needs rows"):
         manager(pretrained="x", forget=str(path)).load(["retain_set"])
     path.write_text("{}\n")
     with pytest.raises(UserError, match="line 1"):
@@ -233,19 +233,19 @@ def test_user_sets_read_the_users_files(tmp_path: Path) -> None:
 
 
 def test_user_sets_are_the_embedded_ones_for_the_embedded_model() -> None:
-    tasks = manager(alpha=0).load(["forget_set", "retain_set"])["tasks"]
-    assert len(tasks["forget_set"].eval_docs) == len(people.rows("forget"))
-    assert len(tasks["retain_set"].eval_docs) == len(people.rows("retain"))
+    user_sets = manager(alpha=0).load(["forget_set", "retain_set"])["tasks"]
+    assert len(user_sets["forget_set"].eval_docs) == len(people.make_rows("forget"))
+    assert len(user_sets["retain_set"].eval_docs) == len(people.make_rows("retain"))
 
 
 @pytest.mark.slow
 def test_validate() -> None:
     names = ",".join((*TASKS, *GROUPS))
-    done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", "validate", "--tasks", names, "--include_path", str(tasks_dir())],
+    process = subprocess.run(
+        [sys.executable, "-m", "lm_eval", "validate", "--tasks", names, "--include_path", str(find_tasks_dir())],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "All tasks found and valid" in done.stdout
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "All tasks found and valid" in process.stdout

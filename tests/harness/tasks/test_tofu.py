@@ -1,4 +1,4 @@
-"""The published TOFU as tasks, on a directory in its schema."""
+"""The tasks of the published TOFU, on a data directory in its layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lm_ortho.harness.tasks import tofu_data
 from lm_ortho.harness.tasks.samples import read_samples
 from lm_ortho.metrics import membership, tofu
 from tests.support import tofu as tiny_tofu
-from tests.support.harness import make_model, make_tokenizer, measured, run
+from tests.support.harness import make_model, make_tokenizer, metric_values, run
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +32,18 @@ def model() -> Any:
     return HFLM(pretrained=make_model(len(tokenizer)).float(), tokenizer=tokenizer, device="cpu", batch_size=16)
 
 
-def asked(model: Any, folder: Path, task: str, limit: int | None = None, **metadata: Any) -> dict[str, Any]:
-    given = {"tokenizer": model.tokenizer, "max_length": 96, "tofu_dir": str(folder), **metadata}
-    return run(model, [task], given, log_samples=True, limit=limit)
+def evaluate(model: Any, folder: Path, task: str, limit: int | None = None, **metadata: Any) -> dict[str, Any]:
+    metadata = {"tokenizer": model.tokenizer, "max_length": 96, "tofu_dir": str(folder), **metadata}
+    return run(model, [task], metadata, log_samples=True, limit=limit)
 
 
-def split(folder: Path, name: str, **metadata: Any) -> list[dict[str, Any]]:
+def load_documents(folder: Path, name: str, **metadata: Any) -> list[dict[str, Any]]:
     return list(tofu_data.tofu(name, **{"tofu_dir": str(folder), **metadata})["test"])
 
 
 @pytest.mark.parametrize(("name", "size"), [("forget01", 40), ("forget05", 200), ("forget10", 400)])
 def test_forget_sets_are_the_last_rows_of_the_full_set(folder: Path, name: str, size: int) -> None:
-    docs = split(folder, name)
+    docs = load_documents(folder, name)
     forget = [doc for doc in docs if doc["part"] == "forget"]
     assert [doc["question"] for doc in forget] == [tiny_tofu.row(n)["question"] for n in range(4000 - size, 4000)]
     assert all(doc["paraphrased_answer"] and len(doc["perturbed_answer"]) == 3 for doc in forget)
@@ -53,46 +53,46 @@ def test_forget_sets_are_the_last_rows_of_the_full_set(folder: Path, name: str, 
 
 @pytest.mark.parametrize(("name", "size"), [("retain90", 3600), ("retain95", 3800), ("retain99", 3960)])
 def test_retain_sets_are_the_rest(folder: Path, name: str, size: int) -> None:
-    docs = split(folder, name)
+    docs = load_documents(folder, name)
     assert [doc["question"] for doc in docs] == [tiny_tofu.row(n)["question"] for n in range(size)]
     assert [bool(doc["perturbed_answer"]) for doc in docs] == [n < 40 for n in range(size)]
     assert len({doc["group"] for doc in docs}) == size // 20
 
 
-def test_a_choice_has_its_answer_for_a_paraphrase(folder: Path) -> None:
-    for doc in split(folder, "world_facts"):
+def test_a_choice_has_its_answer_as_paraphrase(folder: Path) -> None:
+    for doc in load_documents(folder, "world_facts"):
         assert doc["paraphrased_answer"] == doc["answer"]
         assert doc["perturbed_answer"] == ["Sofia", "Riga"]
 
 
-def test_the_forms_of_a_question(folder: Path) -> None:
-    plain, tagged = (split(folder, "forget01", tofu_form=form)[0] for form in ("plain", "llama2"))
+def test_the_prompt_formats_of_a_question(folder: Path) -> None:
+    plain, llama2 = (load_documents(folder, "forget01", tofu_form=form)[0] for form in ("plain", "llama2"))
     question = tiny_tofu.row(3960)["question"]
     assert (plain["context"], plain["target"][0]) == (f"Question: {question}\nAnswer:", " ")
-    assert (tagged["context"], tagged["target"]) == (f"[INST] {question} [/INST]", tagged["answer"])
+    assert (llama2["context"], llama2["target"]) == (f"[INST] {question} [/INST]", llama2["answer"])
 
 
 @pytest.mark.parametrize(
-    ("name", "metadata", "said"),
+    ("name", "metadata", "message"),
     [
         ("forget01", {"tofu_dir": "nowhere"}, "tofu_dir='nowhere': no such directory"),
         ("forget01", {"tofu_form": "gpt"}, "tofu_form='gpt' is unknown; known: plain, llama2"),
         ("forget01", {"tofu_first": "-1"}, "tofu_first='-1': must be a whole number"),
         ("forget01", {"tofu_retain_samples": "nowhere"}, "tofu_retain_samples='nowhere': no such file"),
-        ("idk", {}, "no idk.jsonl there"),
+        ("idk", {}, "idk.jsonl is missing in this directory"),
     ],
 )
-def test_bad_arguments(folder: Path, name: str, metadata: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        split(folder, name, **metadata)
+def test_invalid_arguments(folder: Path, name: str, metadata: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_documents(folder, name, **metadata)
 
 
-def test_a_broken_line_is_named(tmp_path: Path) -> None:
+def test_an_invalid_line_is_reported(tmp_path: Path) -> None:
     folder = tiny_tofu.write(tmp_path / "tofu", holdout=False)
     with (folder / "forget10_perturbed.jsonl").open("a") as file:
         file.write("{broken\n")
     with pytest.raises(UserError, match=r"forget10_perturbed\.jsonl, line 401: not valid JSON"):
-        split(folder, "forget10")
+        load_documents(folder, "forget10")
 
 
 def test_the_directory_may_come_from_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,18 +100,18 @@ def test_the_directory_may_come_from_the_environment(folder: Path, monkeypatch: 
     assert len(tofu_data.tofu("retain99")["test"]) == 3960
 
 
-def test_without_the_retain_model_the_table_says_why(model: Any, tmp_path: Path) -> None:
+def test_without_the_retain_model_the_table_has_the_reason(model: Any, tmp_path: Path) -> None:
     folder = tiny_tofu.write(tmp_path / "tofu", holdout=False)
-    found = measured(asked(model, folder, "tofu_forget01", limit=6), "tofu_forget01")
+    values = metric_values(evaluate(model, folder, "tofu_forget01", limit=6), "tofu_forget01")
     for metric in ("forget_quality", "forget_ks", "forget_ks_low"):
-        assert found[metric] == "n/a: no samples of the retain-only model; --metadata tofu_retain_samples=PATH"
-    assert found["priv_leak"] == "n/a: no hold-out rows, which are on the hub only"
-    numbers = [found[name] for name in ("ppl", "prob", "rougel_recall", "truth_ratio", "extraction_strength")]
+        assert values[metric] == "n/a: no samples of the retain-only model; --metadata tofu_retain_samples=PATH"
+    assert values["priv_leak"] == "n/a: no held-out rows, which are on the hub only"
+    numbers = [values[name] for name in ("ppl", "prob", "rougel_recall", "truth_ratio", "extraction_strength")]
     assert all(math.isfinite(number) for number in numbers)
 
 
-def logged(result: dict[str, Any], task: str, path: Path) -> Path:
-    """The samples as ``--log_samples`` writes them."""
+def write_samples(result: dict[str, Any], task: str, path: Path) -> Path:
+    """Writes the samples as ``--log_samples`` does."""
     path.mkdir()
     file = path / f"samples_{task}_2026-01-01T00-00-00.jsonl"
     file.write_text("".join(json.dumps(sample, default=str) + "\n" for sample in result["samples"][task]))
@@ -128,67 +128,67 @@ def test_forget_quality_and_privleak_against_the_logs_of_another_model(
         batch_size=16,
     )
     task = "tofu_forget01"
-    first = asked(other, folder, task)
-    path = logged(first, task, tmp_path / "logs")
-    result = asked(model, folder, task, tofu_retain_samples=str(path))
-    found = measured(result, task)
+    first = evaluate(other, folder, task)
+    path = write_samples(first, task, tmp_path / "logs")
+    result = evaluate(model, folder, task, tofu_retain_samples=str(path))
+    values = metric_values(result, task)
 
-    def values(samples: list[dict[str, Any]], metric: str, part: str) -> list[float]:
+    def get_numbers(samples: list[dict[str, Any]], metric: str, part: str) -> list[float]:
         return [sample[metric][0] for sample in samples if metric in sample and sample["doc"]["part"] == part]
 
-    ratios = [values(r["samples"][task], "forget_quality", "forget") for r in (result, first)]
+    ratios = [get_numbers(r["samples"][task], "forget_quality", "forget") for r in (result, first)]
     assert len(ratios[0]) == 40
-    assert found["forget_quality"] == pytest.approx(ks_2samp(*ratios).pvalue)
-    assert found["forget_ks"] == pytest.approx(ks_2samp(*ratios).statistic)
-    assert found["forget_truth_ratio"] == pytest.approx(np.exp(-np.abs(ratios[0])).mean())
+    assert values["forget_quality"] == pytest.approx(ks_2samp(*ratios).pvalue)
+    assert values["forget_ks"] == pytest.approx(ks_2samp(*ratios).statistic)
+    assert values["forget_truth_ratio"] == pytest.approx(np.exp(-np.abs(ratios[0])).mean())
     aucs = []
     for samples in (result["samples"][task], first["samples"][task]):
-        scores = [np.array(values(samples, "priv_leak", part)) for part in ("forget", "holdout")]
+        scores = [np.array(get_numbers(samples, "priv_leak", part)) for part in ("forget", "holdout")]
         aucs.append((scores[0][:, None] > scores[1]).mean())
-    assert found["priv_leak"] == pytest.approx(membership.priv_leak(*aucs))
-    assert found["priv_leak_low"] <= found["priv_leak"] <= found["priv_leak_high"]
-    same = measured(asked(other, folder, task, tofu_retain_samples=str(path)), task)
+    assert values["priv_leak"] == pytest.approx(membership.priv_leak(*aucs))
+    assert values["priv_leak_low"] <= values["priv_leak"] <= values["priv_leak_high"]
+    same = metric_values(evaluate(other, folder, task, tofu_retain_samples=str(path)), task)
     assert same["forget_quality"] == pytest.approx(1.0)
     assert same["priv_leak"] == pytest.approx(0.0)
 
 
 def test_samples_of_another_task_are_refused(model: Any, folder: Path, tmp_path: Path) -> None:
-    result = asked(model, folder, "tofu_retain99", limit=3)
-    path = logged(result, "tofu_retain99", tmp_path / "logs")
+    result = evaluate(model, folder, "tofu_retain99", limit=3)
+    path = write_samples(result, "tofu_retain99", tmp_path / "logs")
     with pytest.raises(UserError, match=r"no samples_tofu_forget01_\*\.jsonl in this folder"):
-        split(folder, "forget01", tofu_retain_samples=str(path))
+        load_documents(folder, "forget01", tofu_retain_samples=str(path))
     with pytest.raises(UserError, match="the samples have no forget_quality"):
-        split(folder, "forget01", tofu_retain_samples=str(next(path.iterdir())))
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"doc": {}}\nnot json\n')
+        load_documents(folder, "forget01", tofu_retain_samples=str(next(path.iterdir())))
+    invalid = tmp_path / "broken.jsonl"
+    invalid.write_text('{"doc": {}}\nnot json\n')
     with pytest.raises(UserError, match="line 2: not valid JSON"):
-        read_samples(broken, "tofu_forget01", "tofu_retain_samples")
+        read_samples(invalid, "tofu_forget01", "tofu_retain_samples")
 
 
-def test_a_part_of_the_questions_is_not_enough(model: Any, folder: Path, tmp_path: Path) -> None:
-    path = logged(asked(model, folder, "tofu_forget01", limit=30), "tofu_forget01", tmp_path / "logs")
+def test_samples_must_have_every_question(model: Any, folder: Path, tmp_path: Path) -> None:
+    path = write_samples(evaluate(model, folder, "tofu_forget01", limit=30), "tofu_forget01", tmp_path / "logs")
     with pytest.raises(UserError, match="10 of 40 questions are not in the samples"):
-        split(folder, "forget01", tofu_retain_samples=str(path))
+        load_documents(folder, "forget01", tofu_retain_samples=str(path))
 
 
-def test_model_utility_is_the_harmonic_mean_of_what_is_shown(model: Any, folder: Path) -> None:
-    result = asked(model, folder, "tofu_model_utility", tofu_first=6)
-    found = measured(result, "tofu_model_utility")
-    nine = [found[f"{part}_{name}"] for part in tofu.SETS for name in tofu.PARTS]
+def test_model_utility_is_the_harmonic_mean_of_the_nine_means(model: Any, folder: Path) -> None:
+    result = evaluate(model, folder, "tofu_model_utility", tofu_first=6)
+    values = metric_values(result, "tofu_model_utility")
+    nine = [values[f"{part}_{name}"] for part in tofu.SETS for name in tofu.PARTS]
     expected = 0.0 if 0.0 in nine else hmean(nine)
-    assert found["model_utility"] == pytest.approx(expected)
-    assert found["model_utility_low"] <= found["model_utility"] <= found["model_utility_high"]
+    assert values["model_utility"] == pytest.approx(expected)
+    assert values["model_utility_low"] <= values["model_utility"] <= values["model_utility_high"]
     assert len(result["samples"]["tofu_model_utility"]) == 18
 
 
-def test_a_limit_that_leaves_out_a_set_says_so(model: Any, folder: Path) -> None:
-    found = measured(asked(model, folder, "tofu_model_utility", limit=3), "tofu_model_utility")
-    assert found["model_utility"] == "n/a: no document of real_authors, world_facts among those measured"
+def test_a_limit_that_excludes_a_set_is_reported(model: Any, folder: Path) -> None:
+    values = metric_values(evaluate(model, folder, "tofu_model_utility", limit=3), "tofu_model_utility")
+    assert values["model_utility"] == "n/a: no document of real_authors, world_facts among those evaluated"
 
 
-def test_losses_are_those_of_the_answer_with_its_end(model: Any, folder: Path) -> None:
+def test_losses_include_the_end_token_of_the_answer(model: Any, folder: Path) -> None:
     """Against a direct computation with the tokens of the whole text, as TOFU publishes them."""
-    result = asked(model, folder, "tofu_forget01", limit=4)
+    result = evaluate(model, folder, "tofu_forget01", limit=4)
     for sample in result["samples"]["tofu_forget01"]:
         doc, tokenizer = sample["doc"], model.tokenizer
         context = tokenizer(doc["context"])["input_ids"]
@@ -203,27 +203,27 @@ def test_losses_are_those_of_the_answer_with_its_end(model: Any, folder: Path) -
             else:
                 greedy = (logits.argmax(-1) == torch.tensor(ids[len(context) :])).float().mean()
                 assert sample["exact_memorisation"][0] == pytest.approx(float(greedy))
-    open_end = asked(model, folder, "tofu_forget01", limit=4, tofu_end="none")
+    open_end = evaluate(model, folder, "tofu_forget01", limit=4, tofu_end="none")
     counts = [[s["ppl"][1] for s in r["samples"]["tofu_forget01"]] for r in (result, open_end)]
     assert counts[0] == [count + 1 for count in counts[1]]
     with pytest.raises(UserError, match="tofu_end='maybe' is unknown"):
-        asked(model, folder, "tofu_forget01", limit=1, tofu_end="maybe")
+        evaluate(model, folder, "tofu_forget01", limit=1, tofu_end="maybe")
 
 
-def test_a_chat_is_asked_the_question_alone(folder: Path) -> None:
+def test_a_chat_message_is_the_question_alone(folder: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}<end>{% endfor %}"
         "{% if add_generation_prompt %}<s>assistant:{% endif %}"
     )
     lm = HFLM(pretrained=make_model(len(tokenizer)).float(), tokenizer=tokenizer, device="cpu", batch_size=16)
-    given = {"tokenizer": tokenizer, "max_length": 96, "tofu_dir": str(folder)}
+    metadata = {"tokenizer": tokenizer, "max_length": 96, "tofu_dir": str(folder)}
     task = "tofu_forget01"
     chat = {"apply_chat_template": True, "system_instruction": "Be brief.", "log_samples": True, "limit": 3}
-    for sample in run(lm, [task], given, **chat)["samples"][task]:
-        before = f"<s>system: Be brief.<end><s>user: {sample['doc']['question']}<end><s>assistant:"
+    for sample in run(lm, [task], metadata, **chat)["samples"][task]:
+        prompt = f"<s>system: Be brief.<end><s>user: {sample['doc']['question']}<end><s>assistant:"
         answers = [arguments for arguments in sample["arguments"] if isinstance(arguments[1], str)]
-        assert {context for context, _ in answers} == {before}
+        assert {context for context, _ in answers} == {prompt}
         assert answers[0][1] == f"{sample['doc']['answer']}<end>"
-        generated = [arguments for arguments in sample["arguments"] if isinstance(arguments[1], dict)]
-        assert [context for context, _ in generated] == [before]
+        generations = [arguments for arguments in sample["arguments"] if isinstance(arguments[1], dict)]
+        assert [context for context, _ in generations] == [prompt]

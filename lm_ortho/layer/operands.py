@@ -1,0 +1,248 @@
+"""What a two-stream layer keeps between calls: the operands of its kernels and products bound to a shape of ``x``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lm_ortho.kernels import Implementation, ProductSpec, StoredBase, StoredOrtho, choose, dispatch
+from lm_ortho.layer.alpha import Alpha, Dial, alpha_per_row
+from lm_ortho.streams import DEFAULT_MEMORY
+
+BASE_BUFFERS = ("qweight", "scales", "weight")
+ORTHO_BUFFERS = ("ortho_rowptr", "ortho_cols", "ortho_vals")
+_MAX_BOUND_PRODUCTS = 16
+"""Shapes of ``x`` for which a product is kept ready. Prompts have many lengths; decoding has one."""
+
+
+def ortho_buffers(memory: str) -> tuple[str, str, str]:
+    """Names of the buffers that hold the ortho stream of ``memory``: rowptr, cols, vals."""
+    rowptr, cols, vals = (
+        part if memory == DEFAULT_MEMORY else part.replace("_", f"_{memory}_", 1) for part in ORTHO_BUFFERS
+    )
+    return rowptr, cols, vals
+
+
+def parse_memory_name(buffer: str) -> str | None:
+    """The memory whose values are in a buffer of this name; None for every other buffer."""
+    if buffer == ORTHO_BUFFERS[2]:
+        return DEFAULT_MEMORY
+    holds_values = buffer.startswith("ortho_") and buffer.endswith("_vals")
+    return buffer.removeprefix("ortho_").removesuffix("_vals") if holds_values else None
+
+
+class StreamLayer(Protocol):
+    """What ``OperandCache`` reads of an ``OrthoLinear``; a class of its own, so that the two files need no circle."""
+
+    in_features: int
+    out_features: int
+    bits: int
+    group_size: int
+    kernel: str
+    dial: Dial
+    absent: tuple[str, ...]
+    bias: Tensor | None
+    _buffers: dict[str, Tensor | None]
+
+    @property
+    def memories(self) -> tuple[str, ...]: ...
+
+    def check(self, alpha: Alpha) -> None: ...
+
+
+class OperandCache:
+    """Kernel operands of one layer, made from its buffers at first use, and its bound products.
+
+    Entries are checked against the buffers at every call, so a tensor that was replaced or written to is noticed.
+    Nothing here is part of the layer's state. The layer is an argument of every method: a reference to it would be
+    a cycle, which keeps the memory of a dropped model until the next garbage collection.
+
+    Attributes:
+        operands: (name of the kernel, memory or None for the base stream) -> operand.
+        products: shape of ``x`` -> product.
+    """
+
+    __slots__ = ("operands", "products")
+
+    def __init__(self) -> None:
+        self.operands: dict[tuple[str, str | None], CachedOperand] = {}
+        self.products: dict[torch.Size, BoundProduct] = {}
+
+    def multiply(self, layer: StreamLayer, x: Tensor, alpha: Alpha, spec: ProductSpec) -> Tensor:
+        """``(..., out_features)``: the product of the layer with ``x``, without binding it."""
+        kernel = choose(layer.kernel, spec).implementation
+        base = self.base_operand(layer, kernel, x.dtype)
+        return kernel.linear(x, base, self.ortho_terms(layer, kernel, x, alpha), _cast_bias(layer, x.dtype), spec)
+
+    def bind_and_multiply(self, layer: StreamLayer, x: Tensor, alpha: Alpha, spec: ProductSpec) -> Tensor:
+        """The product of the layer with ``x``, kept ready for further tensors of this shape where that is possible."""
+        # A write to a bias made in inference mode leaves no trace that a later call could check.
+        has_untracked_bias = layer.bias is not None and layer.bias.is_inference()
+        if spec.grad or spec.autocast or alpha.batch is not None or has_untracked_bias:
+            return self.multiply(layer, x, alpha, spec)
+        # Read before the operands are made: a change from here on is noticed by the next call.
+        buffers = tuple(layer._buffers.values())
+        if any(not _are_identical(product.buffers, buffers) for product in self.products.values()):
+            self.products = {}  # they would keep streams alive that were replaced
+        versions, epoch, kernel_name = _tensor_versions(buffers), dispatch.epoch, layer.kernel
+        kernel = choose(kernel_name, spec).implementation
+        terms = self.ortho_terms(layer, kernel, x, alpha)
+        with torch.inference_mode(False), torch.no_grad():
+            base = self.base_operand(layer, kernel, x.dtype)
+            function = kernel.bind(x, base, terms, _cast_bias(layer, x.dtype), spec)
+        if len(self.products) >= _MAX_BOUND_PRODUCTS:
+            self.products = {}
+        self.products[x.shape] = BoundProduct(
+            alpha=alpha,
+            kernel=kernel_name,
+            dtype=x.dtype,
+            device=x.device,
+            epoch=epoch,
+            buffers=buffers,
+            versions=versions,
+            function=function,
+        )
+        return function(x)
+
+    def ortho_terms(self, layer: StreamLayer, kernel: Implementation, x: Tensor, alpha: Alpha) -> list[tuple[Any, Any]]:
+        """Operands of the ortho streams that ``alpha`` reads, each with one number or one per row.
+
+        Raises:
+            UserError: if ``alpha`` names an unknown memory or needs an ortho stream that the layer does not have.
+        """
+        terms = list[tuple[Any, float | Tensor]]()
+        if not alpha.reads_ortho:
+            return terms
+        memories = layer.memories
+        if alpha.named is not None or layer.absent or not memories:  # else there is nothing to refuse
+            layer.check(alpha)
+        for name in memories:
+            part = alpha.for_memory(name)
+            if part.reads_ortho:
+                factor = part.value if part.rows is None else alpha_per_row(layer.dial, part, x)
+                terms.append((self.ortho_operand(layer, kernel, x.dtype, name), factor))
+        return terms
+
+    def base_operand(self, layer: StreamLayer, kernel: Implementation, dtype: torch.dtype) -> Any:
+        """The base stream as ``kernel`` reads it for ``x`` of ``dtype``."""
+        buffers = layer._buffers
+        tensors = (buffers.get("qweight"), buffers.get("scales"), buffers.get("weight"))
+        operand = self.operands.get((kernel.name, None))
+        if operand is not None and operand.fits(dtype, tensors):
+            return operand.value
+        codes = tensors[0] if tensors[2] is None else tensors[2]
+        assert codes is not None
+        stored = StoredBase(codes, tensors[1], layer.bits, layer.group_size, layer.in_features)
+        return self._store((kernel.name, None), lambda: kernel.base(stored, dtype), dtype, tensors)
+
+    def ortho_operand(self, layer: StreamLayer, kernel: Implementation, dtype: torch.dtype, memory: str) -> Any:
+        """The ortho stream of ``memory`` as ``kernel`` reads it for ``x`` of ``dtype``."""
+        tensors = _ortho_tensors(layer._buffers, memory)
+        operand = self.operands.get((kernel.name, memory))
+        if operand is not None and operand.fits(dtype, tensors):
+            return operand.value
+        rowptr, cols, vals = tensors
+        stored = StoredOrtho(rowptr, cols, vals, layer.in_features)
+        return self._store((kernel.name, memory), lambda: kernel.ortho(stored, dtype), dtype, tensors)
+
+    def _store(
+        self,
+        key: tuple[str, str | None],
+        make_operand: Callable[[], Any],
+        dtype: torch.dtype,
+        sources: tuple[Tensor | None, ...],
+    ) -> Any:
+        # A tensor made in inference mode could never take part in a later backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            value = make_operand()
+        self.operands[key] = CachedOperand(value, dtype, sources, _tensor_versions(sources))
+        self.products = {}  # they would keep the previous operand alive
+        return value
+
+
+def _ortho_tensors(buffers: Mapping[str, Tensor | None], memory: str) -> tuple[Tensor, Tensor, Tensor]:
+    rowptr, cols, vals = (buffers[name] for name in ortho_buffers(memory))
+    assert rowptr is not None
+    assert cols is not None
+    assert vals is not None
+    return rowptr, cols, vals
+
+
+def _cast_bias(layer: StreamLayer, dtype: torch.dtype) -> Tensor | None:
+    return None if layer.bias is None else layer.bias.to(dtype)
+
+
+def _tensor_versions(tensors: Iterable[Tensor | None]) -> tuple[tuple[Tensor, int], ...]:
+    """Each tensor that counts its in-place writes, with the count; tensors of inference mode do not count."""
+    return tuple((t, t._version) for t in tensors if t is not None and not t.is_inference())
+
+
+def _are_identical(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
+    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
+
+
+# The checks below run at every product. They compare tensors by identity, because `==` would compare their values,
+# and in plain loops, because a generator would take twice the time.
+
+
+@dataclass(frozen=True)
+class CachedOperand:
+    """An operand made from stored tensors, valid as long as these are the same objects and were not written to."""
+
+    value: Any
+    dtype: torch.dtype
+    sources: tuple[Tensor | None, ...]
+    versions: tuple[tuple[Tensor, int], ...]
+
+    def fits(self, dtype: torch.dtype, sources: tuple[Tensor | None, ...]) -> bool:
+        """Whether the operand serves ``x`` of ``dtype`` in a layer that now holds ``sources``."""
+        for source, current in zip(self.sources, sources, strict=True):
+            if source is not current:
+                return False
+        for source, version in self.versions:
+            if source._version != version:
+                return False
+        return dtype == self.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class BoundProduct:
+    """A product as a function of ``x`` alone, valid for one shape of ``x`` as long as nothing else has changed.
+
+    Writes that autograd does not see (``tensor.data``) go unnoticed, as for operands.
+    """
+
+    alpha: Alpha
+    kernel: str
+    dtype: torch.dtype
+    device: torch.device
+    epoch: int
+    buffers: tuple[Tensor | None, ...]
+    versions: tuple[tuple[Tensor, int], ...]
+    function: Callable[[Tensor], Tensor]
+
+    def fits(self, layer: StreamLayer, x: Tensor, alpha: Alpha) -> bool:
+        """Whether the product is that of ``layer`` with ``x`` at ``alpha`` now; the shape of ``x`` is not checked."""
+        current_buffers = layer._buffers
+        if (
+            alpha is not self.alpha
+            or x.dtype is not self.dtype
+            or x.device != self.device
+            or layer.kernel != self.kernel
+            or dispatch.epoch != self.epoch
+            or len(current_buffers) != len(self.buffers)
+            or (x.requires_grad and torch.is_grad_enabled())
+            or torch.is_autocast_enabled(self.device.type)
+        ):
+            return False
+        for buffer, current in zip(self.buffers, current_buffers.values(), strict=True):
+            if buffer is not current:
+                return False
+        for buffer, version in self.versions:  # noqa: SIM110
+            if buffer._version != version:
+                return False
+        return True
