@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from inspect import signature
 from types import ModuleType
 
@@ -23,17 +22,12 @@ from lm_ortho.config import (
 from lm_ortho.errors import UserError
 from lm_ortho.leaderboard.config import Model, make_board
 from tests.support.paths import REPOSITORY
+from tests.support.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def reference() -> ModuleType:
-    path = REPOSITORY / "scripts" / "configuration_reference.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(REPOSITORY / "scripts" / "configuration_reference.py")
 
 
 def options_of(command: str) -> set[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 from dataclasses import replace
 
@@ -31,6 +30,7 @@ from lm_ortho.errors import UserError
 from lm_ortho.finetune import load_causal_lm, merge_adapter
 from lm_ortho.world import corpus, get_path, people
 from tests.support.paths import REPOSITORY
+from tests.support.scripts import load_script
 
 torch.set_num_threads(1)
 SCRIPT = REPOSITORY / "scripts" / "baselines_reference.py"
@@ -214,10 +214,7 @@ def test_the_best_of_the_grid_is_taken_and_failures_are_passed_over(own, monkeyp
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("method_reference", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_the_page_is_that_of_the_registry(script):

@@ -20,6 +20,7 @@ from lm_ortho.cli.app import app
 from lm_ortho.errors import UserError
 from lm_ortho.plugin import bridges, startup
 from tests.support.paths import REPOSITORY
+from tests.support.scripts import load_script
 
 COMMANDS = (
     "eval",
@@ -60,11 +61,7 @@ def test_help_loads_nothing_heavy_and_names_every_command() -> None:
 def test_the_reference_page_is_up_to_date() -> None:
     """`python scripts/cli_reference.py` writes it."""
     script = REPOSITORY / "scripts" / "cli_reference.py"
-    spec = importlib.util.spec_from_file_location("cli_reference", script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(script)
     assert module.PAGE.read_text(encoding="utf-8") == module.make_page()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import sys
 from types import ModuleType, SimpleNamespace
@@ -20,18 +19,13 @@ from lm_ortho.verdict.measurements import Measurement
 from lm_ortho.world.paragraphs import SIZES, draw_paragraphs
 from tests.support import tofu
 from tests.support.paths import REPOSITORY
+from tests.support.scripts import load_script
 
 EXPERIMENTS = REPOSITORY / "experiments"
 
 
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(EXPERIMENTS / f"{name}.py")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import logging
 import sys
@@ -25,20 +24,13 @@ from lm_ortho.pipeline.preparation import model_shape
 from lm_ortho.pipeline.workbench import Workbench
 from tests.support import tiny
 from tests.support.paths import REPOSITORY
+from tests.support.scripts import load_script
 
 torch.set_num_threads(1)
 MEASUREMENTS = sorted((REPOSITORY / "benchmarks/results").glob("*-scaling-*.json"))
 SMALL = resource_estimate.llama_shape(
     hidden=64, intermediate=96, blocks=2, vocabulary=128, heads=4, kv_heads=2, tied=False
 )
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_numbers_are_those_of_the_rooms():
@@ -100,7 +92,7 @@ def test_settings_that_save_memory_never_save_time(sample_rows, groups, half, re
 def test_the_formula_is_near_the_measurement(path):
     """The estimate is within a quarter of the measured peak above the memory at the start of the process."""
     record = json.loads(path.read_text())
-    benchmark = load(REPOSITORY / "benchmarks/scaling.py")
+    benchmark = load_script(REPOSITORY / "benchmarks/scaling.py")
     options = dict(zip(*[iter(record["command"].replace(" --recompute", "").split()[2:])] * 2, strict=True))
     numbers = benchmark.SHAPES[options["--shape"]]
     recipe = make_recipe(
@@ -141,13 +133,13 @@ def test_the_estimate_is_reported_before_anything_is_computed(memorised_models, 
 
 
 def test_the_table_of_the_page_is_that_of_the_script():
-    script = load(REPOSITORY / "scripts/scaling_table.py")
+    script = load_script(REPOSITORY / "scripts/scaling_table.py")
     page = (REPOSITORY / "docs/scaling.md").read_text()
     assert page.split(script.BEGIN)[1].split(script.END)[0].strip() == script.make_table()
 
 
 def test_a_random_model_of_the_benchmark(capsys, tmp_path, monkeypatch):
-    benchmark = load(REPOSITORY / "benchmarks/scaling.py")
+    benchmark = load_script(REPOSITORY / "benchmarks/scaling.py")
     monkeypatch.setattr(sys, "argv", f"x --shape tiny --forget 4 --retain 8 --steps 10 --out {tmp_path}".split())
     benchmark.main()
     (path,) = tmp_path.glob("*.json")

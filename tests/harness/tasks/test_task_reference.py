@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ from lm_ortho.harness.new_task import new_task
 from lm_ortho.plugin.bridges import find_tasks_dir
 from lm_ortho.world import people
 from tests.support.paths import REPOSITORY
+from tests.support.scripts import load_script
 
 SCRIPT = REPOSITORY / "scripts" / "task_reference.py"
 COMMAND = "python scripts/task_reference.py"
@@ -23,12 +23,7 @@ COMMAND = "python scripts/task_reference.py"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("task_reference", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture
