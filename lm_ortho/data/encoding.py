@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lm_ortho.data.rows import Row
+from lm_ortho.data.tokenizer import encode_with_offsets, find_added_tokens, find_end_tokens
 from lm_ortho.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -77,27 +78,31 @@ def encode(tokenizer: Any, rows: Sequence[Row], max_tokens: int = MAX_TOKENS) ->
     """Returns one example per row: context, answer and, if the tokenizer has one, the end token.
 
     A token counts as answer (secret) if any of its characters belongs to the answer (secret), so a token across the
-    border between context and answer is predicted, too. Longer documents are cut off after ``max_tokens``.
+    border between context and answer is predicted, too. Longer documents are cut off after ``max_tokens``. There is one
+    end token, also where the tokenizer adds one itself or the text ends with one.
 
     Raises:
-        UserError: for a slow tokenizer, which gives no character offsets, and for a row of a single token.
+        UserError: for a slow tokenizer, which gives no character offsets; for one that adds tokens which depend on the
+            text; for a row of a single token.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"tokenizer={type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
+    added = find_added_tokens(tokenizer)
+    end_tokens = find_end_tokens(tokenizer, added)
     # 1. Tokenise context and target as one text, with the characters that each token covers.
     texts = [row.context + row.target for row in rows]
-    encodings = tokenise_with_offsets(tokenizer, texts)
+    encodings = encode_with_offsets(tokenizer, texts, added)
     examples = []
-    for row, text, (all_ids, all_offsets) in zip(rows, texts, encodings, strict=True):
+    for number, (row, text, (all_ids, all_offsets)) in enumerate(zip(rows, texts, encodings, strict=True), 1):
         # 2. Truncate. Not in the tokenizer: a fast one would store the limit as a setting and save it with itself.
         ids, offsets = all_ids[:max_tokens], all_offsets[:max_tokens]
         # 3. Give each token a role by comparing its characters with the borders of answer and secret.
         roles = _token_roles(offsets, len(row.context), _secret_span(row, len(row.context), len(text)))
-        # 4. Append the end token unless it would be cut off.
-        if tokenizer.eos_token_id is not None and len(ids) < max_tokens:
-            ids, roles = [*ids, tokenizer.eos_token_id], [*roles, END]
+        # 4. Append the end token unless it is there already or would be cut off.
+        if end_tokens and tuple(ids[-len(end_tokens) :]) == end_tokens:
+            roles[-len(end_tokens) :] = [END] * len(end_tokens)
+        elif len(ids) + len(end_tokens) <= max_tokens:
+            ids, roles = [*ids, *end_tokens], [*roles, *[END] * len(end_tokens)]
         if len(ids) < 2:
-            raise UserError(f"a row is only one token long: {text!r:.80}")
+            raise UserError(f"row {number} is only one token long; leave it out")
         examples.append(Example(tuple(ids), tuple(roles), len(all_ids) > max_tokens))
     return examples
 
@@ -112,24 +117,6 @@ def _token_roles(offsets: Sequence[tuple[int, int]], answer_start: int, secret_s
         else:
             roles.append(SECRET if end > secret_start and start < secret_end else ANSWER)
     return roles
-
-
-def tokenise_with_offsets(tokenizer: Any, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """Returns the token ids of each text and the characters that each token covers, as lm-eval encodes texts.
-
-    A text that starts with the beginning-of-sequence token, as a rendered chat may, gets no second one.
-    """
-    has_bos = [bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token) for text in texts]
-    result: list[Any] = [None] * len(texts)
-    # ``add_special_tokens`` holds for a whole call, so texts with and without the token are encoded separately.
-    for group in (False, True):
-        indices = [i for i, text_has_bos in enumerate(has_bos) if text_has_bos == group]
-        if indices:
-            options = {"add_special_tokens": False} if group else {}
-            encoding = tokenizer([texts[i] for i in indices], return_offsets_mapping=True, verbose=False, **options)
-            for i, ids, offsets in zip(indices, encoding["input_ids"], encoding["offset_mapping"], strict=True):
-                result[i] = ids, offsets
-    return result
 
 
 def _secret_span(row: Row, answer_start: int, end: int) -> tuple[int, int]:

@@ -6,11 +6,12 @@ from typing import Any
 
 from lm_ortho.harness import distributed
 from lm_ortho.harness.batching import BatchingMixin
+from lm_ortho.harness.text_encoding import TextEncodingMixin
 from lm_ortho.runtime.device import MAX_BATCH_ROWS, choose_device
 
 
-class BaselineLM(distributed.DistributedMixin, BatchingMixin):
-    """``hf`` with the same device, FP32 softmax, batching and processes on CPUs as ``LibOrthoLM``.
+class BaselineLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin):
+    """``hf`` with the same device, FP32 softmax, text encoding, batching and processes as ``LibOrthoLM``.
 
     Its numbers can therefore be compared with those of ``LibOrthoLM``.
     """
@@ -36,5 +37,5 @@ class BaselineLM(distributed.DistributedMixin, BatchingMixin):
             softmax_dtype=options.pop("softmax_dtype", "float32"),
             **options,
         )
-        self.pretrained_argument = pretrained
+        self.pretrained_argument, self.tokenizer_argument = pretrained, options.get("tokenizer")
         self.spread(accelerator)

@@ -23,6 +23,7 @@ from lm_ortho.dial import format_alpha, parse_alpha
 from lm_ortho.errors import UserError
 from lm_ortho.harness import distributed, tokens
 from lm_ortho.harness.batching import BatchingMixin
+from lm_ortho.harness.text_encoding import TextEncodingMixin
 from lm_ortho.kernels import KERNELS, calls
 from lm_ortho.pipeline.build import BuiltModel, build_model
 from lm_ortho.pipeline.loading import load_tokenizer
@@ -36,7 +37,7 @@ _LOADING = ("attn_implementation", "device_map", "local_files_only", "token", "u
 """Further arguments that are passed on to ``from_pretrained``."""
 
 
-class LibOrthoLM(distributed.DistributedMixin, BatchingMixin):
+class LibOrthoLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin):
     """The lm-eval model class of a decomposed model.
 
     Model args are the fields of ``lm_ortho.config.ModelSpec`` and ``Recipe``, and all model args of ``hf``. With
@@ -61,7 +62,7 @@ class LibOrthoLM(distributed.DistributedMixin, BatchingMixin):
         self._alpha = self.spec.alpha
         self.refuse(options, self.spec.kernel)
         self.kernel, self.forget, self.retain = self.spec.kernel, self.spec.forget, self.spec.retain
-        self.pretrained_argument = pretrained
+        self.pretrained_argument, self.tokenizer_argument = pretrained, self.spec.tokenizer
         self._resolved = resolve(self.spec)
         check_alpha(self._resolved)
         # 2. Choose device and batch size, and connect the processes of torchrun.
@@ -144,7 +145,8 @@ class LibOrthoLM(distributed.DistributedMixin, BatchingMixin):
                 offload_folder=offload_folder,
                 gpus=gpus,
             )
-        placement |= {name: options[name] for name in _LOADING if name in options}
+        access = self.spec.access_options  # ``build_model`` passes these on itself
+        placement |= {name: options[name] for name in _LOADING if name in options and name not in access}
         device = "cpu" if parallelize or "device_map" in placement else str(self.device)
         # The first process decomposes the model; the other ones find the result in the cache.
         with self._processes.main_process_first() if self._processes else nullcontext():

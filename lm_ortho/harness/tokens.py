@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from lm_ortho.data.tokenizer import describe, find_added_tokens
 from lm_ortho.errors import UserError
-from lm_ortho.hub import first_line
+from lm_ortho.finetune import load_tokenizer
+from lm_ortho.finetune.loading import expand_path
 
 _models: list[weakref.ref[Any]] = []
 """Every ``LibOrthoLM`` of this process, the newest last. They are built before lm-eval loads the tasks."""
@@ -29,15 +31,29 @@ def newest_model() -> Any | None:
 
 
 class Tokens:
-    """Counts tokens as lm-eval scores them: a context, then a continuation that starts with its own white space."""
+    """Counts tokens as lm-eval scores them: a context, then a continuation that starts with its own white space.
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    ``prefix_token_id`` is the token that lm-eval puts before the first token of a text; None stands for the
+    beginning-of-sequence token of the tokenizer, or its end token.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int, prefix_token_id: int | None = None) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.prefix_token_id = default_prefix_token(tokenizer) if prefix_token_id is None else prefix_token_id
         self._encode = lru_cache(maxsize=4096)(self._encode_once)
 
     def _encode_once(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what decides how texts are split, as JSON: the tokenizer and the limits of the model."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return {
+            "tokenizer": backend.to_str() if backend else sorted(self.tokenizer.get_vocab().items()),
+            "special": [self.tokenizer.bos_token, self.tokenizer.eos_token, self.prefix_token_id],
+            "max_length": self.max_length,
+        }
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Returns the token ids of a text, without special tokens."""
@@ -49,9 +65,7 @@ class Tokens:
             return len(self._encode(context + continuation)) - len(self._encode(context))
         tokens = self._encode(continuation)
         # After an empty context, lm-eval takes a leading prefix token of the text as its prefix, and does not score it.
-        prefix = self.tokenizer.bos_token_id
-        prefix = self.tokenizer.eos_token_id if prefix is None else prefix
-        return len(tokens) - (tokens[:1] == (prefix,))
+        return len(tokens) - (tokens[:1] == (self.prefix_token_id,))
 
     def is_boundary(self, text: str, position: int) -> bool:
         """Returns whether the tokens of ``text[:position]`` are the first tokens of ``text``."""
@@ -112,43 +126,73 @@ class Tokens:
         return word if word > start else end
 
 
+def default_prefix_token(tokenizer: Any) -> int | None:
+    """Returns the beginning-of-sequence token of a tokenizer, else its end token, else None."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
 def resolve(metadata: Mapping[str, Any] | None) -> Tokens:
     """Returns the tokenizer and context length of the evaluated model.
 
-    lm-eval passes the model args to the tasks as metadata; their ``tokenizer`` and ``pretrained`` decide. Without
-    them, the ``LibOrthoLM`` that this process built last is taken for the evaluated model, if it is still alive.
+    lm-eval passes the model args to the tasks as metadata. If a ``LibOrthoLM`` or ``BaselineLM`` of this process was
+    built with the same ``pretrained`` and ``tokenizer``, or if there are no model args, the newest one is taken for the
+    evaluated model. Otherwise the tokenizer is loaded by the name in the metadata.
 
     Raises:
-        UserError: when neither is available, or the tokenizer cannot be loaded.
+        UserError: when there is no tokenizer, when it cannot be loaded, and when another model type would score the
+            wrong tokens with it.
     """
     metadata = metadata or {}
-    lm, name = newest_model(), metadata.get("tokenizer") or metadata.get("pretrained")
-    is_newest = not metadata.get("tokenizer") and lm is not None and name == lm.pretrained_argument
-    if lm is not None and (name is None or is_newest):
-        return Tokens(lm.tokenizer, lm.max_length)
-    if name is None:
+    lm, pretrained, tokenizer = newest_model(), metadata.get("pretrained"), metadata.get("tokenizer")
+    if lm is not None and (pretrained, tokenizer) in ((None, None), _model_arguments(lm)):
+        return Tokens(lm.tokenizer, lm.max_length, lm.prefix_token_id)
+    if pretrained is None and tokenizer is None:
         raise UserError(
             "metadata: no tokenizer found. Token counts need one, and neither a model object nor your own task manager "
             "has one; pass metadata={'tokenizer': name} to whichever of the two you build"
         )
-    return _load_tokens(name, metadata)
+    tokens = _load_tokens(tokenizer or pretrained, metadata)
+    _check_text_end(tokens.tokenizer, metadata)
+    return tokens
+
+
+def _model_arguments(lm: Any) -> tuple[Any, Any]:
+    """Returns ``pretrained`` and ``tokenizer`` as they were passed to a registered model."""
+    return lm.pretrained_argument, getattr(lm, "tokenizer_argument", None)
+
+
+def _check_text_end(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
+    """Raises ``UserError`` where lm-eval's ``hf`` or ``vllm`` would score the wrong tokens of an answer.
+
+    Both encode a context and the whole text one by one, each with what the tokenizer adds at its end, and take as the
+    answer what is left after as many tokens as the context has. Models behind a server add nothing.
+    """
+    is_server = bool(metadata.get("base_url") or metadata.get("model"))
+    if is_server or not metadata.get("pretrained") or metadata.get("add_bos_token") is False:
+        return
+    suffix = find_added_tokens(tokenizer).suffix
+    if suffix:
+        text = "".join(str(token) for token in tokenizer.convert_ids_to_tokens(list(suffix)))
+        raise UserError(
+            f"tokenizer={describe(tokenizer)} adds {text!r} after every text, also after a question that its answer "
+            "follows, and this model type would score the wrong tokens; use --model libortho, or save the tokenizer "
+            "without it (add_eos_token=False) and pass that directory as tokenizer="
+        )
 
 
 def _load_tokens(name: Any, metadata: Mapping[str, Any]) -> Tokens:
     from lm_eval.models.utils import resolve_max_length
-    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+    from transformers import AutoConfig, PreTrainedTokenizerBase
 
     location = {key: metadata[key] for key in ("revision", "subfolder", "trust_remote_code") if metadata.get(key)}
     source = name if isinstance(name, str | PreTrainedTokenizerBase) else name.name_or_path
-    try:
-        tokenizer = source if not isinstance(source, str) else AutoTokenizer.from_pretrained(source, **location)
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer of {source!r} could not be loaded: {first_line(error)}") from None
+    tokenizer = load_tokenizer(source, **location) if isinstance(source, str) else source
+    prefix = metadata.get("prefix_token_id")
     if metadata.get("max_length"):
-        return Tokens(tokenizer, int(metadata["max_length"]))
+        return Tokens(tokenizer, int(metadata["max_length"]), prefix)
     model = metadata.get("pretrained") or source
     try:
-        config = AutoConfig.from_pretrained(model, **location) if isinstance(model, str) else model.config
+        config = AutoConfig.from_pretrained(expand_path(model), **location) if isinstance(model, str) else model.config
     except (AttributeError, OSError, ValueError):
         config = None
-    return Tokens(tokenizer, resolve_max_length(config, tokenizer))
+    return Tokens(tokenizer, resolve_max_length(config, tokenizer), prefix)

@@ -22,6 +22,7 @@ from lm_ortho.data.encoding import (
     pad_batch,
 )
 from lm_ortho.data.rows import Row, replace_mentions
+from lm_ortho.data.tokenizer import find_added_tokens, find_end_tokens
 from lm_ortho.objective.subjects import Lookalikes
 from lm_ortho.objective.swap import swap_subject
 from lm_ortho.runtime.progress import ProgressCallback
@@ -167,7 +168,8 @@ class _SubjectProbe:
         rows = [swap_subject(row, name) for name in names for row in self._draw.sample(self._questions, count)]
         examples = encode(self._tokenizer, rows, self._max_tokens)
         prompts = [Example(example.ids[: example.start], example.roles[: example.start]) for example in examples]
-        device, end = next(self._model.parameters()).device, self._tokenizer.eos_token_id
+        device = next(self._model.parameters()).device
+        end = next(iter(find_end_tokens(self._tokenizer, find_added_tokens(self._tokenizer))), None)
         answered_rows = list[ChatRow]()
         for batch in batch_by_length(prompts, allow_padding=False):
             ids, _ = pad_batch([prompts[i] for i in batch], device)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lm_ortho.data.chat import ChatRow
-from lm_ortho.data.encoding import Example, encode, max_row_tokens, tokenise_with_offsets
+from lm_ortho.data.encoding import Example, encode, max_row_tokens
 from lm_ortho.data.rows import Row, mention_pattern, replace_mentions
+from lm_ortho.data.tokenizer import encode_with_offsets, find_added_tokens
 from lm_ortho.objective.distribution import MEMORISED_MARGIN, hold_down, predict_distributions
 from lm_ortho.objective.subjects import Lookalikes, make_novel_subjects
 from lm_ortho.objective.token_resampling import resample_target
@@ -41,7 +42,7 @@ def _positions_by_span(tokenizer: Any, row: Row) -> dict[tuple[int, int, int], i
 
     A character of several bytes can be several tokens, each of which the tokenizer reports with the whole character.
     """
-    (_, spans), *_ = tokenise_with_offsets(tokenizer, [row.context + row.target])
+    ((_, spans),) = encode_with_offsets(tokenizer, [row.context + row.target], find_added_tokens(tokenizer))
     counts, positions = Counter[Span](), dict[tuple[int, int, int], int]()
     for i, (low, high) in enumerate(spans):
         if low < high:

@@ -10,8 +10,9 @@ import torch
 import lm_ortho.objective.surrogate as surrogate_module
 from lm_ortho.config import make_recipe
 from lm_ortho.data.chat import has_chat_template, render_forms, render_turn
-from lm_ortho.data.encoding import CONTEXT, SECRET, encode, tokenise_with_offsets
+from lm_ortho.data.encoding import CONTEXT, SECRET, encode
 from lm_ortho.data.rows import Row
+from lm_ortho.data.tokenizer import encode_with_offsets, find_added_tokens
 from lm_ortho.errors import UserError
 from lm_ortho.layer import get_dense_weights
 from lm_ortho.objective.swap import swap_target
@@ -85,9 +86,10 @@ def test_a_rendered_row_has_one_beginning_token_and_the_right_secret(chat_tokeni
 
 def test_texts_are_encoded_as_if_each_were_alone(chat_tokenizer):
     texts = ["<s>Ada Brook", "Ada Brook", "<s>Ben", "Ben"]
-    encodings = tokenise_with_offsets(chat_tokenizer, texts)
+    added = find_added_tokens(chat_tokenizer)
+    encodings = encode_with_offsets(chat_tokenizer, texts, added)
     for text, (ids, offsets) in zip(texts, encodings, strict=True):
-        ((single_ids, _),) = tokenise_with_offsets(chat_tokenizer, [text])
+        ((single_ids, _),) = encode_with_offsets(chat_tokenizer, [text], added)
         assert ids == single_ids
         assert len(offsets) == len(ids)
     assert encodings[0][0] == encodings[1][0]

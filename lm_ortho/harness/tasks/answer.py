@@ -29,6 +29,7 @@ class AnswerTask(SecretTask):
         fields: dict[str, Any]
         if doc["context"] and "tokens" in required:
             pair = self._split_answer(doc, ctx, is_chat=bool(options.get("apply_chat_template")))
+            self._check_length(doc, self._tokens.count(*pair))
             fields = {"kind": "tokens", "request_type": TOKEN_SCORES, "arguments": pair}
             requests.append(self.make_request(doc, len(requests), metadata=metadata, **fields))
         if doc["context"] and "generated" in required:

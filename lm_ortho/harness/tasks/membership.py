@@ -125,12 +125,7 @@ class MembershipTask(MeasurementTask):
         """Requests the likelihood of the answer, a score for each of its tokens, and the norm of the gradient."""
         is_chat = bool(options.get("apply_chat_template"))
         pair = self._split_answer(doc, ctx, is_chat=is_chat) if doc["context"] else ("", doc["target"])
-        count = self._tokens.count(*pair)
-        if count > self._tokens.max_length:
-            raise UserError(
-                f"{self.task_name}: document {doc['id']} has {count} tokens, "
-                f"the model accepts {self._tokens.max_length}"
-            )
+        count = self._check_length(doc, self._tokens.count(*pair))
         kinds = [kind for kind, attacks in _REQUESTS.items() if attacks & self._attacks]
         fields = {"metadata": options["metadata"], "arguments": pair, "tokens": count}
         return [

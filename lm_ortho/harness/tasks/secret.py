@@ -5,11 +5,10 @@ A YAML file uses them as ``class: !function lm_ortho.harness.tasks.secret.Secret
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,10 +17,12 @@ from lm_eval.api.task import ConfigurableTask
 
 from lm_ortho.errors import UserError
 from lm_ortho.harness import tokens
+from lm_ortho.harness.chat_template import describe_chat_template, hash_json
 from lm_ortho.harness.tasks import datasets
 from lm_ortho.harness.tokens import Tokens
 from lm_ortho.metrics import answer_probability, log_truth_ratio
 from lm_ortho.metrics.memorisation import extraction_probability
+from lm_ortho.pipeline.code_hash import evaluation_hash, versions
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
@@ -42,19 +43,37 @@ class DataTask(ConfigurableTask):
         # Without a function here, lm-eval looks up every metric by its name, in the last resort on the network.
         settings["process_results"] = settings.get("process_results") or "process_results"
         super().__init__(data_dir=data_dir, cache_dir=cache_dir, download_mode=download_mode, config=settings)
+        # ``--predict_only`` replaces the list of metrics, and must send the same requests as without it.
+        self._metric_names = [entry["metric"] for entry in self.config.metric_list or ()]
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
         """Calls ``custom_dataset`` with the metadata (the model args), overridden by ``dataset_kwargs``."""
         self.dataset = self.config.custom_dataset(**{**(self.config.metadata or {}), **(dataset_kwargs or {})})
 
     def build_all_requests(self, *, cache_requests: bool = False, tokenizer_name: str = "", **options: Any) -> None:
-        """Builds the requests; the key of ``--cache_requests`` includes the documents."""
+        """Builds the requests; the key of ``--cache_requests`` includes whatever shapes a prompt."""
         if cache_requests:
-            tokenizer_name += f"-data{self._request_fingerprint()}"
+            tokenizer_name += f"-data{hash_json(self._request_ingredients(options.get('chat_template')))[:32]}"
         super().build_all_requests(cache_requests=cache_requests, tokenizer_name=tokenizer_name, **options)
 
-    def _request_fingerprint(self) -> str:
-        return datasets.fingerprint(self.eval_docs)[:16]
+    def _request_ingredients(self, chat_template: Callable[..., str] | None) -> dict[str, Any]:
+        """Returns whatever shapes the requests, as JSON; lm-eval adds the number of shots and the system instruction.
+
+        Metadata is left out: it has the model args, of which alpha and many others shape no prompt. What a task reads
+        from it shapes the documents, or the task adds it.
+        """
+        config = self.config.to_dict(keep_callable=False)
+        config.pop("metadata", None)
+        shots = self.fewshot_docs() if self.config.num_fewshot else None
+        draw = getattr(self, "fewshot_rnd", None)
+        return {
+            "code": [type(self).__qualname__, str(self.VERSION), evaluation_hash(), versions()],
+            "config": {name: re.sub(r" at 0x\w+", "", str(value)) for name, value in config.items()},
+            "documents": datasets.fingerprint(self.eval_docs),
+            "shots": None if shots is None else datasets.fingerprint(shots),
+            "draw": draw.getstate() if shots is not None and draw is not None else None,
+            "chat": None if chat_template is None else describe_chat_template(chat_template),
+        }
 
     def _check_finite(self, doc: Doc, likelihoods: Sequence[float]) -> None:
         bad = [likelihood for likelihood in likelihoods if not math.isfinite(likelihood)]
@@ -66,14 +85,12 @@ class DataTask(ConfigurableTask):
 
     def _select_metrics(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the values and bounds that the YAML file lists; a p-value, for example, has no bounds."""
-        names = {entry["metric"] for entry in self.config.metric_list}
-        return {name: value for name, value in add_bounds(values).items() if name in names}
+        return {name: value for name, value in add_bounds(values).items() if name in self._metric_names}
 
     @property
     def metrics(self) -> list[str]:
-        """The names of the metrics of the YAML file, without the bounds."""
-        names = [entry["metric"] for entry in self.config.metric_list]
-        return [name for name in names if not name.endswith(("_low", "_high"))]
+        """The names of the metrics of the YAML file, without the bounds, also where lm-eval computes none of them."""
+        return [name for name in self._metric_names if not name.endswith(("_low", "_high"))]
 
 
 def add_bounds(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,12 +150,17 @@ class MeasurementTask(DataTask):
         for request in sorted(self._instances, key=lambda request: request.idx):
             self._requests.setdefault(request.doc["id"], []).append(request)
 
-    def _request_fingerprint(self) -> str:
-        digest = hashlib.sha256(super()._request_fingerprint().encode())
-        backend = getattr(self._tokens.tokenizer, "backend_tokenizer", None)
-        description = backend.to_str() if backend else sorted(self._tokens.tokenizer.get_vocab().items())
-        digest.update(f"{description} {self._tokens.max_length} {self.VERSION} {self.metrics}".encode())
-        return digest.hexdigest()[:16]
+    def _request_ingredients(self, chat_template: Callable[..., str] | None) -> dict[str, Any]:
+        return super()._request_ingredients(chat_template) | {"tokens": self._tokens.describe()}
+
+    def _check_length(self, doc: Doc, count: int) -> int:
+        """Returns ``count``, the tokens to score. Raises ``UserError`` if the model cannot read them at once."""
+        if count > self._tokens.max_length:
+            raise UserError(
+                f"{self.task_name}: document {doc['id']} has {count} tokens to score after its context, and the model "
+                f"reads at most {self._tokens.max_length}; shorten the row or split it into several"
+            )
+        return count
 
     def _split_answer(self, doc: Doc, ctx: str, *, is_chat: bool) -> tuple[str, str]:
         """Returns (context, answer) split at a token boundary, without the text that follows the answer."""
@@ -239,7 +261,7 @@ class SecretTask(MeasurementTask):
                 kind=segment.kind,
                 request_type="loglikelihood",
                 arguments=(segment.context, segment.continuation),
-                tokens=self._tokens.count(segment.context, segment.continuation),
+                tokens=self._check_length(doc, self._tokens.count(segment.context, segment.continuation)),
                 in_answer=segment.in_answer,
             )
             for number, segment in enumerate(segments)

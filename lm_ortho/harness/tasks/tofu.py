@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm_ortho.errors import UserError
@@ -56,8 +56,8 @@ class TofuTask(AnswerTask):
             request.idx = number
         return token_requests
 
-    def _request_fingerprint(self) -> str:
-        return f"{super()._request_fingerprint()}{'' if self._scores_end else '-open'}"
+    def _request_ingredients(self, chat_template: Callable[..., str] | None) -> dict[str, Any]:
+        return super()._request_ingredients(chat_template) | {"scores_end": self._scores_end}
 
     @classmethod
     def required_measurement(cls, metric: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -62,8 +62,8 @@ class VerbatimTask(MeasurementTask):
             raise UserError(f"prefix_tokens={value!r}: must be a whole number above 0")
         return int(value)
 
-    def _request_fingerprint(self) -> str:
-        return f"{super()._request_fingerprint()}-{self._get_prefix_tokens()}"
+    def _request_ingredients(self, chat_template: Callable[..., str] | None) -> dict[str, Any]:
+        return super()._request_ingredients(chat_template) | {"prefix_tokens": self._get_prefix_tokens()}
 
     def process_results(self, doc: Doc, results: Sequence[Any]) -> dict[str, Any]:
         """Returns whether the model reproduced the text, and how much of it."""
