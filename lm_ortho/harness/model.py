@@ -37,6 +37,12 @@ _LOADING = ("attn_implementation", "device_map", "local_files_only", "token", "u
 """Further arguments that are passed on to ``from_pretrained``."""
 
 
+def check_model_args(model_args: Mapping[str, Any] | None) -> None:
+    """Raises ``UserError`` for model args that are not known or impossible, without reading or loading anything."""
+    spec, options = split_model_args(dict(model_args or {}))
+    LibOrthoLM.refuse(options, spec.kernel)
+
+
 class LibOrthoLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin):
     """The lm-eval model class of a decomposed model.
 

@@ -74,7 +74,7 @@ class TextEncodingMixin(HFLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The name under which ``--cache_requests`` stores prompts: it has a hash of the chat template and its options."""
+        """The name under which ``--cache_requests`` stores prompts: with a hash of the template and its options."""
         return f"{super().tokenizer_name}-{hash_json(describe_chat_template(self.apply_chat_template))[:16]}"
 
     @property

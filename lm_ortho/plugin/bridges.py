@@ -76,6 +76,23 @@ def is_bridged(manager: Any) -> bool:
     return getattr(manager.__init__, _MARK, False)
 
 
+def bridge_config(module: ModuleType) -> None:
+    """Checks the model args of ``libortho`` before ``lm_eval`` indexes its tasks, which takes ten seconds."""
+    config = module.EvaluatorConfig
+    process = config.process_tasks
+    if getattr(process, _MARK, False):
+        return
+
+    @functools.wraps(process)
+    def check_and_process(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.model == MODEL_NAME:
+            import_module(MODEL_TARGET.partition(":")[0]).check_model_args(self.model_args)
+        return process(self, *args, **kwargs)
+
+    setattr(check_and_process, _MARK, True)
+    config.process_tasks = check_and_process
+
+
 def bridge_quantizers(module: ModuleType) -> None:
     """Registers our checkpoint format with transformers, for ``from_pretrained``."""
     from lm_ortho.checkpoint import hf
@@ -88,6 +105,7 @@ def bridge_quantizers(module: ModuleType) -> None:
 BRIDGES: dict[str, Callable[[ModuleType], None]] = {
     "lm_eval.models": bridge_models,
     "lm_eval.tasks.manager": bridge_tasks,
+    "lm_eval.config.evaluate_config": bridge_config,
     "transformers.quantizers.auto": bridge_quantizers,
 }
 """The bridge of each module that the start-up hook waits for (``startup.WATCHED_MODULES``)."""

@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 import lm_ortho
+from lm_ortho.errors import UserError
 from lm_ortho.plugin import bridges, startup
 from tests.support.paths import REPOSITORY
 
@@ -281,6 +282,19 @@ def _run(code: str, **environment: str) -> str:
         timeout=120,
     )
     return process.stdout.strip()
+
+
+def test_model_args_are_checked_before_tasks_are_indexed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("lm_eval.config.evaluate_config")
+    bridges.bridge_config(module)
+    bridges.bridge_config(module)  # twice does no harm
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", None)  # an index would fail
+    config = module.EvaluatorConfig(model="libortho", model_args={"alhpa": 0}, tasks=["tofu_forget"])
+    with pytest.raises(UserError, match="alhpa=0: libortho has no such model arg; did you mean alpha"):
+        config.process_tasks({})
+    for model, model_args in (("libortho", {"alpha": 0}), ("hf", {"alhpa": 0})):
+        with pytest.raises(TypeError):  # both go on to the index
+            module.EvaluatorConfig(model=model, model_args=model_args, tasks=["tofu_forget"]).process_tasks({})
 
 
 def test_every_watched_module_has_a_bridge() -> None:

@@ -61,7 +61,7 @@ def test_a_true_text_is_cut_to_the_longest_possible_completion() -> None:
     tokenizer, task = make_tokenizer(), object.__new__(muse.CompletionTask)
     task._tokens = Tokens(tokenizer, 96)
     task._metric_fn_list = {}
-    task._config = type("Config", (), {"metric_list": [{"metric": "rougel_f1"}]})()
+    task._metric_names = ["rougel_f1"]
     doc = {"target": " Ada Brook was born in Marsh Town", "most": 2, "stops": [], "group": "g"}
     assert task.process_results(doc, ["Ada Brook"])["rougel_f1"] == (1.0, "g")
 
