@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -126,6 +127,19 @@ def is_locked(folder: Path) -> bool | None:
         return None
     finally:
         os.close(descriptor)
+
+
+STALE_SECONDS = 24 * 3600.0
+"""Age after which a temporary file was certainly left by a killed process."""
+
+
+def delete_stale_files(target: Path) -> None:
+    """Deletes temporary versions of ``target`` (``temporary_name``) that killed processes left a day ago or more."""
+    prefix = f".{target.absolute().name}.tmp-"
+    with suppress(OSError):
+        for path in target.absolute().parent.iterdir():
+            if path.name.startswith(prefix) and path.is_file() and time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
 
 
 def temporary_name(target: Path) -> str:

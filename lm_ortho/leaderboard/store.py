@@ -12,7 +12,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from lm_ortho.errors import UserError
+from lm_ortho.files import create_private_file
 
 NAME = "store.sqlite"
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
@@ -114,6 +115,9 @@ class Store:
             raise UserError(f"{str(directory)!r} holds no {NAME}: no sweep or board was run with this --out")
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            # Results and commands are for the owner; sqlite gives the files beside it the access rights of this one.
+            with suppress(FileExistsError):
+                create_private_file(self.path)
             with self._transaction() as db:
                 for statement in filter(str.strip, _SCHEMA.split(";")):
                     db.execute(statement)
