@@ -185,7 +185,7 @@ class Store:
 
     def fail(self, key: str, error: str, seconds: float = 0.0) -> None:
         """Records that the piece failed."""
-        self._set_result(key, FAILED, None, error, seconds)
+        self._set_result(key, FAILED, None, _encodable(error), seconds)
 
     def _set_result(self, key: str, status: str, result: str | None, error: str | None, seconds: float) -> None:
         with self._transaction() as db:
@@ -224,7 +224,7 @@ class Store:
     def start_run(self, command: str, log: str) -> int:
         """Records that a run starts now; returns its number."""
         with self._transaction() as db:
-            entry = (command, time.time(), current_owner(), log)
+            entry = (_encodable(command), time.time(), current_owner(), _encodable(log))
             cursor = db.execute("INSERT INTO runs (command, started, owner, log) VALUES (?, ?, ?, ?)", entry)
         return int(cursor.lastrowid or 0)
 
@@ -238,6 +238,11 @@ class Store:
         with _connect(self.path) as db:
             runs = [dict(row) for row in db.execute("SELECT * FROM runs ORDER BY id")]
         return [run | {"alive": run["ended"] is None and is_alive(run["owner"])} for run in runs]
+
+
+def _encodable(text: str) -> str:
+    """``text`` with halves of surrogate pairs as escapes: an error may quote them, and sqlite stores UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _status(row: Mapping[str, Any]) -> str:

@@ -11,13 +11,16 @@ import time
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from lm_ortho.checkpoint import cache, is_checkpoint, load, read_meta, save
 from lm_ortho.checkpoint.read import verify_checkpoint
-from lm_ortho.errors import UserError
+from lm_ortho.cli.app import app
+from lm_ortho.errors import UserError, printable
 from lm_ortho.files import is_locked, lock_folder, make_private_directory
 from lm_ortho.layer import alpha_scope
 from tests.support import tiny
+from tests.support.hostile import HOSTILE_NAMES
 
 torch.set_num_threads(1)
 
@@ -85,13 +88,12 @@ def test_store_and_lookup(root, model):
 def test_only_the_owner_may_read_at_any_moment(root, model, monkeypatch, umask):
     """While the tensors are written the folder is private already, whatever the umask is."""
     modes = []
-    save = cache.save
 
     def save_and_look(directory, *arguments):
         modes.append(stat.S_IMODE(directory.parent.stat().st_mode))
         return save(directory, *arguments)
 
-    monkeypatch.setattr(cache, "save", save_and_look)
+    monkeypatch.setattr("lm_ortho.checkpoint.cache.save", save_and_look)
     before = os.umask(umask)
     try:
         path = cache.store(cache.compute_key({"n": 1}), model)
@@ -343,6 +345,19 @@ def test_a_damaged_entry_is_listed_but_no_hit(model):
     (path / "manifest.json").unlink()
     assert cache.lookup(key) is None
     assert cache.store(key, model, description="complete again") == cache.lookup(key)
+
+
+def test_the_list_prints_descriptions_as_text(model):
+    """They come from the manifest of an entry."""
+    for number, name in enumerate(HOSTILE_NAMES[:4]):
+        cache.store(cache.compute_key({"n": number}), model, description=name)
+    result = CliRunner().invoke(app, ["cache", "list"], env={"COLUMNS": "300"}, catch_exceptions=False)
+    assert result.exit_code == 0
+    for name in HOSTILE_NAMES[:4]:
+        assert printable(name) in result.stdout
+    assert "\x1b" not in result.stdout
+    assert "\x1b" not in CliRunner().invoke(app, ["cache", "list", "--json"]).stdout
+    assert CliRunner().invoke(app, ["cache", "clear"]).exit_code == 0
 
 
 def test_no_cache_yet():

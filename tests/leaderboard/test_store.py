@@ -56,6 +56,13 @@ def test_only_the_owner_may_read_it(tmp_path: Path, umask: int) -> None:
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask  # the pages in it are for everybody
 
 
+def test_an_error_with_half_a_surrogate_pair_is_stored(store: Store) -> None:
+    store.fail("key0", "no \ud800")
+    store.start_run("lm-ortho sweep \udcff", "logs/run-1.log")
+    assert store.records()[0].error == r"no \ud800"
+    assert store.runs()[0]["command"] == r"lm-ortho sweep \udcff"
+
+
 def test_the_order_is_that_of_the_plan_and_a_new_plan_keeps_results(store: Store) -> None:
     store.finish("key3", {}, 1)
     store.plan([PIECES[3], PIECES[1]], facts={})
