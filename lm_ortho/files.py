@@ -1,12 +1,14 @@
-"""Output directories: refused if they hold files, and written completely or not at all."""
+"""Output directories, written completely or not at all, and files that only their owner can read."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -70,6 +72,74 @@ def make_private_directory(folder: Path) -> None:
     for path in (*reversed(folder.absolute().parents), folder):
         if not path.is_dir():
             path.mkdir(mode=0o700, exist_ok=True)
+
+
+def private_opener(path: str, flags: int) -> int:
+    """The ``opener`` of ``open`` for a file that only its owner can read, from its first byte on.
+
+    A file that exists keeps its access rights.
+    """
+    return os.open(path, flags, 0o600)
+
+
+def create_private_file(path: Path) -> None:
+    """Creates an empty file that only its owner can read, for libraries that open files themselves.
+
+    Raises ``OSError``, also if the file exists.
+    """
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Holds a lock on ``folder``, by which ``is_locked`` tells whether its writer is alive; it ends with the process.
+
+    Does nothing where the file system has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if sys.platform != "win32":
+            import fcntl
+
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Whether a live process holds ``lock_folder``; None where the file system, such as some NFS, has no locks."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+
+
+STALE_SECONDS = 24 * 3600.0
+"""Age after which a temporary file was certainly left by a killed process."""
+
+
+def delete_stale_files(target: Path) -> None:
+    """Deletes temporary versions of ``target`` (``temporary_name``) that killed processes left a day ago or more."""
+    prefix = f".{target.absolute().name}.tmp-"
+    with suppress(OSError):
+        for path in target.absolute().parent.iterdir():
+            if path.name.startswith(prefix) and path.is_file() and time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
 
 
 def temporary_name(target: Path) -> str:

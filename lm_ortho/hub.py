@@ -1,8 +1,18 @@
-"""Describes errors of the model hub in one line, with what to do."""
+"""Describes errors of the model hub in one line, with what to do, and hides access tokens."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+
+from lm_ortho.errors import printable
+
+_ACCESS_TOKEN = re.compile(r"""(\btoken["']?\s*[=:]\s*["']?)[^\s,"'}]+|\bhf_[A-Za-z0-9]{10,}""")
+
+
+def hide_access_tokens(text: str) -> str:
+    """``text`` without access tokens of the hub, for what is stored or published: commands and model args."""
+    return _ACCESS_TOKEN.sub(lambda match: f"{match[1] or ''}...", text)
 
 
 def describe_hub_error(error: BaseException, name: object = "", revision: object = None) -> str:
@@ -22,7 +32,7 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]
+    return printable(" ".join(lines[: 2 if lines[0].endswith(":") else 1]))
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -20,7 +20,7 @@ from lm_ortho.config import ModelSpec
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import load_causal_lm, load_config, load_tokenizer, merge_adapter
 from lm_ortho.harness.model import LibOrthoLM
-from lm_ortho.hub import describe_hub_error
+from lm_ortho.hub import describe_hub_error, hide_access_tokens
 from lm_ortho.pipeline import loading
 from lm_ortho.pipeline.checkpoint_writer import write_checkpoint
 from lm_ortho.pipeline.spec import download_model, resolve
@@ -60,6 +60,22 @@ def hub_message(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     monkeypatch.setattr("peft.config.hf_hub_download", refuse)
     return message
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("lm-ortho sweep --model_args pretrained=a,token=hf_abcdefghij1234,bits=4", "pretrained=a,token=...,bits=4"),
+        (
+            """'{"pretrained": "a", "token": "secret", "bits": 4}'""",
+            """"pretrained": "a", "token": "...", "bits": 4}'""",
+        ),
+        ("HF_TOKEN=hf_abcdefghij1234 lm_eval", "HF_TOKEN=... lm_eval"),
+        ("eos_token=</s>,prefix_token_id=3", "eos_token=</s>,prefix_token_id=3"),
+    ],
+)
+def test_access_tokens_are_hidden(text: str, hidden: str) -> None:
+    assert hide_access_tokens(text).endswith(hidden)
 
 
 REQUESTS: dict[str, tuple[str, Callable[[], object]]] = {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from html import escape
 
 from lm_ortho.checkpoint.contents import Grid
+from lm_ortho.markup import xml_text
 
 LIGHT, DARK = (247, 251, 255), (8, 48, 107)
 _WIDTH, _HEIGHT, _LEFT, _TOP = 64, 20, 64, 150
@@ -60,4 +60,4 @@ def _text(
 ) -> str:
     attribute = f' transform="{transform}"' if transform else ""
     head = f'<text x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}" fill="{fill}"{attribute}>'
-    return f"{head}{escape(text)}</text>"
+    return f"{head}{xml_text(text)}</text>"

@@ -44,8 +44,10 @@ def bench(
 def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
 
+    from lm_ortho.markup import terminal_text
+
     console = Console(highlight=False)
-    console.print(f"{report['device']}, threads: {report['threads']}")
+    console.print(terminal_text(f"{report['device']}, threads: {report['threads']}"))
     for shape in sorted({tuple(row["shape"]) for row in report["rows"]}):
         console.print(f"\n{shape[0]} x {shape[1]}: microseconds (times BF16)")
         console.print(_table([row for row in report["rows"] if tuple(row["shape"]) == shape]))

@@ -55,10 +55,14 @@ def _print_table(entries: list[Entry]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from lm_ortho.markup import terminal_text
+
     table = Table(box=None, pad_edge=False)
     for column in ("entry", "size", "last used", "description"):
         table.add_column(column, overflow="fold")
     for entry in entries:
         last_used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
-        table.add_row(entry.key[:12], _format_megabytes(entry.bytes), last_used, entry.description)
+        table.add_row(
+            entry.key[:12], _format_megabytes(entry.bytes), last_used, terminal_text(entry.description, limit=200)
+        )
     Console().print(table)

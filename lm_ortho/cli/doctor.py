@@ -211,11 +211,13 @@ def _print_table(checks: list[Check]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from lm_ortho.markup import terminal_text
+
     table = Table(box=None, pad_edge=False)
     for column in ("check", "", "found", "what to do"):
         table.add_column(column, overflow="fold")
     colour = {"ok": "green", "warn": "yellow", "fail": "red"}
     for check in checks:
-        status = f"[{colour[check.status]}]{check.status}[/]"
-        table.add_row(check.name, status, check.found, check.advice)
+        status = terminal_text(check.status, colour[check.status])
+        table.add_row(terminal_text(check.name), status, terminal_text(check.found), terminal_text(check.advice))
     Console().print(table)

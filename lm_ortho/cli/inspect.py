@@ -48,6 +48,8 @@ def inspect(
 def _print(contents: CheckpointContents) -> None:
     from rich.console import Console
 
+    from lm_ortho.markup import terminal_text
+
     console = Console(highlight=False)
     console.print(_layer_table(contents))
     if contents.has_ortho:
@@ -55,11 +57,13 @@ def _print(contents: CheckpointContents) -> None:
         console.print(_heat_table(contents))
     console.print()
     for line in _format_totals(contents):
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(terminal_text(line), soft_wrap=True)
 
 
 def _layer_table(contents: CheckpointContents) -> Table:
     from rich.table import Table
+
+    from lm_ortho.markup import terminal_text
 
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", overflow="fold")
@@ -67,7 +71,7 @@ def _layer_table(contents: CheckpointContents) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for layer in contents.layers:
         cells = [
-            layer.name,
+            terminal_text(layer.name),
             "x".join(map(str, layer.shape)),
             _format_number(layer.density, "{:.3%}"),
             _format_number(layer.relative_error, "{:.3f}"),
@@ -80,18 +84,20 @@ def _layer_table(contents: CheckpointContents) -> Table:
 
 def _heat_table(contents: CheckpointContents) -> Table:
     from rich.table import Table
-    from rich.text import Text
 
     from lm_ortho.checkpoint.contents import density_grid
     from lm_ortho.checkpoint.heat_map import format_percent
+    from lm_ortho.markup import terminal_text
 
     cells = density_grid(contents.layers)
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     table.add_column("block", justify="right")
     for column in cells.columns:
-        table.add_column(column.rpartition(".")[2] if _have_unique_suffixes(cells.columns) else column, justify="right")
+        title = column.rpartition(".")[2] if _have_unique_suffixes(cells.columns) else column
+        table.add_column(terminal_text(title), justify="right")
     for name, row in zip(cells.rows, cells.cells, strict=True):
-        table.add_row(name, *(Text(format_percent(density), _heat_style(density, cells.highest)) for density in row))
+        shares = (terminal_text(format_percent(share), _heat_style(share, cells.highest)) for share in row)
+        table.add_row(terminal_text(name), *shares)
     return table
 
 

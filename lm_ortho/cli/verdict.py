@@ -57,7 +57,7 @@ def verdict(
     seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))
     for number in seeds:
         make_recipe(seed=number)  # an invalid seed is refused before hours of work
-    log = partial(errors.print, highlight=False)
+    log = partial(errors.print, highlight=False, markup=False)
     outcome = run(modes, seeds, quick, log=log, weights=weights or world.WEIGHTS, attacks=attack or ())
     if as_json:
         typer.echo(json.dumps(outcome.to_json(), indent=2))

@@ -17,6 +17,7 @@ from lm_ortho.leaderboard.progress import ProgressScreen, TimeEstimate, describe
 from lm_ortho.leaderboard.scheduler import Tally, count_pieces, log_run, run_jobs
 from lm_ortho.leaderboard.store import DONE, FAILED, RUNNING, WAITING, Record, Store
 from lm_ortho.leaderboard.worker import Job
+from lm_ortho.markup import terminal_text
 
 
 def run_board(
@@ -129,25 +130,23 @@ def _cell_label(records: Sequence[Record]) -> str:
 
 def print_status(summary: dict[str, Any], console: Any) -> None:
     """Prints the result of ``status`` as a table and lines."""
-    from rich.markup import escape
     from rich.table import Table
 
     statuses = (DONE, FAILED, RUNNING, WAITING)
     table = Table("cell", "", *statuses)
     for cell in summary["cells"]:
-        table.add_row(cell["cell"], escape(cell["label"]), *(str(cell[name] or "") for name in statuses))
+        table.add_row(*map(terminal_text, (cell["cell"], cell["label"])), *(str(cell[name] or "") for name in statuses))
     console.print(table)
     for error in summary["errors"]:
         first = (error["error"].splitlines() or ["?"])[0]
-        console.print(
-            f"failed: {error['label']}, {error['piece']}: {first}", highlight=False, markup=False, soft_wrap=True
-        )
+        line = f"failed: {error['label']}, {error['piece']}: {first}"
+        console.print(terminal_text(line), highlight=False, soft_wrap=True)
     seconds = summary["seconds_left"]
     time_left = "unknown" if seconds is None else format_duration(seconds)
     total = sum(summary[name] for name in statuses)
-    console.print(
-        f"{summary['name']}: {summary[DONE]} of {total} done, {summary[FAILED]} failed, time left {time_left}"
-    )
+    line = f"{summary['name']}: {summary[DONE]} of {total} done, {summary[FAILED]} failed, time left {time_left}"
+    console.print(terminal_text(line))
     for run in summary["runs"]:
         state = "running" if run["alive"] else "ended" if run["ended"] else "interrupted"
-        console.print(f"run: {run['command']} ({state}; {run['log']})", highlight=False, markup=False, soft_wrap=True)
+        line = f"run: {run['command']} ({state}; {run['log']})"
+        console.print(terminal_text(line), highlight=False, soft_wrap=True)

@@ -93,6 +93,7 @@ def evaluate(lm: Any, config: Mapping[str, Any], results: Path) -> dict[str, Any
     task, alpha, metadata = config["task"], config["alpha"], config["metadata"]
     if alpha is not None:
         lm.alpha = alpha
+    make_private_directory(results.parent)  # before lm-eval writes rows there
     scratch = results.parent / temporary_name(results)
     tracker = EvaluationTracker(output_path=str(scratch))
     out = simple_evaluate(

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from lm_ortho.errors import printable
 from lm_ortho.leaderboard.store import DONE, FAILED, Record
 from lm_ortho.leaderboard.worker import Job
+from lm_ortho.markup import terminal_text
 
 
 class ProgressScreen:
@@ -21,11 +23,11 @@ class ProgressScreen:
         self._records = {record.piece.key: record for record in records}
         self._estimate = TimeEstimate(records)
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         self._bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
         self._stack = ExitStack()
@@ -42,16 +44,23 @@ class ProgressScreen:
 
     def progress(self, stage: str, step: int, total: int, text: str) -> None:
         """Shows a step of the current piece; called by a worker in this process."""
-        self._bars.update(self._step, description=stage, completed=step, total=total, note=text, visible=True)
+        self._bars.update(
+            self._step,
+            description=printable(stage),
+            completed=step,
+            total=total,
+            note=printable(text),
+            visible=True,
+        )
 
     def print_line(self, text: str) -> None:
         """Prints a permanent line, unless quiet."""
         if not self.quiet:
-            self._bars.console.print(text, highlight=False, markup=False)
+            self._bars.console.print(terminal_text(text), highlight=False)
 
     def on_begin(self, job: Job) -> None:
         """Shows the job of a piece that begins."""
-        self._bars.update(self._all, note=f"{self._estimate.text()}  {job.label}")
+        self._bars.update(self._all, note=printable(f"{self._estimate.text()}  {job.label}"))
 
     def on_done(self, job: Job, key: str, seconds: float, notes: Iterable[str]) -> None:
         """Counts a finished piece and prints it with its notes."""

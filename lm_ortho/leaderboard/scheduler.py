@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lm_ortho.hub import hide_access_tokens
 from lm_ortho.leaderboard.executor import LOST, Executor
 from lm_ortho.leaderboard.progress import ProgressScreen
 from lm_ortho.leaderboard.store import DONE, FAILED, RUNNING, Store
@@ -37,8 +38,8 @@ class Tally:
 
 
 def command_line() -> str:
-    """The command line of this process, quoted for a shell."""
-    return shlex.join(["lm-ortho", *sys.argv[1:]])
+    """The command line of this process, quoted for a shell, without access tokens."""
+    return hide_access_tokens(shlex.join(["lm-ortho", *sys.argv[1:]]))
 
 
 @contextmanager

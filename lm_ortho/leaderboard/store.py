@@ -12,7 +12,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from lm_ortho.errors import UserError
+from lm_ortho.files import create_private_file
 
 NAME = "store.sqlite"
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
@@ -114,6 +115,9 @@ class Store:
             raise UserError(f"{str(directory)!r} holds no {NAME}: no sweep or board was run with this --out")
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            # Results and commands are for the owner; sqlite gives the files beside it the access rights of this one.
+            with suppress(FileExistsError):
+                create_private_file(self.path)
             with self._transaction() as db:
                 for statement in filter(str.strip, _SCHEMA.split(";")):
                     db.execute(statement)
@@ -181,7 +185,7 @@ class Store:
 
     def fail(self, key: str, error: str, seconds: float = 0.0) -> None:
         """Records that the piece failed."""
-        self._set_result(key, FAILED, None, error, seconds)
+        self._set_result(key, FAILED, None, _encodable(error), seconds)
 
     def _set_result(self, key: str, status: str, result: str | None, error: str | None, seconds: float) -> None:
         with self._transaction() as db:
@@ -220,7 +224,7 @@ class Store:
     def start_run(self, command: str, log: str) -> int:
         """Records that a run starts now; returns its number."""
         with self._transaction() as db:
-            entry = (command, time.time(), current_owner(), log)
+            entry = (_encodable(command), time.time(), current_owner(), _encodable(log))
             cursor = db.execute("INSERT INTO runs (command, started, owner, log) VALUES (?, ?, ?, ?)", entry)
         return int(cursor.lastrowid or 0)
 
@@ -234,6 +238,11 @@ class Store:
         with _connect(self.path) as db:
             runs = [dict(row) for row in db.execute("SELECT * FROM runs ORDER BY id")]
         return [run | {"alive": run["ended"] is None and is_alive(run["owner"])} for run in runs]
+
+
+def _encodable(text: str) -> str:
+    """``text`` with halves of surrogate pairs as escapes: an error may quote them, and sqlite stores UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _status(row: Mapping[str, Any]) -> str:

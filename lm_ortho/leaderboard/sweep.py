@@ -80,6 +80,7 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
     tasks = expand_groups(list(sweep.tasks), metadata)
     # 2. Hash what decides the numbers: the model, the conditions, and the files that the tasks read.
     args = dict(sweep.model_args)
+    public_args = {name: value for name, value in args.items() if name != "token"}  # they are stored and published
     parallelize = {"parallelize": True} if sweep.parallelize else {}
     dtype = {"dtype": sweep.dtype} if sweep.dtype != "auto" else {}
     cell = digest({"model": hash_model(args), "dtype": sweep.dtype, "parallelize": sweep.parallelize})
@@ -89,7 +90,7 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
     # 3. Make a piece per alpha and task.
     pieces = []
     for alpha in alphas:
-        model_args = format_model_args({**args, "alpha": alpha, **dtype, **parallelize})
+        model_args = format_model_args({**public_args, "alpha": alpha, **dtype, **parallelize})
         description = {
             "label": f"{label} limit={sweep.limit}" if sweep.limit else label,
             "folder": label,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_ortho.errors import UserError
-from lm_ortho.files import atomic_directory, make_private_directory
+from lm_ortho.files import atomic_directory, make_private_directory, private_opener
 from lm_ortho.leaderboard.batch_halving import halve_batch_on_oom
 from lm_ortho.leaderboard.cells import Cell
 from lm_ortho.leaderboard.makers import Maker, find_maker
@@ -154,6 +154,7 @@ def _make_model(job: Job, place: Path, progress: ProgressCallback) -> dict[str, 
     accelerator = distributed.make_accelerator("cpu") if distributed.world_size() > 1 else None
     report: dict[str, Any] = {}
     if distributed.rank() == 0:
+        make_private_directory(place.parent)  # it holds memories in clear, as the cache does
         with atomic_directory(place) as scratch:
             maker = find_maker(cell.method, job.imports)
             report = dict(maker.make(cell, scratch, progress))
@@ -225,7 +226,7 @@ def _redirect_output(path: Path | None) -> Iterator[None]:
         yield
         return
     make_private_directory(path.parent)
-    with path.open("a", encoding="utf-8") as stream:
+    with open(path, "a", encoding="utf-8", opener=private_opener) as stream:
         handler = logging.StreamHandler(stream)
         handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
         root = logging.getLogger()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lm_ortho.errors import UserError
-from lm_ortho.files import make_private_directory, temporary_name
+from lm_ortho.files import create_private_file, delete_stale_files, make_private_directory, temporary_name
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +86,15 @@ class ResumeFolder:
 
 
 def save_state(state: Any, path: Path) -> None:
-    """Saves a state under a temporary name that no other process uses, then renames the file to ``path``."""
+    """Saves a state under a temporary name that no other process uses, then renames the file to ``path``.
+
+    A state holds a memory in clear: only its owner can read it, from the first byte on. Temporary files of processes
+    that were killed while they saved this state are deleted after a day.
+    """
+    delete_stale_files(path)
     partial = path.with_name(temporary_name(path))
     try:
+        create_private_file(partial)  # torch.save keeps the access rights of a file that exists
         torch.save(state, partial)
         partial.replace(path)
     finally:

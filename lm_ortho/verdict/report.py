@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lm_ortho.markdown import markdown_table, versions
+from lm_ortho.markup import markdown_code, markdown_text, terminal_text
 from lm_ortho.verdict.checks import Check
 from lm_ortho.verdict.measurements import Measurement
 from lm_ortho.verdict.runner import Outcome
@@ -30,16 +31,15 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     for title, _, _ in _COLUMNS:
         scores.add_column(title, justify="right")
     for name, measurement in outcome.tables.items():
-        scores.add_row(name, *(_format_value(measurement, task, metric) for _, task, metric in _COLUMNS))
+        scores.add_row(terminal_text(name), *(_format_value(measurement, task, metric) for _, task, metric in _COLUMNS))
     console.print(scores)
     checks = Table(title="Checks")
     for title in ("check", "base", "seed", "value", "95 % interval", "bar", ""):
         checks.add_column(title, justify="right" if title in ("value", "seed") else "left")
     for c in outcome.checks:
-        interval = f"[{c.low:.4g}, {c.high:.4g}]".replace("[", "\\[")
-        ok = "[green]ok[/]" if c.ok else "[bold red]miss[/]"
-        cells = [c.name, c.base, str(c.seed), f"{c.value:.4g}", interval, c.bar, ok]
-        checks.add_row(*cells)
+        interval = f"[{c.low:.4g}, {c.high:.4g}]"
+        cells = map(terminal_text, (c.name, c.base, c.seed, f"{c.value:.4g}", interval, c.bar))
+        checks.add_row(*cells, terminal_text("ok", "green") if c.ok else terminal_text("miss", "bold red"))
     console.print(checks)
     passed_count = sum(check.ok for check in outcome.checks)
     console.print(f"[bold]{outcome.verdict}[/]: {passed_count} of {len(outcome.checks)} checks hold")
@@ -55,12 +55,12 @@ def format_markdown(outcome: Outcome, command: str) -> str:
     passed_count = sum(check.ok for check in outcome.checks)
     titles = ["model", *(title.replace("\n", " ") for title, _, _ in _COLUMNS)]
     scores = [
-        [name, *(_format_value(measurement, task, metric) for _, task, metric in _COLUMNS)]
+        [markdown_text(name), *(_format_value(measurement, task, metric) for _, task, metric in _COLUMNS)]
         for name, measurement in outcome.tables.items()
     ]
     parts = [
         f"# Verdict: {outcome.verdict}, {passed_count} of {len(outcome.checks)} checks hold",
-        f"Made by `{command}` on {datetime.date.today().isoformat()} ({versions()}).",
+        f"Made by {markdown_code(command)} on {datetime.date.today().isoformat()} ({versions()}).",
         markdown_table(titles, scores),
     ]
     for base in dict.fromkeys(check.base for check in outcome.checks):

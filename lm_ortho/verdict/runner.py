@@ -18,6 +18,7 @@ from torch import nn
 from lm_ortho import checkpoint, world
 from lm_ortho.checkpoint import cache
 from lm_ortho.config import make_recipe
+from lm_ortho.files import make_private_directory
 from lm_ortho.layer import patch, unpatch
 from lm_ortho.pipeline.code_hash import DECOMPOSITION, EVALUATION, code_hash, versions
 from lm_ortho.pipeline.decomposition import decompose
@@ -63,7 +64,7 @@ class ResultCache:
             stored_result: dict[str, Any] = json.loads(path.read_text())
             return stored_result
         result = compute()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private_directory(path.parent)
         partial_path = path.with_suffix(".partial")
         partial_path.write_text(json.dumps(result))
         partial_path.replace(path)
@@ -82,7 +83,7 @@ class ResultCache:
         if not path.is_dir():
             partial_path = path.with_name(path.name + ".partial")
             shutil.rmtree(partial_path, ignore_errors=True)
-            partial_path.mkdir(parents=True)
+            make_private_directory(partial_path)
             fill(partial_path)
             partial_path.replace(path)
         return path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
 import shutil
 import stat
@@ -9,11 +11,16 @@ import time
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from lm_ortho.checkpoint import cache, is_checkpoint, load, read_meta
-from lm_ortho.errors import UserError
+from lm_ortho.checkpoint import cache, is_checkpoint, load, read_meta, save
+from lm_ortho.checkpoint.read import verify_checkpoint
+from lm_ortho.cli.app import app
+from lm_ortho.errors import UserError, printable
+from lm_ortho.files import is_locked, lock_folder, make_private_directory
 from lm_ortho.layer import alpha_scope
 from tests.support import tiny
+from tests.support.hostile import HOSTILE_NAMES
 
 torch.set_num_threads(1)
 
@@ -62,8 +69,9 @@ def test_store_and_lookup(root, model):
     key = cache.compute_key({"n": 1})
     assert cache.lookup(key) is None
     path = cache.store(key, model, meta={"recipe": {"bits": 4}}, description="a test")
-    assert path == cache.lookup(key) == root / key
+    assert path == cache.lookup(key) == (root / key).resolve()
     assert is_checkpoint(path)
+    assert is_checkpoint(root / key)
     assert read_meta(path)["recipe"] == {"bits": 4}
     with alpha_scope(1.0):
         assert torch.equal(tiny.logits(load(path)), tiny.logits(model))
@@ -72,13 +80,197 @@ def test_store_and_lookup(root, model):
     assert entry.bytes == sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     assert abs(entry.created - time.time()) < 60
     assert entry.last_used >= entry.created
-    assert [entry.name for entry in root.iterdir()] == [key]
+    assert sorted(entry.name for entry in root.iterdir()) == [path.parent.name, key]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permission bits")
-def test_only_the_owner_may_read(root, model):
-    path = cache.store(cache.compute_key({"n": 1}), model)
-    assert stat.S_IMODE(root.stat().st_mode) == stat.S_IMODE(path.stat().st_mode) == 0o700
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_only_the_owner_may_read_at_any_moment(root, model, monkeypatch, umask):
+    """While the tensors are written the folder is private already, whatever the umask is."""
+    modes = []
+
+    def save_and_look(directory, *arguments):
+        modes.append(stat.S_IMODE(directory.parent.stat().st_mode))
+        return save(directory, *arguments)
+
+    monkeypatch.setattr("lm_ortho.checkpoint.cache.save", save_and_look)
+    before = os.umask(umask)
+    try:
+        path = cache.store(cache.compute_key({"n": 1}), model)
+    finally:
+        os.umask(before)
+    assert modes == [0o700]
+    assert stat.S_IMODE(root.stat().st_mode) == stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+def test_a_failed_store_leaves_the_older_version(root, model, monkeypatch):
+    key = cache.compute_key({"n": 1})
+    path = cache.store(key, model, description="first")
+
+    def fail(directory, *_):
+        directory.mkdir()
+        (directory / "base.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        cache.store(key, model, description="second")
+    assert cache.lookup(key) == path
+    assert sorted(entry.name for entry in root.iterdir()) == [path.parent.name, key]
+
+
+def store_often(key, model, errors):
+    """A process that replaces the entry 15 times."""
+    for number in range(15):
+        try:
+            cache.store(key, model, description=f"{os.getpid()} {number}")
+        except BaseException as error:
+            errors.put(f"writer: {type(error).__name__}: {error}")
+
+
+def read_often(key, is_over, errors, reads):
+    """A process that looks the entry up and verifies all its files, until the others have ended."""
+    while not is_over.is_set():
+        try:
+            path = cache.lookup(key)
+            assert path is not None, "no entry"
+            verify_checkpoint(path)
+        except BaseException as error:
+            errors.put(f"reader: {type(error).__name__}: {error}")
+        reads.value += 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes share the model by fork")
+def test_two_writers_and_a_reader_that_always_finds_a_whole_entry(model):
+    """Before the switch was atomic the reader found no entry twice, and once a half one, in 543 reads."""
+    key = cache.compute_key({"n": 1})
+    cache.store(key, model)
+    processes = multiprocessing.get_context("fork")
+    errors, is_over, reads = processes.SimpleQueue(), processes.Event(), processes.Value("i", 0)
+    reader = processes.Process(target=read_often, args=(key, is_over, errors, reads))
+    writers = [processes.Process(target=store_often, args=(key, model, errors)) for _ in range(2)]
+    for process in (reader, *writers):
+        process.start()
+    for process in writers:
+        process.join()
+    is_over.set()
+    reader.join()
+    assert errors.empty(), errors.get()
+    assert reads.value > 50
+    assert cache.list_entries()[0].description.endswith(" 14")
+
+
+def test_a_version_that_is_read_survives_its_replacement(root, model):
+    key = cache.compute_key({"n": 1})
+    first = cache.store(key, model, description="first")
+    assert cache.lookup(key) == first
+    second = cache.store(key, model, description="second")
+    assert cache.lookup(key) == second != first
+    verify_checkpoint(first)
+    assert [entry.path for entry in cache.list_entries()] == [second]
+    make_old(first.parent, 2 * 3600)
+    cache.evict()
+    assert not first.parent.exists()
+    verify_checkpoint(second)
+
+
+def make_old(folder, seconds):
+    timestamp = time.time() - seconds
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (timestamp, timestamp), follow_symlinks=False)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks")
+def test_leftovers_of_killed_writers_are_swept_and_live_writers_are_not(root, model):
+    key = cache.compute_key({"n": 1})
+    cache.store(key, model)
+    live, killed = (root / f".{key}.version-{n * 12}" for n in "12")
+    for path in (live, killed):
+        path.mkdir()
+        (path / "base.safetensors").write_bytes(b"half")
+        make_old(path, 48 * 3600)
+    with lock_folder(live):
+        cache.evict()
+        assert live.exists()
+        assert not killed.exists()
+        cache.clear()
+        assert live.exists()
+    cache.evict()
+    assert list(root.iterdir()) == []
+
+
+def test_the_lock_of_a_killed_process_ends_with_it(root):
+    folder = root / f".{'a' * 64}.version-123456789abc"
+    folder.mkdir(parents=True)
+    processes = multiprocessing.get_context("fork")
+    started = processes.Event()
+
+    def hold():
+        with lock_folder(folder):
+            started.set()
+            time.sleep(60)
+
+    writer = processes.Process(target=hold)
+    writer.start()
+    started.wait()
+    assert is_locked(folder) is True
+    writer.kill()
+    writer.join()
+    assert is_locked(folder) is False
+
+
+def test_without_locks_a_leftover_stays_for_a_day(root, monkeypatch):
+    monkeypatch.setattr(cache, "is_locked", lambda _: None)
+    fresh, old = (root / f".{'a' * 64}.version-{n * 12}" for n in "12")
+    for path, hours in ((fresh, 23), (old, 25)):
+        path.mkdir(parents=True)
+        make_old(path, hours * 3600)
+    cache.evict()
+    assert [entry.name for entry in root.iterdir()] == [fresh.name]
+
+
+def test_an_entry_of_the_earlier_layout(root, model):
+    """The folder itself was the checkpoint: it is found, listed, replaced and deleted."""
+    key = cache.compute_key({"n": 1})
+
+    def make_earlier_entry():
+        make_private_directory(root)
+        return save(root / key, model, None, {"description": "earlier"})
+
+    assert make_earlier_entry() == cache.lookup(key)
+    assert [(entry.path, entry.description) for entry in cache.list_entries()] == [(root / key, "earlier")]
+    path = cache.store(key, model, description="new")
+    assert cache.lookup(key) == path
+    assert [entry.description for entry in cache.list_entries()] == ["new"]
+    cache.clear()
+    assert list(root.iterdir()) == []
+    make_earlier_entry()
+    assert [entry.key for entry in cache.clear()] == [key]
+    assert list(root.iterdir()) == []
+
+
+def test_a_file_system_without_links(root, model, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    key = cache.compute_key({"n": 1})
+    for description in ("first", "second"):
+        path = cache.store(key, model, description=description)
+        assert path == cache.lookup(key) == root / key
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+        verify_checkpoint(path)
+    assert [entry.description for entry in cache.list_entries()] == ["second"]
+
+
+def test_a_link_to_nothing_is_no_entry(root):
+    root.mkdir()
+    key = cache.compute_key({"n": 1})
+    (root / key).symlink_to(f".{key}.version-123456789abc/checkpoint")
+    assert cache.lookup(key) is None
+    assert cache.list_entries() == []
+    cache.evict()
+    assert list(root.iterdir()) == []
 
 
 def test_storing_again_replaces(model):
@@ -152,8 +344,20 @@ def test_a_damaged_entry_is_listed_but_no_hit(model):
     assert [entry.description for entry in cache.list_entries()] == ["(damaged)"]
     (path / "manifest.json").unlink()
     assert cache.lookup(key) is None
-    cache.store(key, model, description="complete again")
-    assert cache.lookup(key) == path
+    assert cache.store(key, model, description="complete again") == cache.lookup(key)
+
+
+def test_the_list_prints_descriptions_as_text(model):
+    """They come from the manifest of an entry."""
+    for number, name in enumerate(HOSTILE_NAMES[:4]):
+        cache.store(cache.compute_key({"n": number}), model, description=name)
+    result = CliRunner().invoke(app, ["cache", "list"], env={"COLUMNS": "300"}, catch_exceptions=False)
+    assert result.exit_code == 0
+    for name in HOSTILE_NAMES[:4]:
+        assert printable(name) in result.stdout
+    assert "\x1b" not in result.stdout
+    assert "\x1b" not in CliRunner().invoke(app, ["cache", "list", "--json"]).stdout
+    assert CliRunner().invoke(app, ["cache", "clear"]).exit_code == 0
 
 
 def test_no_cache_yet():

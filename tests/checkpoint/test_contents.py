@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,13 +15,15 @@ from typer.testing import CliRunner
 
 from lm_ortho import world
 from lm_ortho.checkpoint import ORTHO_FILE, save
-from lm_ortho.checkpoint.contents import LayerContents, density_grid, read_contents
+from lm_ortho.checkpoint.contents import Grid, LayerContents, density_grid, read_contents
 from lm_ortho.checkpoint.heat_map import format_percent, heat_map, shade
 from lm_ortho.cli.app import app
-from lm_ortho.errors import UserError
+from lm_ortho.cli.inspect import _print as print_contents
+from lm_ortho.errors import UserError, printable
 from lm_ortho.layer import get_streams
 from lm_ortho.streams import bits_per_weight, density, stored_bytes
 from tests.support import tiny
+from tests.support.hostile import HOSTILE_NAMES
 
 torch.set_num_threads(1)
 runner = CliRunner()
@@ -181,3 +184,22 @@ def test_the_terminal_shows_short_names_where_they_are_enough(tmp_path: Path) ->
     output = runner.invoke(app, ["inspect", str(directory_copy)]).stdout
     head = next(line for line in output.splitlines() if line.startswith("block"))
     assert head.split() == ["block", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def test_hostile_names_are_text_on_the_terminal_and_in_the_heat_map(
+    saved_checkpoint: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    contents = read_contents(saved_checkpoint[1])
+    layer, names = contents.layers[0], HOSTILE_NAMES[:-1]
+    layers = [replace(layer, name=f"model.layers.{i}.{name}") for i, name in enumerate(names)]
+    print_contents(replace(contents, layers=layers, memories=dict.fromkeys(names, 1), directory=names[3]))
+    output = capsys.readouterr().out
+    assert "\x1b" not in output
+    for name in names:
+        assert printable(name).rstrip() in output
+    grid = Grid(list(names), list(names), [[0.1] * len(names)] * len(names))
+    page = ElementTree.fromstring(heat_map(grid, names[3]).encode())
+    texts = [element.text for element in page.iter(f"{SVG}text")]
+    assert set(map(printable, names)) <= {text or "" for text in texts}
+    assert {element.tag for element in page.iter()} == {f"{SVG}{tag}" for tag in ("svg", "rect", "text")}

@@ -150,6 +150,17 @@ def test_doctor_reports_a_switched_off_hook_and_exits_with_1() -> None:
     assert {"device", "bfloat16", "embedded model"} <= set(checks)
 
 
+def test_doctor_prints_paths_as_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    doctor_module._print_table([doctor_module.Check("[/x]", "fail", "/home/[/me]\x1b[2J/site-packages", "[red]x")])
+    assert capsys.readouterr().out.split("\n")[1].split() == [
+        "[/x]",
+        "fail",
+        r"/home/[/me]\x1b[2J/site-packages",
+        "[red]x",
+    ]
+
+
 def test_doctor_prints_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = [doctor_module.Check("model", "ok", "known"), doctor_module.Check("bfloat16", "warn", "emulated")]
     monkeypatch.setattr(doctor_module, "_run_checks", lambda: checks)

@@ -14,13 +14,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
+from rich.console import Console
 
-from lm_ortho.errors import UserError
+from lm_ortho.errors import UserError, printable
 from lm_ortho.leaderboard import bootstrap
+from lm_ortho.leaderboard.board import print_status, status
+from lm_ortho.leaderboard.progress import ProgressScreen
 from lm_ortho.leaderboard.report.formats import render_csv, render_markdown, write_pages
-from lm_ortho.leaderboard.report.page import make_alpha_curves, render_html
+from lm_ortho.leaderboard.report.page import make_alpha_curves, make_frontier_figure, make_layer_figure, render_html
+from lm_ortho.leaderboard.report.terminal import print_records
 from lm_ortho.leaderboard.results import Results, collect
 from lm_ortho.leaderboard.store import DONE, FAILED, Piece, Record, Store
+from lm_ortho.leaderboard.worker import Job
+from lm_ortho.markup import TEXT_LIMIT, xml_text
+from tests.support.hostile import HOSTILE_NAMES, PageText
 
 BOARD = {
     "name": "made_up",
@@ -271,6 +279,115 @@ def test_pages_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_pages(tmp_path, tmp_path / "file")
     with pytest.raises(UserError, match="no sweep or board"):
         write_pages(tmp_path / "nothing", tmp_path / "page")
+
+
+# ---------------------------------------------------------------- hostile names
+
+
+def _hostile_records() -> Iterator[Record]:
+    """Records of a board in which every name, setting, command, version and error is hostile, one row for each."""
+    for number, name in enumerate(("never_saw", "unedited", *HOSTILE_NAMES)):
+        method = name if number < 2 else f"{name}{number}"
+        common = {"label": name, "seed": 0, "method": method, "model": "embedded", "settings": {name: name}}
+        common |= {"alpha": None, "mode": "end" if number < 2 else name, "command": name, "versions": {name: name}}
+        make = {"settings": {}, "layers": {name: [2, 100]}}
+        yield Record(Piece(f"{number}make", str(number), "make", common), DONE, make)
+        for task, metric in (("f", "ppl"), ("r", "ppl"), (name, name)):
+            result = {
+                "values": {task: {metric: [2.0 + number, -1.0, 3.0, False]}},
+                "samples": {task: {metric: [0.1 * number] * 4}},
+                "groups": {task: [name] * 4},
+                "checkpoint": name,
+            }
+            config = {**common, "task": task, "row": str(number)}
+            yield Record(Piece(f"{number}{task!a}", str(number), "evaluate", config), DONE, result)
+        config = {**common, "task": name, "row": str(number)}
+        yield Record(Piece(f"{number}failed", str(number), "evaluate", config), FAILED, error=name)
+
+
+@pytest.fixture(scope="module")
+def hostile_results() -> Results:
+    board = {**BOARD, "title": "# <script>alert(1)</script> [x](javascript:alert(1))"}
+    facts = {"name": "<script>", "board": board, "command": "`<script>alert(1)</script>` | \x1b[2J"}
+    return collect(list(_hostile_records()), facts)
+
+
+def _squeeze(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_hostile_names_are_text_in_html(results: Results, hostile_results: Results) -> None:
+    text = render_html(hostile_results)
+    page, plain_page = PageText(text), PageText(render_html(results))
+    assert set(page.tags) <= set(plain_page.tags)
+    assert page.tags.count("script") == plain_page.tags.count("script")
+    shown = _squeeze(page.text)
+    for name in HOSTILE_NAMES:
+        assert _squeeze(printable(name, TEXT_LIMIT)) in shown
+    assert all(character.isprintable() or character in "\n\t" for character in text.split("<script>")[0])
+    labels = [trace["name"] for trace in make_frontier_figure(hostile_results)["data"]]
+    assert labels == [xml_text(row.label) for row in hostile_results.rows]
+    assert not any("<" in label for label in labels)
+    layers = make_layer_figure(hostile_results)
+    assert layers is not None
+    assert layers["data"][0]["y"] == [xml_text(name) for name in ("never_saw", "unedited", *HOSTILE_NAMES)]
+
+
+def test_hostile_names_are_text_in_markdown(hostile_results: Results) -> None:
+    text = render_markdown(hostile_results)
+    assert "<script" not in text
+    assert "\x1b" not in text
+    page = PageText(MarkdownIt("commonmark").enable("table").render(text))
+    assert set(page.tags) <= set("h1 h2 p em table thead tbody tr th td code strong".split())
+    assert page.tags.count("tr") == 2 + 2 * len(hostile_results.rows)
+    shown = _squeeze(page.text)
+    for name in HOSTILE_NAMES:
+        assert _squeeze(printable(name, TEXT_LIMIT)) in shown
+
+
+def test_hostile_names_are_no_formulas_in_csv(hostile_results: Results) -> None:
+    rows = list(csv.DictReader(io.StringIO(render_csv(hostile_results))))
+    assert len(rows) == len(hostile_results.rows) * 5
+    for row in rows:
+        for name, cell in row.items():
+            assert cell.isprintable()
+            if name in ("value", "low", "high"):
+                assert cell == "" or float(cell) is not None
+            elif name != "seeds":
+                assert not cell.lstrip().startswith(("=", "+", "-", "@"))
+    assert {row["low"] for row in rows if row["metric"] == "ppl"} == {"-1"}, "numbers stay numbers"
+
+
+def test_hostile_names_are_text_on_the_terminal(tmp_path: Path) -> None:
+    records = list(_hostile_records())
+    store = Store(tmp_path)
+    store.plan([record.piece for record in records], facts={"name": "[/x]\x1b[2J", "board": BOARD})
+    for record in records:
+        if record.status == FAILED:
+            store.fail(record.piece.key, record.error)
+    stream = io.StringIO()
+    console = Console(file=stream, width=500)
+    print_records(records, console)
+    print_status(status(tmp_path), console)
+    for name in HOSTILE_NAMES[:-1]:  # the long one is folded
+        assert printable(name) in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_hostile_names_are_text_in_progress_bars(is_terminal: bool) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=200, force_terminal=is_terminal)
+    with ProgressScreen(list(_hostile_records()), console) as screen:
+        for name in HOSTILE_NAMES:
+            job = Job(name, Path("out"), ())
+            screen.on_begin(job)
+            screen.progress(name, 1, 2, name)
+            screen.on_done(job, "0make", 1.0, [name])
+            screen.on_failure(job, "1make", name)
+    assert "]0;owned\x07" not in stream.getvalue()
+    assert r"\x1b]0;owned\x07" in stream.getvalue()
+    assert "[bold red]x[/]" in stream.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,20 @@ def test_the_matrix(whole: Path) -> None:
     assert (whole / "logs" / "run-1.log").read_text()
 
 
+def test_only_the_owner_can_reach_what_a_board_stores(whole: Path) -> None:
+    """Samples, logs and models hold the memory in clear; the store and the log have numbers and errors."""
+
+    def open_to_others(path: Path) -> bool:
+        folders = [folder for folder in path.parents if folder.is_relative_to(whole)]
+        return bool(path.stat().st_mode & 0o044) and all(folder.stat().st_mode & 0o011 for folder in folders)
+
+    files = [path for path in whole.rglob("*") if path.is_file()]
+    assert any("samples" in path.name for path in files)
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert [path for path in files if open_to_others(path)] == []
+    assert (whole / "logs" / "run-1.log").stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

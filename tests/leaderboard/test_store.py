@@ -13,7 +13,7 @@ import pytest
 from lm_ortho.errors import UserError
 from lm_ortho.leaderboard import store as store_module
 from lm_ortho.leaderboard.progress import TimeEstimate
-from lm_ortho.leaderboard.store import DONE, FAILED, RUNNING, WAITING, Piece, Record, Store
+from lm_ortho.leaderboard.store import DONE, FAILED, NAME, RUNNING, WAITING, Piece, Record, Store
 
 PIECES = [Piece(f"key{number}", "cell", "evaluate", {"task": f"t{number}", "alpha": 0.0}) for number in range(4)]
 
@@ -40,6 +40,27 @@ def test_a_piece_goes_from_waiting_to_done(store: Store) -> None:
     assert store.claim(["key0", "key1"], retry_failed=True) == ["key1"]
     store.release()
     assert store.statuses() == {"key0": DONE, "key1": WAITING, "key2": WAITING, "key3": WAITING}
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+def test_only_the_owner_may_read_it(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        store = Store(tmp_path / "out")
+        with store_module._connect(store.path) as db:
+            db.execute("INSERT INTO facts VALUES ('a', '1')")
+            modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    finally:
+        os.umask(before)
+    assert modes == dict.fromkeys((NAME, f"{NAME}-wal", f"{NAME}-shm"), 0o600)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask  # the pages in it are for everybody
+
+
+def test_an_error_with_half_a_surrogate_pair_is_stored(store: Store) -> None:
+    store.fail("key0", "no \ud800")
+    store.start_run("lm-ortho sweep \udcff", "logs/run-1.log")
+    assert store.records()[0].error == r"no \ud800"
+    assert store.runs()[0]["command"] == r"lm-ortho sweep \udcff"
 
 
 def test_the_order_is_that_of_the_plan_and_a_new_plan_keeps_results(store: Store) -> None:

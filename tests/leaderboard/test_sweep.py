@@ -46,6 +46,14 @@ def swept(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_an_access_token_is_not_stored(home: Path, tmp_path: Path) -> None:
+    """It would be in the pages and in lm-eval's files as well."""
+    args = {"pretrained": str(home / "decomposed"), "token": "hf_0123456789abcdef"}
+    pieces, job = plan_sweep(make_sweep(home, model_args=args), tmp_path)
+    assert "hf_" not in json.dumps([dict(piece.config) for piece in pieces])
+    assert job.model_args["token"] == "hf_0123456789abcdef"
+
+
 def test_every_alpha_and_task_is_a_record_with_what_made_it(swept: Path) -> None:
     records = Store(swept, create=False).records()
     assert [(r.piece.config["alpha"], r.piece.config["task"]) for r in records] == [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import time
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from lm_ortho.pipeline.memories import decompose_memories
 from lm_ortho.pipeline.model_lattice import group_by_block
 from lm_ortho.runtime import resume as resume_module
 from lm_ortho.runtime.progress import no_progress
-from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
+from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder, save_state
 
 torch.set_num_threads(1)
 
@@ -206,6 +208,36 @@ def test_only_the_owner_can_read_the_folders(tmp_path):
     ResumeFolder(tmp_path / "cache" / "unfinished").subfolder("a").save("edit", {})
     for folder in ("cache", "cache/unfinished", "cache/unfinished/a"):
         assert (tmp_path / folder).stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+def test_a_state_is_private_from_its_first_byte(tmp_path, monkeypatch, umask):
+    modes = []
+    torch_save = torch.save
+
+    def save_and_look(state, path):
+        modes.append(path.stat().st_mode & 0o777)
+        torch_save(state, path)
+        modes.append(path.stat().st_mode & 0o777)
+
+    monkeypatch.setattr(torch, "save", save_and_look)
+    before = os.umask(umask)
+    try:
+        save_state({"steps": 1}, tmp_path / ".out.training-0123.pt")  # beside the model that implant writes
+        save_state({"steps": 2}, tmp_path / ".out.training-0123.pt")
+    finally:
+        os.umask(before)
+    assert modes == [0o600] * 4
+    assert (tmp_path / ".out.training-0123.pt").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_killed_processes_left_is_deleted_after_a_day(tmp_path):
+    names = (".state.pt.tmp-0123456789ab", ".state.pt.tmp-ba9876543210", ".other.pt.tmp-0123456789ab")
+    for name, hours in zip(names, (25, 23, 25), strict=True):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (time.time() - 3600 * hours,) * 2)
+    save_state({}, tmp_path / "state.pt")
+    assert {path.name for path in tmp_path.iterdir()} == {"state.pt", *names[1:]}
 
 
 def test_the_target_is_still_reported_after_an_interruption(memorised_models, tmp_path):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -495,6 +497,18 @@ def test_a_run_resumes_where_it_was_interrupted(monkeypatch, tmp_path):
     assert calls == []
     run(modes, seeds, quick=False, log=lambda _: None, directory=tmp_path)
     assert len(calls) == 6
+
+
+def test_names_of_plug_ins_are_text(monkeypatch, tmp_path):
+    fake_measurements(monkeypatch)
+    outcome = run(("auto",), (0,), quick=True, log=lambda _: None, directory=tmp_path)
+    tables = {"[/x] <script>": next(iter(outcome.tables.values()))}
+    stream = io.StringIO()
+    print_outcome(replace(outcome, tables=tables), Console(file=stream, width=200))
+    assert "[/x] <script>" in stream.getvalue()
+    page = format_markdown(replace(outcome, tables=tables), "lm-ortho verdict --out '<script>`'")
+    assert "<script" not in page
+    assert r"| \[/x\] &lt;script&gt; |" in page
 
 
 def test_every_check_is_printed_with_its_threshold(monkeypatch, tmp_path):

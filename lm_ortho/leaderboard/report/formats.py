@@ -13,6 +13,7 @@ from lm_ortho.leaderboard.report.text import EXPLANATION, READS, format_number
 from lm_ortho.leaderboard.results import Results, Row, collect
 from lm_ortho.leaderboard.store import Store
 from lm_ortho.markdown import markdown_table, write_text
+from lm_ortho.markup import csv_text, markdown_code, markdown_text
 
 
 def read_results(directory: Path) -> Results:
@@ -44,7 +45,15 @@ def mark_text(row: Row, name: str, text: str) -> str:
 
 def render_markdown(results: Results) -> str:
     """The table in Markdown: forget and retain distance first, then every metric."""
-    titles = ["method", "reads", "seeds", "forget", "retain", "frontier", *(f"{t} {m}" for t, m in results.columns)]
+    titles = [
+        "method",
+        "reads",
+        "seeds",
+        "forget",
+        "retain",
+        "frontier",
+        *(markdown_text(f"{t} {m}") for t, m in results.columns),
+    ]
     lines = []
     for row in results.rows:
         numbers = [mark_text(row, f"{t} {m}", format_number(row.numbers.get((t, m)))) for t, m in results.columns]
@@ -52,24 +61,32 @@ def render_markdown(results: Results) -> str:
         if row.is_end or row.forget is None:
             frontier = ""
         else:
-            frontier = f"no: {row.dominated_by[0]}" if row.dominated_by else "yes"
-        name = f"{row.name} (unfinished)" if row.missing else row.name
-        lines.append([name, READS[row.mode], str(len(row.cells)), *sides, frontier, *numbers])
-    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+            frontier = f"no: {markdown_text(row.dominated_by[0])}" if row.dominated_by else "yes"
+        name = markdown_text(row.name) + (" (unfinished)" if row.missing else "")
+        lines.append(
+            [name, markdown_text(READS.get(row.mode, row.mode)), str(len(row.cells)), *sides, frontier, *numbers]
+        )
+    versions = markdown_text(", ".join(f"{name} {version}" for name, version in results.versions.items()))
     parts = [
-        f"# {results.title}",
+        f"# {markdown_text(results.title)}",
         f"{EXPLANATION} Written on {datetime.date.today().isoformat()}; {versions}.",
         markdown_table(titles, lines),
         "## Cells and commands of each row",
         markdown_table(
             ["row", "cells by seed", "command"],
             [
-                [row.name, " ".join(f"{s}: `{k[:12]}`" for s, k in row.cells.items()), f"`{row.commands[0]}`"]
+                [
+                    markdown_text(row.name),
+                    " ".join(f"{seed}: {markdown_code(key[:12])}" for seed, key in row.cells.items()),
+                    markdown_code(row.commands[0]),
+                ]
                 for row in results.rows
             ],
         ),
     ]
-    return "\n\n".join([*parts, f"Made by `{results.command}`." if results.command else ""]).rstrip() + "\n"
+    return (
+        "\n\n".join([*parts, f"Made by {markdown_code(results.command)}." if results.command else ""]).rstrip() + "\n"
+    )
 
 
 def render_csv(results: Results) -> str:
@@ -86,12 +103,13 @@ def render_csv(results: Results) -> str:
                 continue
             name = f"{task} {metric}".strip()
             settings = " ".join(f"{key}={value}" for key, value in row.settings.items())
-            alpha = "" if row.alpha is None else row.alpha
+            alpha = "" if row.alpha is None else str(row.alpha)
             start = [row.name, row.method, row.mode, row.model, alpha, settings, task, metric]
             marks = [name in row.best_in, row.worse_in.get(name, "")]
             seeds = " ".join(f"{value:.9g}" for value in number.seeds)
             cells = " ".join(key[:12] for key in row.cells.values())
-            writer.writerow([*start, *map(_format_value, number[:3]), seeds, *marks, cells, row.commands[0]])
+            numbers = [*map(_format_value, number[:3]), seeds, *marks]
+            writer.writerow([*map(csv_text, start), *numbers, csv_text(cells), csv_text(row.commands[0])])
     return stream.getvalue()
 
 

@@ -8,9 +8,11 @@ import math
 from importlib.resources import files
 from typing import Any
 
+from lm_ortho.errors import printable
 from lm_ortho.leaderboard.bootstrap import Number
 from lm_ortho.leaderboard.report.text import EXPLANATION, READS, format_number
 from lm_ortho.leaderboard.results import TARGET, UNEDITED, Results, Row
+from lm_ortho.markup import TEXT_LIMIT, xml_text
 
 _SYMBOLS = {"auto": "circle", "none": "diamond", "end": "x"}
 _COLOURS = (
@@ -39,7 +41,9 @@ def render_html(results: Results) -> str:
     from plotly.offline import get_plotlyjs
 
     template = files("lm_ortho.leaderboard.report").joinpath("leaderboard.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_make_printable
+    )
     return environment.from_string(template).render(
         results=results,
         plotly=get_plotlyjs(),
@@ -50,6 +54,11 @@ def render_html(results: Results) -> str:
         explanation=EXPLANATION.replace("*", ""),
         date=datetime.date.today().isoformat(),
     )
+
+
+def _make_printable(value: Any) -> Any:
+    """Text without control characters; autoescape makes it HTML afterwards. What is HTML already stays as it is."""
+    return printable(value, TEXT_LIMIT) if type(value) is str else value
 
 
 def make_frontier_figure(results: Results) -> dict[str, Any]:
@@ -63,7 +72,9 @@ def make_frontier_figure(results: Results) -> dict[str, Any]:
         if points:
             figure.add_trace(_make_trace(name, model, points, colours[rows[0].method]))
     axes = results.frontier
-    forget, retain = (", ".join(f"{axis.task} {axis.metric}" for axis in part) for part in (axes.forget, axes.retain))
+    forget, retain = (
+        xml_text(", ".join(f"{axis.task} {axis.metric}" for axis in part)) for part in (axes.forget, axes.retain)
+    )
     figure.update_xaxes(title=f"forget: distance from the model that never saw the forget set<br><sub>{forget}</sub>")
     figure.update_yaxes(title=f"retain: loss against the un-edited model<br><sub>{retain}</sub>")
     return _figure_to_dict(figure, 560)
@@ -74,23 +85,24 @@ def _make_trace(name: str, model: str, points: list[Row], colour: str) -> Any:
 
     is_target = points[0].method == TARGET
     has_alphas = len(points) > 1 and points[0].alpha is not None
-    symbol = "star" if is_target else _SYMBOLS[points[0].mode]
+    symbol = "star" if is_target else _SYMBOLS.get(points[0].mode, "circle")
     return graph_objects.Scatter(
         x=[row.forget.value for row in points if row.forget],
         y=[row.retain.value for row in points if row.retain],
         error_x=_make_error_bars([row.forget for row in points], colour),
         error_y=_make_error_bars([row.retain for row in points], colour),
         mode="lines+markers+text" if has_alphas else "markers",
-        text=[f"{row.alpha}" for row in points] if has_alphas else None,
+        text=[xml_text(row.alpha) for row in points] if has_alphas else None,
         textposition="top right",
-        name=name,
+        name=xml_text(name),
         hovertext=[
-            row.name + ("" if not row.dominated_by else f"<br>beaten by {row.dominated_by[0]}") for row in points
+            xml_text(row.name) + (f"<br>beaten by {xml_text(row.dominated_by[0])}" if row.dominated_by else "")
+            for row in points
         ],
         hovertemplate="%{hovertext}<br>forget %{x:.4g}, retain %{y:.4g}<extra></extra>",
         marker={"symbol": symbol, "size": 18 if is_target else 11, "color": colour},
         line={"color": colour, "dash": "dot"},
-        legendgroup=model,
+        legendgroup=xml_text(model),
     )
 
 
@@ -118,8 +130,8 @@ def make_layer_figure(results: Results) -> dict[str, Any] | None:
     values = [[shares.get(name) for shares in results.layers.values()] for name in names]
     heat_map = graph_objects.Heatmap(
         z=values,
-        x=list(results.layers),
-        y=names,
+        x=list(map(xml_text, results.layers)),
+        y=list(map(xml_text, names)),
         colorscale="Blues",
         zmin=0,
         hovertemplate="%{y}<br>%{x}<br>%{z:.2%}<extra></extra>",
@@ -140,7 +152,7 @@ def make_alpha_curves(results: Results) -> dict[str, list[dict[str, Any]]]:
             points = sorted((alpha, number) for alpha, number in numbers if isinstance(alpha, int | float))
             if len(points) > 1:
                 line: dict[str, Any] = {
-                    "name": name,
+                    "name": xml_text(name),
                     "alpha": [alpha for alpha, _ in points],
                     "value": [number.value for _, number in points],
                     "low": [number.low for _, number in points],
@@ -149,9 +161,9 @@ def make_alpha_curves(results: Results) -> dict[str, list[dict[str, Any]]]:
                 }
                 lines.append(line)
             elif rows[0].method in (TARGET, UNEDITED) and numbers:
-                lines.append({"name": name, "level": numbers[0][1].value, "colour": colours[rows[0].method]})
+                lines.append({"name": xml_text(name), "level": numbers[0][1].value, "colour": colours[rows[0].method]})
         if any("alpha" in line for line in lines):
-            curves[" ".join(column)] = lines
+            curves[printable(" ".join(column), TEXT_LIMIT)] = lines
     return curves
 
 
@@ -186,7 +198,7 @@ def _make_table_row(row: Row, results: Results) -> dict[str, Any]:
         frontier = f"no: {', '.join(row.dominated_by)}" if row.dominated_by else "yes"
     return {
         "row": row,
-        "reads": READS[row.mode],
+        "reads": READS.get(row.mode, row.mode),
         "frontier": frontier,
         "settings": ", ".join(f"{name}={value}" for name, value in row.settings.items()) or "defaults",
         "numbers": [
