@@ -68,7 +68,7 @@ def encode_rows(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], arg
     if empty:
         raise UserError(
             f"{argument}: {len(empty)} of {len(rows)} rows have no token to predict within their first {limit} "
-            f"tokens, first {rows[empty[0]].context!r:.60}; shorten them or leave them out"
+            f"tokens, first row {empty[0] + 1}; shorten them or leave them out"
         )
     return examples
 
@@ -88,7 +88,7 @@ def encode(tokenizer: Any, rows: Sequence[Row], max_tokens: int = MAX_TOKENS) ->
     texts = [row.context + row.target for row in rows]
     encodings = tokenise_with_offsets(tokenizer, texts)
     examples = []
-    for row, text, (all_ids, all_offsets) in zip(rows, texts, encodings, strict=True):
+    for number, (row, text, (all_ids, all_offsets)) in enumerate(zip(rows, texts, encodings, strict=True), 1):
         # 2. Truncate. Not in the tokenizer: a fast one would store the limit as a setting and save it with itself.
         ids, offsets = all_ids[:max_tokens], all_offsets[:max_tokens]
         # 3. Give each token a role by comparing its characters with the borders of answer and secret.
@@ -97,7 +97,7 @@ def encode(tokenizer: Any, rows: Sequence[Row], max_tokens: int = MAX_TOKENS) ->
         if tokenizer.eos_token_id is not None and len(ids) < max_tokens:
             ids, roles = [*ids, tokenizer.eos_token_id], [*roles, END]
         if len(ids) < 2:
-            raise UserError(f"a row is only one token long: {text!r:.80}")
+            raise UserError(f"row {number} of {len(rows)} is only one token long; leave it out")
         examples.append(Example(tuple(ids), tuple(roles), len(all_ids) > max_tokens))
     return examples
 
