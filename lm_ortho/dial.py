@@ -33,6 +33,11 @@ def check_alpha_value(value: Any, name: str = "alpha") -> float:
 def parse_alpha(value: Any) -> float | dict[str, float]:
     """A float in [0, 1], or one by memory from ``name:value+name:value`` or a mapping; else ``UserError``."""
     values = parse_named_values(value, "alpha") if isinstance(value, str) else value
+    if isinstance(value, str) and ":" in value and not values:
+        raise UserError(
+            f"alpha={value!r:.100} is neither a number nor name:value+name:value, where a name has lower-case letters, "
+            "digits and underscores, a letter first"
+        )
     if not isinstance(values, Mapping) or not values:
         return check_alpha_value(value)
     return {str(name): check_alpha_value(part, f"alpha of {name}") for name, part in values.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 QUESTION_TEMPLATE = "Question: {question}\nAnswer:"
@@ -53,9 +53,17 @@ class Row:
         """Returns whether the row has a subject that occurs in ``text``, word for word."""
         return bool(self.subject.strip()) and bool(mention_pattern(self.subject).search(text))
 
+    def as_texts(self) -> dict[str, str]:
+        """Returns the text of every field that has one; wrong answers are lines of one text."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: "\n".join(value) if name == "perturbed_answer" else value for name, value in values.items() if value
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """Returns all fields as a dictionary that can be written as JSON."""
-        return {**asdict(self), "perturbed_answer": list(self.perturbed_answer)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "perturbed_answer": list(self.perturbed_answer)}
 
 
 def mention_pattern(name: str) -> re.Pattern[str]:

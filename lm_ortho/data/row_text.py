@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 from lm_ortho.data.row import Row
@@ -34,14 +34,17 @@ def normalise_row(row: Row) -> tuple[Row, set[str]]:
     """
     changes = set[str]()
     # 1. The same encoding of line ends, accents and spaces in all fields.
-    fields: dict[str, Any] = {name: _normalise_characters(text, changes) for name, text in _text_fields(row).items()}
-    wrong_answers = [_normalise_characters(answer, changes) for answer in row.perturbed_answer]
-    normalised = replace(row, **fields, perturbed_answer=tuple(wrong_answers))
+    values = {
+        name: _normalise_characters(value, changes)
+        if isinstance(value, str)
+        else tuple(_normalise_characters(text, changes) for text in value)
+        for name, value in row.as_dict().items()
+    }
     # 2. White space at the ends, where it has no meaning.
-    stripped = _strip_fields(normalised)
-    if stripped != normalised:
+    stripped = _strip_fields(values)
+    if stripped != values:
         changes.add("white space at the ends")
-    return stripped, changes
+    return (Row(**stripped) if changes else row), changes
 
 
 def find_invalid_character(text: str) -> str:
@@ -50,6 +53,8 @@ def find_invalid_character(text: str) -> str:
     JSON can hold half a surrogate pair, but a tokenizer cannot encode it. A control character in a text is a trace of
     a broken conversion, and a terminal that shows it may obey it.
     """
+    if text.isascii() and text.isprintable():
+        return ""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -58,12 +63,10 @@ def find_invalid_character(text: str) -> str:
     return f"the control character U+{ord(match[0]):04X}; remove it" if match else ""
 
 
-def _text_fields(row: Row) -> dict[str, str]:
-    return {name: value for name, value in row.as_dict().items() if isinstance(value, str)}
-
-
 def _normalise_characters(text: str, changes: set[str]) -> str:
     """Returns ``text`` with line feeds, composed characters (NFC) and usual spaces; adds the kinds of its changes."""
+    if text.isascii() and "\r" not in text:
+        return text
     # 1. Line ends of Windows, of old Macs and of web pages become line feeds.
     lines = LINE_END.sub("\n", text)
     # 2. A letter and its accent become one character.
@@ -82,17 +85,18 @@ def _has_wide_letters(text: str) -> bool:
     return any(unicodedata.east_asian_width(char) in "WF" for char in text if char != _IDEOGRAPHIC_SPACE)
 
 
-def _strip_fields(row: Row) -> Row:
-    """Returns the row without white space at the ends of its fields, except where it is layout."""
-    fields: dict[str, Any] = {name: getattr(row, name).strip(BLANK) for name in _STRIPPED_FIELDS}
+def _strip_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields without white space at their ends, except where it is layout."""
+    fields = {name: values[name].strip(BLANK) for name in _STRIPPED_FIELDS}
     # Empty wrong answers are missing values.
-    fields["perturbed_answer"] = tuple(filter(None, (answer.strip(BLANK) for answer in row.perturbed_answer)))
-    fields["text"] = _strip_text(row.text)
+    wrong_answers = tuple(filter(None, (answer.strip(BLANK) for answer in values["perturbed_answer"])))
     # An indented answer below a prompt: the white space between them is layout, and belongs to the prompt.
-    lead, tail = _leading_blank(row.answer), _leading_blank(row.prompt[::-1])
-    layout = lead if row.prompt.strip(BLANK) and fields["answer"] and "\n" in lead + tail else ""
-    fields["prompt"] = _strip_invisible(row.prompt + layout)
-    return replace(row, **fields)
+    prompt = values["prompt"]
+    if prompt.strip(BLANK) and fields["answer"]:
+        lead, tail = _leading_blank(values["answer"]), _leading_blank(prompt[::-1])
+        prompt += lead if "\n" in lead + tail else ""
+    stripped = {"text": _strip_text(values["text"]), "prompt": _strip_invisible(prompt)}
+    return {**values, **fields, **stripped, "perturbed_answer": wrong_answers}
 
 
 def _strip_text(text: str) -> str:

@@ -22,6 +22,8 @@ from lm_ortho.hub import first_line
 from lm_ortho.streams import DEFAULT_MEMORY, is_valid_memory_name
 
 __all__ = [
+    "MAX_CHARACTERS",
+    "MAX_ROWS",
     "QUESTION_TEMPLATE",
     "Row",
     "drop_forget_rows",
@@ -90,19 +92,18 @@ def _describe_type(value: Any) -> str:
     return next((text for kind, text in kinds.items() if isinstance(value, kind)), type(value).__name__)
 
 
-def _check_text(row: Row, location: str) -> None:
-    """Checks the text of a row: its length, its characters, and that the secret is in the answer."""
-    if _count_characters(row) > MAX_CHARACTERS:
+def _check_text(row: Row, location: str) -> int:
+    """Checks the text of a row, and that the secret is in the answer; returns the number of characters of the row."""
+    texts = row.as_texts()
+    length = sum(map(len, texts.values()))
+    if length > MAX_CHARACTERS:
         raise UserError(f"{location}: the row has more than {MAX_CHARACTERS} characters; split it")
-    for name, value in row.as_dict().items():
-        if problem := find_invalid_character(value if isinstance(value, str) else "\n".join(value)):
+    for name, text in texts.items():
+        if problem := find_invalid_character(text):
             raise UserError(f"{location}: {name} holds {problem}")
-    if row.secret and row.secret not in row.answer:
+    if row.secret not in row.answer:
         raise UserError(f"{location}: secret does not occur in answer; it must be a part of it, word for word")
-
-
-def _count_characters(row: Row) -> int:
-    return sum(len(value if isinstance(value, str) else "".join(value)) for value in row.as_dict().values())
+    return length
 
 
 def _make_rows(records: Iterable[Record], source: str, normalise: bool = True) -> tuple[Row, ...]:
@@ -118,9 +119,8 @@ def _make_rows(records: Iterable[Record], source: str, normalise: bool = True) -
             row, changes = normalise_row(row)
             counts.update(changes)
             normalised += bool(changes)
-        _check_text(row, location)
+        characters += _check_text(row, location)
         rows.append(row)
-        characters += _count_characters(row)
         if len(rows) > MAX_ROWS or characters > MAX_BYTES:
             raise UserError(f"{location}: more than {MAX_ROWS} rows or {MAX_BYTES} characters; use a part of them")
     if normalised:
@@ -184,7 +184,8 @@ def _check_spec(spec: Any, argument: str) -> str:
     """Returns the name of a source as text. lm-eval turns a file name such as 1 into a number."""
     if isinstance(spec, bool) or not isinstance(spec, str | Path | int | float):
         raise UserError(
-            f"{argument} must be the name of a file, or hub:name:config:split; found {_describe_type(spec)}"
+            f"{argument} must be the name of a file (./true for one that is named so) or hub:name:config:split; "
+            f"found {_describe_type(spec)}"
         )
     text = str(spec)
     if not text.strip() or "\0" in text:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from csv import field_size_limit
 
 import pytest
 from hypothesis import given
@@ -22,9 +24,12 @@ from lm_ortho.data.encoding import (
     pad_batch,
     token_losses,
 )
-from lm_ortho.data.rows import drop_forget_rows, read_forget_sets, replace_mentions
+from lm_ortho.data.rows import MAX_CHARACTERS, MAX_ROWS, drop_forget_rows, read_forget_sets, replace_mentions
 from lm_ortho.errors import UserError
 from tests.support import tiny
+from tests.support.paths import REPOSITORY
+
+CELL_LIMIT = field_size_limit()
 
 plain = st.text(
     st.characters(codec="ascii", min_codepoint=32, max_codepoint=126) | st.sampled_from("\u00e9\u738b\n")
@@ -161,6 +166,20 @@ def test_a_row_becomes_context_and_target():
     row = Row(question="Who?", answer="Ada.", perturbed_answer=("Eve.",))
     assert json.loads(json.dumps(row.as_dict()))["perturbed_answer"] == ["Eve."]
     assert set(row.as_dict()) == {field.name for field in dataclasses.fields(Row)}
+
+
+def test_the_documents_name_the_fields_and_limits_of_the_reader():
+    readme, page = ((REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "docs/rows.md"))
+    table = readme[readme.index("| field | needed |") :].split("\n\n")[0]
+    first_cells = "".join(line.split("|")[1] for line in table.splitlines()[2:])
+    assert sorted(re.findall(r"`(\w+)`", first_cells)) == sorted(Row.__dataclass_fields__)
+    limits = (
+        f"{row_files.MAX_BYTES >> 20} MiB",
+        f"{MAX_ROWS:,} rows",
+        f"{MAX_CHARACTERS:,} char",
+        f"{CELL_LIMIT:,} char",
+    )
+    assert [limit for limit in limits if limit not in page] == []
 
 
 def test_retain_rows_that_are_forget_rows_are_left_out():
