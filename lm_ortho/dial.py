@@ -10,6 +10,8 @@ from typing import Any
 from lm_ortho.errors import UserError
 
 _NAMED_VALUE = re.compile(r"([a-z][a-z0-9_]*):(.+)", re.DOTALL)
+_NEXT_NAME = re.compile(r"\+(?=(?!hub:)[a-z][a-z0-9_]*:)")
+"""A plus sign that separates two named values; another one is part of a value, as in the file name ``c++.jsonl``."""
 
 
 def is_alpha(value: float) -> bool:
@@ -21,16 +23,21 @@ def check_alpha_value(value: Any, name: str = "alpha") -> float:
     """The value as a float; ``UserError`` for anything else than a number from 0 to 1."""
     try:
         alpha = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         alpha = math.nan
     if not is_alpha(alpha):
-        raise UserError(f"{name}={value!r} must be a number between 0 (forget) and 1 (remember)")
+        raise UserError(f"{name}={value!r:.100} must be a number between 0 (forget) and 1 (remember)")
     return alpha
 
 
 def parse_alpha(value: Any) -> float | dict[str, float]:
     """A float in [0, 1], or one by memory from ``name:value+name:value`` or a mapping; else ``UserError``."""
     values = parse_named_values(value, "alpha") if isinstance(value, str) else value
+    if isinstance(value, str) and ":" in value and not values:
+        raise UserError(
+            f"alpha={value!r:.100} is neither a number nor name:value+name:value, where a name has lower-case letters, "
+            "digits and underscores, a letter first"
+        )
     if not isinstance(values, Mapping) or not values:
         return check_alpha_value(value)
     return {str(name): check_alpha_value(part, f"alpha of {name}") for name, part in values.items()}
@@ -45,10 +52,10 @@ def format_alpha(alpha: float | Mapping[str, float]) -> str:
 
 def parse_named_values(text: str, argument: str) -> dict[str, str] | None:
     """``a:x+b:y`` as a mapping; None where a part has no name. Raises ``UserError`` for a name that occurs twice."""
-    matches = [_NAMED_VALUE.fullmatch(part) for part in text.split("+")]
+    matches = [_NAMED_VALUE.fullmatch(part) for part in _NEXT_NAME.split(text)]
     pairs = [(match[1], match[2]) for match in matches if match and match[1] != "hub"]
     if len(pairs) < len(matches):
         return None
     if len(dict(pairs)) < len(pairs):
-        raise UserError(f"{argument}={text!r} names a memory twice")
+        raise UserError(f"{argument}={text!r:.200} names a memory twice")
     return dict(pairs)

@@ -13,7 +13,7 @@ import typer
 
 def new_task(
     name: Annotated[str, typer.Argument(help="Name of the folder; the tasks are NAME_forget and NAME_retain.")],
-    forget: Annotated[str, typer.Option(help="Rows to forget: a JSONL file, or hub:name:config:split.")],
+    forget: Annotated[str, typer.Option(help="Rows to forget: a file of rows, or hub:name:config:split.")],
     retain: Annotated[str, typer.Option(help="Rows to retain, in the same format.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Directory in which the folder NAME is created.")
@@ -24,8 +24,9 @@ def new_task(
 ) -> None:
     """Write a folder of two lm-eval tasks, from rows to forget and rows to retain.
 
-    Rows are JSON lines with `question` and `answer`, or `text`; `secret`, `paraphrased_answer` and `perturbed_answer`
-    add metrics. The rows are copied into the folder, which can be moved anywhere.
+    A row has `question` and `answer`, or `text`; `secret`, `paraphrased_answer` and `perturbed_answer` add metrics. A
+    file of rows is JSON lines, JSON, CSV, TSV or Parquet. The rows are copied into the folder, which can be moved
+    anywhere.
     """
     from lm_ortho.harness.new_task import new_task as write
     from lm_ortho.plugin.bridges import find_tasks_dir

@@ -69,7 +69,7 @@ def encode_rows(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], arg
     if empty:
         raise UserError(
             f"{argument}: {len(empty)} of {len(rows)} rows have no token to predict within their first {limit} "
-            f"tokens, first {rows[empty[0]].context!r:.60}; shorten them or leave them out"
+            f"tokens, first row {empty[0] + 1}; shorten them or leave them out"
         )
     return examples
 
@@ -102,7 +102,7 @@ def encode(tokenizer: Any, rows: Sequence[Row], max_tokens: int = MAX_TOKENS) ->
         elif len(ids) + len(end_tokens) <= max_tokens:
             ids, roles = [*ids, *end_tokens], [*roles, *[END] * len(end_tokens)]
         if len(ids) < 2:
-            raise UserError(f"row {number} is only one token long; leave it out")
+            raise UserError(f"row {number} of {len(rows)} is only one token long; leave it out")
         examples.append(Example(tuple(ids), tuple(roles), len(all_ids) > max_tokens))
     return examples
 

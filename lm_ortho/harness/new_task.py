@@ -47,7 +47,7 @@ def new_task(
             a file that is missing or invalid (with its line), or a row in both files. No partial folder remains.
     """
     if not _NAME.fullmatch(name):
-        raise UserError(f"name={name!r} must be lower-case letters, digits and underscores, a letter first")
+        raise UserError(f"name={name!r:.100} must be lower-case letters, digits and underscores, a letter first")
     tasks = tuple(f"{name}_{kind}" for kind in _KINDS)
     folder = output.expanduser() / name
     check_output_directory(folder, "output")
@@ -63,12 +63,11 @@ def new_task(
 
 def _check_disjoint(forget: Sequence[Row], retain: Sequence[Row]) -> None:
     retain_texts = {(row.context, row.target) for row in retain}
-    duplicates = [row for row in forget if (row.context, row.target) in retain_texts]
+    duplicates = [number for number, row in enumerate(forget, 1) if (row.context, row.target) in retain_texts]
     if duplicates:
-        text = (duplicates[0].context + duplicates[0].target).replace("\n", " ")
         raise UserError(
-            f"forget and retain share {len(duplicates)} of {len(forget)} rows, the first is {text!r:.80}; "
-            "a row cannot be in both, remove it from one file"
+            f"forget and retain share {len(duplicates)} of {len(forget)} rows, the first is row {duplicates[0]} of "
+            "forget; a row cannot be in both, remove it from one file"
         )
 
 
@@ -76,7 +75,7 @@ def _check_names_available(names: Iterable[str], output: Path) -> None:
     spec = find_spec("lm_eval")
     upstream = [Path(folder) / "tasks" for folder in (spec.submodule_search_locations or [])] if spec else []
     files = [path for folder in (find_tasks_dir(), *upstream) for path in folder.rglob("*.yaml")]
-    for path in [*files, *output.glob("*/*.yaml")]:
+    for path in filter(Path.is_file, [*files, *output.glob("*/*.yaml")]):
         content = path.read_bytes()
         for name in names:
             if name.encode() in content and _defines_name(content, name):

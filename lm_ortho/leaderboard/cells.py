@@ -91,6 +91,7 @@ def build_evaluation_piece(
 
 def hash_task_files(metadata: Mapping[str, Any]) -> dict[str, str]:
     """Hash of the content of every file and folder that tasks read, by its argument or environment variable."""
+    from lm_ortho.data.rows import is_file
     from lm_ortho.dial import parse_named_values
     from lm_ortho.harness.tasks import muse, tofu_data
 
@@ -98,7 +99,7 @@ def hash_task_files(metadata: Mapping[str, Any]) -> dict[str, str]:
     arguments |= {name: os.environ.get(name, "") for name in (muse.DIRECTORY_VARIABLE, tofu_data.DIRECTORY_VARIABLE)}
     file_hashes = {}
     for name, value in arguments.items():
-        places = parse_named_values(value, name) or {"": value}
+        places = (None if is_file(value) else parse_named_values(value, name)) or {"": value}
         hashes = [[part, _hash_path(Path(place).expanduser())] for part, place in places.items() if place]
         # The content of the model itself is already part of the key of its cell.
         if name != "pretrained" and any(content_hash for _, content_hash in hashes):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
+import re
+from csv import field_size_limit
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lm_ortho.data import Row, read_rows, write_rows
+from lm_ortho.data import Row, read_rows, row_files, write_rows
 from lm_ortho.data.encoding import (
     ANSWER,
     CONTEXT,
@@ -23,28 +24,34 @@ from lm_ortho.data.encoding import (
     pad_batch,
     token_losses,
 )
-from lm_ortho.data.rows import drop_forget_rows, read_forget_sets, replace_mentions
+from lm_ortho.data.rows import MAX_CHARACTERS, MAX_ROWS, drop_forget_rows, read_forget_sets, replace_mentions
 from lm_ortho.errors import UserError
 from tests.support import tiny
+from tests.support.paths import REPOSITORY
 
-non_blank = st.text(min_size=1).filter(str.strip)
+CELL_LIMIT = field_size_limit()
+
+plain = st.text(
+    st.characters(codec="ascii", min_codepoint=32, max_codepoint=126) | st.sampled_from("\u00e9\u738b\n")
+).map(str.strip)
+non_blank = plain.filter(bool)
 
 
 @st.composite
 def rows(draw):
     kind = draw(st.sampled_from(["question", "prompt", "text"]))
     if kind == "text":
-        return Row(text=draw(non_blank), subject=draw(st.text()), group=draw(st.text()))
+        return Row(text=draw(non_blank), subject=draw(plain), group=draw(plain))
     answer = draw(non_blank)
     start = draw(st.integers(0, len(answer)))
     return Row(
         **{kind: draw(non_blank)},
         answer=answer,
-        secret=answer[start : draw(st.integers(start, len(answer)))],
-        subject=draw(st.text()),
-        paraphrased_answer=draw(st.text()),
-        perturbed_answer=tuple(draw(st.lists(st.text(), max_size=3))),
-        group=draw(st.text()),
+        secret=answer[start : draw(st.integers(start, len(answer)))].strip(),
+        subject=draw(plain),
+        paraphrased_answer=draw(plain),
+        perturbed_answer=tuple(draw(st.lists(non_blank, max_size=3))),
+        group=draw(plain),
     )
 
 
@@ -56,10 +63,17 @@ def test_rows_come_back_as_they_were_written(tmp_path_factory, written):
     assert [p.name for p in path.parent.iterdir()] == ["rows.jsonl"]
 
 
+def test_rows_that_cannot_be_written_leave_no_file(tmp_path):
+    with pytest.raises(UnicodeEncodeError):
+        write_rows(tmp_path / "rows.jsonl", [Row(text="a"), Row(text="\ud800")])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_line_breaks_of_unicode_do_not_end_a_row(tmp_path):
-    row = Row(question="a\u2028b\x85c\x0cd", answer="e\u2029f\x1c")
+    row = Row(question="a\u2028b\x85c\x0cd", answer="e\u2029f\x0b")
     write_rows(tmp_path / "rows.jsonl", [row])
-    assert read_rows(tmp_path / "rows.jsonl") == [row]
+    assert read_rows(tmp_path / "rows.jsonl", normalise=False) == [row]
+    assert read_rows(tmp_path / "rows.jsonl") == [Row(question="a\nb\nc\x0cd", answer="e\nf")]
 
 
 GOOD = json.dumps({"question": "Who?", "answer": "Ada."})
@@ -74,12 +88,12 @@ BAD = {
     '{"answer": "Ada."}': "non-empty question",
     '{"text": ""}': "or text",
     '{"question": "Who?", "text": "Ada was."}': "answer",
-    '{"question": 3, "answer": "Ada."}': "question must be a string, found 3",
+    '{"question": 3, "answer": "Ada."}': "question must be a string, found a number",
     '{"text": ["a"]}': "text must be a string",
     r'{"question": "Who \ud83d?", "answer": "Ada."}': "question holds half of a surrogate pair",
     '{"question": "Who?", "answer": "Ada.", "perturbed_answer": [1]}': "perturbed_answer must be a list of strings",
     '{"question": "Who?", "answer": "Ada.", "perturbed_answer": 5}': "perturbed_answer must be a list of strings",
-    '{"question": "Who?", "answer": "Ada.", "secret": "Eve"}': "secret 'Eve' does not occur in answer 'Ada.'",
+    '{"question": "Who?", "answer": "Ada.", "secret": "Eve"}': "secret does not occur in answer",
 }
 
 
@@ -104,7 +118,7 @@ def test_missing_empty_and_binary_files_are_refused(tmp_path):
             read_forget_sets(spec)
     with pytest.raises(UserError, match=r"^forget='hub:x\.jsonl\+b:y\.jsonl': .* and is not hub$"):
         read_forget_sets("hub:x.jsonl+b:y.jsonl")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="is a directory; name a file in it"):
         read_rows(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n \n")
     with pytest.raises(UserError, match="holds no rows"):
@@ -154,6 +168,20 @@ def test_a_row_becomes_context_and_target():
     assert set(row.as_dict()) == {field.name for field in dataclasses.fields(Row)}
 
 
+def test_the_documents_name_the_fields_and_limits_of_the_reader():
+    readme, page = ((REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "docs/rows.md"))
+    table = readme[readme.index("| field | needed |") :].split("\n\n")[0]
+    first_cells = "".join(line.split("|")[1] for line in table.splitlines()[2:])
+    assert sorted(re.findall(r"`(\w+)`", first_cells)) == sorted(Row.__dataclass_fields__)
+    limits = (
+        f"{row_files.MAX_BYTES >> 20} MiB",
+        f"{MAX_ROWS:,} rows",
+        f"{MAX_CHARACTERS:,} char",
+        f"{CELL_LIMIT:,} char",
+    )
+    assert [limit for limit in limits if limit not in page] == []
+
+
 def test_retain_rows_that_are_forget_rows_are_left_out():
     ada, eve = Row(question="Who?", answer="Ada."), Row(question="Who?", answer="Eve.")
     assert drop_forget_rows([ada], [dataclasses.replace(ada, group="a"), eve]) == [eve]
@@ -166,10 +194,22 @@ def test_rows_that_a_model_cannot_read_or_predict_are_refused(words):
     model = tiny.llama(vocab_size=len(words), max_position_embeddings=16)
     row = Row(question="Who?", answer="Ada.")
     assert encode_rows(model, words, [row], argument="retain") == encode(words, [row])
-    with pytest.raises(UserError, match=r"^retain: 1 of 2 rows have no token to predict within their first 16 tokens"):
+    message = r"^retain: 1 of 2 rows have no token to predict within their first 16 tokens, first row 2; shorten"
+    with pytest.raises(UserError, match=message):
         encode_rows(model, words, [row, Row(prompt="the dog " * 20, answer="sat.")], argument="retain")
     with pytest.raises(UserError, match=r"^tokenizer: it produces token"):
         encode_rows(tiny.llama(vocab_size=5), words, [row], argument="retain")
+
+
+def test_a_row_of_a_single_token_is_refused_by_its_number(words):
+    class WithoutEnd:
+        is_fast, bos_token, eos_token_id = True, None, None
+
+        def __call__(self, texts, **_):
+            return {"input_ids": [[7] * len(text) for text in texts], "offset_mapping": [[(0, 1)] * 2 for _ in texts]}
+
+    with pytest.raises(UserError, match=r"^row 2 of 2 is only one token long; leave it out$"):
+        encode(WithoutEnd(), [Row(text="ab"), Row(text="a")])
 
 
 def test_roles_mark_context_answer_secret_and_end(words):
@@ -257,9 +297,9 @@ def test_a_blank_subject_is_never_mentioned():
 
 
 def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
-    path, reads, read_text = tmp_path / "rows.jsonl", [], Path.read_text
+    path, reads, read_records = tmp_path / "rows.jsonl", [], row_files.read_records
     path.write_text('{"text": "one"}\n')
-    monkeypatch.setattr(Path, "read_text", lambda self, **options: reads.append(self) or read_text(self, **options))
+    monkeypatch.setattr(f"{read_rows.__module__}.read_records", lambda *args: reads.append(args) or read_records(*args))
     first = read_rows(path)
     first.append(Row(text="mine"))
     assert read_rows(str(path)) == [Row(text="one")]

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,10 +105,33 @@ TEXT = st.text(st.characters(codec=None) | st.sampled_from("\x85\u2028\u2029\ufe
 
 @given(st.lists(st.builds(Row, question=TEXT, answer=TEXT), min_size=1))
 def test_any_text_survives_the_yaml_file(rows: list[Row]) -> None:
-    rows = [row for row in rows if row.question.strip() and row.answer.strip()]
+    """The reader sees the same JSON values in the block as in the lines, whether it accepts or refuses them."""
+    lines = "".join(f"{json.dumps(row.as_dict())}\n" for row in rows)
     text = "".join(f"  {module._format_json_line(row)}\n" for row in rows)
-    read = yaml.load(f"rows: |\n{text}".encode(), yaml.CSafeLoader)["rows"]
-    assert parse_rows(read, "rows") == rows
+    block = yaml.load(f"rows: |\n{text}".encode(), yaml.CSafeLoader)["rows"]
+    assert outcome_of(parse_rows, block) == outcome_of(parse_rows, lines)
+
+
+def outcome_of(parse: Callable[[str, str], list[Row]], text: str) -> list[Row] | str:
+    """The rows, or the keyless part of the message about the first line that is none."""
+    try:
+        return parse(text, "rows")
+    except UserError as error:
+        return str(error).partition("; found keys")[0]
+
+
+def test_the_tasks_have_the_rows_that_the_reader_reads(files: Path) -> None:
+    record = {
+        "question": "Who?\u00a0",
+        "answer": " Zoe\u0308.\r\n",
+        "secret": "Zo\u00eb",
+        "perturbed_answer": ["", "Max. "],
+    }
+    Path("f.jsonl").write_text(json.dumps([record]), encoding="utf-16")
+    assert invoke_new_task().exit_code == 0
+    (doc,) = index("out").load(TASKS)["tasks"]["rivers_forget"].eval_docs
+    row = {"question": "Who?", "answer": "Zo\u00eb.", "secret": "Zo\u00eb", "perturbed_answer": ["Max."]}
+    assert {name: doc[name] for name in row} == row
 
 
 @pytest.mark.parametrize(
@@ -148,8 +172,8 @@ def test_a_task_without_rows_is_refused() -> None:
         ({"retain": "broken.jsonl"}, "retain=broken.jsonl, line 2: not valid JSON"),
         ({"forget": "odd.jsonl"}, "forget=odd.jsonl, line 3: a row needs a non-empty question"),
         ({"forget": "empty.jsonl"}, "forget='empty.jsonl': the file holds no rows"),
-        ({"retain": "f.jsonl"}, "forget and retain share 3 of 3 rows, the first is 'Question: "),
-        ({"retain": "overlap.jsonl"}, "forget and retain share 1 of 3 rows, the first is 'Question: "),
+        ({"retain": "f.jsonl"}, "forget and retain share 3 of 3 rows, the first is row 1 of forget; "),
+        ({"retain": "overlap.jsonl"}, "forget and retain share 1 of 3 rows, the first is row 1 of forget; "),
     ],
 )
 def test_invalid_input_is_one_line_and_leaves_no_files(

@@ -434,6 +434,8 @@ def test_named_parts():
     assert parse_named_values("a:x.jsonl+b:hub:n:c:s", "forget") == {"a": "x.jsonl", "b": "hub:n:c:s"}
     assert parse_named_values("hub:locuslab/TOFU:forget10:train", "forget") is None
     assert parse_named_values("some+file.jsonl", "forget") is None
+    assert parse_named_values("a:c++x.jsonl+b:y+z", "forget") == {"a": "c++x.jsonl", "b": "y+z"}
+    assert parse_named_values("1:x.jsonl+2:y.jsonl", "forget") is None
     assert parse_named_values("0.5", "alpha") is None
     with pytest.raises(UserError, match=r"^alpha='a:1\+a:0' names a memory twice"):
         parse_named_values("a:1+a:0", "alpha")
@@ -444,7 +446,11 @@ def test_alpha_by_memory():
     assert parse_alpha({"a": 0.5}) == {"a": 0.5}
     assert format_alpha(parse_alpha("a:0.25+b:1")) == "a:0.25+b:1"
     assert format_alpha(0.5) == "0.5"
-    for bad in ("a:2", "a:x+b:1", "a:", {"a": "nan"}):
+    with pytest.raises(
+        UserError, match=r"^alpha='1:0\+2:1' is neither a number nor name:value\+name:value, where a name"
+    ):
+        parse_alpha("1:0+2:1")
+    for bad in ("a:2", "a:x+b:1", "a:", {"a": "nan"}, "9" * 5000, 10**400):
         with pytest.raises(UserError, match="alpha"):
             parse_alpha(bad)
 

@@ -88,8 +88,8 @@ def _build_documents(
         key = f"{doc['context']}{doc['target']}"
         if reference is not None and key not in reference:
             raise UserError(
-                f"reference_samples={metadata['reference_samples']!r}: no loss for {key[:60]!r}; log the whole task "
-                f"{task} with the reference model"
+                f"reference_samples={metadata['reference_samples']!r}: no loss for document {number}; log the whole "
+                f"task {task} with the reference model"
             )
         logp = None if reference is None else reference[key]
         docs.append({**doc, "id": number, "group": f"{part} {doc['group']}", "part": part, "reference_logp": logp})

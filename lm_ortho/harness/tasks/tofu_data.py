@@ -193,12 +193,16 @@ def _fill_paraphrase(row: Row) -> Row:
 
 @lru_cache(maxsize=32)
 def _read_table(name: str, source: str) -> list[Row]:
-    """Reads one configuration of TOFU. The groups are authors, if the rows are about authors."""
+    """Reads one configuration of TOFU. The groups are authors, if the rows are about authors.
+
+    The text stays as it was published: numbers are compared with those of published models, and the values that a
+    retain-only model logged are found by the question.
+    """
     if not source:
         return _add_groups(name, _load_from_hub(name))
     for path in (Path(source) / f"{name}{suffix}" for suffix in (".jsonl", ".json")):
         if path.is_file():
-            return _add_groups(name, read_rows(path, "tofu_dir"))
+            return _add_groups(name, read_rows(path, "tofu_dir", normalise=False))
     if position := _find_slice(name):
         superset, start, stop = position
         return _read_table(superset, source)[start:stop]
@@ -228,7 +232,7 @@ def _add_groups(name: str, rows: Sequence[Row]) -> list[Row]:
 
 def _load_from_hub(name: str) -> list[Row]:
     try:
-        return read_rows(f"hub:{HUB}:{name}:train", "tofu")
+        return read_rows(f"hub:{HUB}:{name}:train", "tofu", normalise=False)
     except UserError as error:
         raise UserError(
             f"{first_line(error)}; without a network pass --metadata tofu_dir=DIR (or set {DIRECTORY_VARIABLE}) "
