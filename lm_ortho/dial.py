@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,13 +19,18 @@ def is_alpha(value: float) -> bool:
 
 
 def check_alpha_value(value: Any, name: str = "alpha") -> float:
-    """The value as a float; ``UserError`` for anything else than a number from 0 to 1."""
+    """The value as a float; ``UserError`` for anything else than a number from 0 to 1, also for true and false."""
     try:
-        alpha = float(value)
-    except (TypeError, ValueError):
+        alpha = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         alpha = math.nan
     if not is_alpha(alpha):
-        raise UserError(f"{name}={value!r} must be a number between 0 (forget) and 1 (remember)")
+        has_names = isinstance(value, str) and ":" in value
+        hint = ", or name:value+name:value with names of lower-case letters, digits and _, a letter first"
+        raise UserError(
+            f"{name}={reprlib.repr(value) if not isinstance(value, str) else repr(value)} must be a number between "
+            f"0 (forget) and 1 (remember){hint if has_names else ''}"
+        )
     return alpha
 
 
