@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,18 +18,13 @@ def is_alpha(value: float) -> bool:
 
 
 def check_alpha_value(value: Any, name: str = "alpha") -> float:
-    """The value as a float; ``UserError`` for anything else than a number from 0 to 1, also for true and false."""
+    """The value as a float; ``UserError`` for anything else than a number from 0 to 1."""
     try:
-        alpha = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
+        alpha = float(value)
+    except (TypeError, ValueError):
         alpha = math.nan
     if not is_alpha(alpha):
-        has_names = isinstance(value, str) and ":" in value
-        hint = ", or name:value+name:value with names of lower-case letters, digits and _, a letter first"
-        raise UserError(
-            f"{name}={reprlib.repr(value) if not isinstance(value, str) else repr(value)} must be a number between "
-            f"0 (forget) and 1 (remember){hint if has_names else ''}"
-        )
+        raise UserError(f"{name}={value!r} must be a number between 0 (forget) and 1 (remember)")
     return alpha
 
 
