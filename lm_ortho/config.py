@@ -7,11 +7,12 @@ in a checkpoint are made from these classes. The descriptions are the help texts
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from lm_ortho.dial import parse_alpha
 from lm_ortho.errors import UserError
@@ -19,8 +20,22 @@ from lm_ortho.errors import UserError
 PromptForm = Literal["auto", "plain", "chat", "both"]
 
 
+def refuse_truth_value(value: Any) -> Any:
+    """The value; ``ValueError`` for true and false, which pydantic would take for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false (or yes, no, on, off)")
+    return value
+
+
 class _Schema(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        is_number = not {int, float}.isdisjoint(getattr(annotation, "__args__", (annotation,)))
+        return refuse_truth_value(value) if is_number else value
 
 
 class Recipe(_Schema):
@@ -49,11 +64,17 @@ class Recipe(_Schema):
         False, description="Look for further subjects that the model knows, and retain what it says about them."
     )
     steps: int = Field(
-        1000, ge=10, description="Number of steps of the optimised edit; the attribution pass takes a tenth as many."
+        1000,
+        ge=10,
+        lt=2**31,
+        description="Number of steps of the optimised edit; the attribution pass takes a tenth as many.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of all random draws of the decomposition.")
     groups: int = Field(
-        1, ge=1, description="Number of parts in which the model goes through attribution, to need less memory."
+        1,
+        ge=1,
+        lt=2**31,
+        description="Number of parts in which the model goes through attribution, to need less memory.",
     )
     states: Literal["float32", "bfloat16"] = Field(
         "float32", description="Precision of the optimiser states of attribution."
@@ -72,8 +93,8 @@ class Recipe(_Schema):
     @field_validator("group_size")
     @classmethod
     def _check_group_size(cls, group_size: int) -> int:
-        if group_size < 8 or group_size % 8:
-            raise ValueError("must be a positive multiple of 8")
+        if not 8 <= group_size <= 2**16 or group_size % 8:  # no layer of any model has longer rows
+            raise ValueError("must be a positive multiple of 8, at most 65536")
         return group_size
 
 
@@ -149,15 +170,15 @@ class Training(_Schema):
     """The choices of one fine-tune that plants a memory; None is decided by model and data."""
 
     method: Literal["lora", "full"] = Field("lora", description="`lora` (an adapter, merged) or `full` (all weights).")
-    rank: int = Field(32, ge=1, description="Rank of the LoRA adapter.")
+    rank: int = Field(32, ge=1, lt=2**31, description="Rank of the LoRA adapter.")
     lr: float | None = Field(
         None, gt=0, lt=1, description="Peak learning rate; without it one that suits method and width."
     )
     steps: int | None = Field(
-        None, ge=1, description="Number of steps; without it as many as --epochs take, 200 at least."
+        None, ge=1, lt=2**31, description="Number of steps; without it as many as --epochs take, 200 at least."
     )
     epochs: float | None = Field(None, gt=0, description="Number of passes over the rows; 20 without --steps.")
-    batch_rows: int = Field(16, ge=1, description="Number of rows in a step.")
+    batch_rows: int = Field(16, ge=1, lt=2**31, description="Number of rows in a step.")
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of the initial adapter weights and of the order of the rows."
     )
@@ -176,8 +197,10 @@ def make_recipe(**values: Any) -> Recipe:
 def make_spec(recipe: Recipe | Mapping[str, Any] | None = None, **values: Any) -> ModelSpec:
     """A validated ``ModelSpec``; ``recipe`` holds what the user chose. Raises ``UserError`` as ``make_recipe`` does.
 
-    A ``pretrained`` that is an object becomes ``model``.
+    A ``pretrained`` that is a path becomes text, any other object becomes ``model``.
     """
+    if isinstance(values.get("pretrained"), os.PathLike):
+        values["pretrained"] = str(values["pretrained"])
     if "pretrained" in values and not isinstance(values["pretrained"], str | None):
         values["model"] = values.pop("pretrained")
     if isinstance(recipe, Mapping):

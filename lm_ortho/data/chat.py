@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import lru_cache
+from types import FrameType
 from typing import Any
 
 from lm_ortho.data.rows import Row
@@ -14,6 +20,10 @@ from lm_ortho.hub import first_line
 log = logging.getLogger(__name__)
 
 FORMS = ("auto", "plain", "chat", "both")
+MAX_SECONDS = 10.0
+"""Processor time of a chat template for one row; templates of published models take less than a millisecond."""
+MAX_CHARACTERS = 100_000
+"""Characters of a rendered row; a document is cut after 512 tokens, so longer ones have no room for an answer."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +75,77 @@ def render_forms(rows: Sequence[Row], tokenizer: Any, form: str) -> list[Row]:
 def render_turn(row: Row, tokenizer: Any) -> ChatRow:
     """Returns the row as a chat: the question as the only user message, then the answer in the assistant's turn.
 
+    A template comes with the model and is code: transformers runs it in the sandbox of Jinja, without access to Python.
+
     Raises:
-        UserError: if the chat template fails.
+        UserError: if the chat template fails, does not end, or gives text without the question or text that is not
+            valid or far too long.
     """
     messages = [{"role": "user", "content": row.question}]
     try:
-        context = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        _refuse_powers(tokenizer.get_chat_template())
+        with _processor_time_limit(MAX_SECONDS):
+            context = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # jinja2 and the template's own raise_exception have no common base
         raise UserError(
             f"prompts: the chat template of the tokenizer fails ({first_line(error)}); use prompts=plain"
         ) from None
+    _check_context(context, row.question)
     row_fields = {field.name: getattr(row, field.name) for field in fields(Row)}
     return ChatRow(**row_fields, rendered_context=context, rendered_target=row.answer)
+
+
+def _check_context(context: str, question: str) -> None:
+    """Raises ``UserError`` for a rendered row that cannot be a prompt; compares without case and white space."""
+    problem = ""
+    if len(context) > MAX_CHARACTERS:
+        problem = f"makes {len(context)} characters of one question, more than {MAX_CHARACTERS}"
+    elif any("\ud800" <= character <= "\udfff" for character in context):
+        problem = "makes half of a surrogate pair, which is not valid text"
+    else:
+        forms = (question, json.dumps(question, ensure_ascii=False)[1:-1])  # some templates write messages as JSON
+        if not any(_simplify(form) in _simplify(context) for form in forms):
+            problem = "leaves out or changes the question"
+    if problem:
+        raise UserError(f"prompts: the chat template of the tokenizer {problem}; use prompts=plain")
+
+
+def _simplify(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+@contextmanager
+def _processor_time_limit(seconds: float) -> Iterator[None]:
+    """Raises ``TimeoutError`` inside a template that needs more processor time; Jinja limits single loops only.
+
+    A trace function checks the time at each line of the compiled template, in any thread and on every platform. It
+    costs 60 microseconds per row. A single operation, such as the repetition of a long text, is not interrupted.
+    """
+    end = time.thread_time() + seconds
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename != "<template>":  # as Jinja names the code that it compiles from a string
+            return None
+        if time.thread_time() > end:
+            raise TimeoutError(f"it does not end within {seconds:g} seconds")
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(previous)
+
+
+@lru_cache(maxsize=8)
+def _refuse_powers(template: str) -> None:
+    """Raises ``ValueError`` for ``a ** b``, a single operation that may take for ever; ``f(**names)`` is allowed."""
+    from jinja2 import Environment
+
+    previous = ""
+    for _, kind, text in Environment().lex(template):
+        if kind == "operator" and text == "**" and previous not in ("(", ","):
+            raise ValueError("it computes a power, which may never end")
+        if kind != "whitespace":
+            previous = text

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import torch
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lm_ortho.baselines.interface import Budget
-from lm_ortho.config import ModelSource, describe_validation_error
+from lm_ortho.config import ModelSource, describe_validation_error, refuse_truth_value
 from lm_ortho.dial import is_alpha
-from lm_ortho.errors import UserError
+from lm_ortho.errors import UserError, printable
+from lm_ortho.leaderboard.plain_yaml import read_plain_yaml
+from lm_ortho.runtime.device import choose_dtype
+
+MAX_CELLS = 10_000
+"""Number of models that a board may ask for."""
+_Number = Annotated[float, BeforeValidator(refuse_truth_value)]
+_Count = Annotated[int, BeforeValidator(refuse_truth_value), Field(ge=1, lt=2**31)]
+_Seed = Annotated[int, BeforeValidator(refuse_truth_value), Field(ge=0, lt=2**32)]
+_Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Model(ModelSource):
@@ -40,14 +52,21 @@ class Model(ModelSource):
 class Entry(_Part):
     """A method with its settings and seeds; all combinations of the lists in ``grid`` are run, a row each."""
 
-    method: str = Field(description="Name of a method (docs/baselines.md).")
+    method: str = Field(
+        pattern="^[a-z][a-z0-9_]*$", max_length=100, description="Name of a method (docs/baselines.md)."
+    )
     settings: dict[str, Any] = Field(default_factory=dict, description="Settings of the method.")
-    grid: dict[str, list[Any]] = Field(
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default_factory=dict, description="Lists of values by setting; every combination is a row."
     )
-    seeds: tuple[int, ...] | None = Field(None, description="Seeds; those of the board without it.")
-    alphas: tuple[float, ...] | None = Field(None, description="Alphas; those of the board without it.")
+    seeds: tuple[_Seed, ...] | None = Field(None, min_length=1, description="Seeds; those of the board without it.")
+    alphas: tuple[_Number, ...] | None = Field(None, min_length=1, description="Alphas; those of the board without it.")
     tune: bool = Field(False, description="Select the settings from the method's grid on the tuning split first.")
+
+    @property
+    def n_combinations(self) -> int:
+        """The number of combinations of settings, which are not made for it."""
+        return math.prod(len(values) for values in self.grid.values())
 
     def combinations(self) -> Iterator[dict[str, Any]]:
         """Every combination of settings to run."""
@@ -66,8 +85,8 @@ class Entry(_Part):
 class Axis(_Part):
     """One number of the frontier."""
 
-    task: str = Field(description="Name of the task.")
-    metric: str = Field(description="Name of the metric.")
+    task: _Name = Field(description="Name of the task.")
+    metric: _Name = Field(description="Name of the metric.")
     scale: Literal["log", "linear"] = Field(
         default="log", description="Whether ratios (`log`) or differences are compared."
     )
@@ -90,7 +109,7 @@ class Frontier(_Part):
 class Tuning(_Part):
     """How ``tune`` selects: one run per setting of the method's grid, on rows that are not part of the evaluation."""
 
-    seed: int = Field(100, ge=0, description="Seed of the split and of the runs.")
+    seed: _Seed = Field(100, description="Seed of the split and of the runs.")
     budget: Budget | None = Field(None, description="Budget of the runs; that of the board without it.")
 
 
@@ -101,29 +120,29 @@ class Resources(_Part):
     address: str | None = Field(
         None, description="Address of a Ray cluster; without it one is started on this machine."
     )
-    cpus: float = Field(1, gt=0, description="CPUs per cell.")
-    gpus: float = Field(0, ge=0, description="GPUs per cell.")
-    memory_gb: float | None = Field(None, gt=0, description="Gigabytes of memory per cell.")
+    cpus: _Number = Field(1, gt=0, description="CPUs per cell.")
+    gpus: _Number = Field(0, ge=0, description="GPUs per cell.")
+    memory_gb: _Number | None = Field(None, gt=0, description="Gigabytes of memory per cell.")
 
 
 class Board(_Part):
     """A matrix of models, methods, settings, seeds and tasks."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="Short name, for files.")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=100, description="Short name, for files.")
     title: str = Field("", description="Title of the page.")
-    models: dict[str, Model] = Field(
+    models: dict[_Name, Model] = Field(
         default_factory=lambda: {"embedded": Model.model_validate({})},
         min_length=1,
         description="Models that hold a memory, by name; the embedded one without it.",
     )
     methods: tuple[Entry, ...] = Field(min_length=1, description="Methods to compare.")
-    tasks: tuple[str, ...] = Field(min_length=1, description="lm-eval tasks and groups to measure.")
-    seeds: tuple[int, ...] = Field((0,), min_length=1, description="Seeds of every method that draws something.")
-    alphas: tuple[float, ...] = Field(
-        (0.0, 1.0), description="Alphas of the methods with a dial; others are measured once."
+    tasks: tuple[_Name, ...] = Field(min_length=1, description="lm-eval tasks and groups to measure.")
+    seeds: tuple[_Seed, ...] = Field((0,), min_length=1, description="Seeds of every method that draws something.")
+    alphas: tuple[_Number, ...] = Field(
+        (0.0, 1.0), min_length=1, description="Alphas of the methods with a dial; others are measured once."
     )
-    limit: int | None = Field(None, ge=1, description="Number of documents of every task; all without it.")
-    limits: dict[str, int] = Field(
+    limit: _Count | None = Field(None, description="Number of documents of every task; all without it.")
+    limits: dict[_Name, _Count] = Field(
         default_factory=dict, description="Limits by task or group; that of a task overrides that of its group."
     )
     frontier: Frontier = Field(default_factory=Frontier, description="Axes of the frontier.")
@@ -135,9 +154,48 @@ class Board(_Part):
     device: str | None = Field(None, description="Device of methods and tasks; by default a GPU if there is one.")
     dtype: str = Field("float32", description="dtype of the models when they are measured.")
     parallelize: bool = Field(False, description="Spread a model over several GPUs, as in `--model hf`.")
-    batch_size: int | str = Field(1, description="Batch size of the evaluation, as in lm-eval.")
+    batch_size: _Count | str = Field(1, description="Batch size of the evaluation, as in lm-eval.")
     metadata: dict[str, Any] = Field(default_factory=dict, description="`--metadata` for the tasks.")
     imports: tuple[str, ...] = Field((), description="Python modules to import that register methods of your own.")
+
+    @field_validator("batch_size", mode="after")
+    @classmethod
+    def _check_batch_size(cls, batch_size: int | str) -> int | str:
+        if isinstance(batch_size, str) and not re.fullmatch(r"[1-9][0-9]{0,8}|auto(:[1-9][0-9]{0,8})?", batch_size):
+            raise ValueError("must be a whole number from 1 on, auto, or auto:N")
+        return batch_size
+
+    @field_validator("dtype", mode="after")
+    @classmethod
+    def _check_dtype(cls, dtype: str) -> str:
+        choose_dtype(dtype, "cpu", torch.float32)
+        return dtype
+
+    @field_validator("imports", mode="after")
+    @classmethod
+    def _check_imports(cls, imports: tuple[str, ...]) -> tuple[str, ...]:
+        if bad := [name for name in imports if not all(part.isidentifier() for part in name.split("."))]:
+            raise ValueError(f"{printable(bad[0], 80)!r} is not the name of a Python module, such as package.module")
+        return imports
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Board:
+        texts = [*self.models, *self.tasks, *self.limits]
+        if bad := [text for text in texts if not text.isprintable() or text != text.strip()]:
+            raise ValueError(
+                f"the name {printable(bad[0], 80)!r} of a model or task has odd characters or outer spaces"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_size(self) -> Board:
+        """Refuses a grid that would never end, before anybody makes its combinations."""
+        per_model = sum(entry.n_combinations * len(entry.seeds or self.seeds) for entry in self.methods)
+        if (cells := per_model * len(self.models)) > MAX_CELLS:
+            raise ValueError(
+                f"models, methods, grids and seeds make {cells:.4g} cells; a board has at most {MAX_CELLS}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_alphas(self) -> Board:
@@ -149,14 +207,7 @@ class Board(_Part):
 
 def read_board(path: Path) -> Board:
     """The board of a YAML file; ``UserError`` in one line names the key at fault and the closest known key."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"board={str(path)!r} cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"board={str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+    content = read_plain_yaml(path, f"board={str(path)!r}")
     if not isinstance(content, Mapping):
         raise UserError(f"board={str(path)!r} must hold keys such as name, methods and tasks")
     return make_board(content, f"board={str(path)!r}")
@@ -168,7 +219,10 @@ def make_board(content: Mapping[str, Any], where: str = "board") -> Board:
     try:
         return Board(**content)
     except ValidationError as error:
-        raise UserError(f"{where}: {describe_validation_error(error)}") from None
+        first = error.errors()[0]
+        is_unquoted = first["type"] == "string_type" and isinstance(first["input"], (bool, int, float))
+        hint = "; YAML reads it as a number or as true or false, so write it in quotes" if is_unquoted else ""
+        raise UserError(f"{where}: {describe_validation_error(error)}{hint}") from None
 
 
 _PARTS: dict[tuple[type[BaseModel], str], type[BaseModel]] = {
@@ -192,9 +246,9 @@ def _refuse_unknown_keys(content: Any, schema: type[BaseModel], where: str, pref
         return  # pydantic reports what is expected
     for name, value in content.items():
         if name not in schema.model_fields:
-            close = difflib.get_close_matches(str(name), schema.model_fields, n=1)
+            close = difflib.get_close_matches(str(name)[:100], schema.model_fields, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(schema.model_fields)}"
-            raise UserError(f"{where}: {prefix}{name} is unknown; {hint}")
+            raise UserError(f"{where}: {prefix}{printable(name, 100)} is unknown; {hint}")
         if part := _PARTS.get((schema, name)):
             _refuse_unknown_keys(value, part, where, f"{prefix}{name}.")
         if part := _LISTS.get((schema, name)):

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from lm_ortho import checkpoint, world
 from lm_ortho.config import ModelSpec, Recipe, make_recipe
 from lm_ortho.data.rows import Row, drop_forget_rows, read_forget_sets, read_rows
@@ -120,6 +122,9 @@ def _shipped_decomposition() -> Path | None:
 
 
 def _resolve_object(spec: ModelSpec) -> ResolvedModel:
+    if not isinstance(spec.model, nn.Module):
+        kind = type(spec.model).__name__
+        raise UserError(f"pretrained is of type {kind}; give a directory, a hub id in quotes, or a model object")
     check_decoder(getattr(spec.model, "config", None), f"pretrained is a {type(spec.model).__name__}")
     if ortho_layers(spec.model):
         _refuse_recipe(spec, "the model is decomposed already")
