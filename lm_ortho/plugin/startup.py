@@ -1,7 +1,7 @@
-"""The start-up hook: waits for three modules of lm-eval and transformers and bridges each after its body has run.
+"""The start-up hook: waits for modules of lm-eval, transformers and peft and bridges each after its body has run.
 
 ``lm_ortho.pth`` (and ``lm_ortho.start`` from Python 3.15 on) runs ``install`` in every interpreter. Therefore this file
-imports nothing but ``sys`` and ``os``, and does nothing until one of the three modules is imported.
+imports nothing but ``sys`` and ``os``, and does nothing until one of them is imported.
 ``LM_ORTHO_AUTOLOAD=0`` switches it off.
 """
 
@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-WATCHED_MODULES = ("lm_eval.models", "lm_eval.tasks.manager", "transformers.quantizers.auto")
+WATCHED_MODULES = (
+    "lm_eval.models",
+    "lm_eval.tasks.manager",
+    "transformers.quantizers.auto",
+    "peft.tuners.lora.model",
+)
 AUTOLOAD_VARIABLE = "LM_ORTHO_AUTOLOAD"
 
 
