@@ -92,12 +92,14 @@ class LibOrthoHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # by an adapter beside the streams; the Trainer of transformers refuses a model without one
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, Any]]:
+        if getattr(model, "_hf_peft_config_loaded", False):  # transformers writes the adapter only
+            return None, {}
         # Reached only without the guard on the instance, as by PreTrainedModel.save_pretrained(model, ...).
         raise UserError("save a decomposed model by model.save_pretrained(...) or lm_ortho.checkpoint.save(...)")
 
@@ -159,12 +161,15 @@ class LibOrthoHfQuantizer(HfQuantizer):
         return []
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        from lm_ortho.adapter import register as register_adapters  # imports peft
+
         for layer in ortho_layers(model).values():
             vars(layer).pop("weight", None)
         for memory, path in self._ortho_files.items():
             _load_ortho(model, memory, path, has_several=len(self._ortho_files) > 1)
         connect(model)
         SavePretrainedGuard.install(model)
+        register_adapters()
         # Removes the record that no conversion was used: unpatched, the model is to be saved with the names of the hub.
         vars(model).pop("_weight_conversions", None)
         return model

@@ -95,6 +95,11 @@ def quantization_settings(streams: dict[str, LayerStreams], meta: dict[str, Any]
     """
     if not streams:
         raise UserError("the model is not decomposed: nothing to save as a checkpoint")
+    if adapted := next((name for name in streams if name.endswith(".base_layer")), None):
+        raise UserError(
+            f"layer {adapted.removesuffix('.base_layer')!r} carries an adapter, which is no part of a checkpoint; "
+            "write it with save_pretrained of the adapter's model, and the checkpoint after unload()"
+        )
     lattices = {(layer.base.bits, layer.base.group_size) for layer in streams.values()}
     if len(lattices) > 1:
         raise UserError(f"all layers of a checkpoint share bits and group_size, these have {sorted(lattices)}")
@@ -133,6 +138,11 @@ class SavePretrainedGuard(Guard):
         if state_dict is not None:
             raise UserError("save_pretrained(state_dict=...) is not possible for a decomposed model")
         model = self.model
+        if getattr(model, "_hf_peft_config_loaded", False):  # by add_adapter: transformers then writes the adapter only
+            options = {"push_to_hub": push_to_hub, **kwargs}
+            options |= {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+            self.get_wrapped_method()(save_directory, is_main_process=is_main_process, **options)
+            return
         quantizer = getattr(model, "hf_quantizer", None)
         if is_main_process:
             save(

@@ -12,11 +12,13 @@ An alpha can be set in three places; a later one overrides an earlier one:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,17 +56,21 @@ class Alpha:
         if isinstance(value, Mapping):
             return cls._parse_mapping(value)
         if not isinstance(value, Tensor | list | tuple):
-            return cls(check_alpha_value(value))
+            return cls(_check_number(value))
         try:
-            rows = torch.as_tensor(value).detach().to("cpu", torch.float32, copy=True)
-        except (TypeError, ValueError, RuntimeError):
-            return cls(check_alpha_value(value))  # which raises
+            tensor = torch.as_tensor(value).detach()
+            has_bool = not isinstance(value, Tensor) and any(isinstance(entry, bool) for entry in value)
+            if has_bool or tensor.dtype == torch.bool or tensor.is_complex():
+                raise TypeError
+            rows = tensor.to("cpu", torch.float32, copy=True)
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # also strings, huge numbers, the meta device
+            raise _refuse(value) from None
         if rows.dim() == 0:
-            return cls(check_alpha_value(float(rows)))
+            return cls(_check_number(float(rows)))
         if rows.dim() != 1 or rows.numel() == 0:
             raise UserError(f"alpha of shape {tuple(rows.shape)}: need one number, or one per row of the batch")
-        for entry in rows.tolist():
-            check_alpha_value(entry)
+        for row, entry in enumerate(rows.tolist()):
+            check_alpha_value(entry, f"alpha of row {row}")
         if bool((rows == rows[0]).all()):
             return cls(float(rows[0]), batch=rows.numel())
         return cls(math.nan, rows, rows.numel())
@@ -104,6 +110,18 @@ class Alpha:
         if self.named is not None:
             return {name: part.value if part.rows is None else part.rows.clone() for name, part in self.named.items()}
         return self.value if self.rows is None else self.rows.clone()
+
+
+def _check_number(value: Any) -> float:
+    """The value as a float. Text and truth values are refused: they would stand for numbers that nobody wrote."""
+    try:
+        return check_alpha_value(math.nan if isinstance(value, str | bytes | bool) else value)
+    except (UserError, OverflowError):
+        raise _refuse(value) from None
+
+
+def _refuse(value: Any) -> UserError:
+    return UserError(f"alpha={reprlib.repr(value)} must be a number between 0 (forget) and 1 (remember)")
 
 
 ZERO = Alpha(0.0)
@@ -177,6 +195,24 @@ def hold_alpha(dial: Dial, shape: tuple[int, int] | None) -> Iterator[None]:
         yield
     finally:
         _running_calls.reset(token)
+
+
+def bind_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which runs at the alpha of the call that is running now, whenever and in whichever thread it runs.
+
+    Gradient checkpointing computes a part of a forward pass again during the backward pass, when the call and its scope
+    have ended; without this, the gradients would be those of another alpha.
+    """
+    calls = _running_calls.get()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        token = _running_calls.set(calls)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _running_calls.reset(token)
+
+    return run
 
 
 def current_alpha(dial: Dial) -> Alpha:

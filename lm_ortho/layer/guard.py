@@ -6,15 +6,17 @@ than a subclass, because class names are written into checkpoints.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lm_ortho.errors import UserError
-from lm_ortho.layer.alpha import Dial, hold_alpha
+from lm_ortho.layer.alpha import Dial, bind_call, hold_alpha
 
 
 class Guard:
@@ -93,15 +95,45 @@ class CallGuard(Guard):
 
 
 class ForwardGuard(CallGuard):
-    """Fixes alpha for a whole forward pass."""
+    """Fixes alpha for a whole forward pass, and for what gradient checkpointing computes again in its backward pass."""
 
     method = "forward"
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the method at one alpha."""
+        if self.model.training:
+            _bind_checkpointing(self.model)
+        return super().call(*args, **kwargs)
 
 
 class GenerateGuard(CallGuard):
     """Fixes alpha for a whole generation."""
 
     method = "generate"
+
+
+class CastGuard(Guard):
+    """Casts what is outside the streams, as for any model; transformers refuses a quantised one.
+
+    The streams keep their dtypes, and products are computed in the dtype of the activations.
+    """
+
+    def call(self) -> nn.Module:
+        """Casts the model in place and returns it."""
+        cast: Callable[[nn.Module], nn.Module] = getattr(nn.Module, self.method)
+        return cast(self.model)
+
+
+class FloatGuard(CastGuard):
+    """Casts to float32."""
+
+    method = "float"
+
+
+class HalfGuard(CastGuard):
+    """Casts to float16."""
+
+    method = "half"
 
 
 class UnattachedGuard(Guard):
@@ -124,6 +156,22 @@ def input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int
         if isinstance(value, Tensor) and value.dim() >= 2:
             return value.shape[0], math.prod(value.shape[:2])
     return None
+
+
+_CHECKPOINTING = "_gradient_checkpointing_func"
+"""The attribute in which transformers keeps ``torch.utils.checkpoint.checkpoint`` with its options."""
+
+
+def _bind_checkpointing(model: nn.Module) -> None:
+    """Makes gradient checkpointing compute again at the alpha of the forward pass."""
+    for module in model.modules():
+        checkpoint = vars(module).get(_CHECKPOINTING)
+        if checkpoint is not None and getattr(checkpoint, "func", None) is not _checkpoint_call:
+            setattr(module, _CHECKPOINTING, functools.partial(_checkpoint_call, checkpoint))
+
+
+def _checkpoint_call(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(bind_call(function), *args, **kwargs)
 
 
 def remove_guards(model: nn.Module) -> None:

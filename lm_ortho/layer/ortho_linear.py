@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lm_ortho.errors import UserError
 from lm_ortho.kernels import AUTO, ProductSpec
 from lm_ortho.layer.alpha import Alpha, Dial, current_alpha
-from lm_ortho.layer.operands import BASE_BUFFERS, ORTHO_BUFFERS, OperandCache, ortho_buffers, parse_memory_name
+from lm_ortho.layer.buffers import build_streams, list_memories, select_incoming
+from lm_ortho.layer.operands import BASE_BUFFERS, ORTHO_BUFFERS, OperandCache, ortho_buffers
 from lm_ortho.streams import DEFAULT_MEMORY, BaseStream, LayerStreams, OrthoStream
 
 
@@ -83,8 +84,7 @@ class OrthoLinear(nn.Module):
     @property
     def memories(self) -> tuple[str, ...]:
         """The memories whose ortho streams the layer holds."""
-        names = [parse_memory_name(name) for name, tensor in self._buffers.items() if tensor is not None]
-        return tuple(sorted(filter(None, names), key=lambda name: name != DEFAULT_MEMORY))
+        return list_memories(self._buffers)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,13 +100,17 @@ class OrthoLinear(nn.Module):
         """Replaces the ortho stream of ``memory``; None removes it.
 
         Raises:
-            ValueError: for a stream of another shape.
+            ValueError: for a stream of another shape, and one that shares a position with another memory.
         """
         if ortho is not None and ortho.shape != self.shape:
             raise ValueError(f"ortho stream of shape {ortho.shape} for a layer of shape {self.shape}")
-        tensors = dict.fromkeys(ORTHO_BUFFERS) if ortho is None else ortho.to(self.device).tensors()
-        for name, part in zip(ortho_buffers(memory), ORTHO_BUFFERS, strict=True):
-            self.register_buffer(name, tensors[part])
+        tensors: dict[str, Tensor | None] = dict.fromkeys(ORTHO_BUFFERS)
+        tensors |= {} if ortho is None else ortho.to(self.device).tensors()
+        changes = {name: tensors[part] for name, part in zip(ortho_buffers(memory), ORTHO_BUFFERS, strict=True)}
+        if ortho is not None and set(self.memories) - {memory}:
+            build_streams(self, {**self._buffers, **changes})
+        for name, tensor in changes.items():
+            self.register_buffer(name, tensor)
 
     def streams(self) -> LayerStreams:
         """The streams that the layer holds, checked.
@@ -114,13 +118,7 @@ class OrthoLinear(nn.Module):
         Raises:
             ValueError: if a tensor was damaged.
         """
-        base_tensors = {name: self._buffers[name] for name in BASE_BUFFERS if name in self._buffers}
-        base = BaseStream(self.shape, self.bits, self.group_size, **base_tensors)
-        memories = {}
-        for memory in self.memories:
-            rowptr, cols, vals = (self.get_buffer(name) for name in ortho_buffers(memory))
-            memories[memory] = OrthoStream(rowptr, cols, vals, self.shape)
-        return LayerStreams(base, memories.pop(DEFAULT_MEMORY, None), self.bias, memories)
+        return build_streams(self, self._buffers)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., out_features)`` in the dtype of ``x`` (..., in_features)."""
@@ -172,13 +170,11 @@ class OrthoLinear(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # Another decomposition of the same model has another number of non-zeros.
-        for key, tensor in state_dict.items():
-            name = key.removeprefix(prefix)
-            if not (key.startswith(f"{prefix}ortho_") and "." not in name and isinstance(tensor, Tensor)):
-                continue
+        for name, tensor in select_incoming(self, state_dict, prefix).items():
             buffer = self._buffers.get(name)
-            if buffer is None or buffer.shape != tensor.shape:
+            # Another decomposition of the same model has another number of non-zeros.
+            fits = buffer is not None and (buffer.shape, buffer.dtype) == (tensor.shape, tensor.dtype)
+            if name.startswith("ortho_") and not fits:
                 self.register_buffer(name, torch.zeros_like(tensor, device=self.device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

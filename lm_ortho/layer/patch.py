@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from lm_ortho.errors import UserError
 from lm_ortho.kernels import KERNELS, Choice, ProductSpec, choose
 from lm_ortho.layer.alpha import Alpha, Dial, current_alpha
-from lm_ortho.layer.guard import ForwardGuard, GenerateGuard, Guard, UnattachedGuard, remove_guards
+from lm_ortho.layer.guard import (
+    FloatGuard,
+    ForwardGuard,
+    GenerateGuard,
+    Guard,
+    HalfGuard,
+    UnattachedGuard,
+    remove_guards,
+)
 from lm_ortho.layer.linear_form import make_linear, mark_as_transposed, restore_form, to_linear_form
 from lm_ortho.layer.ortho_linear import OrthoLinear
 from lm_ortho.streams import LayerStreams
@@ -52,8 +60,8 @@ def patch(model: nn.Module, streams: Mapping[str, LayerStreams]) -> list[str]:
 def connect(model: nn.Module) -> Dial:
     """Makes all ``OrthoLinear`` layers of ``model`` share one dial, and returns it.
 
-    Also makes ``model.forward`` and ``model.generate`` keep their alpha while they run. A second call changes
-    nothing.
+    Also makes ``model.forward`` and ``model.generate`` keep their alpha while they run, and ``model.float`` and
+    ``model.half`` work. A second call changes nothing.
 
     Raises:
         UserError: for a model without such layers.
@@ -65,6 +73,8 @@ def connect(model: nn.Module) -> Dial:
         layer.dial = dial
     ForwardGuard.install(model, dial)
     GenerateGuard.install(model, dial)
+    FloatGuard.install(model)
+    HalfGuard.install(model)
     return dial
 
 
@@ -75,9 +85,14 @@ def unpatch(model: nn.Module, alpha: float | Mapping[str, float] = 1.0) -> list[
     fused experts). The weights are trainable and have the dtype of the other parameters of the model.
 
     Raises:
-        UserError: for a model without such layers, or without an ortho stream when ``alpha`` is not 0.
+        UserError: for a model without such layers, with an adapter on them, or without an ortho stream when ``alpha``
+            is not 0.
     """
     layers = _require_layers(model)
+    if adapted := next((name for name in layers if name.endswith(".base_layer")), None):
+        raise UserError(
+            f"unpatch: layer {adapted.removesuffix('.base_layer')!r} carries an adapter; remove it first with unload()"
+        )
     checked_alpha = Alpha.parse(alpha)
     for layer in layers.values():
         layer.check(checked_alpha)

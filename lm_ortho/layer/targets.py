@@ -113,7 +113,7 @@ def _check_model(model: nn.Module) -> None:
     method = _quant_method(model)
     for name, module in model.named_modules():
         kind = type(module).__name__
-        if isinstance(module, OrthoLinear):
+        if isinstance(module, OrthoLinear) or isinstance(getattr(module, "base_layer", None), OrthoLinear):
             raise UserError(f"the model is decomposed already (layer {name!r}); start from its plain weights")
         if hasattr(module, "lora_A") or (_is_peft_module(module) and hasattr(module, "base_layer")):
             raise UserError(f"layer {name!r} is an un-merged adapter ({kind}); merge it first: merge_and_unload()")

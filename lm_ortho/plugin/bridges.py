@@ -1,4 +1,4 @@
-"""Bridges: functions that register us with lm-eval and transformers, once these are imported.
+"""Bridges: functions that register us with lm-eval, transformers and peft, once these are imported.
 
 A bridge may run twice without harm. This module does not import the start-up hook, which imports it on demand.
 """
@@ -102,11 +102,21 @@ def bridge_quantizers(module: ModuleType) -> None:
         hf.register()
 
 
+def bridge_adapters(module: ModuleType) -> None:
+    """Registers our layers with peft, for ``get_peft_model``."""
+    from lm_ortho import adapter
+
+    # As above: without the function, `adapter` itself is importing peft at this moment.
+    if hasattr(adapter, "register"):
+        adapter.register()
+
+
 BRIDGES: dict[str, Callable[[ModuleType], None]] = {
     "lm_eval.models": bridge_models,
     "lm_eval.tasks.manager": bridge_tasks,
     "lm_eval.config.evaluate_config": bridge_config,
     "transformers.quantizers.auto": bridge_quantizers,
+    "peft.tuners.lora.model": bridge_adapters,
 }
 """The bridge of each module that the start-up hook waits for (``startup.WATCHED_MODULES``)."""
 

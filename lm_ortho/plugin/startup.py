@@ -1,4 +1,4 @@
-"""The start-up hook: waits for four modules of lm-eval and transformers and bridges each after its body has run.
+"""The start-up hook: waits for modules of lm-eval, transformers and peft and bridges each after its body has run.
 
 ``lm_ortho.pth`` (and ``lm_ortho.start`` from Python 3.15 on) runs ``install`` in every interpreter. Therefore this file
 imports nothing but ``sys`` and ``os``, and does nothing until one of them is imported.
@@ -19,6 +19,7 @@ WATCHED_MODULES = (
     "lm_eval.tasks.manager",
     "lm_eval.config.evaluate_config",
     "transformers.quantizers.auto",
+    "peft.tuners.lora.model",
 )
 AUTOLOAD_VARIABLE = "LM_ORTHO_AUTOLOAD"
 

@@ -41,10 +41,47 @@ def test_default_scope_and_nesting(model):
     assert get_alpha(model) == 0.5
 
 
-@pytest.mark.parametrize("alpha", [2, -0.1, float("nan"), float("inf"), "abc", None, [], [0.5, 2.0], [[0.5]], [None]])
+BAD_ALPHAS = [
+    *(2, -0.1, float("nan"), float("inf"), -float("inf"), 10**400, 1j),
+    *("abc", "0.5", "memory:1", b"1", "x" * 10**6, None, object(), True, False, set()),
+    *(
+        [],
+        [0.5, 2.0],
+        [[0.5]],
+        [None],
+        ["0", "1"],
+        [True, False],
+        [0.5, True],
+        [0.0, float("nan")],
+        [10**400],
+        (0.5, -1),
+    ),
+    *(torch.tensor(True), torch.tensor([1j]), torch.zeros(0), torch.zeros(1, 1), torch.tensor(float("nan"))),
+    torch.zeros(2, device="meta"),
+    *({}, {"memory": True}, {"memory": "1"}, {"memory": {"memory": 1}}, {"memory": float("nan")}, {"memory": None}),
+]
+
+
+@pytest.mark.parametrize("alpha", BAD_ALPHAS, ids=lambda alpha: str(alpha)[:30])
 def test_bad_alpha(model, alpha):
-    with pytest.raises(UserError, match="alpha"), alpha_scope(alpha):
+    with pytest.raises(UserError, match=r"^alpha") as error, alpha_scope(alpha):
         pass
+    assert len(str(error.value)) < 200
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"^alpha"):
+        set_alpha(model, alpha)
+    assert get_alpha(model) == 0.0
+
+
+def test_the_row_of_a_bad_alpha_is_named():
+    with pytest.raises(UserError, match=r"alpha of row 2=1\.5"), alpha_scope([0.0, 1.0, 1.5]):
+        pass
+
+
+@pytest.mark.parametrize("alpha", [{"alice": 1.0}, {"memory": 0.5, "alice": [0.0, 0.5, 1.0]}])
+def test_an_unknown_memory_is_named(model, alpha):
+    with pytest.raises(UserError, match="the model has no memory 'alice'; it has 'memory'"), alpha_scope(alpha):
+        tiny.logits(model)
     with pytest.raises(UserError, match="alpha"):
         set_alpha(model, alpha)
     assert get_alpha(model) == 0.0

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GPTNeoXConfig, OPTConfig, Qwen2Config
 
+from lm_ortho import checkpoint
 from lm_ortho.errors import UserError
 from lm_ortho.kernels import calls, reset_calls
 from lm_ortho.layer import (
@@ -354,6 +355,31 @@ def test_casting_a_model(model):
         torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype
         for name, tensor in tensors_before.items()
     )
+
+
+@pytest.mark.parametrize("cast", ["float", "half", "bfloat16", "double"])
+def test_casting_a_loaded_model(saved_checkpoint, cast):
+    """transformers refuses float() and half() of a quantised model; here they cast what is outside the streams."""
+    model = checkpoint.load(saved_checkpoint[1], dtype=torch.bfloat16)
+    before = {name: layer.streams().tensors() for name, layer in ortho_layers(model).items()}
+    assert getattr(model, cast)() is model
+    dtype = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}[cast]
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    # The parameters hold BF16 values, so no cast loses anything; the rest is the rounding of the products.
+    tolerance = {"float": 1e-5, "double": 1e-5, "half": 0.02, "bfloat16": 0.2}[cast]
+    for alpha in (0.0, 1.0):
+        exact = logits_at(saved_checkpoint[0], alpha)
+        assert logits_at(model, alpha).dtype == dtype
+        assert (logits_at(model, alpha) - exact).abs().max() <= tolerance
+    for name, layer in ortho_layers(model).items():
+        after = layer.streams().tensors()
+        assert all(torch.equal(after[key], tensor) for key, tensor in before[name].items())
+    # An unpatched model is one of transformers again, and a copy of a model casts itself.
+    again = getattr(copy.deepcopy(model), cast)()
+    assert torch.equal(logits_at(again, 1.0), logits_at(model, 1.0))
+    unpatch(model, 1.0)
+    assert getattr(model, cast)() is model
+    assert not {"float", "half"} & set(vars(model))
 
 
 def test_forward_keeps_its_signature(model):
