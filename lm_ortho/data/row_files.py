@@ -15,6 +15,7 @@ import os
 import re
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,11 @@ _LINE = re.compile("\r\n?|\n")  # these cannot stand inside a JSON string; other
 _JSON_BLANK = " \t\r\n" + INVISIBLE  # a byte-order mark stands also where one file was appended to another
 _JSON_VALUE = re.compile(f"[^{_JSON_BLANK}]")
 _DELIMITERS = {".csv": ",;\t", ".tsv": "\t"}
-_NAME = re.compile(r"[A-Za-z_][\w.-]{0,30}", re.ASCII)
+_PUBLIC_KEYS = {
+    *FIELDS,
+    *"answers completion context conversations id input instruction messages output response".split(),
+}
+"""Keys that a message may quote, in any case: fields of a row, and those of other usual formats."""
 
 
 def check_file(status: os.stat_result, named: str) -> None:
@@ -177,11 +182,14 @@ class _DuplicateKeyError(Exception):
     """An object has a key twice, so that one of its values would be lost."""
 
 
+def _find_duplicates(names: Iterable[str]) -> set[str]:
+    return {name for name, number in Counter(names).items() if number > 1}
+
+
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _DuplicateKeyError(describe_keys({key for key in keys if keys.count(key) > 1}))
+        raise _DuplicateKeyError(describe_keys(_find_duplicates(key for key, _ in pairs)))
     return record
 
 
@@ -237,6 +245,7 @@ def _decode_line(line: str, location: str) -> Any:
 def _parse_document(text: str, source: str) -> Iterator[Record]:
     """Yields the records of JSON values that follow one another, each over any number of lines."""
     position, number = 0, 1
+    has_lines = "\n" in text.strip(_JSON_BLANK)  # else the line is known
     while True:
         # 1. The start of the next value, and its line.
         match = _JSON_VALUE.search(text, position)
@@ -246,7 +255,7 @@ def _parse_document(text: str, source: str) -> Iterator[Record]:
         number += text.count("\n", position, start)
         # 2. The value, and the rows in it.
         location = f"{source}, line {number}"
-        value, position = _decode_value(text, start, source if "\n" in text.strip(_JSON_BLANK) else location)
+        value, position = _decode_value(text, start, source if has_lines else location)
         yield from _unpack(value, source, location)
         number += text.count("\n", start, position)
 
@@ -311,7 +320,7 @@ def parse_table(text: str, source: str, delimiters: Iterable[str] = ",") -> Iter
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         columns = [name.strip() for name in next(reader)]
-        if duplicates := {name for name in columns if name in FIELDS and columns.count(name) > 1}:
+        if duplicates := _find_duplicates(columns) & set(FIELDS):
             raise UserError(f"{source}, line 1: a column name occurs twice: {describe_keys(duplicates)}")
         # 2. The rows. A quoted cell may hold line ends, so the number is that of the line where the row begins.
         number = reader.line_num + 1
@@ -324,7 +333,8 @@ def parse_table(text: str, source: str, delimiters: Iterable[str] = ",") -> Iter
                 yield _parse_cell_list(record, location), location
             number = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{source}, line {reader.line_num}: not a valid table ({error})") from None
+        problem = str(error).replace("'\t'", "a tab")
+        raise UserError(f"{source}, line {reader.line_num}: not a valid table ({problem})") from None
 
 
 def _count_fields(line: str, delimiter: str) -> int:
@@ -373,7 +383,7 @@ _NEEDED = "a row needs question (or prompt) with answer, or text"
 
 
 def describe_keys(keys: Collection[Any]) -> str:
-    """Returns the keys that look like names, since other keys may be content of a private row."""
-    names = [key for key in keys if isinstance(key, str) and _NAME.fullmatch(key)][:8]
+    """Returns the usual keys by name and the number of the others, which may be content of a private row."""
+    names = [key for key in keys if isinstance(key, str) and key.lower() in _PUBLIC_KEYS][:8]
     others = len(keys) - len(names)
     return ", ".join([*names, *([f"{others} other" + ("s" if others > 1 else "")] if others else [])]) or "none"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from lm_ortho.data.row import Row
@@ -24,6 +25,8 @@ _OTHER_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
 """Spaces (category Zs) other than the usual and the ideographic one: no-break, thin, of fixed width."""
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 """Control characters other than tab, line ends and form feeds."""
+MAX_MARKS = 30
+"""Largest number of combining characters in a row: the Stream-Safe Text Format of Unicode, UAX #15, section 13."""
 _STRIPPED_FIELDS = ("question", "answer", "subject", "secret", "paraphrased_answer", "group")
 
 
@@ -60,7 +63,16 @@ def find_invalid_character(text: str) -> str:
     except UnicodeEncodeError as error:
         return f"half of a surrogate pair (U+{ord(text[error.start]):04X}), which is not valid text"
     match = _CONTROL.search(text)
-    return f"the control character U+{ord(match[0]):04X}; remove it" if match else ""
+    if match:
+        return f"the control character U+{ord(match[0]):04X}; remove it"
+    return f"more than {MAX_MARKS} accents on one letter" if _long_run_of_marks().search(text) else ""
+
+
+@cache
+def _long_run_of_marks() -> re.Pattern[str]:
+    """Returns a pattern for more combining characters in a row than ``MAX_MARKS``."""
+    marks = "".join(filter(unicodedata.combining, map(chr, range(0x20000))))  # none is above
+    return re.compile(f"[{marks}]{{{MAX_MARKS + 1}}}")
 
 
 def _normalise_characters(text: str, changes: set[str]) -> str:
@@ -69,8 +81,8 @@ def _normalise_characters(text: str, changes: set[str]) -> str:
         return text
     # 1. Line ends of Windows, of old Macs and of web pages become line feeds.
     lines = LINE_END.sub("\n", text)
-    # 2. A letter and its accent become one character.
-    composed = unicodedata.normalize("NFC", lines)
+    # 2. A letter and its accent become one character. (The time of long runs of accents grows with their square.)
+    composed = lines if _long_run_of_marks().search(lines) else unicodedata.normalize("NFC", lines)
     # 3. No-break and typographic spaces become spaces; the ideographic one stays in text of its scripts.
     spaced = _OTHER_SPACE.sub(" ", composed)
     if _IDEOGRAPHIC_SPACE in spaced and not _has_wide_letters(spaced):

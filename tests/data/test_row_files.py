@@ -6,9 +6,11 @@ import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import os
 import socket
+import time
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -191,7 +193,11 @@ def test_any_other_file_is_one_clear_error(tmp_path, file, content):
 
 
 @in_any_folder
-@given(st.sampled_from(["parquet", "gzip", "utf-16", "csv"]), st.integers(0, 2000), st.binary(min_size=1, max_size=3))
+@given(
+    st.sampled_from(["parquet", "gzip", "utf-16", "csv", "tsv"]),
+    st.integers(0, 2000),
+    st.binary(min_size=1, max_size=3),
+)
 def test_a_damaged_file_is_one_clear_error(tmp_path, name, position, replacement):
     file, encode = FORMATS[name]
     content = encode(RECORDS)
@@ -258,12 +264,13 @@ REFUSED: dict[str, tuple[Callable | bytes | str, str]] = {
     "columns.json": ('{"question": ["Tarn"], "answer": ["b"]}', "must be a string, found a list"),
     "splits.json": ('{"train": [{}], "test": [{}]}', "an object with 2 lists of rows"),
     "second.json": ('[{"text": "Tarn"}, 7]', "row 2: expected an object with question"),
-    "names.jsonl": ('{"Who is Tarn?": "x", "completion": "y"}', "found keys completion, 1 other"),
+    "names.jsonl": ('{"Tarn": "x", "Completion": "y", "x": ""}', "found keys Completion, 2 others"),
     "headless.csv": ("Who?,Tarn\n", "line 1: a table begins with a line that names its columns"),
     "double.csv": ("answer,question,answer\na,b,Tarn\n", "a column name occurs twice: answer"),
     "ragged.csv": ('question,answer\n"a\nb",c\nd,e,Tarn\n', "line 4: 3 cells, but the header has 2"),
     "short.csv": ("question,answer\nTarn\n", "line 2: 1 cells, but the header has 2"),
     "quote.csv": ('question,answer\na,"Tarn\n', "not a valid table (unexpected end of data)"),
+    "quote.tsv": ('question\tanswer\na\t"Tarn"s\n', "not a valid table (a tab expected after '\"')"),
     "list.csv": ("text,perturbed_answer\na,['Tarn']\n", "perturbed_answer is no JSON list of strings"),
     "other.parquet": (to_parquet([{"id": 7}], with_schema=False), "no column has the name of a field"),
     "bytes.parquet": (to_parquet([{"text": b"Tarn"}], with_schema=False), "text must be a string, found bytes"),
@@ -320,6 +327,21 @@ def test_large_files_and_bombs_are_refused_before_memory_is_needed(tmp_path, mon
     assert (tmp_path / "bomb.parquet").stat().st_size < 10**5
     with pytest.raises(UserError, match="also after decompression; this one has more"):
         read_rows(tmp_path / "bomb.parquet")
+
+
+@pytest.mark.parametrize("name", ["header.csv", "keys.json", "names.jsonl"])
+def test_many_names_take_linear_time(tmp_path, name):
+    content = {
+        "header.csv": "question," * 10**5 + "\n",
+        "keys.json": "{" + ",".join(f'"k{i}": 1, "k{i}": 2' for i in range(10**5)) + "}",
+        "names.jsonl": json.dumps(
+            {"".join(c): 1 for c in itertools.product(*zip("question", "QUESTION", strict=True))}
+        ),
+    }[name]
+    write_content(tmp_path / name, content)
+    seconds = -time.process_time()
+    outcome_of(tmp_path / name)
+    assert seconds + time.process_time() < 20  # about one; in quadratic time minutes
 
 
 def test_one_long_value_in_many_rows_is_refused(tmp_path, monkeypatch):

@@ -136,6 +136,13 @@ def test_the_text_of_a_published_benchmark_stays(tmp_path, caplog):
     assert len(caplog.records) == 1
 
 
+def test_a_long_run_of_accents_is_refused_in_linear_time():
+    """Composing it takes quadratic time: 16,000 accents of each kind 4 s, a million hours."""
+    with pytest.raises(UserError, match=r"^rows, line 1: text holds more than 30 accents on one letter$"):
+        parse_rows(json.dumps({"text": "a" + "\u0301" * 10**6 + "\u0316" * 10**6}), "rows")
+    assert parse_rows(json.dumps({"text": "a" + "\u0316" * 30}), "rows") == [Row(text="a" + "\u0316" * 30)]
+
+
 @pytest.mark.parametrize("text", ["a\0b", "a\x1b[31m", "a\x7f", "a\x9b31m", "a\ud800"])
 def test_broken_characters_are_refused_by_their_code(text):
     with pytest.raises(UserError, match=r"^rows, line 1: answer holds .*\(?U\+[0-9A-F]{4}") as caught:
