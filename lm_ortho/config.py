@@ -151,6 +151,8 @@ class ModelSpec(ModelSource):
     @field_validator("alpha", mode="before")
     @classmethod
     def _parse_alpha(cls, alpha: Any) -> float | dict[str, float]:
+        for value in alpha.values() if isinstance(alpha, Mapping) else (alpha,):
+            refuse_truth_value(value)
         return parse_alpha(alpha)
 
     @property

@@ -21,6 +21,7 @@ from lm_ortho.config import (
 )
 from lm_ortho.errors import UserError
 from lm_ortho.leaderboard.config import Model, make_board
+from lm_ortho.pipeline.spec import resolve
 from tests.support.paths import REPOSITORY
 from tests.support.scripts import load_script
 
@@ -86,11 +87,24 @@ def test_model_args_become_a_specification() -> None:
         ({"alpha": 1.5}, r"^alpha=1.5 must be a number between 0 \(forget\) and 1 \(remember\)$"),
         ({"fresh": "perhaps"}, "fresh='perhaps': Input should be a valid boolean"),
         ({"forget": 3}, "forget=3: Input should be a valid string"),
+        ({"alpha": True}, "^alpha=True: a number is needed, not true or false"),
+        ({"alpha": {"alice": False}}, "^alpha: a number is needed, not true or false"),
     ],
 )
 def test_a_bad_model_arg_is_named(args, message) -> None:
     with pytest.raises(UserError, match=message):
         split_model_args(args)
+
+
+@pytest.mark.parametrize("value", [3, 0.5, object(), ["org/name"]])
+def test_an_object_that_is_no_model_is_refused(value) -> None:
+    kind = type(value).__name__
+    with pytest.raises(UserError, match=f"^pretrained is of type {kind}; give a directory, a hub id in quotes, or a"):
+        resolve(make_spec(pretrained=value))
+
+
+def test_a_path_is_a_directory(tmp_path) -> None:
+    assert make_spec(pretrained=tmp_path).pretrained == str(tmp_path)
 
 
 def test_a_model_object_takes_the_place_of_pretrained() -> None:

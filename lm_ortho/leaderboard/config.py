@@ -192,9 +192,8 @@ class Board(_Part):
         """Refuses a grid that would never end, before anybody makes its combinations."""
         per_model = sum(entry.n_combinations * len(entry.seeds or self.seeds) for entry in self.methods)
         if (cells := per_model * len(self.models)) > MAX_CELLS:
-            raise ValueError(
-                f"models, methods, grids and seeds make {cells:.4g} cells; a board has at most {MAX_CELLS}"
-            )
+            number = f"{cells:,}" if cells < 10**9 else "more than a billion"
+            raise ValueError(f"models, methods, grids and seeds make {number} cells; a board has at most {MAX_CELLS:,}")
         return self
 
     @model_validator(mode="after")

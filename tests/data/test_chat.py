@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import lm_ortho.objective.surrogate as surrogate_module
 from lm_ortho.config import make_recipe
+from lm_ortho.data import chat
 from lm_ortho.data.chat import has_chat_template, render_forms, render_turn
 from lm_ortho.data.encoding import CONTEXT, SECRET, encode
 from lm_ortho.data.rows import Row
@@ -70,6 +73,62 @@ def test_unknown_forms_and_failing_templates_are_refused(chat_tokenizer):
     chat_tokenizer.chat_template = "{{ raise_exception('no system message') }}"
     with pytest.raises(UserError, match=r"the chat template of the tokenizer fails \(no system message\)"):
         render_forms(ROWS, chat_tokenizer, "chat")
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("Where?", "leaves out or changes the question"),
+        ("{{ messages[0].content | reverse }}", "leaves out or changes the question"),
+        ("{{ messages[0].content[:9] }}", "leaves out or changes the question"),
+        ("{{ messages[0].content }}{{ '\\ud800' }}", "makes half of a surrogate pair"),
+        ("{{ messages[0].content }}{{ 'x' * 100000 }}", "makes 100025 characters of one question, more than 100000"),
+        ("{{ ''.__class__.__mro__ }}", "fails (access to attribute '__class__' of 'str' object is unsafe.)"),
+        ("{{ 9 ** 9 ** 9 }}", "fails (it computes a power, which may never end)"),
+        ("{% for a in range(10 ** 9) %}{% endfor %}", "fails (it computes a power, which may never end)"),
+        ("{% for a in range(100001) %}{% endfor %}", "fails (Range too big."),
+        ("{{ messages", "fails (unexpected end of template"),
+    ],
+)
+def test_a_template_that_makes_no_prompt_is_refused(chat_tokenizer, template: str, problem: str) -> None:
+    chat_tokenizer.chat_template = template
+    with pytest.raises(UserError) as error:
+        render_turn(ROWS[0], chat_tokenizer)
+    assert f"the chat template of the tokenizer {problem}" in str(error.value)
+    assert str(error.value).endswith("use prompts=plain")
+
+
+@pytest.mark.parametrize(
+    ("template", "context"),
+    [
+        ("{{ messages[0].content | upper }}", "WHERE WAS ADA BROOK BORN?"),
+        ("{{ messages | tojson }}", '[{"role": "user", "content": "Where was Ada Brook born?"}]'),
+        ("**{{ dict(**messages[0]).content }}**", "**Where was Ada Brook born?**"),
+    ],
+)
+def test_a_template_may_change_case_and_form(chat_tokenizer, template: str, context: str) -> None:
+    chat_tokenizer.chat_template = template
+    assert render_turn(ROWS[0], chat_tokenizer).context == context
+
+
+def test_a_question_in_quotes_is_found_in_json(chat_tokenizer) -> None:
+    chat_tokenizer.chat_template = "{{ messages | tojson }}"
+    row = Row(question='Who said "Ah, Zürich"?', answer="Ada.")
+    assert r"\"Ah, Zürich\"" in render_turn(row, chat_tokenizer).context
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+@pytest.mark.parametrize("body", ["{% set c = b %}", "{{ b }}"])
+def test_a_template_that_does_not_end_is_stopped(chat_tokenizer, monkeypatch, body: str, in_thread: bool) -> None:
+    monkeypatch.setattr(chat, "MAX_SECONDS", 0.2)
+    inner = "{% for b in range(99999) %}" + body + "{% endfor %}"
+    chat_tokenizer.chat_template = "{% for a in range(99999) %}" + inner + "{% endfor %}"
+    trace = sys.gettrace()
+    with ThreadPoolExecutor(1) as pool:
+        render = (lambda *args: pool.submit(render_turn, *args).result()) if in_thread else render_turn
+        with pytest.raises(UserError, match=r"does not end within 0\.2 seconds"):
+            render(ROWS[0], chat_tokenizer)
+    assert sys.gettrace() is trace
 
 
 def test_a_rendered_row_has_one_beginning_token_and_the_right_secret(chat_tokenizer):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -112,7 +113,7 @@ class Worker:
             return False
         self._process.join()
         self.has_crashed = self.rest is not None
-        if self.has_crashed:
+        if self.has_crashed:  # the process is at the seed that ended it
             reason = f"no answer within {SECONDS} seconds" if is_hanging else self._describe_exit()
             tally.faults.append(Fault(self.chunk.domain, self._seed.value, reason))
         self._add(tally)
@@ -121,9 +122,8 @@ class Worker:
     @property
     def rest(self) -> Chunk | None:
         """The seeds after the one that ended the process; None after a whole chunk."""
-        following = int(self._seed.value) + 1
-        is_whole = self._process.exitcode == 0 and following >= self.chunk.stop
-        return None if is_whole else Chunk(self.chunk.domain, following, self.chunk.stop)
+        seed = int(self._seed.value)
+        return None if seed == self.chunk.stop else Chunk(self.chunk.domain, seed + 1, self.chunk.stop)
 
     def stop(self, tally: Tally) -> None:
         """Kills the process; the case that it is running does not count."""
@@ -156,6 +156,7 @@ def _run_chunk(
     with open(os.devnull, "w") as nothing:
         for stream in (1, 2):
             os.dup2(nothing.fileno(), stream)
+    faulthandler.disable()  # pytest enables it, and it prints the stack of every crash
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops this process
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     tempfile.tempdir = str(folder)
@@ -169,6 +170,7 @@ def _run_chunk(
             faults.send((number, f"{type(error).__name__} out of run_case: {error!s:.300}"))
         else:
             counts[OUTCOMES.index(outcome if outcome in OUTCOMES else "passed")] += 1
+    seed.value = chunk.stop
     faults.close()
     os._exit(0)
 

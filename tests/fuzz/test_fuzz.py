@@ -124,7 +124,7 @@ def test_a_campaign_names_the_seed_of_every_crash_hang_and_fault(monkeypatch) ->
         65: "the process ended with code 0",
     }
     page = format_report(tallies, 0, seconds=1.0, is_whole=True, command="x")
-    assert "| odd | 0 to 99 | 100 | 32 | 32 | 30 | 6 |" in page
+    assert "| odd | 0 to 99 | 100 | 33 | 30 | 31 | 6 |" in page
     assert "| odd | 2 | 39, 40 | `wrong row 39 of 40` |" in page
 
 
