@@ -13,6 +13,7 @@ from lm_ortho.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from lm_ortho.checkpoint.contents import CheckpointContents
 
@@ -70,7 +71,7 @@ def _layer_table(contents: CheckpointContents) -> Table:
     for column in ("shape", "density", "error", "zero codes", "bits"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in contents.layers:
-        cells = [
+        cells: list[str | Text] = [
             terminal_text(layer.name),
             "x".join(map(str, layer.shape)),
             _format_number(layer.density, "{:.3%}"),

@@ -16,7 +16,7 @@ import torch
 from lm_ortho.data.encoding import Example, answer_loss
 from lm_ortho.runtime.precision import fast_matmul
 from lm_ortho.runtime.progress import ProgressCallback
-from lm_ortho.runtime.resume import save_state
+from lm_ortho.runtime.resume import load_state, save_state
 
 Batch = TypeVar("Batch")
 
@@ -146,9 +146,9 @@ def train_full(
 
 def _load_state(state: Path | None, parameters: list[torch.nn.Parameter], optimiser: torch.optim.Optimizer) -> int:
     """Loads a saved state into parameters and optimiser; returns its number of completed steps, 0 without a state."""
-    if state is None or not state.is_file():
+    saved_state = None if state is None else load_state(state)
+    if saved_state is None:
         return 0
-    saved_state = torch.load(state, map_location="cpu", weights_only=True)
     with torch.no_grad():
         for parameter, value in zip(parameters, saved_state["trained"], strict=True):
             parameter.copy_(value)

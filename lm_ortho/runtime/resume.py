@@ -50,13 +50,7 @@ class ResumeFolder:
     def load(self, name: str) -> Any | None:
         """Returns the state saved under ``name``; None if there is none or if its file cannot be read."""
         path = self.path(name)
-        if path is None or not path.is_file():
-            return None
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a truncated file raises many kinds; the work is then repeated
-            log.warning("%s cannot be read and is not used (%s)", path.name, type(error).__name__)
-            return None
+        return None if path is None else load_state(path)
 
     def save(self, name: str, state: Any) -> None:
         """Saves ``state`` atomically; a failed write is logged and does not stop the run."""
@@ -83,6 +77,20 @@ class ResumeFolder:
         """Deletes all states; called when the run is finished."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def load_state(path: Path) -> Any | None:
+    """Returns the state saved in ``path``; None if there is none or if its file cannot be read.
+
+    Only tensors and plain values are read: a file of another origin cannot run code.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a truncated file raises many kinds; the work is then repeated
+        log.warning("%s cannot be read and is not used (%s)", path.name, type(error).__name__)
+        return None
 
 
 def save_state(state: Any, path: Path) -> None:
