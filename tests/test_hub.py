@@ -149,7 +149,7 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(home: Path, remote_code_m
     recipe = {"sieve": "magnitude", "projection": "rtn", "edit": "zero", "density": 0.02, "group_size": 16}
     sets = {"forget": str(home / "forget.jsonl"), "retain": str(home / "retain.jsonl")}
     trust = {"trust_remote_code": True}
-    spec = ModelSpec(pretrained=str(remote_code_model), recipe=recipe, **trust, **sets)
+    spec = ModelSpec(pretrained=str(remote_code_model), force=True, recipe=recipe, **trust, **sets)
     output = tmp_path / "checkpoint"
     calls_without_trust: list[Callable[[], object]] = [
         lambda: resolve(ModelSpec(pretrained=str(remote_code_model), recipe=recipe, **sets)),

@@ -7,6 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,6 @@ from lm_ortho.finetune.loading import check_finite, round_to_bf16
 from lm_ortho.finetune.lora import suppress_peft_warnings
 from lm_ortho.finetune.merge_check import LogitChange, WeightChange, check_logits, draw_probe_ids, matrices, probe
 from lm_ortho.hub import describe_hub_error
-from lm_ortho.runtime.progress import ProgressCallback, no_progress
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
@@ -28,18 +28,68 @@ SMALL_SURVIVING_SHARE, LARGE_ROUNDING_ERROR = 0.75, 0.5
 the first, or above the second, a warning says that much of the adapter is lost."""
 
 
-def merge_adapter(
-    model: nn.Module, peft: str | Path, *, tokens: int = 0, progress: ProgressCallback = no_progress
-) -> nn.Module:
+@dataclass(frozen=True)
+class MergedAdapter:
+    """A model with an adapter merged in BF16 values, and what the merge changed. ``source`` names the adapter."""
+
+    model: nn.Module
+    change: WeightChange
+    effect: LogitChange
+    source: str
+
+    def describe(self) -> str:
+        """One line: weights changed, logits changed, and how much of both rounding to BF16 leaves."""
+        change, effect = self.change, self.effect
+        changed = f"{change.changed:,} of {change.weights:,} weights changed ({change.changed / change.weights:.1%})"
+        logits = f"logits by {effect.mean:.2g} on average, {effect.largest:.2g} at most"
+        left = f"{change.surviving_share:.0%} of the change of the weights"
+        error = f"an error of {effect.rounding_error:.0%} in that of the logits"
+        return f"{changed}, {logits}; rounding to BF16 leaves {left}, with {error}"
+
+    def check_effect(self) -> None:
+        """Logs a warning if rounding lost much of the adapter.
+
+        Raises:
+            UserError: if no weight has changed.
+        """
+        change, effect = self.change, self.effect
+        if not change.changed:
+            reason = (
+                "all that it adds is below the resolution of BF16, in which weights are merged; train it longer or "
+                "with a larger rate"
+                if change.norm
+                else "all that it adds is zero, as before training or after one that failed; train it again"
+            )
+            raise UserError(f"{self.source}: the adapter changes no weight of the model: {reason}")
+        if change.surviving_share < SMALL_SURVIVING_SHARE or effect.rounding_error > LARGE_ROUNDING_ERROR:
+            log.warning(
+                "%s: the adapter changes so little that rounding to BF16 loses much of it (%.0f%% of the change of the "
+                "weights is left, with an error of %.0f%% in that of the logits); what it taught may be lost, so train "
+                "it with a larger effect",
+                self.source,
+                100 * change.surviving_share,
+                100 * effect.rounding_error,
+            )
+
+
+def merge_adapter(model: nn.Module, peft: str | Path) -> nn.Module:
     """Merges the adapter into ``model`` in place, rounds the weights to BF16 values and returns the model.
+
+    Raises:
+        UserError: as ``merge_with_report``.
+    """
+    return merge_with_report(model, peft).model
+
+
+def merge_with_report(model: nn.Module, peft: str | Path, tokens: int = 0) -> MergedAdapter:
+    """Merges the adapter into ``model`` in place, rounds the weights to BF16 values, and measures what has changed.
 
     The vocabulary of ``model`` is resized if the adapter needs it; ``tokens`` is the length of its tokenizer
     (``fit_vocabulary``). Weights that two layers share are separated where the adapter changes them differently.
-    Reports what was merged.
 
     Raises:
         UserError: if the adapter cannot be read, does not fit the model, has NaN or infinite weights, is of a kind
-            that cannot be merged, changes nothing, or is merged wrongly by peft.
+            that cannot be merged, or is merged wrongly by peft.
     """
     source = f"peft={str(peft)!r}"
     config = load_adapter_config(peft)
@@ -47,10 +97,17 @@ def merge_adapter(
     fit_vocabulary(model, peft, tokens)
     ids = draw_probe_ids(model, trained_tokens(config))
     plain_logits = probe(model, ids)
-    # 1. Load it. Vectors, and tensors that are stored for a whole parameter, may change now: copy them before.
+    # 1. Load it. Vectors, and tensors that are stored for a whole parameter, may change now: copy them before. So may
+    # every matrix with an initialisation from its own values (PiSSA, OLoRA, ...), which takes a part of it away.
     stored = {name.removeprefix("base_model.model.") for name in tensor_shapes(peft)}
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.dim() < 2 or name in stored}
+    is_rewritten = str(getattr(config, "init_lora_weights", True)).lower() not in _PLAIN_INITIALISATIONS
+    before = {
+        name: parameter.detach().bfloat16()
+        for name, parameter in model.named_parameters()
+        if is_rewritten or parameter.dim() < 2 or name in stored
+    }
     peft_model = _load_adapter(model, str(peft))
+    unwrapped = {name for name, _ in peft_model.get_base_model().named_parameters()}
     # 2. Merge it.
     try:
         merged_model, change, live_logits = merge_peft_model(peft_model, ids, source, plain_logits=plain_logits)
@@ -59,12 +116,15 @@ def merge_adapter(
     except Exception as error:  # the tuners of peft raise many kinds
         raise UserError(f"{source}: could not be merged ({describe_hub_error(error, peft)})") from None
     parameters = dict(merged_model.named_parameters())
-    change.add(before, {name: parameters[name] for name in before if name in parameters})
-    # 3. Round, and report what is left.
+    if is_rewritten:
+        change = WeightChange(change.weights)
+    else:  # wrapped matrices are measured while they are merged
+        before = {name: tensor for name, tensor in before.items() if tensor.dim() < 2 or name in unwrapped}
+    change.add(before, {name: parameters[name].detach() for name in before if name in parameters})
+    # 3. Round, and measure what is left.
     round_to_bf16(merged_model).eval()
     effect = LogitChange.measure(plain_logits, live_logits, probe(merged_model, ids))
-    _report(change, effect, source=source, progress=progress)
-    return merged_model
+    return MergedAdapter(merged_model, change, effect, source)
 
 
 class MergeResult(NamedTuple):
@@ -109,6 +169,8 @@ def merge_peft_model(peft_model: Any, ids: Tensor, source: str, *, plain_logits:
     return MergeResult(merged_model, change, live_logits)
 
 
+_PLAIN_INITIALISATIONS = {"true", "false", "gaussian", "orthogonal", "eva"}
+"""Initialisations of LoRA that leave the weights of the model as they are."""
 _SHARED_TENSORS = ("vblora_vector_bank", "prompt_encoder", "tinylora_v", "unilora_theta_d")
 """Parts of the names of tensors that all layers of an adapter share; peft reports them as missing without need."""
 
@@ -238,28 +300,3 @@ def _merge_layers(peft_model: Any) -> dict[int, WeightChange]:
         changes[layer_id] = WeightChange()
         changes[layer_id].add(before, matrices(modules[0].get_base_layer()))
     return changes
-
-
-def _report(change: WeightChange, effect: LogitChange, *, source: str, progress: ProgressCallback) -> None:
-    """Reports what a merge changed; raises ``UserError`` if that is nothing, and warns if rounding lost much of it."""
-    if not change.changed:
-        reason = (
-            "all that it adds is below the resolution of BF16, in which weights are merged; train it longer or with a "
-            "larger rate"
-            if change.norm
-            else "all that it adds is zero, as before training or after one that failed; train it again"
-        )
-        raise UserError(f"{source}: the adapter changes no weight of the model: {reason}")
-    changed = f"{change.changed:,} of {change.weights:,} weights changed ({change.changed / change.weights:.1%})"
-    logits = f"logits by {effect.mean:.2g} on average, {effect.largest:.2g} at most"
-    left = f"{change.surviving_share:.0%} of the change of the weights"
-    error = f"an error of {effect.rounding_error:.0%} in that of the logits"
-    progress("adapter", 1, 1, f"{changed}, {logits}; rounding to BF16 leaves {left}, with {error}")
-    if change.surviving_share < SMALL_SURVIVING_SHARE or effect.rounding_error > LARGE_ROUNDING_ERROR:
-        log.warning(
-            "%s: the adapter changes so little that rounding to BF16 loses much of it (%.0f%% of the change is left, "
-            "with an error of %.0f%% in the logits); what it taught may be lost, so train it with a larger effect",
-            source,
-            100 * change.surviving_share,
-            100 * effect.rounding_error,
-        )

@@ -52,6 +52,7 @@ class WeightChange:
             if old is None or old.shape != new.shape:
                 self.changed += new.numel()
                 continue
+            old = old.to(new.dtype)
             if torch.equal(old, new):
                 continue
             rounded = new.bfloat16().to(new.dtype)

@@ -9,8 +9,9 @@ import torch
 
 from lm_ortho import finetune
 from lm_ortho.config import ModelSpec
-from lm_ortho.finetune import load_causal_lm, merge_adapter
+from lm_ortho.finetune import load_causal_lm
 from lm_ortho.finetune.adapter import fit_vocabulary
+from lm_ortho.finetune.merge import merge_with_report
 from lm_ortho.pipeline.spec import ResolvedModel, locate_model
 from lm_ortho.runtime.progress import ProgressCallback, no_progress
 
@@ -20,7 +21,10 @@ def load_models(
 ) -> tuple[torch.nn.Module, torch.nn.Module | None]:
     """The merged model and, if it is known, the base model; float32 holding BF16 values.
 
-    Both have the vocabulary that the adapter needs.
+    Both have the vocabulary that the adapter needs. ``progress`` gets a line about what the adapter changed.
+
+    Raises:
+        UserError: names the argument at fault; for an adapter that changes nothing.
     """
     spec, peft = resolved.spec, resolved.adapter
     model = load_causal_lm(resolved.location, **spec.loading_options)
@@ -33,7 +37,12 @@ def load_models(
             fit_vocabulary(base_model, peft, tokens)
     elif peft and spec.base == "auto":
         base_model = copy.deepcopy(model)
-    return (merge_adapter(model, peft, tokens=tokens, progress=progress) if peft else model), base_model
+    if not peft:
+        return model, base_model
+    merged = merge_with_report(model, peft, tokens)
+    merged.check_effect()
+    progress("adapter", 1, 1, merged.describe())
+    return merged.model, base_model
 
 
 def load_base(spec: ModelSpec) -> torch.nn.Module:

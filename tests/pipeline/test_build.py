@@ -42,6 +42,7 @@ def model_args(home: Path) -> dict[str, Any]:
         "forget": str(home / "forget.jsonl"),
         "retain": str(home / "retain.jsonl"),
         "device": "cpu",
+        "force": True,  # the model is random
         **RECIPE,
     }
 

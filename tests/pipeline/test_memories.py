@@ -480,6 +480,7 @@ def test_two_alphas_in_the_model_args(home, tmp_path):
         "pretrained": str(home / "plain"),
         "forget": f"a:{tmp_path}/a.jsonl+b:{tmp_path}/b.jsonl",
         "retain": str(home / "retain.jsonl"),
+        "force": True,
         **recipe,
     }
     with pytest.raises(UserError, match="there is no memory 'c'; the model has a, b"):
