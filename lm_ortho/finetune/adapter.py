@@ -149,7 +149,9 @@ def _stored_vocabulary(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> int
     for module, axis_by_suffix in axes:
         prefix = f"base_model.model.{names.get(id(module), '')}."
         for key, shape in shapes.items():
-            rest = key.removeprefix(prefix).removeprefix("base_layer.").removeprefix("modules_to_save.")
+            rest = key.removeprefix(prefix)
+            for wrapper in ("token_adapter.", "original_module.", "modules_to_save.", "base_layer."):
+                rest = rest.removeprefix(wrapper)
             if key.startswith(prefix) and rest in axis_by_suffix and len(shape) == 2:
                 return shape[axis_by_suffix[rest]]
     return None

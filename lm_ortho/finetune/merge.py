@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +187,7 @@ def _load_adapter(model: nn.Module, peft: str) -> Any:
             warnings.filterwarnings("ignore", message="(?s).*tie_word_embeddings")  # separated before the merge
             peft_model = PeftModel.from_pretrained(model, source)
             load_result = peft_model.load_adapter(source, "default")
-        _check_adapter_fits(peft_model, load_result, peft)
+        _check_adapter_fits(peft_model, load_result, source, f"peft={peft!r}")
     except UserError:
         raise
     except KeyError as error:  # the wrappers of whole modules look for their tensors by name
@@ -197,19 +197,37 @@ def _load_adapter(model: nn.Module, peft: str) -> Any:
     return peft_model
 
 
-def _check_adapter_fits(peft_model: nn.Module, load_result: Any, peft: str) -> None:
+def _check_adapter_fits(peft_model: nn.Module, load_result: Any, location: str, source: str) -> None:
     """Raises ``UserError`` for adapter tensors without a layer, adapted layers without a tensor, and NaN weights."""
-    if unexpected := list(load_result.unexpected_keys):
+    if unexpected := _without_copies(load_result.unexpected_keys, location):
         raise UserError(
-            f"peft={peft!r}: {len(unexpected)} of its tensors fit no layer of the model, first {unexpected[0]}; it "
-            "belongs to another model"
+            f"{source}: {len(unexpected)} of its tensors fit no layer of the model, first {unexpected[0]}; it belongs "
+            "to another model"
         )
     if missing := [name for name in load_result.missing_keys if not any(part in name for part in _SHARED_TENSORS)]:
         raise UserError(
-            f"peft={peft!r}: it lacks {len(missing)} of the tensors that its config and the model require, first "
+            f"{source}: it lacks {len(missing)} of the tensors that its config and the model require, first "
             f"{missing[0]}; it belongs to another model, or its tensors were renamed"
         )
-    check_finite(peft_model, f"peft={peft!r}")
+    check_finite(peft_model, source)
+
+
+def _without_copies(unexpected: Sequence[str], location: str) -> list[str]:
+    """The names in ``unexpected`` without those of tensors that are stored under another name, which was loaded, too.
+
+    peft writes such copies of embeddings if the vocabulary was resized before training.
+    """
+    if not unexpected:
+        return []
+    from peft.utils import load_peft_weights
+
+    tensors = load_peft_weights(location, device="cpu")
+    loaded = [tensor for name, tensor in tensors.items() if name not in unexpected]
+    return [
+        name
+        for name in unexpected
+        if name not in tensors or not any(torch.equal(tensors[name], tensor) for tensor in loaded)
+    ]
 
 
 def _warn_of_another_base(model: Any, config: Any, source: str) -> None:
