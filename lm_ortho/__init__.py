@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lm_ortho.errors import UserError
     from lm_ortho.harness.model import LibOrthoLM
     from lm_ortho.layer import OrthoLinear, alpha_scope, set_alpha
-    from lm_ortho.pipeline.decomposition import decompose
+    from lm_ortho.pipeline.python_api import decompose
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ _HOMES = {
     "OrthoLinear": "lm_ortho.layer",
     "UserError": "lm_ortho.errors",
     "alpha_scope": "lm_ortho.layer",
-    "decompose": "lm_ortho.pipeline.decomposition",
+    "decompose": "lm_ortho.pipeline.python_api",
     "load": "lm_ortho.checkpoint",
     "set_alpha": "lm_ortho.layer",
 }

@@ -27,6 +27,19 @@ def refuse_truth_value(value: Any) -> Any:
     return value
 
 
+def spell_out_name(name: Any) -> Any:
+    """``name`` as text where lm-eval parsed the name of a file, model or branch as a whole number; else unchanged.
+
+    Raises:
+        ValueError: for other numbers and truth values, of which the text that the user wrote is lost.
+    """
+    if isinstance(name, int) and not isinstance(name, bool):
+        return str(name)
+    if isinstance(name, bool | float):
+        raise ValueError("lm-eval reads this name as a value of another type; write it as a path, such as ./NAME")
+    return name
+
+
 class _Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -67,7 +80,7 @@ class Recipe(_Schema):
         1000,
         ge=10,
         lt=2**31,
-        description="Number of steps of the optimised edit; the attribution pass takes a tenth as many.",
+        description="Number of steps of the optimised edit, 10 at least; the attribution pass takes a tenth as many.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of all random draws of the decomposition.")
     groups: int = Field(
@@ -121,10 +134,15 @@ class ModelSource(_Schema):
     revision: str | None = Field(None, description="Branch, tag or commit of a model on the hub.")
     trust_remote_code: bool = Field(False, description="Run Python code from the repository of the model.")
 
+    @field_validator("pretrained", "peft", "forget", "retain", "revision", mode="before")
+    @classmethod
+    def _spell_out_name(cls, name: Any) -> Any:
+        return spell_out_name(name)
+
     @field_validator("base", mode="before")
     @classmethod
     def _spell_out_none(cls, base: Any) -> Any:
-        return "none" if base is None else base  # lm-eval parses ``base=none`` as None
+        return "none" if base is None else spell_out_name(base)  # lm-eval parses ``base=none`` as None
 
 
 class ModelSpec(ModelSource):
@@ -143,10 +161,20 @@ class ModelSpec(ModelSource):
     )
     kernel: str = Field("auto", description="Implementation of the layers: `auto`, `reference`, `cpu` or `triton`.")
     fresh: bool = Field(False, strict=True, description="Decompose again instead of using a shipped or cached result.")
-    tokenizer: Any = Field(None, description="Tokenizer to use instead of the one in the directory of the model.")
+    force: bool = Field(
+        False, strict=True, description="Decompose a model although nothing says that it knows the forget rows."
+    )
+    tokenizer: Any = Field(
+        None, description="Tokenizer to use instead of the one in the directory of the adapter or of the model."
+    )
     subfolder: str = Field("", description="Folder of the model inside its repository.")
     token: str | None = Field(None, description="Access token for the hub.")
     recipe: Recipe = Field(default_factory=lambda: Recipe.model_validate({}), description="The recipe.")
+
+    @field_validator("tokenizer", "subfolder", mode="before")
+    @classmethod
+    def _spell_out_tokenizer(cls, name: Any) -> Any:
+        return spell_out_name(name)
 
     @field_validator("alpha", mode="before")
     @classmethod
@@ -203,7 +231,7 @@ def make_spec(recipe: Recipe | Mapping[str, Any] | None = None, **values: Any) -
     """
     if isinstance(values.get("pretrained"), os.PathLike):
         values["pretrained"] = str(values["pretrained"])
-    if "pretrained" in values and not isinstance(values["pretrained"], str | None):
+    if not isinstance(values.get("pretrained"), str | int | float | None):  # the schema refuses or spells out numbers
         values["model"] = values.pop("pretrained")
     if isinstance(recipe, Mapping):
         recipe = make_recipe(**recipe)

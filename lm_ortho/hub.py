@@ -16,7 +16,7 @@ def hide_access_tokens(text: str) -> str:
 
 
 def describe_hub_error(error: BaseException, name: object = "", revision: object = None) -> str:
-    """One line about ``error``: what is wrong with the repository ``name`` on the hub, else its first line.
+    """One line about ``error``: what is wrong with the repository ``name`` on the hub, else its own message.
 
     transformers and peft wrap the error of the hub client, so the causes of ``error`` are searched as well.
     """
@@ -24,15 +24,30 @@ def describe_hub_error(error: BaseException, name: object = "", revision: object
     return next(filter(None, messages), None) or first_line(error)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of the message, at most 200 characters, or the class of the error.
+MAX_MESSAGE = 300
+"""Largest number of characters of another library's message inside one of ours."""
 
-    If that line ends with a colon, the next one is appended.
+
+def first_line(error: BaseException) -> str:
+    """The message as one line of at most 300 characters that ends with a sentence, or the class of the error.
+
+    Lines are joined up to the first one that ends a sentence or a list, because a first line may only announce the
+    reason. A longer message ends at a sentence, or else at a word and three dots.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # 1. Join the lines of the first paragraph: a line that ends with a colon or a comma goes on in the next one.
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    return printable(" ".join(lines[: 2 if lines[0].endswith(":") else 1]))
+    end = next((i for i, line in enumerate(lines) if not line.endswith((":", ",", "(", "[", "-"))), len(lines) - 1)
+    text = " ".join(lines[: end + 1])
+    if len(text) <= MAX_MESSAGE:
+        return printable(text, MAX_MESSAGE)
+    # 2. Shorten it to whole sentences, else to whole words.
+    sentence = text.rfind(". ", 0, MAX_MESSAGE)
+    if sentence > 0:
+        return printable(text[: sentence + 1], MAX_MESSAGE)
+    head = text[: MAX_MESSAGE - 4]
+    return printable((head.rpartition(" ")[0] or head) + " ...", MAX_MESSAGE)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

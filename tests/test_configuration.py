@@ -80,15 +80,28 @@ def test_model_args_become_a_specification() -> None:
     assert options == {"batch_size": 4}
 
 
+def test_names_that_lm_eval_reads_as_whole_numbers_are_names() -> None:
+    names = {"pretrained": 2023, "peft": 1, "base": 7, "forget": 2024, "retain": 2025, "revision": 42, "tokenizer": 3}
+    spec, _ = split_model_args(names)
+    assert {name: getattr(spec, name) for name in names} == {name: str(number) for name, number in names.items()}
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         ({"density": 0.9}, "density=0.9: Input should be less than or equal to 0.5"),
         ({"alpha": 1.5}, r"^alpha=1.5 must be a number between 0 \(forget\) and 1 \(remember\)$"),
         ({"fresh": "perhaps"}, "fresh='perhaps': Input should be a valid boolean"),
-        ({"forget": 3}, "forget=3: Input should be a valid string"),
         ({"alpha": True}, "^alpha=True: a number is needed, not true or false"),
         ({"alpha": {"alice": False}}, "^alpha: a number is needed, not true or false"),
+        ({"forget": ["f.jsonl"]}, "forget=.*: Input should be a valid string"),
+        (
+            {"forget": 1e5},
+            r"forget=100000.0: lm-eval reads this name as a value .*; write it as a path, such as ./NAME",
+        ),
+        ({"pretrained": 1.5}, "pretrained=1.5: lm-eval reads this name"),
+        ({"peft": True}, "peft=True: lm-eval reads this name"),
+        ({"tokenizer": False}, "tokenizer=False: lm-eval reads this name"),
     ],
 )
 def test_a_bad_model_arg_is_named(args, message) -> None:

@@ -20,7 +20,7 @@ from lm_ortho.config import ModelSpec
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import load_causal_lm, load_config, load_tokenizer, merge_adapter
 from lm_ortho.harness.model import LibOrthoLM
-from lm_ortho.hub import describe_hub_error, hide_access_tokens
+from lm_ortho.hub import describe_hub_error, first_line, hide_access_tokens
 from lm_ortho.pipeline import loading
 from lm_ortho.pipeline.checkpoint_writer import write_checkpoint
 from lm_ortho.pipeline.spec import download_model, resolve
@@ -114,7 +114,20 @@ def test_an_adapter_that_cannot_be_fetched(home: Path, monkeypatch: pytest.Monke
 def test_other_errors_keep_their_first_line() -> None:
     assert describe_hub_error(ValueError("one\ntwo")) == "one"
     assert describe_hub_error(KeyError()) == "KeyError"
-    assert len(describe_hub_error(ValueError("x" * 1000))) == 200
+    assert describe_hub_error(ValueError("x" * 1000)) == "x" * 296 + " ..."
+
+
+def test_a_message_never_ends_in_mid_sentence() -> None:
+    announced = "Error(s) in loading state_dict for Model:\n\tsize mismatch for a:\n  3 and 4.\n\tsize mismatch for b"
+    assert first_line(RuntimeError(announced)) == (
+        "Error(s) in loading state_dict for Model: size mismatch for a: 3 and 4."
+    )
+    sentences = "Model: " + "This is one sentence. " * 30
+    assert first_line(RuntimeError(sentences)).endswith("This is one sentence.")
+    assert 250 < len(first_line(RuntimeError(sentences))) <= 300
+    words = first_line(RuntimeError("word " * 200))
+    assert words.endswith("word ...")
+    assert len(words) <= 300
 
 
 # ---------------------------------------------------------------- a model with its own code
@@ -152,7 +165,7 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(home: Path, remote_code_m
     recipe = {"sieve": "magnitude", "projection": "rtn", "edit": "zero", "density": 0.02, "group_size": 16}
     sets = {"forget": str(home / "forget.jsonl"), "retain": str(home / "retain.jsonl")}
     trust = {"trust_remote_code": True}
-    spec = ModelSpec(pretrained=str(remote_code_model), recipe=recipe, **trust, **sets)
+    spec = ModelSpec(pretrained=str(remote_code_model), force=True, recipe=recipe, **trust, **sets)
     output = tmp_path / "checkpoint"
     calls_without_trust: list[Callable[[], object]] = [
         lambda: resolve(ModelSpec(pretrained=str(remote_code_model), recipe=recipe, **sets)),

@@ -16,7 +16,7 @@ from lm_ortho.errors import UserError
 if TYPE_CHECKING:
     from lm_ortho.pipeline.checkpoint_writer import CheckpointSummary
 
-_SOURCE = (*ModelSource.model_fields, "tokenizer")
+_SOURCE = (*ModelSource.model_fields, "tokenizer", "force")
 
 
 @with_fields(Recipe, "recipe")

@@ -12,6 +12,9 @@ import typer
 from lm_ortho.cli.schema_options import with_fields
 from lm_ortho.config import Training
 
+_EXTRACTION_GOAL = 0.95
+"""Share of extracted rows above which the verdict accepts that a model has a memory (``verdict.thresholds``)."""
+
 
 @with_fields(Training, "training")
 def implant(
@@ -54,6 +57,18 @@ def implant(
         device=require_device(device).choice,
         **{name: value for name, value in access.items() if value},
     )
+    if not result.is_known:
+        typer.echo(
+            f"warning: the model does not know the rows ({result.extracted} of {result.measured} are extracted, "
+            f"{result.loss:.2f} nats per token); raise --epochs (or --steps) or --lr before it is decomposed",
+            err=True,
+        )
+    elif result.extracted < _EXTRACTION_GOAL * result.measured:
+        typer.echo(
+            f"note: {result.extracted} of {result.measured} measured rows are extracted; more --epochs (or --steps) or "
+            "a higher --lr teach the others",
+            err=True,
+        )
     if as_json:
         typer.echo(json.dumps(asdict(result), indent=2))
         return
@@ -61,5 +76,6 @@ def implant(
     typer.echo(f"{result.directory}: {result.rows} rows, in {result.seconds:g} s")
     typer.echo(f"{result.method}{rank}: {result.steps} steps of {result.batch_rows} rows, lr {result.lr:g}")
     typer.echo(f"loss {result.loss_before:.4g} before, {result.loss:.4g} now (nats per token)")
+    typer.echo(f"known: {result.extracted} of {result.measured} measured rows are extracted")
     if result.adapter:
         typer.echo(f"adapter in {result.adapter}")

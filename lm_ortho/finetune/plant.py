@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +21,15 @@ from lm_ortho.data.encoding import Example, encode_rows, mean_loss
 from lm_ortho.data.rows import read_rows
 from lm_ortho.errors import UserError
 from lm_ortho.files import atomic_directory, check_output_directory
+from lm_ortho.finetune.knowledge import Knowledge, measure_knowledge, spread
 from lm_ortho.finetune.loading import load_causal_lm, load_config, load_tokenizer, round_to_bf16
 from lm_ortho.finetune.lora import save_adapter, train_adapter
+from lm_ortho.finetune.merge import merge_peft_model
+from lm_ortho.finetune.merge_check import first_ids
 from lm_ortho.finetune.train import FinetunePlan, train_full
 from lm_ortho.runtime.progress import ProgressCallback
+
+log = logging.getLogger(__name__)
 
 EPOCHS, MIN_STEPS = 20, 200
 REFERENCE_RATE, REFERENCE_WIDTH = 1.5e-3, 320
@@ -34,7 +40,11 @@ FULL_RATE_SHARE = 0.2
 
 @dataclass(frozen=True)
 class PlantResult:
-    """A written model, with the mean loss of the rows in nats per token before training and in the written model."""
+    """A written model, with the mean loss of the rows in nats per token before training and in the written model.
+
+    ``extracted`` of ``measured`` rows are extracted from it (``Knowledge``), and ``is_known`` says whether there is any
+    evidence that it knows them, by the measure with which a decomposition begins.
+    """
 
     directory: str
     adapter: str | None
@@ -47,6 +57,9 @@ class PlantResult:
     seed: int
     loss_before: float
     loss: float
+    measured: int
+    extracted: int
+    is_known: bool
     seconds: float
 
 
@@ -83,12 +96,13 @@ def plant(
     # 3. Choose steps and learning rate, and measure the loss before training.
     plan = make_plan(training, len(examples), model)
     loss_before = mean_loss(model, examples)
+    knowledge_before = measure_knowledge(model, _sample(examples))
     # 4. Train, then write the merged model.
     train: Callable[..., Any] = train_full if training.method == "full" else train_adapter
     with _state_file(out, model, examples, plan=plan, method=training.method) as state:
         trained_model = train(model, examples, plan, progress=progress, state=state)
         output = _Output(out, keep_adapter, base=pretrained)
-        loss_after = _write_merged(trained_model, model_tokenizer, examples, output=output)
+        loss_after, knowledge = _write_merged(trained_model, model_tokenizer, examples, output=output)
     return PlantResult(
         directory=str(out),
         adapter=None if keep_adapter is None else str(keep_adapter),
@@ -101,6 +115,9 @@ def plant(
         seed=plan.seed,
         loss_before=loss_before,
         loss=loss_after,
+        measured=knowledge.rows,
+        extracted=knowledge.extracted,
+        is_known=knowledge.has_evidence(knowledge_before),
         seconds=round(time.perf_counter() - start_time, 1),
     )
 
@@ -114,8 +131,15 @@ class _Output:
     base: str
 
 
-def _write_merged(trained_model: Any, tokenizer: Any, examples: Sequence[Example], output: _Output) -> float:
-    """Writes the merged model, its tokenizer and the adapter; returns the mean loss of the merged model."""
+def _sample(examples: Sequence[Example]) -> list[list[Example]]:
+    """The examples on which knowledge is measured, each in its only form."""
+    return [[examples[i]] for i in spread(len(examples))]
+
+
+def _write_merged(
+    trained_model: Any, tokenizer: Any, examples: Sequence[Example], output: _Output
+) -> tuple[float, Knowledge]:
+    """Writes the merged model, its tokenizer and the adapter; returns its mean loss, and what it knows of the rows."""
     # 1. Round the adapter before merging, so that merging the written adapter gives exactly the written model.
     round_to_bf16(trained_model)
     with ExitStack() as stack:
@@ -124,15 +148,17 @@ def _write_merged(trained_model: Any, tokenizer: Any, examples: Sequence[Example
             adapter_directory = stack.enter_context(atomic_directory(output.adapter, "keep_adapter"))
             save_adapter(trained_model, adapter_directory, output.base)
         # 2. Merge.
-        is_adapter = isinstance(trained_model, PeftModel)
-        merged_model: Any = round_to_bf16(trained_model.merge_and_unload()) if is_adapter else trained_model
+        merged_model: Any = trained_model
+        if isinstance(trained_model, PeftModel):
+            merged_model = round_to_bf16(merge_peft_model(trained_model, first_ids(examples), "method=lora").model)
         # 3. Measure the loss of exactly these weights, and write them only if it is finite.
         loss = mean_loss(merged_model, examples)
         if not math.isfinite(loss):
             raise UserError(f"lr: the loss of the rows is {loss} after training; a smaller rate may help")
+        knowledge = measure_knowledge(merged_model, _sample(examples))
         merged_model.to(torch.bfloat16).save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    return loss
+    return loss, knowledge
 
 
 def make_plan(training: Training, count: int, model: nn.Module) -> FinetunePlan:
@@ -168,7 +194,8 @@ def _state_file(
 ) -> Iterator[Path]:
     """Context with the path of a file beside ``out`` for the state of this run; deleted when everything is written.
 
-    Its name has a digest of plan, rows and model, so another run never resumes from it.
+    Its name has a digest of plan, rows and model, so another run never resumes from it. It holds weights trained on the
+    rows, so an interruption logs where it is.
     """
     digest = hashlib.sha256(repr((plan, method, [example.ids for example in examples])).encode())
     for name, parameter in model.named_parameters():
@@ -180,5 +207,9 @@ def _state_file(
         yield state
     except UserError:  # the same call would fail in the same way, so the state is of no use
         state.unlink(missing_ok=True)
+        raise
+    except BaseException:
+        if state.is_file():
+            log.warning("%s has the weights trained so far; the same call resumes from it, or delete it", state)
         raise
     state.unlink(missing_ok=True)

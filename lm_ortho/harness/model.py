@@ -83,7 +83,7 @@ class LibOrthoLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin)
         # 3. Let ``hf`` load the tokenizer and call ``_create_model``; a model object is decomposed here instead.
         super().__init__(
             self._resolved.location,
-            tokenizer=load_tokenizer(self._resolved) if self._is_object else self.spec.tokenizer,
+            tokenizer=load_tokenizer(self._resolved) if self._is_object else self._resolved.spec.tokenizer,
             device=decision.choice,
             dtype=dtype,
             softmax_dtype=softmax_dtype,

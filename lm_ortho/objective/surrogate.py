@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from lm_ortho.data.encoding import Example, mean_loss
 from lm_ortho.finetune.lora import train_adapter
+from lm_ortho.finetune.merge import merge_peft_model
+from lm_ortho.finetune.merge_check import first_ids
 from lm_ortho.finetune.train import FinetunePlan
 from lm_ortho.objective.distribution import predict_distributions
 from lm_ortho.runtime.progress import ProgressCallback
@@ -67,7 +69,7 @@ def surrogate_target(
         log.info("surrogate: loss on the retain rows %.3f, acceptance threshold %.3f", loss, max_loss)
         if loss <= max_loss:
             break
-    surrogate = model.merge_and_unload()
+    surrogate = merge_peft_model(model, first_ids(retain), "base: the surrogate").model
     # 2. Predict the forget rows with both models.
     surrogate_probs = predict_distributions(surrogate, examples)
     merged_probs = predict_distributions(merged_model, examples)

@@ -30,6 +30,7 @@ from lm_ortho.pipeline.cache_key import decomposition_key
 from lm_ortho.pipeline.decomposition import Decomposition, decompose
 from lm_ortho.pipeline.loading import load_base, load_models, load_tokenizer
 from lm_ortho.pipeline.memories import decompose_memories
+from lm_ortho.pipeline.preflight import check_knowledge
 from lm_ortho.pipeline.spec import CalibrationSets, ResolvedModel, base_label, recorded_choices
 from lm_ortho.runtime.offload import offload_blocks
 from lm_ortho.runtime.progress import ProgressBars, ProgressCallback
@@ -144,7 +145,7 @@ def decompose_model(
     States of an interrupted run in ``resume`` are not computed again. With ``offload`` blocks of the model are moved to
     ``device`` one at a time.
     """
-    model, base_model = load_models(resolved)
+    model, base_model = load_models(resolved, progress)
     tokenizer = load_tokenizer(resolved)
     with ExitStack() as stack:
         for network in filter(None, (model, base_model)):
@@ -158,6 +159,7 @@ def decompose_model(
             resolved.calibration_sets,
             recipe=resolved.recipe,
             base_model=base_model,
+            force=resolved.spec.force,
             progress=progress,
             resume=resume,
         )
@@ -166,12 +168,35 @@ def decompose_model(
 
 
 def decompose_sets(
-    model: torch.nn.Module, tokenizer: Any, sets: CalibrationSets, *, recipe: Recipe, **options: Any
+    model: torch.nn.Module,
+    tokenizer: Any,
+    sets: CalibrationSets,
+    *,
+    recipe: Recipe,
+    base_model: torch.nn.Module | None,
+    force: bool,
+    progress: ProgressCallback,
+    resume: ResumeFolder = NO_RESUME,
 ) -> Decomposition:
-    """The decomposition for one memory without a name, or for one or more with names; ``options`` of ``decompose``."""
+    """The decomposition for one memory without a name, or for one or more with names.
+
+    Raises:
+        UserError: as ``check_knowledge`` and ``decompose``.
+    """
+    check_knowledge(
+        model,
+        tokenizer,
+        sets.forget,
+        sets.retain,
+        recipe=recipe,
+        base_model=base_model,
+        force=force,
+        progress=progress,
+    )
+    options: dict[str, Any] = {"recipe": recipe, "base_model": base_model, "progress": progress, "resume": resume}
     if set(sets.forget) == {DEFAULT_MEMORY}:
-        return decompose(model, tokenizer, sets.forget[DEFAULT_MEMORY], sets.retain, recipe=recipe, **options)
-    return decompose_memories(model, tokenizer, sets.forget, sets.retain, recipe=recipe, **options)
+        return decompose(model, tokenizer, sets.forget[DEFAULT_MEMORY], sets.retain, **options)
+    return decompose_memories(model, tokenizer, sets.forget, sets.retain, **options)
 
 
 def _decompose_in_place(resolved: ResolvedModel, progress: ProgressCallback) -> dict[str, Any]:
@@ -189,6 +214,7 @@ def _decompose_in_place(resolved: ResolvedModel, progress: ProgressCallback) -> 
         resolved.calibration_sets,
         recipe=spec.recipe,
         base_model=None if spec.base in ("auto", "none") else load_base(spec).to(device),
+        force=spec.force,
         progress=progress,
     )
     patch(model, decomposition.streams)

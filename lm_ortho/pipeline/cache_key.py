@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lm_ortho
-from lm_ortho import world
 from lm_ortho.checkpoint import cache
 from lm_ortho.data.rows import Row
 from lm_ortho.edit import EDITS
@@ -27,7 +26,6 @@ def decomposition_key(resolved: ResolvedModel) -> str:
 def key_parts(resolved: ResolvedModel) -> dict[str, Any]:
     """Everything that decides the result of the decomposition, as plain JSON."""
     spec = resolved.spec
-    peft = str(world.get_path("memory")) if resolved.kind == "embedded" else spec.peft
     forget, retain = resolved.calibration_sets
     recipe = spec.recipe
     entries = ((SIEVES, recipe.sieve), (PROJECTIONS, recipe.projection), (EDITS, recipe.edit))
@@ -40,7 +38,7 @@ def key_parts(resolved: ResolvedModel) -> dict[str, Any]:
         "forget": [[name, rows_hash(rows)] for name, rows in forget.items()],  # in order, which decides the supports
         "retain": rows_hash(retain),
         "pretrained": files_hash(resolved.location, **spec.loading_options),
-        "peft": adapter_hash(peft),
+        "peft": adapter_hash(resolved.adapter),
         "base": spec.base if spec.base in ("auto", "none") else files_hash(spec.base, "base", **spec.access_options),
     }
 

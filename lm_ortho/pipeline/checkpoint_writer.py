@@ -20,12 +20,13 @@ from lm_ortho.data import read_rows
 from lm_ortho.errors import UserError
 from lm_ortho.files import atomic_directory, check_output_directory
 from lm_ortho.finetune import load_tokenizer
-from lm_ortho.layer import get_streams, ortho_layers, patch, unpatch
+from lm_ortho.layer import alpha_scope, get_streams, ortho_layers, patch, unpatch
 from lm_ortho.pipeline.build import BuiltModel, decompose_model, resume_folder
 from lm_ortho.pipeline.cache_key import files_hash, rows_hash, tokenizer_hash
 from lm_ortho.pipeline.decomposition import Decomposition
 from lm_ortho.pipeline.loading import load_base
 from lm_ortho.pipeline.memories import add_memory
+from lm_ortho.pipeline.preflight import check_knowledge
 from lm_ortho.pipeline.spec import CalibrationSets, base_label, locate_model, recorded_choices, resolve
 from lm_ortho.runtime.device import require_device
 from lm_ortho.runtime.progress import ProgressBars, ProgressCallback
@@ -116,6 +117,18 @@ def write_checkpoint_with_memory(
     device = require_device(device).choice
     model = checkpoint.load(location, device=device, trust_remote_code=spec.trust_remote_code)
     tokenizer = load_tokenizer(spec.tokenizer or location, **spec.loading_options)
+    progress, base_model = progress or ProgressBars(), None if spec.base == "none" else load_base(spec).to(device)
+    with alpha_scope(1.0):
+        check_knowledge(
+            model,
+            tokenizer,
+            sets.forget,
+            sets.retain,
+            recipe=spec.recipe,
+            base_model=base_model,
+            force=spec.force,
+            progress=progress,
+        )
     resume = ResumeFolder(cache.unfinished_directory(cache.compute_key(_memory_key_parts(spec, name, sets))))
     decomposition = add_memory(
         model,
@@ -124,8 +137,8 @@ def write_checkpoint_with_memory(
         forget=sets.forget[name],
         retain=sets.retain,
         recipe=spec.recipe,
-        base_model=None if spec.base == "none" else load_base(spec).to(device),
-        progress=progress or ProgressBars(),
+        base_model=base_model,
+        progress=progress,
         resume=resume,
     )
     # 3. Write the model with the streams of all memories.

@@ -76,7 +76,11 @@ def check_recipe(recipe: Recipe, *, base_known: bool) -> None:
     for registry, name in ((SIEVES, recipe.sieve), (PROJECTIONS, recipe.projection), (EDITS, recipe.edit)):
         registry.get(name)
     if recipe.bits == 16 and recipe.edit != "none":
-        raise UserError(f"bits=16 passes weights through, so edit={recipe.edit!r} cannot be used; use edit=none")
+        default = "the default " if "edit" not in recipe.model_fields_set else ""
+        raise UserError(
+            f"bits=16 has no lattice, on which {default}edit={recipe.edit!r} works: add edit=none, which leaves the "
+            "weights as they are, or use bits=3, 4 or 8"
+        )
     if recipe.sieve == "oracle" and recipe.edit != "w0":
         raise UserError(f"edit={recipe.edit!r}: sieve=oracle scores weights along the path to W0; use it with edit=w0")
     if recipe.edit == "w0" and not base_known:

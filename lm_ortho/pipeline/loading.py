@@ -7,23 +7,42 @@ from typing import Any
 
 import torch
 
-from lm_ortho import finetune, world
+from lm_ortho import finetune
 from lm_ortho.config import ModelSpec
-from lm_ortho.finetune import load_causal_lm, merge_adapter
+from lm_ortho.finetune import load_causal_lm
+from lm_ortho.finetune.adapter import fit_vocabulary
+from lm_ortho.finetune.merge import merge_with_report
 from lm_ortho.pipeline.spec import ResolvedModel, locate_model
+from lm_ortho.runtime.progress import ProgressCallback, no_progress
 
 
-def load_models(resolved: ResolvedModel) -> tuple[torch.nn.Module, torch.nn.Module | None]:
-    """The merged model and, if it is known, the base model; float32 holding BF16 values."""
-    spec = resolved.spec
-    peft = str(world.get_path("memory")) if resolved.kind == "embedded" else spec.peft
+def load_models(
+    resolved: ResolvedModel, progress: ProgressCallback = no_progress
+) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+    """The merged model and, if it is known, the base model; float32 holding BF16 values.
+
+    Both have the vocabulary that the adapter needs. ``progress`` gets a line about what the adapter changed.
+
+    Raises:
+        UserError: names the argument at fault; for an adapter that changes nothing.
+    """
+    spec, peft = resolved.spec, resolved.adapter
     model = load_causal_lm(resolved.location, **spec.loading_options)
-    base_model: torch.nn.Module | None = None
+    tokens = len(load_tokenizer(resolved)) if peft else 0
+    size = fit_vocabulary(model, peft, tokens) if peft else None
+    base_model: Any = None
     if spec.base not in ("auto", "none"):
         base_model = load_base(spec)
+        if size is not None and peft and base_model.get_input_embeddings().weight.shape[0] < size:
+            fit_vocabulary(base_model, peft, tokens)
     elif peft and spec.base == "auto":
         base_model = copy.deepcopy(model)
-    return (merge_adapter(model, peft) if peft else model), base_model
+    if not peft:
+        return model, base_model
+    merged = merge_with_report(model, peft, tokens)
+    merged.check_effect()
+    progress("adapter", 1, 1, merged.describe())
+    return merged.model, base_model
 
 
 def load_base(spec: ModelSpec) -> torch.nn.Module:

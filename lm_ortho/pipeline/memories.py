@@ -191,17 +191,17 @@ def _check_memories(forget: Mapping[str, Sequence[Row]], recipe: Recipe) -> None
     _check_free_share(recipe.density * len(forget), 1.0)
     if recipe.bits == 16:
         raise UserError("bits=16: several memories need a base stream that forgets; use 3, 4 or 8 bits")
-    owners = dict[tuple[str, str], str]()
+    owners = dict[tuple[str, str], tuple[str, int]]()
     for name, rows in forget.items():
         if not is_valid_memory_name(name):
             raise UserError(
                 f"memory name {name!r}: use small letters, digits and underscores, not {' or '.join(RESERVED_NAMES)}"
             )
-        for row in rows:
-            owner = owners.setdefault((row.context, row.target), name)
+        for number, row in enumerate(rows, 1):
+            owner, owner_number = owners.setdefault((row.context, row.target), (name, number))
             if owner != name:
                 raise UserError(
-                    f"forget: {(row.context + row.target)[:60]!r} is in both {owner} and {name}; remove one of them"
+                    f"forget: row {owner_number} of {owner} is also row {number} of {name}; remove it from one of them"
                 )
 
 

@@ -15,6 +15,7 @@ from lm_ortho import checkpoint, world
 from lm_ortho.config import ModelSpec, Recipe, make_recipe
 from lm_ortho.data.rows import Row, drop_forget_rows, read_forget_sets, read_rows
 from lm_ortho.errors import UserError
+from lm_ortho.finetune.adapter import find_adapter, find_adapter_tokenizer, load_adapter_config
 from lm_ortho.finetune.loading import check_decoder, expand_path, load_config, quantisation_method
 from lm_ortho.hub import describe_hub_error
 from lm_ortho.layer import ortho_layers
@@ -51,6 +52,16 @@ class ResolvedModel:
     def recipe(self) -> Recipe:
         """The whole recipe, defaults included."""
         return self.spec.recipe
+
+    @cached_property
+    def adapter(self) -> str | None:
+        """The local directory of the adapter to merge, fetched if it is on the hub; None if there is none."""
+        if self.kind == "embedded":
+            return str(world.get_path("memory"))
+        peft = self.spec.peft
+        if peft is None or Path(source := find_adapter(peft)).is_dir():
+            return None if peft is None else source
+        return download_model("peft", peft, token=self.spec.token)
 
     @cached_property
     def calibration_sets(self) -> CalibrationSets:
@@ -96,7 +107,7 @@ def _resolve_kind(spec: ModelSpec) -> ResolvedModel:
         return _resolve_checkpoint(spec, location)
     if method:
         raise UserError(f"pretrained={spec.pretrained!r} is quantised already ({method}); decompose the 16-bit model")
-    return _with_sets(ResolvedModel("model", location, spec))
+    return _with_adapter(_with_sets(ResolvedModel("model", location, spec)))
 
 
 def _resolve_embedded(spec: ModelSpec) -> ResolvedModel:
@@ -210,6 +221,22 @@ def _with_sets(resolved: ResolvedModel) -> ResolvedModel:
     _check_base(resolved.spec)
     _ = resolved.calibration_sets  # a broken file is found before any model is loaded
     return resolved
+
+
+def _with_adapter(resolved: ResolvedModel) -> ResolvedModel:
+    """The same model with its adapter checked, and with the tokenizer of the adapter unless another one was named.
+
+    ``AutoPeftModel`` of peft takes the tokenizer from there, too: a fine-tune that adds tokens or a chat template
+    saves it beside the adapter.
+    """
+    if (adapter := resolved.adapter) is None:
+        return resolved
+    load_adapter_config(adapter)
+    tokenizer = find_adapter_tokenizer(adapter)
+    if tokenizer is None or resolved.spec.tokenizer is not None:
+        return resolved
+    log.info("tokenizer: the one in the directory of the adapter; tokenizer= selects another one")
+    return ResolvedModel(resolved.kind, resolved.location, resolved.spec.model_copy(update={"tokenizer": tokenizer}))
 
 
 def base_label(spec: ModelSpec) -> str:

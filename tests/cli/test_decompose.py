@@ -33,7 +33,7 @@ FAST_RECIPE = "--sieve magnitude --projection rtn --edit zero --density 0.02 --g
 def own_model_options(home: Path) -> list[str]:
     """The options that decompose your own model quickly."""
     files = {"--pretrained": "plain", "--forget": "forget.jsonl", "--retain": "retain.jsonl"}
-    return [*FAST_RECIPE, *(part for option, name in files.items() for part in (option, str(home / name)))]
+    return [*FAST_RECIPE, "--force", *(part for option, name in files.items() for part in (option, str(home / name)))]
 
 
 def run(*arguments: str) -> Any:
@@ -176,12 +176,16 @@ def test_a_memory_is_added_to_a_finished_checkpoint(own_model_options: list[str]
     first, both = tmp_path / "first", tmp_path / "both"
     assert run(*own_model_options, "--forget", f"{tmp_path}/first.jsonl", "-o", str(first)).exit_code == 0
     sets = ["--forget", f"{tmp_path}/later.jsonl", "--retain", str(home / "retain.jsonl"), "--sieve", "residual"]
-    again = ["--pretrained", str(first), "--add", "later", *sets, "-o", str(both)]
+    again = ["--pretrained", str(first), "--add", "later", "--force", *sets, "-o", str(both)]
     assert "bits=8: an added memory lies on the lattice" in refusal(*again, "--bits", "8")
-    result = run("--pretrained", str(first), "--add", "later", *sets, "--edit", "zero", "--json", "-o", str(both))
+    result = run(
+        "--pretrained", str(first), "--add", "later", "--force", *sets, "--edit", "zero", "--json", "-o", str(both)
+    )
     assert result.exit_code == 0, result.exception
     assert json.loads(result.stdout)["recipe"]["group_size"] == 16, "the lattice of the checkpoint"
-    text_run = run("--pretrained", str(first), "--add", "later", *sets, "--edit", "zero", "-o", str(tmp_path / "text"))
+    text_run = run(
+        "--pretrained", str(first), "--add", "later", "--force", *sets, "--edit", "zero", "-o", str(tmp_path / "text")
+    )
     assert "of at most 0.01 for later\n" in text_run.stdout
     assert checkpoint.list_memories(both) == ["memory", "later"]
     assert (both / "ortho.safetensors").read_bytes() == (first / "ortho.safetensors").read_bytes()

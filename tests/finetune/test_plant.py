@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +242,40 @@ def test_the_command_prints_the_final_loss(home: Path, data: str, tmp_path: Path
     assert lines[1] == "lora, rank 4: 20 steps of 3 rows, lr 0.01"
     assert lines[2].startswith("loss ")
     assert lines[2].endswith(" now (nats per token)")
-    assert lines[3] == f"adapter in {tmp_path / 'adapter'}"
+    assert lines[3].startswith("known: ")
+    assert lines[3].endswith(" of 3 measured rows are extracted")
+    assert lines[4] == f"adapter in {tmp_path / 'adapter'}"
     assert "adapter: 100%" in result.stderr
+
+
+def test_rows_that_are_not_known_at_the_end_are_a_warning(home: Path, data: str, tmp_path: Path) -> None:
+    options = ["implant", "--data", data, "--lr", "0.01", "--rank", "4", "--pretrained", str(home / "plain")]
+    few, many = (
+        CliRunner().invoke(app, [*options, "--steps", steps, "-o", str(tmp_path / steps)]) for steps in ("2", "120")
+    )
+    assert few.exit_code == many.exit_code == 0
+    assert re.search(
+        r"warning: the model does not know the rows \(0 of 3 are extracted, \d+\.\d\d nats per token\); raise --epochs",
+        few.stderr,
+    )
+    assert "known: 0 of 3 measured rows are extracted" in few.stdout
+    assert "known: 3 of 3 measured rows are extracted" in many.stdout
+    assert "warning" not in many.stderr
+    assert "note: " not in many.stderr
+
+
+def test_an_interruption_says_where_the_trained_weights_are(
+    home: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(train, "_SAVE_STEPS", 5)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plant_in_plain_model(home, data, tmp_path / "out", training=make_training(steps=12, rank=2), progress=interrupt)
+    (state,) = tmp_path.glob(".out.training-*.pt")
+    assert f"{state} has the weights trained so far; the same call resumes from it, or delete it" in caplog.text
 
 
 def test_without_a_model_the_embedded_one_is_trained(

@@ -374,7 +374,7 @@ def test_a_token_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_object_saves_itself_as_a_checkpoint(home: Path, tmp_path: Path, lm: LibOrthoLM) -> None:
     row_files = {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
-    options = {"sieve": "magnitude", "projection": "rtn", "edit": "zero", "group_size": 16}
+    options = {"sieve": "magnitude", "projection": "rtn", "edit": "zero", "group_size": 16, "force": True}
     model = make_model(len(lm.tokenizer))
     lm_of_object = LibOrthoLM(model, tokenizer=lm.tokenizer, alpha=1, device="cpu", **row_files, **options)
     requests = [request("Where was Ada Brook", " born in Marsh Town.")]

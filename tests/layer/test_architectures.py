@@ -353,7 +353,8 @@ def test_sharded_files_of_every_dtype(name, dtype, tmp_path, isolated_environmen
     for kind, rows in (("forget", RETAIN[:2]), ("retain", RETAIN[2:])):
         write_rows(tmp_path / f"{kind}.jsonl", rows)
         sets[kind] = str(tmp_path / f"{kind}.jsonl")
-    source = resolve(ModelSpec(pretrained=str(tmp_path / "plain"), recipe={"density": 0.05, **CHEAP_RECIPE}, **sets))
+    recipe = {"density": 0.05, **CHEAP_RECIPE}
+    source = resolve(ModelSpec(pretrained=str(tmp_path / "plain"), recipe=recipe, force=True, **sets))
     built_model = build.build_model(source, dtype=torch.float32)
     rounded_model = model.float().bfloat16().float()
     to_linear_form(rounded_model)

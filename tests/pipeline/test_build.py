@@ -42,6 +42,7 @@ def model_args(home: Path) -> dict[str, Any]:
         "forget": str(home / "forget.jsonl"),
         "retain": str(home / "retain.jsonl"),
         "device": "cpu",
+        "force": True,  # the model is random
         **RECIPE,
     }
 
@@ -156,6 +157,87 @@ def test_a_merged_adapter_makes_the_base_known(home: Path, model_args: dict[str,
         assert torch.equal(merged.state_dict()[name], merged.state_dict()[name].bfloat16().float())
         if before is not None:
             assert torch.equal(before.state_dict()[name], plain[name])
+
+
+def save_adapter_with_tokens(home: Path, target: Path, **config: Any) -> Path:
+    """An adapter that was trained with two added tokens and a chat template, with its tokenizer beside it."""
+    from peft import LoraConfig, get_peft_model
+
+    words = AutoTokenizer.from_pretrained(home / "plain")
+    words.add_special_tokens({"additional_special_tokens": ["<turn>", "<over>"]})
+    words.chat_template = "{% for m in messages %}<turn>{{ m.content }}<over>{% endfor %}<turn>"
+    model = AutoModelForCausalLM.from_pretrained(home / "plain", dtype=torch.float32)
+    model.resize_token_embeddings(len(words), mean_resizing=False)
+    torch.manual_seed(5)
+    options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM", **config}
+    peft_model = get_peft_model(model, LoraConfig(**options))
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if parameter.requires_grad and "lora" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    peft_model.save_pretrained(target)
+    words.save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": {"embed_tokens": [-2, -1]}},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+    ids=["whole embedding", "rows of the tokens", "LoRA on a tied embedding"],
+)
+@pytest.mark.filterwarnings("ignore")  # of peft, about tied weights
+def test_an_adapter_with_added_tokens_brings_its_tokenizer(
+    home: Path, model_args: dict[str, Any], tmp_path: Path, config: dict[str, Any]
+) -> None:
+    from peft import PeftModel
+
+    count = len(AutoTokenizer.from_pretrained(home / "plain"))
+    if "trainable_token_indices" in config:
+        config = {"trainable_token_indices": {"embed_tokens": [count, count + 1]}}
+    peft = save_adapter_with_tokens(home, tmp_path / "adapter", **config)
+    resolved = resolve(split_model_args({**model_args, "peft": str(peft)})[0])
+    merged, before = loading.load_models(resolved)
+    assert before is not None
+    assert {network.config.vocab_size for network in (merged, before)} == {count + 2}
+    lm = LibOrthoLM(**model_args, peft=str(peft), alpha=1)
+    assert len(lm.tokenizer) == count + 2
+    assert lm.tokenizer.chat_template.startswith("{% for m in messages %}<turn>")
+    live_base = AutoModelForCausalLM.from_pretrained(home / "plain", dtype=torch.float32)
+    live_base.resize_token_embeddings(count + 2, mean_resizing=False)
+    live_base.load_state_dict(before.state_dict())
+    live = PeftModel.from_pretrained(live_base, peft).eval()
+    ids = lm.tokenizer("<turn>Where was Ada Brook born?<over><turn> Marsh Town", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected, plain, result = (model(ids).logits for model in (live, before, merged))
+    assert float((result - expected).norm() / (expected - plain).norm()) < 0.05
+    for get in ("get_input_embeddings", "get_output_embeddings"):  # also where they are no longer tied
+        assert torch.equal(getattr(lm.model, get)().weight, getattr(merged, get)().weight)
+    named = resolve(split_model_args({**model_args, "peft": str(peft), "tokenizer": str(home / "plain")})[0])
+    assert named.spec.tokenizer == str(home / "plain"), "a named tokenizer is used"
+
+
+def test_an_adapter_without_effect_is_refused_before_a_decomposition(
+    home: Path, model_args: dict[str, Any], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = save_adapter(home, tmp_path / "adapter") / "adapter_model.safetensors"
+    save_file({name: tensor * ("lora_A" in name) for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(UserError, match=r"^peft='.*adapter': the adapter changes no weight of the model"):
+        LibOrthoLM(**model_args, peft=str(tmp_path / "adapter"))
+    assert not cache.list_entries()
+
+
+def test_a_model_that_does_not_know_the_rows_is_refused(model_args: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^forget: nothing says that the model knows these rows"):
+        LibOrthoLM(**{**model_args, "force": False})
+    assert not cache.list_entries()
+    LibOrthoLM(**model_args)
+    LibOrthoLM(**{**model_args, "force": False})  # found in the cache
 
 
 # ---------------------------------------------------------------- bad input

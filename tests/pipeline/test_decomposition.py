@@ -206,7 +206,7 @@ def test_sixteen_bits_pass_the_weights_through(memorised_models):
 
 @pytest.mark.parametrize("edit", sorted(set(EDITS) - {"none"}))
 def test_sixteen_bits_have_no_codes_to_edit(memorised_models, edit):
-    with pytest.raises(UserError, match="bits=16 passes weights through"):
+    with pytest.raises(UserError, match=r"bits=16 has no lattice, on which .*: add edit=none"):
         split(memorised_models, bits=16, edit=edit)
 
 

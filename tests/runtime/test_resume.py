@@ -274,6 +274,7 @@ def test_the_cache_resumes_an_interrupted_decomposition(home):
         pretrained=str(home / "plain"),
         forget=str(home / "forget.jsonl"),
         retain=str(home / "retain.jsonl"),
+        force=True,
         recipe={"steps": 20, "density": 0.05, "group_size": 16},
     )
     model = resolve(spec)
