@@ -109,7 +109,7 @@ def test_a_bad_model_arg_is_named(args, message) -> None:
         split_model_args(args)
 
 
-@pytest.mark.parametrize("value", [3, 0.5, object(), ["org/name"]])
+@pytest.mark.parametrize("value", [object(), ["org/name"]])
 def test_an_object_that_is_no_model_is_refused(value) -> None:
     kind = type(value).__name__
     with pytest.raises(UserError, match=f"^pretrained is of type {kind}; give a directory, a hub id in quotes, or a"):

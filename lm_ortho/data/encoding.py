@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lm_ortho.data.rows import Row
-from lm_ortho.data.tokenizer import encode_with_offsets, find_added_tokens, find_end_tokens
+from lm_ortho.data.tokenizer import check_fast, encode_with_offsets, find_added_tokens, find_end_tokens
 from lm_ortho.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ def encode(tokenizer: Any, rows: Sequence[Row], max_tokens: int = MAX_TOKENS) ->
         UserError: for a slow tokenizer, which gives no character offsets; for one that adds tokens which depend on the
             text; for a row of a single token.
     """
+    check_fast(tokenizer)
     added = find_added_tokens(tokenizer)
     end_tokens = find_end_tokens(tokenizer, added)
     # 1. Tokenise context and target as one text, with the characters that each token covers.

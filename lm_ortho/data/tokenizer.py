@@ -74,16 +74,19 @@ def encode_prompt(tokenizer: Any, text: str, added: AddedTokens) -> list[int]:
     return added.add_prefix(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
+def check_fast(tokenizer: Any) -> None:
+    """Raises ``UserError`` for a slow tokenizer, which gives no character offsets."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"tokenizer={describe(tokenizer)} gives no character offsets; a fast tokenizer is needed")
+
+
 def encode_with_offsets(
     tokenizer: Any, texts: Sequence[str], added: AddedTokens
 ) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """Returns the ids of each text as ``encode_prompt`` does, and the characters that each token covers.
 
-    Raises:
-        UserError: for a slow tokenizer, which gives no character offsets.
+    The tokenizer is a fast one.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"tokenizer={describe(tokenizer)} gives no character offsets; a fast tokenizer is needed")
     if not texts:
         return []
     encoding = tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -203,7 +203,10 @@ def test_rows_that_a_model_cannot_read_or_predict_are_refused(words):
 
 def test_a_row_of_a_single_token_is_refused_by_its_number(words):
     class WithoutEnd:
-        is_fast, bos_token, eos_token_id = True, None, None
+        is_fast, bos_token_id, eos_token_id = True, None, None
+
+        def encode(self, text, **_):
+            return [7] * len(text)
 
         def __call__(self, texts, **_):
             return {"input_ids": [[7] * len(text) for text in texts], "offset_mapping": [[(0, 1)] * 2 for _ in texts]}
@@ -272,7 +275,7 @@ def test_a_slow_tokenizer_is_refused_by_name():
     class Slow:
         is_fast = False
 
-    with pytest.raises(UserError, match="tokenizer=Slow gives no character offsets"):
+    with pytest.raises(UserError, match="tokenizer='Slow' gives no character offsets"):
         encode(Slow(), [Row(text="a")])
 
 
