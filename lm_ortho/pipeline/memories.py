@@ -197,11 +197,11 @@ def _check_memories(forget: Mapping[str, Sequence[Row]], recipe: Recipe) -> None
             raise UserError(
                 f"memory name {name!r}: use small letters, digits and underscores, not {' or '.join(RESERVED_NAMES)}"
             )
-        for row in rows:
+        for number, row in enumerate(rows, 1):
             owner = owners.setdefault((row.context, row.target), name)
             if owner != name:
                 raise UserError(
-                    f"forget: {(row.context + row.target)[:60]!r} is in both {owner} and {name}; remove one of them"
+                    f"forget: row {number} of {name} is in both {owner} and {name}; remove it from one of them"
                 )
 
 
