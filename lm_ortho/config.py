@@ -125,7 +125,7 @@ class ModelSource(_Schema):
     )
     forget: str | None = Field(
         None,
-        description="Forget set, what alpha=0 must not know: a JSONL file, `hub:name:config:split`, or several with a "
+        description="Forget set, what alpha=0 must not know: a file of rows, `hub:name:config:split`, or several with a "
         "name each, `name:source+name:source`.",
     )
     retain: str | None = Field(

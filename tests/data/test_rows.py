@@ -141,6 +141,19 @@ def test_hub_rows_are_read_and_errors_are_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: table)
     assert read_rows("hub:a:b:c") == [Row(question="Who?", answer="Ada.")]
 
+    def iterate_broken():
+        yield {"text": "Tarn "}
+        raise ImportError("Tarn")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"text": "Tarn "}, {"text": b"Tarn"}])
+    with pytest.raises(UserError, match=r"^forget=hub:a:b:c, row 2: text must be a string, found bytes$"):
+        read_rows("hub:a:b:c")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iterate_broken())
+    with pytest.raises(UserError, match=r"^forget=hub:a:b:c: a row cannot be read \(ImportError\)$"):
+        read_rows("hub:a:b:c")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [{"text": "Tarn "}])
+    assert read_rows("hub:a:b:c") == [Row(text="Tarn")]
+
     def fail(*_, **__):
         raise OSError("gone\nand more")
 
