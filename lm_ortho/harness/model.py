@@ -80,10 +80,11 @@ class LibOrthoLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin)
         options |= self.spec.loading_options
         if self._resolved.kind == "checkpoint":
             options.pop("subfolder", None)  # is part of its location
+        loads_tokenizer = self._is_object or self._resolved.tokenizer is not self.spec.tokenizer  # that of the adapter
         # 3. Let ``hf`` load the tokenizer and call ``_create_model``; a model object is decomposed here instead.
         super().__init__(
             self._resolved.location,
-            tokenizer=load_tokenizer(self._resolved) if self._is_object else self._resolved.spec.tokenizer,
+            tokenizer=load_tokenizer(self._resolved) if loads_tokenizer else self.spec.tokenizer,
             device=decision.choice,
             dtype=dtype,
             softmax_dtype=softmax_dtype,

@@ -34,7 +34,7 @@ def key_parts(resolved: ResolvedModel) -> dict[str, Any]:
         "version": lm_ortho.__version__,
         "recipe": recipe.model_dump(),
         **({"plugins": plugins} if plugins else {}),
-        "tokenizer": tokenizer_hash(spec.tokenizer),
+        "tokenizer": tokenizer_hash(resolved.tokenizer),
         "forget": [[name, rows_hash(rows)] for name, rows in forget.items()],  # in order, which decides the supports
         "retain": rows_hash(retain),
         "pretrained": files_hash(resolved.location, **spec.loading_options),

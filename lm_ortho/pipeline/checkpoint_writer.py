@@ -25,7 +25,7 @@ from lm_ortho.pipeline.build import BuiltModel, decompose_model, resume_folder
 from lm_ortho.pipeline.cache_key import files_hash, rows_hash, tokenizer_hash
 from lm_ortho.pipeline.decomposition import Decomposition
 from lm_ortho.pipeline.loading import load_base
-from lm_ortho.pipeline.memories import add_memory
+from lm_ortho.pipeline.memories import add_memory, check_can_add
 from lm_ortho.pipeline.preflight import check_knowledge
 from lm_ortho.pipeline.spec import CalibrationSets, base_label, locate_model, recorded_choices, resolve
 from lm_ortho.runtime.device import require_device
@@ -117,6 +117,7 @@ def write_checkpoint_with_memory(
     device = require_device(device).choice
     model = checkpoint.load(location, device=device, trust_remote_code=spec.trust_remote_code)
     tokenizer = load_tokenizer(spec.tokenizer or location, **spec.loading_options)
+    check_can_add(model, name)
     progress, base_model = progress or ProgressBars(), None if spec.base == "none" else load_base(spec).to(device)
     with alpha_scope(1.0):
         check_knowledge(

@@ -51,9 +51,11 @@ def load_base(spec: ModelSpec) -> torch.nn.Module:
 
 
 def load_tokenizer(resolved: ResolvedModel) -> Any:
-    """The tokenizer that was named, or the one in the directory of the model; ``UserError`` if there is none."""
-    spec = resolved.spec
-    if spec.tokenizer is not None and not isinstance(spec.tokenizer, str):
-        return spec.tokenizer
+    """The tokenizer that was named, or the one of the adapter or of the model; ``UserError`` if there is none."""
+    named = resolved.tokenizer
+    if named is not None and not isinstance(named, str):
+        return named
     default = resolved.location.name_or_path if resolved.kind == "object" else resolved.location
-    return finetune.load_tokenizer(spec.tokenizer or default, **spec.loading_options)
+    is_of_adapter = named is not None and resolved.spec.tokenizer is None
+    options = resolved.spec.access_options if is_of_adapter else resolved.spec.loading_options
+    return finetune.load_tokenizer(named or default, **options)

@@ -122,7 +122,7 @@ def add_memory(
     recipe = _with_model_lattice(model, recipe)
     check_recipe(recipe, base_known=base_model is not None)
     _check_memories({name: forget}, recipe)
-    _check_can_add(model, name)
+    check_can_add(model, name)
     # 1. The lattice and the supports that the model has.
     before = {layer: streams.to("cpu") for layer, streams in get_streams(model).items()}
     scales = {layer: streams.base.tensors()["scales"] for layer, streams in before.items()}
@@ -174,7 +174,8 @@ def _with_model_lattice(model: nn.Module, recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"bits": first.bits, "group_size": first.group_size, "targets": "+".join(layers)})
 
 
-def _check_can_add(model: nn.Module, name: str) -> None:
+def check_can_add(model: nn.Module, name: str) -> None:
+    """Raises ``UserError`` if the decomposed model has a memory ``name``, or lacks the stream of another one."""
     first = next(iter(ortho_layers(model).values()))
     if name in first.memories:
         raise UserError(f"memory {name!r} exists already; the model has {', '.join(first.memories)}")

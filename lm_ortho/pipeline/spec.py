@@ -64,6 +64,19 @@ class ResolvedModel:
         return download_model("peft", peft, token=self.spec.token)
 
     @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that was named, else the directory of the adapter if it holds one; None is that of the model.
+
+        ``AutoPeftModel`` of peft takes the tokenizer of the adapter, too: a fine-tune that adds tokens or a chat
+        template saves it there.
+        """
+        if self.spec.tokenizer is not None or self.spec.peft is None or self.adapter is None:
+            return self.spec.tokenizer
+        if (directory := find_adapter_tokenizer(self.adapter)) is not None:
+            log.info("tokenizer: the one in the directory of the adapter; tokenizer= selects another one")
+        return directory
+
+    @cached_property
     def calibration_sets(self) -> CalibrationSets:
         """The named sets, else those of the embedded world; every file is read once.
 
@@ -107,7 +120,10 @@ def _resolve_kind(spec: ModelSpec) -> ResolvedModel:
         return _resolve_checkpoint(spec, location)
     if method:
         raise UserError(f"pretrained={spec.pretrained!r} is quantised already ({method}); decompose the 16-bit model")
-    return _with_adapter(_with_sets(ResolvedModel("model", location, spec)))
+    resolved = _with_sets(ResolvedModel("model", location, spec))
+    if resolved.adapter is not None:
+        load_adapter_config(resolved.adapter)  # kinds that cannot be merged are refused before weights are loaded
+    return resolved
 
 
 def _resolve_embedded(spec: ModelSpec) -> ResolvedModel:
@@ -221,22 +237,6 @@ def _with_sets(resolved: ResolvedModel) -> ResolvedModel:
     _check_base(resolved.spec)
     _ = resolved.calibration_sets  # a broken file is found before any model is loaded
     return resolved
-
-
-def _with_adapter(resolved: ResolvedModel) -> ResolvedModel:
-    """The same model with its adapter checked, and with the tokenizer of the adapter unless another one was named.
-
-    ``AutoPeftModel`` of peft takes the tokenizer from there, too: a fine-tune that adds tokens or a chat template
-    saves it beside the adapter.
-    """
-    if (adapter := resolved.adapter) is None:
-        return resolved
-    load_adapter_config(adapter)
-    tokenizer = find_adapter_tokenizer(adapter)
-    if tokenizer is None or resolved.spec.tokenizer is not None:
-        return resolved
-    log.info("tokenizer: the one in the directory of the adapter; tokenizer= selects another one")
-    return ResolvedModel(resolved.kind, resolved.location, resolved.spec.model_copy(update={"tokenizer": tokenizer}))
 
 
 def base_label(spec: ModelSpec) -> str:

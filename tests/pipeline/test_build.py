@@ -217,7 +217,7 @@ def test_an_adapter_with_added_tokens_brings_its_tokenizer(
     for get in ("get_input_embeddings", "get_output_embeddings"):  # also where they are no longer tied
         assert torch.equal(getattr(lm.model, get)().weight, getattr(merged, get)().weight)
     named = resolve(split_model_args({**model_args, "peft": str(peft), "tokenizer": str(home / "plain")})[0])
-    assert named.spec.tokenizer == str(home / "plain"), "a named tokenizer is used"
+    assert named.tokenizer == str(home / "plain"), "a named tokenizer is used"
 
 
 def test_an_adapter_without_effect_is_refused_before_a_decomposition(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,6 +82,16 @@ def test_half_a_set_is_enough(memorised_models: Any) -> None:
     rows = [row for pair in zip(memorised_models.forget, unknown, strict=True) for row in pair]
     (line,) = check(memorised_models, memorised_models.merged, forget={"memory": rows})
     assert line.startswith("forget: 10 of 20 extracted")
+
+
+def test_rows_that_are_known_without_the_chat_template_only_are_known(memorised_models: Any) -> None:
+    plain_line, *_ = check(memorised_models, memorised_models.merged)
+    tokenizer = copy.deepcopy(memorised_models.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    (line,) = check(replace(memorised_models, tokenizer=tokenizer), memorised_models.merged)
+    assert line.startswith("forget: 10 of 10 extracted")
+    figures = [float(re.findall(r"extracted, ([\d.]+) nats", text)[0]) for text in (line, plain_line)]
+    assert figures[0] <= figures[1], "the lower loss of both forms"
 
 
 def test_what_cannot_be_measured_is_left_to_the_checks_of_the_decomposition(memorised_models: Any) -> None:
