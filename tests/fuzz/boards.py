@@ -18,6 +18,8 @@ from lm_ortho.leaderboard.config import MAX_CELLS, Board, make_board, read_board
 from tests.fuzz.oracle import ODD_TEXTS, REFUSED, RIGHT, Refusal, attempt, mutate, odd_value
 from tests.support.paths import REPOSITORY
 
+WEIGHT = 0.25
+"""Share of the cases of a campaign relative to other domains; YAML takes longer."""
 Tree = Any
 SHORT = """
 name: short

@@ -23,6 +23,7 @@ from lm_ortho.errors import printable
 from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.pipeline.spec import ResolvedModel, check_alpha, resolve
 from tests.fuzz.oracle import ODD_TEXTS, REFUSED, RIGHT, Refusal, attempt, mutate, odd_value
+from tests.support.harness import make_tokenizer
 
 TOKEN = "hf_planted_token_7731"
 """Access token; no message may quote it."""
@@ -43,6 +44,7 @@ def make_home() -> Path:
     write_rows(home / "retain.jsonl", RETAIN)
     config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
     config.save_pretrained(home / "model")
+    make_tokenizer().save_pretrained(home / "model")
     contents = {
         "empty": {},
         "adapter": {"adapter_config.json": "{}"},

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from lm_ortho.errors import UserError
-from tests.fuzz import boards, campaign, model_args, rows, templates
+from tests.fuzz import boards, campaign, command_line, model_args, rows, templates
 from tests.fuzz.campaign import find_domains, format_report, main, run_campaign, share_cases
 from tests.fuzz.oracle import REFUSED, RIGHT, HangError, Refusal, attempt, time_limit
 
-CASES = {rows: 600, model_args: 600, boards: 250, templates: 400}
+CASES = {rows: 600, model_args: 600, boards: 250, templates: 400, command_line: 60}
 
 
 @pytest.mark.parametrize("domain", CASES, ids=lambda domain: domain.__name__.rpartition(".")[2])
