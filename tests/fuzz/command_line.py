@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 import huggingface_hub.constants
+from pydantic import BaseModel
 
 from lm_ortho import cli
 from lm_ortho.config import Recipe, Training
@@ -81,7 +82,7 @@ def misspell_word(draw: random.Random, words: Words) -> Words:
 
 
 def add_odd_option(draw: random.Random, words: Words) -> Words:
-    schema = draw.choice([Recipe, Training])
+    schema: type[BaseModel] = draw.choice([Recipe, Training])
     name = draw.choice(sorted(schema.model_fields))
     return [*words, f"--{name.replace('_', '-')}", draw.choice(ODD_TEXTS)]
 
