@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from lm_ortho import cli
 from lm_ortho.config import Recipe, Training
 from tests.fuzz.model_args import SECRET, make_home
-from tests.fuzz.oracle import ODD_TEXTS, REFUSED, RIGHT, HangError, check_message, mutate, time_limit
+from tests.fuzz.oracle import ODD_TEXTS, REFUSED, RIGHT, HangError, check_message, fuzz_case, mutate, time_limit
 
 WEIGHT = 0.1
 """Share of the cases of a campaign relative to other domains; many of them read a configuration."""
@@ -107,6 +107,7 @@ MUTATORS: list[Callable[[random.Random, Words], Words]] = [
 # --- Cases -----------------------------------------------------------------------------------------------------------
 
 
+@fuzz_case
 def run_case(seed: int) -> str:
     """Runs one command. Raises ``AssertionError`` unless it does what it says, or ends with one clear line."""
     draw = random.Random(seed)
