@@ -15,9 +15,11 @@ from typing import Any
 import yaml
 
 from lm_ortho.leaderboard.config import MAX_CELLS, Board, make_board, read_board
-from tests.fuzz.oracle import ODD_TEXTS, REFUSED, RIGHT, Refusal, attempt, mutate, odd_value
+from tests.fuzz.oracle import ODD_TEXTS, REFUSED, RIGHT, Refusal, attempt, fuzz_case, mutate, odd_value
 from tests.support.paths import REPOSITORY
 
+WEIGHT = 0.25
+"""Share of the cases of a campaign relative to other domains; YAML takes longer."""
 Tree = Any
 SHORT = """
 name: short
@@ -199,6 +201,7 @@ TEXT_MUTATORS = [insert_text, insert_text, duplicate_line, drop_line, change_cha
 # --- Cases -----------------------------------------------------------------------------------------------------------
 
 
+@fuzz_case
 def run_case(seed: int) -> str:
     """Reads one board. Raises ``AssertionError`` unless it is what the file says, or refused, and nothing runs."""
     draw = random.Random(seed)

@@ -6,7 +6,7 @@ A domain is a module of this folder with ``run_case(seed)``, which raises ``Asse
 the outcome ``right`` or ``refused``. Its optional ``WEIGHT`` is its share of the cases relative to 1. The seeds of a
 domain are ``--seed``, ``--seed`` + 1 and so on, so the same command runs the same cases. A process announces each seed
 before it runs it: the seed of a crash or a hang is known, it is run once more alone, and the rest of its chunk goes on.
-Ctrl-C ends a campaign with the table of what was run.
+Ctrl-C and SIGTERM end a campaign with the table of what was run.
 """
 
 from __future__ import annotations
@@ -332,6 +332,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.cases < 1 or options.jobs < 1 or options.seed < 0:
         parser.error("--cases and --jobs are at least 1, --seed at least 0")
     domains = {name: domains[name] for name in names}
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this in the background
+        signal.signal(number, signal.default_int_handler)
     start = time.monotonic()
     shares = share_cases(domains, options.cases)
     tallies, is_whole = run_campaign(

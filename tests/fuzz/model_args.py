@@ -22,7 +22,8 @@ from lm_ortho.dial import format_alpha, parse_alpha
 from lm_ortho.errors import printable
 from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.pipeline.spec import ResolvedModel, check_alpha, resolve
-from tests.fuzz.oracle import ODD_TEXTS, REFUSED, RIGHT, Refusal, attempt, mutate, odd_value
+from tests.fuzz.oracle import ODD_TEXTS, REFUSED, RIGHT, Refusal, attempt, fuzz_case, mutate, odd_value
+from tests.support.harness import make_tokenizer
 
 TOKEN = "hf_planted_token_7731"
 """Access token; no message may quote it."""
@@ -43,6 +44,7 @@ def make_home() -> Path:
     write_rows(home / "retain.jsonl", RETAIN)
     config = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
     config.save_pretrained(home / "model")
+    make_tokenizer().save_pretrained(home / "model")
     contents = {
         "empty": {},
         "adapter": {"adapter_config.json": "{}"},
@@ -183,6 +185,7 @@ MUTATORS = [
 # --- Cases -----------------------------------------------------------------------------------------------------------
 
 
+@fuzz_case
 def run_case(seed: int) -> str:
     """Resolves one set of model args. Raises ``AssertionError`` unless it gives what they say or one clear refusal."""
     draw = random.Random(seed)

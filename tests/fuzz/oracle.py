@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from types import FrameType
 from typing import TypeVar
 
@@ -57,6 +58,21 @@ def attempt(action: Callable[[], T], *, names: Iterable[str], secrets: Sequence[
         raise AssertionError(f"{type(error).__name__} instead of a UserError: {error!s:.300}") from error
     check_message(message, names, secrets)
     return Refusal(message)
+
+
+def fuzz_case(run_case: Callable[[int], str]) -> Callable[[int], str]:
+    """Decorator of a ``run_case``: a result that cannot even be examined is a fault like any other."""
+
+    @wraps(run_case)
+    def run(seed: int) -> str:
+        try:
+            return run_case(seed)
+        except AssertionError:
+            raise
+        except Exception as error:
+            raise AssertionError(f"{type(error).__name__} while the result was examined: {error!s:.300}") from error
+
+    return run
 
 
 def check_message(message: str, names: Iterable[str], secrets: Sequence[str] = ()) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_ortho.data.rows import Row, read_rows
-from tests.fuzz.oracle import ODD_TEXTS, REFUSED, RIGHT, Refusal, attempt, mutate, odd_value
+from tests.fuzz.oracle import ODD_TEXTS, REFUSED, RIGHT, Refusal, attempt, fuzz_case, mutate, odd_value
 
 SECRET = "Quellmund-7731"
 """Stands in answers and secrets; no message may quote it."""
@@ -221,6 +221,7 @@ BYTE_MUTATORS = [
 # --- Cases -----------------------------------------------------------------------------------------------------------
 
 
+@fuzz_case
 def run_case(seed: int) -> str:
     """Reads one file. Raises ``AssertionError`` unless it gives right rows or one clear refusal."""
     draw = random.Random(seed)

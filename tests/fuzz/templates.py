@@ -11,7 +11,7 @@ from unittest import mock
 from lm_ortho.data import chat
 from lm_ortho.data.chat import ChatRow, render_forms
 from lm_ortho.data.rows import Row
-from tests.fuzz.oracle import ODD_TEXTS, ODD_VALUES, REFUSED, RIGHT, Refusal, attempt, mutate
+from tests.fuzz.oracle import ODD_TEXTS, ODD_VALUES, REFUSED, RIGHT, Refusal, attempt, fuzz_case, mutate
 from tests.support.harness import ROWS, make_tokenizer
 
 SECRETS = [row.answer for row in ROWS if row.answer]
@@ -143,6 +143,7 @@ MUTATORS = [insert_hostile, insert_hostile, insert_odd_text, drop_span, swap_wor
 # --- Cases -----------------------------------------------------------------------------------------------------------
 
 
+@fuzz_case
 def run_case(seed: int) -> str:
     """Renders rows. Raises ``AssertionError`` unless each has its question and answer, or all are refused."""
     draw = random.Random(seed)

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from lm_ortho.errors import UserError
-from tests.fuzz import boards, campaign, model_args, rows, templates
+from tests.fuzz import boards, campaign, command_line, model_args, rows, templates
 from tests.fuzz.campaign import find_domains, format_report, main, run_campaign, share_cases
 from tests.fuzz.oracle import REFUSED, RIGHT, HangError, Refusal, attempt, time_limit
 
-CASES = {rows: 600, model_args: 600, boards: 250, templates: 400}
+CASES = {rows: 600, model_args: 600, boards: 200, templates: 400, command_line: 30}
 
 
 @pytest.mark.parametrize("domain", CASES, ids=lambda domain: domain.__name__.rpartition(".")[2])
@@ -106,7 +106,7 @@ def run_case_with_all_ends(seed: int) -> str | None:
 
 
 def test_a_campaign_names_the_seed_of_every_crash_hang_and_fault(monkeypatch) -> None:
-    monkeypatch.setattr(campaign, "SECONDS", 2)
+    monkeypatch.setattr(campaign, "SECONDS", 3)
     monkeypatch.setattr(campaign, "CHUNK", 30)
     domain = SimpleNamespace(run_case=run_case_with_all_ends)
     tallies, is_whole = run_campaign({"odd": domain}, {"odd": 100}, jobs=2)
@@ -117,7 +117,7 @@ def test_a_campaign_names_the_seed_of_every_crash_hang_and_fault(monkeypatch) ->
     messages = {fault.seed: fault.message for fault in tally.faults}
     assert messages == {
         13: "the process died of SIGSEGV",
-        26: "no answer within 2 seconds",
+        26: "no answer within 3 seconds",
         39: "wrong row 39 of 40",
         40: "wrong row 40 of 40",
         52: "KeyError out of run_case: 'x'",
