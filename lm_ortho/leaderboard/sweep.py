@@ -12,7 +12,7 @@ from lm_ortho.dial import format_alpha, parse_alpha
 from lm_ortho.errors import UserError
 from lm_ortho.harness import distributed
 from lm_ortho.leaderboard.cells import build_evaluation_piece, digest, format_lm_eval_command, hash_task_files
-from lm_ortho.leaderboard.evaluation import expand_groups
+from lm_ortho.leaderboard.evaluation import check_options, expand_groups
 from lm_ortho.leaderboard.executor import LocalExecutor, follow_jobs
 from lm_ortho.leaderboard.progress import ProgressScreen
 from lm_ortho.leaderboard.scheduler import Tally, log_run, run_jobs
@@ -73,6 +73,10 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
     """The pieces in order, and the job that runs them."""
     # 1. Check the arguments.
     alphas = [format_alpha(parse_alpha(alpha)) for alpha in sweep.alphas]
+    for name, values in (("alpha", alphas), ("tasks", sweep.tasks)):
+        if not values:
+            raise UserError(f"{name} is empty; name at least one")
+    check_options(sweep.dtype, sweep.batch_size)
     if len(set(alphas)) < len(alphas):
         raise UserError(f"alpha: {', '.join(alphas)} names one value twice")
     require_device(sweep.device)
@@ -82,7 +86,7 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
     args = dict(sweep.model_args)
     parallelize = {"parallelize": True} if sweep.parallelize else {}
     dtype = {"dtype": sweep.dtype} if sweep.dtype != "auto" else {}
-    cell = digest({"model": hash_model(args), "dtype": sweep.dtype, "parallelize": sweep.parallelize})
+    cell = digest({"model": hash_model(args, alphas), "dtype": sweep.dtype, "parallelize": sweep.parallelize})
     label = Path(str(args["pretrained"])).name if args.get("pretrained") else "embedded"
     conditions = {"limit": sweep.limit, "metadata": metadata, "seeds": dict(sweep.seeds), "dtype": sweep.dtype}
     file_hashes = hash_task_files(metadata)
@@ -128,19 +132,22 @@ def _build_metadata(sweep: Sweep) -> dict[str, Any]:
     return {**model, **rows, **sweep.metadata}
 
 
-def hash_model(args: Mapping[str, Any]) -> str:
+def hash_model(args: Mapping[str, Any], alphas: Sequence[str]) -> str:
     """Hash of the model args with the content of the directories and rows that they name.
 
     Raises:
-        UserError: for a model arg that libortho does not have, and for files that cannot be read.
+        UserError: for a model arg that libortho does not have, for files that cannot be read, and for an alpha of a
+            memory that the model does not have.
     """
     from lm_ortho.harness.model import LibOrthoLM
     from lm_ortho.pipeline.cache_key import files_hash, key_parts
-    from lm_ortho.pipeline.spec import resolve
+    from lm_ortho.pipeline.spec import check_alpha, resolve
 
     spec, options = split_model_args(args)
     LibOrthoLM.refuse(options, spec.kernel)
     resolved = resolve(spec)
+    for alpha in alphas:
+        check_alpha(replace(resolved, spec=split_model_args({**args, "alpha": alpha})[0]))
     options |= {"kernel": spec.kernel, "tokenizer": spec.tokenizer}
     if resolved.kind == "checkpoint":
         return digest([files_hash(str(resolved.location), **spec.loading_options), options])

@@ -219,6 +219,7 @@ def test_a_bad_cache_limit_is_one_line() -> None:
         (["--base", "maybe"], "base='maybe': the verdict takes auto and none"),
         (["--out", "nowhere/page.md"], "out='nowhere/page.md': there is no folder 'nowhere'"),
         (["--out", "."], "out='.' is a directory; name a file in it"),
+        (["--out", "/proc/page.md"], "out='/proc/page.md' cannot be written"),
         (["--weights", "nowhere"], "weights='nowhere': no model or adapter in base/"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,14 @@ def test_a_failing_task_does_not_stop_the_others_and_is_retried_when_asked(
     [
         ({"alphas": [2]}, "between 0"),
         ({"alphas": [1, 1.0]}, "twice"),
+        ({"alphas": []}, "alpha is empty"),
+        ({"alphas": ["alice:1"]}, "there is no memory 'alice'; the model has memory"),
+        ({"tasks": []}, "tasks is empty"),
+        ({"dtype": "float3"}, "dtype='float3' is unknown"),
+        ({"batch_size": "many"}, "batch_size='many' must be a whole number"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number"),
+        ({"batch_size": "auto:x"}, "batch_size='auto:x' must be"),
+        ({"metadata": {"day": date(2026, 1, 1)}}, "metadata: .*date.* quotes"),
         ({"tasks": ["forget_sets"]}, "forget_set"),
         ({"model_args": {"pretrained": "no/such/model"}}, "pretrained="),
         ({"model_args": {"pretrainde": "x"}}, "did you mean pretrained"),

@@ -377,6 +377,24 @@ def test_an_interrupted_computation_stores_nothing(tmp_path):
     assert results.get("a", lambda: {"n": 1}) == {"n": 1}
 
 
+@pytest.mark.parametrize("content", [b"", b'{"n": ', b"\xff\xfe", b"[1]"])
+def test_half_a_result_is_computed_again(tmp_path, content):
+    results = ResultCache(tmp_path)
+    results.get("a", lambda: {"n": 1})
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(content)
+    assert not results.has("a")
+    assert results.get("a", lambda: {"n": 2}) == {"n": 2}
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert results.has("a")
+
+
+def test_a_cache_folder_that_cannot_be_made_is_found_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot hold the results of a verdict"):
+        ResultCache(tmp_path / "file" / "verdict")
+
+
 def test_a_decomposition_stays_valid_when_only_measurement_code_changes(tmp_path):
     def fill(folder):
         (folder / "file").touch()
