@@ -115,6 +115,8 @@ def parse_model_args(text: str) -> dict[str, Any]:
         if name in model_args:
             raise UserError(f"model_args: the sweep sets {name}; use --{name.replace('_', '-')}")
     pretrained = model_args.get("pretrained")
+    if isinstance(pretrained, int) and not isinstance(pretrained, bool):
+        model_args["pretrained"] = pretrained = str(pretrained)  # a directory may be named by a number
     if not isinstance(pretrained, str | None):
         raise UserError(f"model_args: pretrained={pretrained!r} must be the text of a name or a directory")
     return model_args

@@ -147,6 +147,7 @@ def test_doctor_reports_a_switched_off_hook_and_exits_with_1() -> None:
     assert checks["model"]["status"] == checks["tasks"]["status"] == "fail"
     assert str(REPOSITORY / "tasks") in checks["tasks"]["advice"]
     assert checks["torch"]["status"] == "ok"
+    assert checks["adapters"]["status"] == "warn"
     assert {"device", "bfloat16", "embedded model"} <= set(checks)
 
 

@@ -63,6 +63,7 @@ def test_model_args_are_those_of_lm_eval() -> None:
     text = "pretrained=my/model,base=none,density=1e-2,fresh=true,seed=3"
     assert parse_model_args(text) == key_val_to_dict(text)
     assert parse_model_args(text)["base"] == "none"
+    assert parse_model_args("pretrained=2026") == {"pretrained": "2026"}
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,8 @@ def test_model_args_are_those_of_lm_eval() -> None:
         ("alpha=1", "the sweep sets alpha; use --alpha"),
         ("pretrained=a,dtype=float16", "the sweep sets dtype; use --dtype"),
         ('{"batch_size": 4}', "the sweep sets batch_size; use --batch-size"),
-        ('{"pretrained": 3}', "pretrained=3 must be the text"),
+        ('{"pretrained": ["a"]}', r"pretrained=\['a'\] must be the text"),
+        ("pretrained=1.5", r"pretrained=1\.5 must be the text"),
         ("pretrained=", "'pretrained=' is not name=value"),
         ("pretrained=a,pretrained=b", "names pretrained twice"),
     ],
