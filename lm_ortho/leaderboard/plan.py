@@ -63,7 +63,9 @@ def plan_board(board: Board, directory: Path, only: str = "") -> Plan:
     Raises:
         UserError: for an unknown method, setting, task or model, before anything is written.
     """
-    _check_numbers(board)
+    _check_values(board)
+    for model in board.models.values():
+        _hash_model(model)  # kept; what is wrong with a model is found before the tasks of lm-eval are indexed
     model_tasks = {}
     for name, model in board.models.items():
         metadata = build_metadata(board, model)
@@ -86,8 +88,8 @@ def plan_board(board: Board, directory: Path, only: str = "") -> Plan:
     return Plan(tuple(tuning.values()), tuple(cells.values()))
 
 
-def _check_numbers(board: Board) -> None:
-    """Raises ``UserError`` for a value that would make every piece fail, or leave none."""
+def _check_values(board: Board) -> None:
+    """Raises ``UserError`` for a value that would make every piece fail, or leave none, and for an unknown method."""
     require_device(board.device)
     check_options(board.dtype, board.batch_size)
     seeds = [*board.seeds, *itertools.chain.from_iterable(entry.seeds or () for entry in board.methods)]
@@ -96,7 +98,10 @@ def _check_numbers(board: Board) -> None:
     if small := next((name for name, limit in board.limits.items() if limit < 1), None):
         raise UserError(f"limits: {small}={board.limits[small]} must be a whole number above 0")
     for entry in board.methods:
-        if find_maker(entry.method, board.imports).dial and not (entry.alphas or board.alphas):
+        maker = find_maker(entry.method, board.imports)
+        for settings in entry.combinations():
+            maker.check(settings)
+        if maker.dial and not (entry.alphas or board.alphas):
             raise UserError(f"alphas: {entry.method} is measured at every alpha; name at least one")
 
 

@@ -53,7 +53,7 @@ def run_sweep(
     if distributed.rank():
         follow_jobs()
         return None
-    store = Store(directory)
+    store = open_store(directory, "sweep")
     store.plan(pieces, facts={"name": directory.resolve().name, "kind": "sweep"}, keep=True)
     with log_run(store, directory) as log:
         keys = {piece.key for piece in pieces}
@@ -69,6 +69,22 @@ def run_sweep(
     return tally
 
 
+def open_store(directory: Path, kind: str, name: str | None = None) -> Store:
+    """The store of a sweep or board (``kind``) in ``directory``.
+
+    Raises:
+        UserError: where the folder holds the other kind, or a board of another name.
+    """
+    store = Store(directory)
+    found_kind, found_name = store.get_fact("kind"), store.get_fact("name")
+    if found_kind not in (None, kind) or (name is not None and found_name not in (None, name)):
+        raise UserError(
+            f"out={str(directory)!r} holds the {found_kind or 'board'} {found_name!r}; choose another folder for "
+            f"the {kind}{'' if name is None else f' {name!r}'}"
+        )
+    return store
+
+
 def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
     """The pieces in order, and the job that runs them."""
     # 1. Check the arguments.
@@ -80,13 +96,14 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
     if len(set(alphas)) < len(alphas):
         raise UserError(f"alpha: {', '.join(alphas)} names one value twice")
     require_device(sweep.device)
+    args = dict(sweep.model_args)
+    model_hash = hash_model(args, alphas)  # before the tasks: indexing those of lm-eval takes ten seconds
     metadata = _build_metadata(sweep)
     tasks = expand_groups(list(sweep.tasks), metadata)
     # 2. Hash what decides the numbers: the model, the conditions, and the files that the tasks read.
-    args = dict(sweep.model_args)
     parallelize = {"parallelize": True} if sweep.parallelize else {}
     dtype = {"dtype": sweep.dtype} if sweep.dtype != "auto" else {}
-    cell = digest({"model": hash_model(args, alphas), "dtype": sweep.dtype, "parallelize": sweep.parallelize})
+    cell = digest({"model": model_hash, "dtype": sweep.dtype, "parallelize": sweep.parallelize})
     label = Path(str(args["pretrained"])).name if args.get("pretrained") else "embedded"
     conditions = {"limit": sweep.limit, "metadata": metadata, "seeds": dict(sweep.seeds), "dtype": sweep.dtype}
     file_hashes = hash_task_files(metadata)

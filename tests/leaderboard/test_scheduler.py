@@ -231,7 +231,7 @@ def test_tuning_is_for_the_embedded_model(home: Path) -> None:
 
 
 def test_a_folder_holds_one_board(whole: Path, home: Path) -> None:
-    with pytest.raises(UserError, match="holds 'tiny'"):
+    with pytest.raises(UserError, match="holds the board 'tiny'"):
         run_tiny(home, whole, name="other")
 
 
