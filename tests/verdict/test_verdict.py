@@ -329,6 +329,14 @@ def test_a_folder_without_the_models_is_refused_by_name(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match=r"weights=.*the tokenizer in base/ cannot be loaded") as error:
+        models.load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_full_models_and_adapters_are_distinguished(tmp_path, memorised_models):
     for name, model in (("base", memorised_models.base), ("memory", memorised_models.merged)):
         model.save_pretrained(tmp_path / name)
