@@ -26,7 +26,7 @@ from lm_ortho.layer import OrthoLinear
 _ALL_LINEAR = "all-linear"
 _RANDOM_STARTS = (True, False, "gaussian")
 """The values of ``init_lora_weights`` that neither read nor change the weights of the base layer."""
-_MARK = "_lm_ortho_registered"
+_MARK = "_lm_ortho_bridged"
 _ADVICE = "use plain LoRA, or `lm-ortho export` the checkpoint at one alpha and adapt that plain model"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -23,6 +24,7 @@ from lm_ortho import adapter, alpha_scope, checkpoint, set_alpha
 from lm_ortho.errors import UserError
 from lm_ortho.layer import OrthoLinear, find_linear, get_alpha, get_streams, linear_form, ortho_layers, patch, unpatch
 from lm_ortho.plugin import bridges
+from lm_ortho.streams import LayerStreams, OrthoStream
 from tests.support import tiny
 from tests.support.paths import REPOSITORY
 
@@ -302,7 +304,7 @@ def unregistered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def is_registered() -> list[bool]:
-    return [hasattr(getattr(owner, name), "_lm_ortho_registered") for owner, name, _ in PLACES]
+    return [hasattr(getattr(owner, name), adapter._MARK) for owner, name, _ in PLACES]
 
 
 def test_registering_twice_changes_nothing() -> None:
@@ -372,6 +374,29 @@ def test_a_bad_alpha_of_a_model_with_an_adapter_is_one_line(alpha: Any) -> None:
     with pytest.raises(UserError, match=r"^(set_)?alpha"):
         set_alpha(model, alpha)
     assert get_alpha(model) == 0.0
+
+
+def test_each_memory_keeps_its_alpha_beside_an_adapter(tmp_path: Path) -> None:
+    model = tiny.llama()
+    streams = {}
+    for name, layer in tiny.model_streams(model, density=0.1).items():
+        ortho = layer.ortho.to_dense()
+        is_left = torch.zeros(layer.shape, dtype=torch.bool)
+        is_left[:, ::2] = True
+        parts = {"alice": is_left, "bob": ~is_left}
+        memories = {key: OrthoStream.from_dense(ortho, part & layer.ortho.support()) for key, part in parts.items()}
+        streams[name] = LayerStreams(layer.base, None, layer.bias, memories)
+    patch(model, streams)
+    adapted = adapt(copy.deepcopy(model))
+    adapted.save_pretrained(tmp_path)
+    for alphas in ({"alice": 1.0, "bob": 0.0}, {"alice": 0.0, "bob": 0.5}):
+        set_alpha(adapted, alphas)
+        plain = copy.deepcopy(model)
+        unpatch(plain, alphas)
+        expected = tiny.logits(PeftModel.from_pretrained(plain, tmp_path))
+        assert (tiny.logits(adapted) - expected).abs().max() < 1e-4
+    with pytest.raises(UserError, match="no memory 'carol'; it has 'alice', 'bob'"):
+        set_alpha(adapted, {"carol": 1.0})
 
 
 def test_memory_footprint_counts_streams_and_adapter(load: Any) -> None:

@@ -75,6 +75,7 @@ def status(
     from lm_ortho.leaderboard.board import print_status
     from lm_ortho.leaderboard.board import status as read_status
 
+    _require_pieces(out)
     report = read_status(out)
     if as_json:
         typer.echo(json.dumps(report, indent=2))
@@ -90,35 +91,62 @@ def page(
     """Write leaderboard.html (one file, works offline), leaderboard.md and leaderboard.csv of all finished pieces."""
     from lm_ortho.leaderboard.report.formats import write_pages
 
+    _require_pieces(out)
     typer.echo("\n".join(str(page) for page in write_pages(out, to or out)))
 
 
-def parse_json(text: str, argument: str) -> dict[str, Any]:
-    """Parses the object of a JSON option; empty text is ``{}``."""
-    if not text:
-        return {}
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{argument}={text!r} is not JSON ({error.msg})") from None
-    if not isinstance(value, dict):
-        raise UserError(f'{argument}={text!r} must be an object such as {{"forget": "forget.jsonl"}}')
-    return value
+def _require_pieces(directory: Path) -> None:
+    """Raises ``UserError`` for a folder in which no board or sweep has begun."""
+    from lm_ortho.leaderboard.store import Store
+
+    if not Store(directory, create=False).statuses():
+        raise UserError(f"{str(directory)!r}: its store is empty; no sweep or board was run with this --out")
+
+
+def parse_metadata(text: str) -> dict[str, Any]:
+    """Parses metadata as ``lm_eval --metadata`` does: ``a=1,b=2``, or a JSON object; empty text is ``{}``."""
+    return _parse_pairs(text, "metadata", "retain=retain.jsonl")
 
 
 def parse_model_args(text: str) -> dict[str, Any]:
-    """Parses model args as lm-eval does: ``a=1,b=2``, or JSON. alpha is refused."""
-    from lm_eval.utils import simple_parse_args_string
-
-    if text.lstrip().startswith("{"):
-        model_args = parse_json(text, "model_args")
-    elif bad := [part for part in text.split(",") if part and "=" not in part]:
-        raise UserError(f"model_args: {bad[0]!r} is not name=value")
-    else:
-        model_args = simple_parse_args_string(text) if text else {}
-    if "alpha" in model_args:
-        raise UserError("model_args: the sweep sets alpha; use --alpha")
+    """Parses model args as lm-eval does: ``a=1,b=2``, or a JSON object. What has an option of its own is refused."""
+    model_args = _parse_pairs(text, "model_args", "pretrained=my/model")
+    for name in ("alpha", "device", "dtype", "batch_size", "parallelize"):
+        if name in model_args:
+            raise UserError(f"model_args: the sweep sets {name}; use --{name.replace('_', '-')}")
+    pretrained = model_args.get("pretrained")
+    if isinstance(pretrained, int) and not isinstance(pretrained, bool):
+        model_args["pretrained"] = pretrained = str(pretrained)  # a directory may be named by a number
+    if not isinstance(pretrained, str | None):
+        raise UserError(f"model_args: pretrained={pretrained!r} must be the text of a name or a directory")
     return model_args
+
+
+def _parse_pairs(text: str, argument: str, example: str) -> dict[str, Any]:
+    from lm_eval._cli.utils import key_val_to_dict, split_top_level
+
+    if text.lstrip().startswith(("{", "[")):
+        try:
+            values = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "too many levels"
+            raise UserError(f"{argument}={shorten(text)!r} is not JSON ({reason}); or give it as {example}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"{argument}={shorten(text)!r} must be an object or {example}")
+        return values
+    pairs = [part.partition("=") for part in split_top_level(text) if part.strip()]
+    for name, equals, value in pairs:
+        if not (name.strip() and equals and value.strip()):
+            raise UserError(f"{argument}: {shorten(name + equals + value)!r} is not name=value, as in {example}")
+    names = [name.strip() for name, _, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{argument} names {twice[0]} twice")
+    return dict(key_val_to_dict(",".join(f"{name.strip()}={value.strip()}" for name, _, value in pairs)))
+
+
+def shorten(text: str) -> str:
+    """The text, cut after 80 characters."""
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def report_tally(tally: Tally, prefix: str = "") -> None:

@@ -69,6 +69,8 @@ def _run_checks() -> Iterator[Check]:
         yield _check_route()
         yield _check_model()
         yield _check_tasks()
+    if _check_library("peft").status == "ok":
+        yield _check_adapters()
     yield _check_weights()
     yield _check_device()
     yield _check_bfloat16()
@@ -158,6 +160,17 @@ def _check_tasks() -> Check:
     if is_bridged(TaskManager):
         return Check("tasks", "ok", description)
     return Check("tasks", "fail", f"{description}, not known to lm_eval", f"add `--include_path {folder}`")
+
+
+def _check_adapters() -> Check:
+    from importlib import import_module
+
+    from lm_ortho.plugin.bridges import ADAPTER_MODULE, has_adapters
+
+    if has_adapters(import_module(ADAPTER_MODULE)):
+        return Check("adapters", "ok", "peft adapts decomposed models")
+    advice = "load the model with lm_ortho.load, or import lm_ortho.adapter"
+    return Check("adapters", "warn", "peft does not know decomposed layers", advice)
 
 
 def _check_weights() -> Check:

@@ -21,7 +21,9 @@ def sweep(
         Path, typer.Option("--out", "-o", help="Folder of the results; an interrupted sweep resumes from it.")
     ] = Path("runs/sweep"),
     limit: Annotated[int | None, typer.Option(min=1, help="Number of documents per task, the first ones.")] = None,
-    metadata: Annotated[str, typer.Option(help="Metadata of the tasks in JSON, like lm_eval's --metadata.")] = "",
+    metadata: Annotated[
+        str, typer.Option(help="Metadata of the tasks, like lm_eval's --metadata: a=1,b=2, or JSON.")
+    ] = "",
     device: Annotated[str | None, typer.Option(help="Device, cpu or cuda; by default a GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="Data type of activations and dense weights.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="Requests per batch; 1 means as many as the logits allow.")] = "1",
@@ -37,7 +39,7 @@ def sweep(
     """
     from rich.console import Console
 
-    from lm_ortho.cli.board import parse_json, parse_model_args, report_tally
+    from lm_ortho.cli.board import parse_metadata, parse_model_args, report_tally
     from lm_ortho.leaderboard.report.terminal import print_records
     from lm_ortho.leaderboard.store import Store
     from lm_ortho.leaderboard.sweep import Sweep, run_sweep
@@ -47,7 +49,7 @@ def sweep(
         alphas=[value for value in alpha.split(",") if value],
         model_args=parse_model_args(model_args),
         limit=limit,
-        metadata=parse_json(metadata, "metadata"),
+        metadata=parse_metadata(metadata),
         device=device,
         dtype=dtype,
         batch_size=batch_size,

@@ -54,6 +54,8 @@ def verdict(
         raise UserError(f"out={str(out)!r}: there is no folder {str(out.parent)!r}")
     if out and out.is_dir():
         raise UserError(f"out={str(out)!r} is a directory; name a file in it")
+    if out:
+        _check_writable(out)
     seeds = tuple(seed or ((0,) if quick else (0, 1, 2)))
     for number in seeds:
         make_recipe(seed=number)  # an invalid seed is refused before hours of work
@@ -66,3 +68,14 @@ def verdict(
     if out:
         write_text(out, format_markdown(outcome, " ".join(["lm-ortho", *sys.argv[1:]])))
     raise typer.Exit(0 if outcome.verdict == "PASS" else 1)
+
+
+def _check_writable(file: Path) -> None:
+    """Raises ``UserError`` where no file can be made beside ``file``, before the hours of work that it is to hold."""
+    import tempfile
+
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            return
+    except OSError as error:
+        raise UserError(f"out={str(file)!r} cannot be written ({error.strerror})") from None

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lm_ortho.errors import UserError
 from lm_ortho.harness import distributed
 from lm_ortho.leaderboard.config import Board
 from lm_ortho.leaderboard.executor import Executor, follow_jobs, make_executor
@@ -16,6 +15,7 @@ from lm_ortho.leaderboard.plan import Plan, plan_board, resolve_tuning
 from lm_ortho.leaderboard.progress import ProgressScreen, TimeEstimate, describe_piece, format_duration
 from lm_ortho.leaderboard.scheduler import Tally, count_pieces, log_run, run_jobs
 from lm_ortho.leaderboard.store import DONE, FAILED, RUNNING, WAITING, Record, Store
+from lm_ortho.leaderboard.sweep import open_store
 from lm_ortho.leaderboard.worker import Job
 from lm_ortho.markup import terminal_text
 
@@ -41,7 +41,7 @@ def run_board(
     if distributed.rank():
         follow_jobs()
         return None
-    store = _open_store(board, directory)
+    store = open_store(directory, "board", board.name)
     _delete_stale_files(store, directory)
     facts = {"name": board.name, "kind": "board", "board": board.model_dump(mode="json"), "command": command}
     store.plan(plan.pieces, facts=facts)
@@ -75,14 +75,6 @@ def _fail_job(store: Store, job: Job, reason: str, screen: ProgressScreen) -> No
     for key in store.claim(job.keys, retry_failed=True):
         store.fail(key, reason)
     screen.print_line(f"{job.label}: {reason}")
-
-
-def _open_store(board: Board, directory: Path) -> Store:
-    store = Store(directory)
-    name = store.get_fact("name")
-    if name is not None and name != board.name:
-        raise UserError(f"out={str(directory)!r} holds {name!r}; choose another folder for {board.name!r}")
-    return store
 
 
 def _delete_stale_files(store: Store, directory: Path) -> None:

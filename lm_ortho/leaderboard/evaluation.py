@@ -30,6 +30,20 @@ def load_lm(place: str, has_alpha: bool, options: Mapping[str, Any]) -> Any:
     return lm
 
 
+def check_options(dtype: str, batch_size: int | str) -> None:
+    """Raises ``UserError`` for a dtype or batch size that no model takes; found later, every piece would fail by it."""
+    import torch
+
+    from lm_ortho.runtime.device import choose_dtype
+
+    choose_dtype(dtype, "cpu", torch.float32)
+    text = str(batch_size)
+    number = text.removeprefix("auto").removeprefix(":") if text.startswith("auto") else text
+    is_automatic = text == "auto" or text.startswith("auto:")
+    if not (is_automatic and not number) and not (number.isascii() and number.isdigit() and int(number) > 0):
+        raise UserError(f"batch_size={batch_size!r} must be a whole number above 0, or auto")
+
+
 @lru_cache(maxsize=8)
 def _load_task_manager(defaults: bool, metadata: str) -> Any:
     import json
@@ -47,7 +61,10 @@ def make_task_manager(tasks: Iterable[str], metadata: Mapping[str, Any]) -> Any:
     """A task manager that knows the tasks. lm-eval's own tasks are indexed only if needed: it takes ten seconds."""
     import json
 
-    metadata_text = json.dumps(dict(metadata), sort_keys=True)
+    try:
+        metadata_text = json.dumps(dict(metadata), sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:  # YAML has dates and sets, which the tasks do not expect
+        raise UserError(f"metadata: {error}; put such a value in quotes") from None
     manager = _load_task_manager(False, metadata_text)
     if all(task in manager.task_index for task in tasks):
         return manager

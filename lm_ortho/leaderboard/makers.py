@@ -110,8 +110,8 @@ def find_maker(name: str, imports: Sequence[str] = ()) -> Maker:
     for module in imports:
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            raise UserError(f"imports: {module!r} cannot be imported ({error})") from None
+        except Exception as error:  # whatever the code of the module raises
+            raise UserError(f"imports: {module!r} cannot be imported ({type(error).__name__}: {error})") from error
     return MAKERS.get(name) if name in MAKERS else MethodMaker(baselines.METHODS.get(name))
 
 

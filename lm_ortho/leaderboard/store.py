@@ -49,6 +49,14 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
 
+_PROBES = (
+    "SELECT key, cell, kind, config, status, result, error, owner, attempts, started, seconds FROM pieces LIMIT 0",
+    "SELECT position, key FROM plan LIMIT 0",
+    "SELECT id, command, started, ended, owner, log FROM runs LIMIT 0",
+    "SELECT name, value FROM facts LIMIT 0",
+)
+
+
 @dataclass(frozen=True)
 class Piece:
     """A unit of work. ``config`` describes it in full; ``kind`` is ``make``, ``tune`` or ``evaluate``."""
@@ -121,6 +129,8 @@ class Store:
             with self._transaction() as db:
                 for statement in filter(str.strip, _SCHEMA.split(";")):
                     db.execute(statement)
+                for query in _PROBES:  # a database of another program may have tables of the same names
+                    db.execute(query)
         except OSError as error:
             raise UserError(f"out={str(directory)!r} cannot be written ({error.strerror})") from None
         except sqlite3.DatabaseError as error:

@@ -12,7 +12,7 @@ from lm_ortho.dial import format_alpha, parse_alpha
 from lm_ortho.errors import UserError
 from lm_ortho.harness import distributed
 from lm_ortho.leaderboard.cells import build_evaluation_piece, digest, format_lm_eval_command, hash_task_files
-from lm_ortho.leaderboard.evaluation import expand_groups
+from lm_ortho.leaderboard.evaluation import check_options, expand_groups
 from lm_ortho.leaderboard.executor import LocalExecutor, follow_jobs
 from lm_ortho.leaderboard.progress import ProgressScreen
 from lm_ortho.leaderboard.scheduler import Tally, log_run, run_jobs
@@ -53,7 +53,7 @@ def run_sweep(
     if distributed.rank():
         follow_jobs()
         return None
-    store = Store(directory)
+    store = open_store(directory, "sweep")
     store.plan(pieces, facts={"name": directory.resolve().name, "kind": "sweep"}, keep=True)
     with log_run(store, directory) as log:
         keys = {piece.key for piece in pieces}
@@ -69,21 +69,42 @@ def run_sweep(
     return tally
 
 
+def open_store(directory: Path, kind: str, name: str | None = None) -> Store:
+    """The store of a sweep or board (``kind``) in ``directory``.
+
+    Raises:
+        UserError: where the folder holds the other kind, or a board of another name.
+    """
+    store = Store(directory)
+    found_kind, found_name = store.get_fact("kind"), store.get_fact("name")
+    if found_kind not in (None, kind) or (name is not None and found_name not in (None, name)):
+        raise UserError(
+            f"out={str(directory)!r} holds the {found_kind or 'board'} {found_name!r}; choose another folder for "
+            f"the {kind}{'' if name is None else f' {name!r}'}"
+        )
+    return store
+
+
 def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
     """The pieces in order, and the job that runs them."""
     # 1. Check the arguments.
     alphas = [format_alpha(parse_alpha(alpha)) for alpha in sweep.alphas]
+    for name, values in (("alpha", alphas), ("tasks", sweep.tasks)):
+        if not values:
+            raise UserError(f"{name} is empty; name at least one")
+    check_options(sweep.dtype, sweep.batch_size)
     if len(set(alphas)) < len(alphas):
         raise UserError(f"alpha: {', '.join(alphas)} names one value twice")
     require_device(sweep.device)
+    args = dict(sweep.model_args)
+    model_hash = hash_model(args, alphas)  # before the tasks: indexing those of lm-eval takes ten seconds
     metadata = _build_metadata(sweep)
     tasks = expand_groups(list(sweep.tasks), metadata)
     # 2. Hash what decides the numbers: the model, the conditions, and the files that the tasks read.
-    args = dict(sweep.model_args)
     public_args = {name: value for name, value in args.items() if name != "token"}  # they are stored and published
     parallelize = {"parallelize": True} if sweep.parallelize else {}
     dtype = {"dtype": sweep.dtype} if sweep.dtype != "auto" else {}
-    cell = digest({"model": hash_model(args), "dtype": sweep.dtype, "parallelize": sweep.parallelize})
+    cell = digest({"model": model_hash, "dtype": sweep.dtype, "parallelize": sweep.parallelize})
     label = Path(str(args["pretrained"])).name if args.get("pretrained") else "embedded"
     conditions = {"limit": sweep.limit, "metadata": metadata, "seeds": dict(sweep.seeds), "dtype": sweep.dtype}
     file_hashes = hash_task_files(metadata)
@@ -129,19 +150,22 @@ def _build_metadata(sweep: Sweep) -> dict[str, Any]:
     return {**model, **rows, **sweep.metadata}
 
 
-def hash_model(args: Mapping[str, Any]) -> str:
+def hash_model(args: Mapping[str, Any], alphas: Sequence[str]) -> str:
     """Hash of the model args with the content of the directories and rows that they name.
 
     Raises:
-        UserError: for a model arg that libortho does not have, and for files that cannot be read.
+        UserError: for a model arg that libortho does not have, for files that cannot be read, and for an alpha of a
+            memory that the model does not have.
     """
     from lm_ortho.harness.model import LibOrthoLM
     from lm_ortho.pipeline.cache_key import files_hash, key_parts
-    from lm_ortho.pipeline.spec import resolve
+    from lm_ortho.pipeline.spec import check_alpha, resolve
 
     spec, options = split_model_args(args)
     LibOrthoLM.refuse(options, spec.kernel)
     resolved = resolve(spec)
+    for alpha in alphas:
+        check_alpha(replace(resolved, spec=split_model_args({**args, "alpha": alpha})[0]))
     options |= {"kernel": spec.kernel, "tokenizer": spec.tokenizer}
     if resolved.kind == "checkpoint":
         return digest([files_hash(str(resolved.location), **spec.loading_options), options])

@@ -17,6 +17,7 @@ import lm_ortho
 
 MODEL_NAME = "libortho"
 MODEL_TARGET = "lm_ortho.harness.model:LibOrthoLM"  # lm-eval compares it with module:ClassName
+ADAPTER_MODULE = "peft.tuners.lora.model"
 _MARK = "_lm_ortho_bridged"
 
 
@@ -111,12 +112,17 @@ def bridge_adapters(module: ModuleType) -> None:
         adapter.register()
 
 
+def has_adapters(module: ModuleType) -> bool:
+    """Whether LoRA of peft (this module) knows our layers."""
+    return hasattr(module.LoraModel._create_new_module, _MARK)
+
+
 BRIDGES: dict[str, Callable[[ModuleType], None]] = {
     "lm_eval.models": bridge_models,
     "lm_eval.tasks.manager": bridge_tasks,
     "lm_eval.config.evaluate_config": bridge_config,
     "transformers.quantizers.auto": bridge_quantizers,
-    "peft.tuners.lora.model": bridge_adapters,
+    ADAPTER_MODULE: bridge_adapters,
 }
 """The bridge of each module that the start-up hook waits for (``startup.WATCHED_MODULES``)."""
 

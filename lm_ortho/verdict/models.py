@@ -9,6 +9,7 @@ from torch import nn
 
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import load_causal_lm, merge_adapter
+from lm_ortho.hub import first_line
 
 MODEL_NAMES = ("base", "memory", "never_saw", "never_saw_2")
 
@@ -35,10 +36,19 @@ def load_model(weights: Path, name: str) -> nn.Module:
 
 
 def load_tokenizer(weights: Path) -> Any:
-    """Loads the tokenizer that all models share."""
+    """Loads the tokenizer that all models share.
+
+    Raises:
+        UserError: For a folder without one.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(weights / "base")
+    try:
+        return AutoTokenizer.from_pretrained(weights / "base")
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(
+            f"weights={str(weights)!r}: the tokenizer in base/ cannot be loaded ({first_line(error)})"
+        ) from None
 
 
 def make_hf_lm(model: nn.Module, tokenizer: Any) -> Any:

@@ -18,7 +18,8 @@ from torch import nn
 from lm_ortho import checkpoint, world
 from lm_ortho.checkpoint import cache
 from lm_ortho.config import make_recipe
-from lm_ortho.files import make_private_directory
+from lm_ortho.errors import UserError
+from lm_ortho.files import make_private_directory, temporary_name
 from lm_ortho.layer import patch, unpatch
 from lm_ortho.pipeline.code_hash import DECOMPOSITION, EVALUATION, code_hash, versions
 from lm_ortho.pipeline.decomposition import decompose
@@ -54,25 +55,34 @@ class ResultCache:
 
     def __init__(self, directory: Path, weights: Path = world.WEIGHTS) -> None:
         self.directory = directory
+        try:
+            make_private_directory(directory)
+        except OSError as error:
+            raise UserError(
+                f"{str(directory)!r} cannot hold the results of a verdict ({error.strerror}); LM_ORTHO_CACHE names "
+                "another folder"
+            ) from None
         self._identity = _compute_identity(weights, _hash_measurement_code())
         self._decomposition_identity = _compute_identity(weights, code_hash(*DECOMPOSITION))
 
     def get(self, name: str, compute: Callable[[], dict[str, Any]], **settings: Any) -> dict[str, Any]:
         """Returns the stored result, or calls ``compute`` and stores its result."""
         path = self._get_path(name, self._identity, settings).with_suffix(".json")
-        if path.is_file():
-            stored_result: dict[str, Any] = json.loads(path.read_text())
+        if (stored_result := _read_result(path)) is not None:
             return stored_result
         result = compute()
         make_private_directory(path.parent)
-        partial_path = path.with_suffix(".partial")
-        partial_path.write_text(json.dumps(result))
-        partial_path.replace(path)
+        partial_path = path.with_name(temporary_name(path))
+        try:
+            partial_path.write_text(json.dumps(result))
+            partial_path.replace(path)
+        finally:
+            partial_path.unlink(missing_ok=True)
         return result
 
     def has(self, name: str, **settings: Any) -> bool:
         """Whether the result is stored."""
-        return self._get_path(name, self._identity, settings).with_suffix(".json").is_file()
+        return _read_result(self._get_path(name, self._identity, settings).with_suffix(".json")) is not None
 
     def get_folder(self, name: str, fill: Callable[[Path], None], **settings: Any) -> Path:
         """Returns the stored folder, or calls ``fill`` with a new one and stores it.
@@ -91,6 +101,15 @@ class ResultCache:
     def _get_path(self, name: str, identity: str, settings: dict[str, Any]) -> Path:
         content = json.dumps({"name": name, "identity": identity, **settings}, sort_keys=True)
         return self.directory / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def _read_result(path: Path) -> dict[str, Any] | None:
+    """The stored result; None where there is none, and where a full disk or a crash has left half of it."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) else None
 
 
 def _hash_measurement_code() -> str:

@@ -147,6 +147,7 @@ def test_doctor_reports_a_switched_off_hook_and_exits_with_1() -> None:
     assert checks["model"]["status"] == checks["tasks"]["status"] == "fail"
     assert str(REPOSITORY / "tasks") in checks["tasks"]["advice"]
     assert checks["torch"]["status"] == "ok"
+    assert checks["adapters"]["status"] == "warn"
     assert {"device", "bfloat16", "embedded model"} <= set(checks)
 
 
@@ -230,6 +231,7 @@ def test_a_bad_cache_limit_is_one_line() -> None:
         (["--base", "maybe"], "base='maybe': the verdict takes auto and none"),
         (["--out", "nowhere/page.md"], "out='nowhere/page.md': there is no folder 'nowhere'"),
         (["--out", "."], "out='.' is a directory; name a file in it"),
+        (["--out", "/proc/page.md"], "out='/proc/page.md' cannot be written"),
         (["--weights", "nowhere"], "weights='nowhere': no model or adapter in base/"),
     ],
 )

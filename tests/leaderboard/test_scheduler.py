@@ -7,6 +7,7 @@ import random
 import shlex
 import shutil
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,15 @@ def test_a_bad_board_is_one_line(change: dict[str, Any], message: str) -> None:
     [
         ({"tasks": ["forget_sett"]}, "did you mean 'forget_set'"),
         ({"imports": ["no_such_module"]}, "no_such_module"),
+        ({"imports": ["module_with_an_error"]}, "module_with_an_error.*ZeroDivisionError"),
+        ({"seeds": [-1]}, "seeds: -1 must be a whole number from 0"),
+        ({"methods": [{"method": "tiny", "seeds": [2**32]}]}, "seeds: 4294967296 must be"),
+        ({"limits": {"forget_set": 0}}, "limits: forget_set=0 must be a whole number above 0"),
+        ({"dtype": "float3"}, "dtype='float3' is unknown"),
+        ({"batch_size": "many"}, "batch_size='many' must be"),
+        ({"metadata": {"retain": date(2026, 1, 1)}}, "metadata: .*date.* quotes"),
+        ({"methods": [{"method": "tiny", "grid": {"rate": []}}]}, "a list in grid.*is empty"),
+        ({"alphas": [], "methods": [{"method": "ortho"}]}, "alphas: ortho is measured at every alpha"),
         ({"limits": {"forget_sett": 1}}, "did you mean 'forget_set'"),
         ({"limits": {"tofu_forget": 1}}, "limits names 'tofu_forget', which is not among the tasks"),
         ({"methods": [{"method": "tiny"}, {"method": "tiny"}]}, "listed twice"),
@@ -116,6 +126,8 @@ def test_unknown_names_in_a_board_are_refused(
 
         monkeypatch.setattr(ray, "is_initialized", lambda: True)
         monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    (tmp_path / "module_with_an_error.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(str(tmp_path))
     load = evaluation._load_task_manager
     monkeypatch.setattr(evaluation, "_load_task_manager", lambda defaults, metadata: load(False, metadata))
     with pytest.raises(UserError, match=message):
@@ -233,7 +245,7 @@ def test_tuning_is_for_the_embedded_model(home: Path) -> None:
 
 
 def test_a_folder_holds_one_board(whole: Path, home: Path) -> None:
-    with pytest.raises(UserError, match="holds 'tiny'"):
+    with pytest.raises(UserError, match="holds the board 'tiny'"):
         run_tiny(home, whole, name="other")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lm_ortho.harness.tasks.samples import read_samples
 from lm_ortho.leaderboard import evaluation as measure_module
 from lm_ortho.leaderboard.batch_halving import halve_batch_on_oom, is_out_of_memory
 from lm_ortho.leaderboard.store import DONE, FAILED, Store
-from lm_ortho.leaderboard.sweep import Sweep, plan_sweep, run_sweep
+from lm_ortho.leaderboard.sweep import Sweep, open_store, plan_sweep, run_sweep
 from tests.support.harness import metric_values, run
 
 pytestmark = pytest.mark.usefixtures("isolated_environment")
@@ -179,6 +180,14 @@ def test_a_failing_task_does_not_stop_the_others_and_is_retried_when_asked(
     [
         ({"alphas": [2]}, "between 0"),
         ({"alphas": [1, 1.0]}, "twice"),
+        ({"alphas": []}, "alpha is empty"),
+        ({"alphas": ["alice:1"]}, "there is no memory 'alice'; the model has memory"),
+        ({"tasks": []}, "tasks is empty"),
+        ({"dtype": "float3"}, "dtype='float3' is unknown"),
+        ({"batch_size": "many"}, "batch_size='many' must be a whole number"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number"),
+        ({"batch_size": "auto:x"}, "batch_size='auto:x' must be"),
+        ({"metadata": {"day": date(2026, 1, 1)}}, "metadata: .*date.* quotes"),
         ({"tasks": ["forget_sets"]}, "forget_set"),
         ({"model_args": {"pretrained": "no/such/model"}}, "pretrained="),
         ({"model_args": {"pretrainde": "x"}}, "did you mean pretrained"),
@@ -192,6 +201,26 @@ def test_bad_input_is_refused_before_anything_is_written(
         run_quietly(make_sweep(home, **changes), tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_model_is_found_before_the_tasks_are_indexed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def index(names: Any, metadata: Any) -> Any:
+        pytest.fail("the tasks were indexed first")
+
+    monkeypatch.setattr("lm_ortho.leaderboard.sweep.expand_groups", index)
+    with pytest.raises(UserError, match="did you mean pretrained"):
+        plan_sweep(make_sweep(home, model_args={"pretrainde": "x"}), home / "out")
+
+
+def test_a_folder_holds_a_sweep_or_a_board(home: Path, tmp_path: Path) -> None:
+    Store(tmp_path).plan([], facts={"name": "mine", "kind": "board"})
+    with pytest.raises(UserError, match="holds the board 'mine'; choose another folder for the sweep"):
+        run_quietly(make_sweep(home), tmp_path)
+    assert Store(tmp_path).get_fact("kind") == "board"
+    assert Store(tmp_path).statuses() == {}
+    Store(tmp_path).plan([], facts={"name": "mine", "kind": "sweep"})
+    with pytest.raises(UserError, match="holds the sweep 'mine'; choose another folder for the board 'mine'"):
+        open_store(tmp_path, "board", "mine")
 
 
 def _load_package_tasks(defaults: bool, metadata: str) -> Any:

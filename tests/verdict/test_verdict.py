@@ -331,6 +331,14 @@ def test_a_folder_without_the_models_is_refused_by_name(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_a_folder_without_a_tokenizer_is_one_line(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match=r"weights=.*the tokenizer in base/ cannot be loaded") as error:
+        models.load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_full_models_and_adapters_are_distinguished(tmp_path, memorised_models):
     for name, model in (("base", memorised_models.base), ("memory", memorised_models.merged)):
         model.save_pretrained(tmp_path / name)
@@ -377,6 +385,24 @@ def test_an_interrupted_computation_stores_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a-half.partial").write_text("{")
     assert results.get("a", lambda: {"n": 1}) == {"n": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b'{"n": ', b"\xff\xfe", b"[1]"])
+def test_half_a_result_is_computed_again(tmp_path, content):
+    results = ResultCache(tmp_path)
+    results.get("a", lambda: {"n": 1})
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(content)
+    assert not results.has("a")
+    assert results.get("a", lambda: {"n": 2}) == {"n": 2}
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert results.has("a")
+
+
+def test_a_cache_folder_that_cannot_be_made_is_found_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot hold the results of a verdict"):
+        ResultCache(tmp_path / "file" / "verdict")
 
 
 def test_a_decomposition_stays_valid_when_only_measurement_code_changes(tmp_path):

@@ -144,7 +144,11 @@ def _priv_leak(values: Sequence[tuple[Any, ...]]) -> Interval | str:
 def _utility(items: Sequence[tuple[str, float, float, float, str]]) -> Interval | str:
     missing = set(tofu.SETS) - {part for part, *_ in items}
     if missing:
-        return not_available(f"no document of {', '.join(sorted(missing))} among those evaluated")
+        names = ", ".join(sorted(missing))
+        return not_available(
+            f"no document of {names} among those evaluated; --metadata tofu_first=N in place of --limit N takes the "
+            "first N of each set"
+        )
     sets = {part: [item for item in items if item[0] == part] for part in tofu.SETS}
     values = {part: [item[1:4] for item in set_items] for part, set_items in sets.items()}
     groups = {part: [item[4] for item in set_items] for part, set_items in sets.items()}

@@ -108,14 +108,26 @@ def _build_forget_documents(split: str, source: str, metadata: Mapping[str, Any]
         return _build_documents(rows, metadata, no_ratio=missing, no_score=no_score or missing)
     records = read_samples(samples, task, "tofu_retain_samples")
     ratios = values_by_question(records, "forget_quality", task=task, argument="tofu_retain_samples")
-    questions = {row.question for part, row in rows if part == "forget"}
-    if missing_questions := questions - ratios.keys():
-        raise UserError(
-            f"tofu_retain_samples={str(samples)!r}: {len(missing_questions)} of {len(questions)} questions are not in "
-            f"the samples; log the whole task {task} with the retain-only model"
-        )
+    _check_questions([row.question for part, row in rows if part == "forget"], ratios, samples, task)
     scores = values_by_question(records, "priv_leak", task=task, argument="tofu_retain_samples")
     return _build_documents(rows, metadata, no_score=no_score, ratios=ratios, scores=scores)
+
+
+def _check_questions(questions: Sequence[str], ratios: Mapping[str, Any], samples: Any, task: str) -> None:
+    """Raises ``UserError`` where the retain-only model logged no value for a question."""
+    logged = [ratios.get(question) is not None for question in questions]
+    if all(logged):
+        return
+    advice = f"log the whole task {task} with the retain-only model, without --limit"
+    count = sum(logged)
+    if count and all(logged[:count]):  # the first ones, as a run with --limit logs them
+        advice += f"; or compare the first {count} rows of each set: --metadata tofu_first={count}"
+    elif not count:
+        advice = f"the log is of other rows; {advice}"
+    raise UserError(
+        f"tofu_retain_samples={str(samples)!r}: {len(logged) - count} of {len(logged)} questions are not in the "
+        f"samples; {advice}"
+    )
 
 
 def _build_documents(
@@ -124,8 +136,8 @@ def _build_documents(
     *,
     no_ratio: str = "",
     no_score: str = "",
-    ratios: Mapping[str, Any] | None = None,
-    scores: Mapping[str, Any] | None = None,
+    ratios: Mapping[str, float | None] | None = None,
+    scores: Mapping[str, float | None] | None = None,
 ) -> datasets.Dataset:
     form = metadata.get("tofu_form", "plain")
     if form not in FORMS:
@@ -143,20 +155,13 @@ def _build_documents(
                 "target": row.answer if prompt else f" {row.answer}",
                 "group": f"{part} {row.group}",
                 "part": part,
-                "retrained_ratio": _first_number(ratios, row.question),
-                "retrained_score": _first_number(scores, row.question),
+                "retrained_ratio": (ratios or {}).get(row.question),
+                "retrained_score": (scores or {}).get(row.question),
                 "no_ratio": no_ratio,
                 "no_score": no_score,
             }
         )
     return datasets.Dataset.from_list(docs, features=FEATURES)
-
-
-def _first_number(values: Mapping[str, Any] | None, question: str) -> float | None:
-    """Returns the first number that was logged for a question; None without a value, or with only a reason."""
-    value = (values or {}).get(question)
-    entries = value if isinstance(value, list) else []
-    return next((float(entry) for entry in entries if isinstance(entry, float | int)), None)
 
 
 def _limit_rows(rows: Sequence[Row], metadata: Mapping[str, Any]) -> Sequence[Row]:

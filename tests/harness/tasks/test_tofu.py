@@ -166,9 +166,74 @@ def test_samples_of_another_task_are_refused(model: Any, folder: Path, tmp_path:
 
 
 def test_samples_must_have_every_question(model: Any, folder: Path, tmp_path: Path) -> None:
-    path = write_samples(evaluate(model, folder, "tofu_forget01", limit=30), "tofu_forget01", tmp_path / "logs")
-    with pytest.raises(UserError, match="10 of 40 questions are not in the samples"):
+    """A log made with --limit has the first rows only; the error names both ways out, and the second one works."""
+    task = "tofu_forget01"
+    path = write_samples(evaluate(model, folder, task, limit=30), task, tmp_path / "logs")
+    with pytest.raises(UserError, match=r"10 of 40 questions are not in the samples.*without --limit.*tofu_first=30"):
         load_documents(folder, "forget01", tofu_retain_samples=str(path))
+    values = metric_values(evaluate(model, folder, task, tofu_retain_samples=str(path), tofu_first=30), task)
+    assert values["forget_quality"] == pytest.approx(1.0)  # the model against its own log
+    assert values["priv_leak"] == "n/a: no held-out rows among those evaluated here and with the retrained model"
+    # Without the first rows there is no such way, and with none of them the log is of other rows.
+    file = next(path.iterdir())
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[20:]))
+    with pytest.raises(UserError, match=r"30 of 40 questions are not in the samples; log the whole task.*") as error:
+        load_documents(folder, "forget01", tofu_retain_samples=str(path))
+    assert "tofu_first" not in str(error.value)
+    file.write_text("".join(line.replace("Where was", "When was") for line in lines))
+    with pytest.raises(UserError, match=r"40 of 40 questions .*the log is of other rows"):
+        load_documents(folder, "forget01", tofu_retain_samples=str(path))
+
+
+def make_log(path: Path, question: Any = "Q?", **metrics: Any) -> Path:
+    path.write_text(json.dumps({"doc": {"question": question}, **metrics}) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda file: file.write_bytes(b"\xff\xfe\x00"), "cannot be read: it is not UTF-8"),
+        (lambda file: file.write_text("[" * 10**5), "line 1: not valid JSON"),
+        (lambda file: file.write_text(""), "holds no samples"),
+        (lambda file: file.write_text('{"doc": 3}'), "line 1: not a sample of lm-eval"),
+        (lambda file: make_log(file, ["Q?"], forget_quality=[1.0]), "no number as forget_quality"),
+        (lambda file: make_log(file, forget_quality={"a": 1}), "no number as forget_quality"),
+        (lambda file: make_log(file, forget_quality=[True, 1.0]), "no number as forget_quality"),
+        (lambda file: make_log(file, forget_quality=[float("nan")]), "no number as forget_quality"),
+        (lambda file: make_log(file, forget_quality=[None, 0.5]), "40 of 40 questions"),
+    ],
+)
+def test_a_file_of_another_kind_is_one_line(write: Any, message: str, folder: Path, tmp_path: Path) -> None:
+    write(tmp_path / "samples.jsonl")
+    with pytest.raises(UserError, match=message) as error:
+        load_documents(folder, "forget01", tofu_retain_samples=str(tmp_path / "samples.jsonl"))
+    assert "\n" not in str(error.value)
+
+
+def test_the_results_file_is_told_from_the_samples(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "results_2026.json"
+    file.write_text(json.dumps({"results": {}}, indent=2))
+    with pytest.raises(UserError, match=r"not valid JSON .*give the samples_\*\.jsonl beside it"):
+        load_documents(folder, "forget01", tofu_retain_samples=str(file))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_samples(tmp_path: Path) -> None:
+    file = make_log(tmp_path / "samples.jsonl")
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(read_samples(file, "tofu_forget01", "tofu_retain_samples")) == 1
+
+
+def test_samples_of_several_models_are_not_mixed_up(tmp_path: Path) -> None:
+    """lm-eval writes a folder for each model, and the newest log may be of the model that is to be judged."""
+    for name, time in (("retain_only", "01"), ("forgotten", "02")):
+        (tmp_path / name).mkdir()
+        make_log(tmp_path / name / f"samples_tofu_forget01_2026-01-{time}.jsonl", name)
+    with pytest.raises(UserError, match="lie in several folders, of several models: forgotten, retain_only; give one"):
+        read_samples(tmp_path, "tofu_forget01", "tofu_retain_samples")
+    records = read_samples(tmp_path / "retain_only", "tofu_forget01", "tofu_retain_samples")
+    assert records[0]["doc"]["question"] == "retain_only"
 
 
 def test_model_utility_is_the_harmonic_mean_of_the_nine_means(model: Any, folder: Path) -> None:
@@ -183,7 +248,10 @@ def test_model_utility_is_the_harmonic_mean_of_the_nine_means(model: Any, folder
 
 def test_a_limit_that_excludes_a_set_is_reported(model: Any, folder: Path) -> None:
     values = metric_values(evaluate(model, folder, "tofu_model_utility", limit=3), "tofu_model_utility")
-    assert values["model_utility"] == "n/a: no document of real_authors, world_facts among those evaluated"
+    assert values["model_utility"] == (
+        "n/a: no document of real_authors, world_facts among those evaluated; --metadata tofu_first=N in place of "
+        "--limit N takes the first N of each set"
+    )
 
 
 def test_losses_include_the_end_token_of_the_answer(model: Any, folder: Path) -> None:
