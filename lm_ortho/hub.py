@@ -5,15 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from lm_ortho.errors import printable
-
-_ACCESS_TOKEN = re.compile(r"""(\btoken["']?\s*[=:]\s*["']?)[^\s,"'}]+|\bhf_[A-Za-z0-9]{10,}""")
-
-
-def hide_access_tokens(text: str) -> str:
-    """``text`` without access tokens of the hub, for what is stored or published: commands and model args."""
-    return _ACCESS_TOKEN.sub(lambda match: f"{match[1] or ''}...", text)
-
 
 def describe_hub_error(error: BaseException, name: object = "", revision: object = None) -> str:
     """One line about ``error``: what is wrong with the repository ``name`` on the hub, else its first line.
@@ -32,7 +23,7 @@ def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    return printable(" ".join(lines[: 2 if lines[0].endswith(":") else 1]))
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -55,3 +46,11 @@ def _describe_cause(error: BaseException, name: object, revision: object) -> str
     if "trust_remote_code" in str(error):
         return "it brings code of its own; read it, then pass trust_remote_code=True (--trust-remote-code)"
     return None
+
+
+_ACCESS_TOKEN = re.compile(r"""(\btoken["']?\s*[=:]\s*["']?)[^\s,"'}]+|\bhf_[A-Za-z0-9]{10,}""")
+
+
+def hide_access_tokens(text: str) -> str:
+    """``text`` without access tokens of the hub, for what is stored or published: commands and model args."""
+    return _ACCESS_TOKEN.sub(lambda match: f"{match[1] or ''}...", text)
