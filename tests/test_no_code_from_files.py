@@ -194,15 +194,18 @@ def add_own_code(directory: Path, marker: Path, model_type: str | None) -> None:
     code = (
         f"import os\nos.makedirs({str(marker)!r}, exist_ok=True)\n"
         "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        "class Config(LlamaConfig):\n    model_type = 'evil'\n"
+        "class ForCausalLM(LlamaForCausalLM):\n    config_class = Config\n"
+        "class Tokenizer(PreTrainedTokenizerFast):\n    pass\n"
         "def generate(model, *arguments, **options):\n    return None\n"
     )
     for name in ("evil.py", "custom_generate/generate.py"):
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text(code)
     classes = {
-        "AutoConfig": "evil.LlamaConfig",
-        "AutoModelForCausalLM": "evil.LlamaForCausalLM",
-        "AutoTokenizer": ["evil.PreTrainedTokenizerFast", "evil.PreTrainedTokenizerFast"],
+        "AutoConfig": "evil.Config",
+        "AutoModelForCausalLM": "evil.ForCausalLM",
+        "AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"],
     }
     for file in ("config.json", "tokenizer_config.json"):
         content = json.loads((directory / file).read_text())
