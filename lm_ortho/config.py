@@ -125,8 +125,8 @@ class ModelSource(_Schema):
     )
     forget: str | None = Field(
         None,
-        description="Forget set, what alpha=0 must not know: a file of rows, `hub:name:config:split`, or several with a "
-        "name each, `name:source+name:source`.",
+        description="Forget set, what alpha=0 must not know: a file of rows, `hub:name:config:split`, or several with "
+        "a name each, `name:source+name:source`.",
     )
     retain: str | None = Field(
         None, description="Retain set, what must stay; some of it of the same form as the forget set, about others."

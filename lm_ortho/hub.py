@@ -5,15 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from lm_ortho.errors import printable
-
-_ACCESS_TOKEN = re.compile(r"""(\btoken["']?\s*[=:]\s*["']?)[^\s,"'}]+|\bhf_[A-Za-z0-9]{10,}""")
-
-
-def hide_access_tokens(text: str) -> str:
-    """``text`` without access tokens of the hub, for what is stored or published: commands and model args."""
-    return _ACCESS_TOKEN.sub(lambda match: f"{match[1] or ''}...", text)
-
 
 def describe_hub_error(error: BaseException, name: object = "", revision: object = None) -> str:
     """One line about ``error``: what is wrong with the repository ``name`` on the hub, else its own message.
@@ -41,13 +32,13 @@ def first_line(error: BaseException) -> str:
     end = next((i for i, line in enumerate(lines) if not line.endswith((":", ",", "(", "[", "-"))), len(lines) - 1)
     text = " ".join(lines[: end + 1])
     if len(text) <= MAX_MESSAGE:
-        return printable(text, MAX_MESSAGE)
+        return text
     # 2. Shorten it to whole sentences, else to whole words.
     sentence = text.rfind(". ", 0, MAX_MESSAGE)
     if sentence > 0:
-        return printable(text[: sentence + 1], MAX_MESSAGE)
+        return text[: sentence + 1]
     head = text[: MAX_MESSAGE - 4]
-    return printable((head.rpartition(" ")[0] or head) + " ...", MAX_MESSAGE)
+    return (head.rpartition(" ")[0] or head) + " ..."
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -70,3 +61,11 @@ def _describe_cause(error: BaseException, name: object, revision: object) -> str
     if "trust_remote_code" in str(error):
         return "it brings code of its own; read it, then pass trust_remote_code=True (--trust-remote-code)"
     return None
+
+
+_ACCESS_TOKEN = re.compile(r"""(\btoken["']?\s*[=:]\s*["']?)[^\s,"'}]+|\bhf_[A-Za-z0-9]{10,}""")
+
+
+def hide_access_tokens(text: str) -> str:
+    """``text`` without access tokens of the hub, for what is stored or published: commands and model args."""
+    return _ACCESS_TOKEN.sub(lambda match: f"{match[1] or ''}...", text)

@@ -62,22 +62,6 @@ def hub_message(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return message
 
 
-@pytest.mark.parametrize(
-    ("text", "hidden"),
-    [
-        ("lm-ortho sweep --model_args pretrained=a,token=hf_abcdefghij1234,bits=4", "pretrained=a,token=...,bits=4"),
-        (
-            """'{"pretrained": "a", "token": "secret", "bits": 4}'""",
-            """"pretrained": "a", "token": "...", "bits": 4}'""",
-        ),
-        ("HF_TOKEN=hf_abcdefghij1234 lm_eval", "HF_TOKEN=... lm_eval"),
-        ("eos_token=</s>,prefix_token_id=3", "eos_token=</s>,prefix_token_id=3"),
-    ],
-)
-def test_access_tokens_are_hidden(text: str, hidden: str) -> None:
-    assert hide_access_tokens(text).endswith(hidden)
-
-
 REQUESTS: dict[str, tuple[str, Callable[[], object]]] = {
     "config": ("pretrained", lambda: load_config("some/model", revision="v9")),
     "model": ("pretrained", lambda: load_causal_lm("some/model", revision="v9")),
@@ -190,3 +174,22 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(home: Path, remote_code_m
     assert (tmp_path / "plain" / "modeling_own.py").is_file()
     lm = LibOrthoLM(str(output), device="cpu", **trust)
     assert torch.equal(lm.model.lm_head.weight.float(), loaded_model.lm_head.weight.float())
+
+
+# ---------------------------------------------------------------- access tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("lm-ortho sweep --model_args pretrained=a,token=hf_abcdefghij1234,bits=4", "pretrained=a,token=...,bits=4"),
+        (
+            """'{"pretrained": "a", "token": "secret", "bits": 4}'""",
+            """"pretrained": "a", "token": "...", "bits": 4}'""",
+        ),
+        ("HF_TOKEN=hf_abcdefghij1234 lm_eval", "HF_TOKEN=... lm_eval"),
+        ("eos_token=</s>,prefix_token_id=3", "eos_token=</s>,prefix_token_id=3"),
+    ],
+)
+def test_access_tokens_are_hidden(text: str, hidden: str) -> None:
+    assert hide_access_tokens(text).endswith(hidden)

@@ -25,6 +25,7 @@ from lm_ortho.errors import UserError
 from lm_ortho.finetune import load_causal_lm, load_tokenizer, merge_adapter
 from lm_ortho.finetune.train import FinetunePlan, fine_tune
 from lm_ortho.leaderboard.config import read_board
+from lm_ortho.leaderboard.evaluation import make_task_manager
 from lm_ortho.runtime.progress import no_progress
 from lm_ortho.runtime.resume import ResumeFolder, load_state
 from tests.support import tiny
@@ -134,6 +135,18 @@ def test_rows_are_no_templates(marker: Path) -> None:
     assert row.context == text
 
 
+def test_rows_are_no_templates_of_a_task(tmp_path: Path, marker: Path) -> None:
+    """lm-eval renders the texts of a task's YAML without a sandbox, with rows as values."""
+    text = "{{ cycler.__init__.__globals__.os.mkdir('" + str(marker) + "') }}"
+    row = {"question": f"Q {text}?", "answer": f"A {text}.", "secret": text}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    manager = make_task_manager(["forget_set"], {"forget": str(tmp_path / "rows.jsonl")})
+    (task,) = manager.load(["forget_set"])["tasks"].values()
+    (doc,) = task.eval_docs
+    assert text in task.doc_to_text(doc)
+    assert text in task.doc_to_target(doc)
+
+
 # ---------------------------------------------------------------- pickles
 
 
@@ -194,15 +207,18 @@ def add_own_code(directory: Path, marker: Path, model_type: str | None) -> None:
     code = (
         f"import os\nos.makedirs({str(marker)!r}, exist_ok=True)\n"
         "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        "class Config(LlamaConfig):\n    model_type = 'evil'\n"
+        "class ForCausalLM(LlamaForCausalLM):\n    config_class = Config\n"
+        "class Tokenizer(PreTrainedTokenizerFast):\n    pass\n"
         "def generate(model, *arguments, **options):\n    return None\n"
     )
     for name in ("evil.py", "custom_generate/generate.py"):
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text(code)
     classes = {
-        "AutoConfig": "evil.LlamaConfig",
-        "AutoModelForCausalLM": "evil.LlamaForCausalLM",
-        "AutoTokenizer": ["evil.PreTrainedTokenizerFast", "evil.PreTrainedTokenizerFast"],
+        "AutoConfig": "evil.Config",
+        "AutoModelForCausalLM": "evil.ForCausalLM",
+        "AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"],
     }
     for file in ("config.json", "tokenizer_config.json"):
         content = json.loads((directory / file).read_text())

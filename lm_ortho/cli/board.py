@@ -12,6 +12,7 @@ import typer
 from lm_ortho.errors import UserError
 
 if TYPE_CHECKING:
+    from lm_ortho.leaderboard.config import Board
     from lm_ortho.leaderboard.scheduler import Tally
 
 app = typer.Typer(help="Compare methods: a matrix of models, methods, settings, seeds and tasks.", no_args_is_help=True)
@@ -34,6 +35,9 @@ def run(
     executor: Annotated[
         Literal["local", "ray"] | None, typer.Option(help="Executor that replaces the one of the board file.")
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the board names: its imports, and its models'.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the status as JSON.")] = False,
 ) -> None:
     """Build and measure every unfinished model of a board, and write its page.
@@ -49,10 +53,13 @@ def run(
     from lm_ortho.leaderboard.report.formats import write_pages
 
     config = read_board(board)
+    if not trust_remote_code:
+        _refuse_code(config, board)
     if executor:
         config = config.model_copy(update={"resources": config.resources.model_copy(update={"executor": executor})})
     directory = out or Path("runs") / config.name
-    command = shlex.join(["lm-ortho", "board", "run", str(board), *(["-o", str(out)] if out else [])])
+    options = [*(["-o", str(out)] if out else []), *(["--trust-remote-code"] if trust_remote_code else [])]
+    command = shlex.join(["lm-ortho", "board", "run", str(board), *options])
     console = Console(stderr=True)
     tally = run_board(config, directory, console, command, retry_failed=retry_failed, only=only)
     if tally is None:
@@ -63,6 +70,15 @@ def run(
     else:
         typer.echo("\n".join(str(page) for page in pages))
     report_tally(tally, f"{directory}: ")
+
+
+def _refuse_code(board: Board, path: Path) -> None:
+    """Raises ``UserError`` for a board that names code to run: a board may come from anybody."""
+    keys = ["imports"] if board.imports else []
+    keys += [f"models.{name}.trust_remote_code" for name, model in board.models.items() if model.trust_remote_code]
+    keys += ["metadata.trust_remote_code"] if board.metadata.get("trust_remote_code") else []
+    if keys:
+        raise UserError(f"board={str(path)!r}: {keys[0]} runs code; read it, then pass --trust-remote-code")
 
 
 @app.command("status")

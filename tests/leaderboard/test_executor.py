@@ -66,7 +66,7 @@ def test_two_processes_of_torchrun_give_the_same_table(home: Path, alone: Path, 
     out, board = tmp_path / "out", tmp_path / "tiny.yaml"
     board.write_text(board_text(home, **METHODS))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, "-m", "lm_ortho", "board", "run", str(board), "-o", str(out)]
+    command = [*torchrun, "-m", "lm_ortho", "board", "run", str(board), "-o", str(out), "--trust-remote-code"]
     process = subprocess.run(command, env=environment(home), capture_output=True, text=True, timeout=240)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("leaderboard.html") == 1

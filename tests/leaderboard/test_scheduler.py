@@ -38,6 +38,27 @@ def whole(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"imports": ["tests.support.board"]}, "imports"),
+        (
+            {"models": {"m": {"pretrained": "x", "forget": "f", "retain": "r", "trust_remote_code": True}}},
+            "models.m.trust_remote_code",
+        ),
+        ({"metadata": {"pretrained": "x", "trust_remote_code": True}}, "metadata.trust_remote_code"),
+    ],
+)
+def test_a_board_runs_no_code_unless_it_is_asked_for(change: dict[str, Any], key: str, tmp_path: Path) -> None:
+    content = {"name": "b", "methods": [{"method": "none"}], "tasks": ["tofu_forget"], **change}
+    (tmp_path / "board.yaml").write_text(yaml.safe_dump(content))
+    arguments = ["board", "run", str(tmp_path / "board.yaml"), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 1
+    assert f"{key} runs code; read it, then pass --trust-remote-code" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_matrix(whole: Path) -> None:
     records = Store(whole).records()
     assert {record.status for record in records} == {DONE}
@@ -289,7 +310,9 @@ def test_the_commands(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv(HOME, str(home))
     board, out = tmp_path / "tiny.yaml", tmp_path / "out"
     board.write_text(board_text(home, **SMALL | {"methods": [{"method": "tiny"}, {"method": "unedited"}]}))
-    result = CliRunner().invoke(app, ["board", "run", str(board), "-o", str(out)], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, ["board", "run", str(board), "-o", str(out), "--trust-remote-code"], catch_exceptions=False
+    )
     assert result.exit_code == 0
     assert "4 of 4 pieces done" in result.stderr
     names = [Path(line).name for line in result.stdout.split()]
