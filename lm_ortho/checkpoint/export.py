@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_ortho.checkpoint.manifest import CONFIG_FILE, ortho_file, read_json, read_manifest
+from lm_ortho.checkpoint.extra_files import copy_extra_files, copy_file, follow_links, is_tokenizer_file
+from lm_ortho.checkpoint.manifest import CONFIG_FILE, INDEX_FILE, ortho_file, read_json, read_manifest
 from lm_ortho.checkpoint.read import is_checkpoint, list_memories, load
-from lm_ortho.checkpoint.write import GENERATION_FILE, base_tensors, copy_extra_files, write_json
+from lm_ortho.checkpoint.write import GENERATION_FILE, base_tensors, write_json
 from lm_ortho.dial import format_alpha, parse_alpha
 from lm_ortho.errors import UserError
 from lm_ortho.files import atomic_directory, check_output_directory
@@ -23,27 +24,21 @@ from lm_ortho.streams import BaseStream, LayerStreams
 
 FORMATS = ("bf16", "compressed-tensors")
 _PACKED_BITS = (4, 8)
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.jinja",
-)
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An exported model; ``layers`` counts its decomposed layers, ``bytes`` is the size of its files."""
+    """An exported model; ``layers`` counts its decomposed layers, ``bytes`` is the size of its files.
+
+    ``left_out`` names the files of the checkpoint that are neither part of the model nor of its tokenizer.
+    """
 
     directory: str
     format: str
     alpha: float | dict[str, float]
     layers: int
     bytes: int
+    left_out: tuple[str, ...] = ()
 
 
 def export(
@@ -58,12 +53,13 @@ def export(
 
     With several memories ``alpha`` may name each (`a:0+b:1`, or a mapping). The format ``bf16`` has plain linear
     layers with W(alpha), each weight rounded once; ``compressed-tensors`` has the unchanged codes and scales of the
-    base stream in its `pack-quantized` form.
+    base stream in its `pack-quantized` form. Of other files only those of a tokenizer are copied, and a model's own
+    code with ``trust_remote_code``.
 
     Raises:
-        UserError: for an unknown format, an occupied ``out``, an alpha or a lattice that the format cannot hold.
+        UserError: for an unknown format, an occupied ``out``, an alpha or a lattice that the format cannot hold, and a
+            file to copy that is a link out of the checkpoint.
     """
-
     from lm_ortho.checkpoint.hf import build_skeleton  # imports transformers
 
     source, target = Path(directory), Path(out)
@@ -73,6 +69,7 @@ def export(
     check_output_directory(target)
     if is_checkpoint(source):  # otherwise load raises the error
         _check_streams(source, parsed_alpha, format)
+        _check_generation_file(source)
     model: Any = load(source, dtype=None, trust_remote_code=trust_remote_code)
     layers = len(get_streams(model))
     with atomic_directory(target) as scratch:
@@ -83,15 +80,34 @@ def export(
             plain_skeleton = build_skeleton(source, decomposed=False, trust_remote_code=trust_remote_code)
             _check_plain(plain_skeleton, get_streams(model))
             _write_packed(scratch, model, source)
-        _copy_remaining_files(source, scratch)
+        left_out = _copy_remaining_files(source, scratch, trust_remote_code)
         size = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
-    return ExportResult(str(target), format, parsed_alpha, layers, size)
+    return ExportResult(str(target), format, parsed_alpha, layers, size, left_out=left_out)
 
 
-def _copy_remaining_files(source: Path, target: Path) -> None:
-    """Copies tokenizer, chat template and a model's own code; a tokenizer that was saved later is in no manifest."""
-    tokenizer_files = (path.name for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file())
-    copy_extra_files(dict.fromkeys([*read_manifest(source).files, *tokenizer_files]), source, target)
+def _copy_remaining_files(source: Path, target: Path, with_code: bool) -> tuple[str, ...]:
+    """Copies tokenizer, chat templates, and with ``with_code`` a model's own code; returns what the manifest has more.
+
+    A tokenizer that was saved later is in no manifest.
+    """
+    listed_files = read_manifest(source).files
+    paths = [path for pattern in ("*", "additional_chat_templates/*") for path in sorted(source.glob(pattern))]
+    names = [path.relative_to(source).as_posix() for path in paths if not path.is_dir()]
+    model_files = {CONFIG_FILE, INDEX_FILE, GENERATION_FILE}
+    copied_names = copy_extra_files(
+        source, target, listed_files, [*listed_files, *filter(is_tokenizer_file, names)], with_code=with_code
+    )
+    return tuple(
+        name
+        for name in listed_files
+        if name not in model_files and not name.endswith(".safetensors") and name not in copied_names
+    )
+
+
+def _check_generation_file(source: Path) -> None:
+    """Raises ``UserError`` for a generation configuration that is a link to a file elsewhere: it is written again."""
+    if os.path.lexists(source / GENERATION_FILE):
+        follow_links(source, GENERATION_FILE, is_listed=GENERATION_FILE in read_manifest(source).files)
 
 
 def _check_streams(source: Path, alpha: float | dict[str, float], format: str) -> None:
@@ -131,7 +147,7 @@ def _write_packed(target: Path, model: Any, source: Path) -> None:
     config["quantization_config"] = _make_quantization_config(base, model)
     write_json(target / CONFIG_FILE, config)
     if (source / GENERATION_FILE).exists():
-        shutil.copyfile(source / GENERATION_FILE, target / GENERATION_FILE)
+        copy_file(source, GENERATION_FILE, target, read_manifest(source).files.get(GENERATION_FILE))
 
 
 def _check_plain(plain: nn.Module, streams: dict[str, LayerStreams]) -> None:

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lm_ortho.checkpoint.extra_files import copy_extra_files
 from lm_ortho.checkpoint.manifest import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -242,19 +242,10 @@ def _is_replaceable(config: Path) -> bool:
         return True
 
 
-def copy_extra_files(names: Iterable[str], source: Path, target: Path) -> None:
-    """Copies those of the files ``names`` of a checkpoint that are neither weights nor configuration."""
-    excluded = {CONFIG_FILE, INDEX_FILE, MANIFEST_FILE, GENERATION_FILE}
-    for name in names:
-        if name not in excluded and not name.endswith(".safetensors"):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)
-
-
 def _copy_older_tokenizer(target: Path, scratch: Path) -> None:
-    """Copies from an older checkpoint all files but weights, configuration and code, such as its tokenizer."""
-    names = (name for name in _older_files(target) if not name.endswith(".py") and not (scratch / name).exists())
-    copy_extra_files((name for name in names if (target / name).is_file()), target, scratch)
+    """Copies the tokenizer of an older checkpoint; one that was changed since is copied as it is now."""
+    names = [name for name in sorted(_older_files(target)) if (target / name).is_file()]
+    copy_extra_files(target, scratch, {}, names)
 
 
 def _publish(scratch: Path, target: Path) -> None:

@@ -36,6 +36,7 @@ def export(
     """
     from lm_ortho.checkpoint.export import export as write
     from lm_ortho.dial import format_alpha
+    from lm_ortho.errors import printable
 
     result = write(directory, out, alpha, format, trust_remote_code=trust_remote_code)
     if as_json:
@@ -43,5 +44,8 @@ def export(
         return
     alpha_text, size = format_alpha(result.alpha), result.bytes / 1e6
     typer.echo(f"{result.directory}: {result.format}, alpha={alpha_text}, {result.layers} layers, {size:,.1f} MB")
+    if result.left_out:
+        files = f"{len(result.left_out)} file{'s that are' if len(result.left_out) > 1 else ' that is'}"
+        typer.echo(printable(f"left out {files} not a tokenizer's: {', '.join(result.left_out)}", 500))
     if any(result.alpha.values()) if isinstance(result.alpha, dict) else result.alpha:
         typer.echo("alpha is not 0: this model holds the memory in clear")
