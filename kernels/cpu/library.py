@@ -110,7 +110,7 @@ def _declare(functions: ctypes.CDLL) -> None:
     functions.lm_ortho_layer.argtypes = [_POINTER, _INT, _LONG, _POINTER, _LONG, _POINTER, _LONG]
     functions.lm_ortho_read_speed.argtypes = [_POINTER, _LONG]
     functions.lm_ortho_read_speed.restype = ctypes.c_double
-    sized, shape = [_POINTER, _LONG], [_LONG, _LONG]
+    sized, shape = (_POINTER, _LONG), (_LONG, _LONG)
     functions.lm_ortho_pack_base.argtypes = [*sized, *sized, *shape, _LONG, _INT, *sized]
     functions.lm_ortho_make_sheets.argtypes = [_POINTER, _INT, _POINTER, _POINTER, *shape, _LONG, _POINTER, _POINTER]
     functions.lm_ortho_take_sheets.argtypes = [_POINTER, *sized]

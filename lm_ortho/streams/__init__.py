@@ -4,7 +4,14 @@ from lm_ortho.streams.base_stream import BaseStream, code_range
 from lm_ortho.streams.layer_streams import DEFAULT_MEMORY, RESERVED_NAMES, LayerStreams, is_valid_memory_name
 from lm_ortho.streams.ortho_stream import OrthoStream
 from lm_ortho.streams.size import bits_per_weight, density, stored_bytes
-from lm_ortho.streams.validation import BITS, MAX_GROUP_SIZE, validate_finite, validate_lattice, validate_layer
+from lm_ortho.streams.validation import (
+    BITS,
+    MAX_GROUP_SIZE,
+    validate_disjoint,
+    validate_finite,
+    validate_lattice,
+    validate_layer,
+)
 
 __all__ = [
     "BITS",
@@ -19,6 +26,7 @@ __all__ = [
     "density",
     "is_valid_memory_name",
     "stored_bytes",
+    "validate_disjoint",
     "validate_finite",
     "validate_lattice",
     "validate_layer",

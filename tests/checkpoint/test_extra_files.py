@@ -123,10 +123,8 @@ def test_what_is_no_file_is_refused_and_not_waited_for(directory, tmp_path):
 
 
 HOSTILE_NAMES = (
-    "./config.json",
     "CONFIG.JSON",
     "Config.json",
-    "pytorch_model.bin",
     "model.pt",
     "optimizer.pkl",
     "modeling_evil.py",
@@ -134,7 +132,6 @@ HOSTILE_NAMES = (
     "sub/config.json",
     "TOKENIZER.JSON",
     ".bashrc",
-    "pytorch_model.bin.index.json",
     "run.sh",
 )
 
@@ -144,8 +141,7 @@ def test_listed_files_that_are_no_tokenizer_stay_out(directory, tmp_path, sound_
     for name in HOSTILE_NAMES:
         path = directory / name
         path.parent.mkdir(exist_ok=True)
-        if name != "./config.json":
-            path.write_text('{"architectures": ["Evil"]}')
+        path.write_text('{"architectures": ["Evil"]}')
     list_in_manifest(directory, *HOSTILE_NAMES)
     result = export(directory, tmp_path / "out", trust_remote_code=trust_remote_code)
     code = [name for name in HOSTILE_NAMES if trust_remote_code and name.endswith(".py")]
