@@ -247,7 +247,7 @@ def build_skeleton(directory: Path, *, decomposed: bool = True, trust_remote_cod
 
 def _find_ortho(name: str, base_file: Path, model: nn.Module) -> Path | None:
     path = base_file.parent / name
-    return path if path.exists() else _fetch_from_hub(name, base_file, model)
+    return path if os.path.lexists(path) else _fetch_from_hub(name, base_file, model)
 
 
 def _fetch_from_hub(name: str, base_file: Path, model: nn.Module) -> Path | None:

@@ -34,10 +34,11 @@ def open_regular(path: Path, limit: int) -> Iterator[IO[bytes]]:
             raise UserError(f"{path.parent}: {path.name} is not a regular file") from None
         reason = "" if isinstance(error, FileNotFoundError) else f" ({printable(error)})"
         raise UserError(f"{path.parent}: {path.name} is missing or cannot be read{reason}") from None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path.parent}: {path.name} is not a regular file")
     with os.fdopen(descriptor, "rb") as stream:
-        status = os.fstat(stream.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path.parent}: {path.name} is not a regular file")
         if status.st_size > limit:
             raise UserError(f"{path.parent}: {path.name} has {status.st_size} bytes; at most {limit} are read")
         yield stream
