@@ -137,6 +137,8 @@ def validate_finite(name: str, tensor: Tensor) -> None:
     """Raises ``ValueError`` if a floating tensor holds NaN or infinity."""
     if not tensor.is_floating_point():
         return
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device and has no data")
     values = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # isfinite does not know every dtype of one byte
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name} holds a value that is not finite")

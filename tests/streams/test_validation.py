@@ -92,6 +92,7 @@ DAMAGE = {
     "infinite values": (("memories", "alice", "vals"), lambda t: t * float("inf"), "vals holds a value"),
     "no columns": (("memories", "alice", "cols"), lambda t: None, "cols of alice is missing"),
     "integer bias": (("bias",), lambda t: t.int(), "bias of shape"),
+    "a bias without data": (("bias",), lambda t: t.to("meta"), "meta device"),
     "a NaN bias": (("bias",), lambda t: t + float("nan"), "bias holds a value"),
     "a bias that BF16 cannot hold": (("bias",), lambda t: t + 3.4e38, "bias holds a value"),
 }
