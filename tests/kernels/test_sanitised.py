@@ -47,9 +47,8 @@ def test_the_kernel_tests_touch_no_memory_that_is_not_theirs(tmp_path: Path) -> 
     assert process.returncode == 0, output[-6000:]
     assert "ERROR: AddressSanitizer" not in output
     assert "runtime error:" not in output
-    passed = re.search(r"(\d+) passed", output)
-    assert passed
-    assert int(passed[1]) > 200, output[-2000:]
+    assert re.search(r"\d+ passed", output), output[-2000:]
+    assert "skipped" not in output, "the kernel was not found"
 
 
 def overflows(environment: dict[str, str]) -> bool:
