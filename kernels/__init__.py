@@ -3,6 +3,7 @@
 ``calls()`` counts which path ran, so that a measurement can prove that it timed the intended one.
 """
 
+from .checks import MAX_FEATURES, check_codes, check_csr, check_tensor
 from .counter import calls, record, reset_calls
 from .dispatch import AUTO, KERNELS, Choice, Implementation, ProductSpec, StoredBase, StoredOrtho, choose, register
 from .gpu import Triton
@@ -13,6 +14,7 @@ from .reference import SparseOperand, base_operand, dual_stream_linear, prepared
 __all__ = [
     "AUTO",
     "KERNELS",
+    "MAX_FEATURES",
     "Choice",
     "Cpu",
     "Implementation",
@@ -24,6 +26,9 @@ __all__ = [
     "Triton",
     "base_operand",
     "calls",
+    "check_codes",
+    "check_csr",
+    "check_tensor",
     "choose",
     "dual_stream_linear",
     "pack_codes",

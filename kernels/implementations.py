@@ -91,7 +91,7 @@ class Cpu:
         return operands.pack_base(stored.qweight, stored.scales, stored.bits, stored.group_size)
 
     def ortho(self, stored: StoredOrtho, dtype: torch.dtype) -> Tensor:
-        return operands.pack_sheets(stored.rowptr, stored.cols, stored.vals)
+        return operands.pack_sheets(stored.rowptr, stored.cols, stored.vals, stored.in_features)
 
     def linear(
         self,

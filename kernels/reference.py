@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .checks import check_codes, check_csr
 from .counter import record
 from .packing import unpack_codes
 
@@ -48,7 +49,11 @@ def base_operand(
     With ``bits=16`` ``qweight`` is the BF16 matrix itself and there are no scales.
     """
     if scales is None:
+        if qweight.dim() != 2 or qweight.shape[1] != in_features or not qweight.is_floating_point():
+            raise ValueError(f"a weight of {qweight.dtype} {tuple(qweight.shape)} for {in_features} in_features")
         return qweight.to(dtype)
+    if not qweight.is_meta:
+        check_codes(qweight, scales, bits=bits, group_size=group_size, in_features=in_features)
     codes = unpack_codes(qweight, bits)
     # A product of an 8-bit code and a BF16 scale is exact in float32.
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -61,6 +66,8 @@ def sparse_operand(
 ) -> SparseOperand:
     """W_ortho for ``prepared_linear`` with activations in ``dtype``; it accumulates in at least float32."""
     shape = (rowptr.numel() - 1, in_features)
+    if not torch.compiler.is_compiling():  # its values cannot be read then
+        check_csr(rowptr, cols, vals, shape)
     values = vals.to(torch.float64 if dtype == torch.float64 else torch.float32)
     rows = torch.repeat_interleave(torch.arange(shape[0], device=cols.device), rowptr.diff().long())
     csr = _csr(rowptr, cols, values, shape) if _has_csr_product(values.device) else None

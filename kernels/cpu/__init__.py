@@ -3,15 +3,16 @@
 ``dual_stream.h`` describes the memory layout of the streams; the reference kernel is ``kernels/reference.py``.
 """
 
-from .library import ISAS, SWITCH, Library, MissingLibrary, find, forget, product_speed, read_speed
+from .library import ISAS, SWITCH, Library, MissingLibrary, find, forget, product_speed, read_speed, require_library
 from .op import cpu_linear, path_name
-from .operands import pack_base, pack_sheets
+from .operands import check_sheets, pack_base, pack_sheets
 
 __all__ = [
     "ISAS",
     "SWITCH",
     "Library",
     "MissingLibrary",
+    "check_sheets",
     "cpu_linear",
     "find",
     "forget",
@@ -20,4 +21,5 @@ __all__ = [
     "path_name",
     "product_speed",
     "read_speed",
+    "require_library",
 ]

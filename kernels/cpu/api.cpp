@@ -31,47 +31,64 @@ Run runner(Isa) { return run_scalar; }
 extern "C" {
 
 // Grows when a signature or a layout changes.
-LM_ORTHO_API int lm_ortho_abi() { return 2; }
+LM_ORTHO_API int lm_ortho_abi() { return 3; }
 
 // The widest instruction set of this processor: 0 scalar, 1 AVX2, 2 AVX-512 with BF16.
 LM_ORTHO_API int lm_ortho_isa() { return has(AVX512_BF16) ? AVX512_BF16 : has(AVX2) ? AVX2 : SCALAR; }
 
 // y (rows, out_features) = x (rows, in_features) times the matrix of `base` and of `sheets`, one blob for each of the
-// n_terms ortho streams; alphas[j] has one number (strides[j] = 0) or one per row (1). All arrays are contiguous and
-// `base` is aligned to 64 bytes. bias is float32 or null; y is BF16, or float32 when y_float.
-// Returns 0; 1 if the processor lacks the instruction set; 2 if memory ran out.
-LM_ORTHO_API int lm_ortho_linear(int isa, int threads, int64_t rows, int64_t in_features, int64_t out_features, int64_t group,
-                    int planes, const uint16_t* x, const uint8_t* base, const float* bias, int n_terms,
-                    const uint8_t* const* sheets, const float* const* alphas, const int64_t* strides, int y_float,
-                    void* y) {
-    if (!has(static_cast<Isa>(isa))) return 1;
+// n_terms ortho streams, which lm_ortho_check_sheets has accepted; alphas[j] has one number (strides[j] = 0) or one per
+// row (1). All arrays are contiguous, `base` and the sheets are aligned to 64 bytes. bias is float32 or null; y is BF16,
+// or float32 when y_float. x_values, base_bytes, sheet_bytes[j] and y_values are the sizes of the arrays.
+// Returns a Status.
+LM_ORTHO_API int lm_ortho_linear(int isa, int threads, int64_t rows, int64_t in_features, int64_t out_features,
+                                 int64_t group, int planes, const uint16_t* x, int64_t x_values, const uint8_t* base,
+                                 int64_t base_bytes, const float* bias, int n_terms, const uint8_t* const* sheets,
+                                 const int64_t* sheet_bytes, const float* const* alphas, const int64_t* strides,
+                                 int y_float, void* y, int64_t y_values) {
+    if (isa < SCALAR || isa > AVX512_BF16 || !has(static_cast<Isa>(isa))) return NO_ISA;
+    int64_t expected;
+    if (!panels_bytes(out_features, in_features, group, planes, &expected) || base_bytes != expected) return BAD_SIZE;
+    if (base == nullptr || reinterpret_cast<uintptr_t>(base) % 64 != 0) return BAD_SIZE;
+    if (!multiply(rows, in_features, &expected) || x_values != expected) return BAD_SIZE;
+    if (!multiply(rows, out_features, &expected) || y_values != expected) return BAD_SIZE;
+    if (n_terms < 0 || (n_terms > 0 && (!sheets || !sheet_bytes || !alphas || !strides))) return BAD_SIZE;
+    if (rows == 0) return OK;
+    if (x == nullptr || y == nullptr) return BAD_SIZE;
     try {
         std::vector<Term> terms;
-        for (int t = 0; t < n_terms; ++t) terms.push_back({view_sheets(sheets[t]), alphas[t], strides[t]});
+        for (int t = 0; t < n_terms; ++t) {
+            Sheets view;
+            if (!view_sheets(sheets[t], sheet_bytes[t], (out_features + PANEL - 1) / PANEL, &view)) return BAD_SHEETS;
+            if (alphas[t] == nullptr || (strides[t] != 0 && strides[t] != 1)) return BAD_SIZE;
+            terms.push_back({view, alphas[t], strides[t]});
+        }
         Job job{rows,  in_features,  out_features, group, (in_features + group - 1) / group, planes, x, base, bias,
                 terms.data(), n_terms, y, y_float != 0, threads};
         runner(static_cast<Isa>(isa))(job);
     } catch (const std::exception&) {
-        return 2;
+        return NO_MEMORY;
     }
-    return 0;
+    return OK;
 }
 
 // The constant arguments of a product: those of lm_ortho_linear except threads, rows, x and y.
 struct LmOrthoLayer {
     int32_t isa, planes, n_terms, y_float;
-    int64_t in_features, out_features, group;
+    int64_t in_features, out_features, group, base_bytes;
     const uint8_t* base;
     const float* bias;
     const uint8_t* const* sheets;
+    const int64_t* sheet_bytes;
     const float* const* alphas;
     const int64_t* strides;
 };
 
-LM_ORTHO_API int lm_ortho_layer(const LmOrthoLayer* layer, int threads, int64_t rows, const uint16_t* x, void* y) {
+LM_ORTHO_API int lm_ortho_layer(const LmOrthoLayer* layer, int threads, int64_t rows, const uint16_t* x, int64_t x_values,
+                                void* y, int64_t y_values) {
     return lm_ortho_linear(layer->isa, threads, rows, layer->in_features, layer->out_features, layer->group, layer->planes,
-                           x, layer->base, layer->bias, layer->n_terms, layer->sheets, layer->alphas, layer->strides,
-                           layer->y_float, y);
+                           x, x_values, layer->base, layer->base_bytes, layer->bias, layer->n_terms, layer->sheets,
+                           layer->sheet_bytes, layer->alphas, layer->strides, layer->y_float, y, y_values);
 }
 
 }  // extern "C"

@@ -36,6 +36,33 @@ constexpr int STEP_BYTES = SLOTS + 2 * SLOTS;
 constexpr int BASE_ALIGN = 32; // a window begins at a multiple: 64 bytes of BF16
 constexpr uint8_t NO_ROW = PANEL;  // the row of a lane without values
 
+// What an entry point returns. Sizes and indices come from files: each is checked before memory is touched.
+enum Status {
+    OK = 0,
+    NO_ISA = 1,       // the processor lacks the instruction set
+    NO_MEMORY = 2,    // memory ran out
+    BAD_SIZE = 3,     // an array is shorter or longer than the other arguments say, misaligned or missing
+    BAD_ROWPTR = 4,   // row pointers do not rise from 0 to the number of values
+    BAD_COLUMN = 5,   // a column outside [0, in_features), or not larger than the one before it in its row
+    BAD_SHEETS = 6,   // packed sheets of another matrix, or damaged ones
+    TOO_LARGE = 7,    // more steps than 32 bits can count
+};
+
+// *product = a * b; false if that is negative or does not fit.
+inline bool multiply(int64_t a, int64_t b, int64_t* product) {
+    return a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, product);
+}
+
+// The bytes of all panels of a matrix; false for a lattice that does not exist or a size that does not fit.
+inline bool panels_bytes(int64_t out_features, int64_t in_features, int64_t group, int planes, int64_t* bytes) {
+    constexpr int64_t LIMIT = INT64_C(1) << 40;  // far above any layer, so that the sums below cannot overflow
+    if (out_features < 1 || in_features < 1 || out_features > LIMIT || in_features > LIMIT) return false;
+    if (group < CHUNK || group % CHUNK != 0 || group > LIMIT || planes < 1 || planes > 2) return false;
+    const int64_t groups = (in_features + group - 1) / group, panels = (out_features + PANEL - 1) / PANEL;
+    const int64_t group_bytes = 2 * PANEL + planes * (group / CHUNK) * CHUNK_BYTES;
+    return multiply(groups, group_bytes, bytes) && multiply(*bytes, panels, bytes);
+}
+
 // A view of one sheet blob; pack.cpp describes its layout.
 struct Sheets {
     const uint32_t* panel_groups;  // (panels + 1) first group of each panel
@@ -43,9 +70,12 @@ struct Sheets {
     const uint8_t* lane_rows;      // (groups, LANES) row within the panel, or NO_ROW
     const uint32_t* step_bases;    // (steps)
     const uint8_t* steps;          // (steps, STEP_BYTES): 32 distances, then 32 BF16 values
+    uint64_t n_groups, n_steps;
 };
 
-Sheets view_sheets(const uint8_t* blob);
+// The view of a blob of `bytes` bytes for a matrix of so many panels; false for one of another size. Its contents are
+// those that lm_ortho_check_sheets has accepted.
+bool view_sheets(const uint8_t* blob, int64_t bytes, int64_t panels, Sheets* sheets);
 
 // One ortho stream with its alpha: `stride` 0 for one alpha for all rows, 1 for one per row of x.
 struct Term {

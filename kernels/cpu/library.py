@@ -11,11 +11,21 @@ from pathlib import Path
 from . import build
 from .pages import reserve
 
-ABI = 2
+ABI = 3
 ISAS = ("scalar", "avx2", "avx512_bf16")
 """Instruction sets, at the index by which the library identifies them."""
 SWITCH = "LM_ORTHO_CPU_KERNEL"
 """Environment variable: ``off``, or the widest instruction set to use."""
+REASONS = {
+    1: "this processor lacks the instruction set",
+    2: "out of memory",
+    3: "an array has another size than the layer needs",
+    4: "rowptr must rise from 0 to the number of stored values",
+    5: "cols must lie in [0, in_features) and increase within each row",
+    6: "the packed ortho stream belongs to another matrix or was overwritten",
+    7: "the ortho stream is too large for the CPU kernel",
+}
+"""What a status other than 0 means; the names are in ``dual_stream.h``."""
 _INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
 
@@ -24,8 +34,8 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("isa", "planes", "n_terms", "y_float")),
-        *((name, _LONG) for name in ("in_features", "out_features", "group")),
-        *((name, _POINTER) for name in ("base", "bias", "sheets", "alphas", "strides")),
+        *((name, _LONG) for name in ("in_features", "out_features", "group", "base_bytes")),
+        *((name, _POINTER) for name in ("base", "bias", "sheets", "sheet_bytes", "alphas", "strides")),
     )
 
 
@@ -97,15 +107,21 @@ def _declare(functions: ctypes.CDLL) -> None:
     """Declares the types of the functions of ``api.cpp`` and ``pack.cpp``."""
     functions.lm_ortho_abi.argtypes = []
     functions.lm_ortho_isa.argtypes = []
-    functions.lm_ortho_layer.argtypes = [_POINTER, _INT, _LONG, _POINTER, _POINTER]
+    functions.lm_ortho_layer.argtypes = [_POINTER, _INT, _LONG, _POINTER, _LONG, _POINTER, _LONG]
     functions.lm_ortho_read_speed.argtypes = [_POINTER, _LONG]
     functions.lm_ortho_read_speed.restype = ctypes.c_double
-    functions.lm_ortho_pack_base.argtypes = [_POINTER, _POINTER, _LONG, _LONG, _LONG, _INT, _POINTER]
-    functions.lm_ortho_pack_base.restype = None
-    functions.lm_ortho_make_sheets.argtypes = [_POINTER, _INT, _POINTER, _POINTER, _LONG, _POINTER]
-    functions.lm_ortho_make_sheets.restype = _POINTER
-    functions.lm_ortho_take_sheets.argtypes = [_POINTER, _POINTER]
-    functions.lm_ortho_take_sheets.restype = None
+    sized, shape = (_POINTER, _LONG), (_LONG, _LONG)
+    functions.lm_ortho_pack_base.argtypes = [*sized, *sized, *shape, _LONG, _INT, *sized]
+    functions.lm_ortho_make_sheets.argtypes = [_POINTER, _INT, _POINTER, _POINTER, *shape, _LONG, _POINTER, _POINTER]
+    functions.lm_ortho_take_sheets.argtypes = [_POINTER, *sized]
+    functions.lm_ortho_check_sheets.argtypes = [*sized, *shape]
+
+
+def raise_for_status(status: int) -> None:
+    """Raises for a status other than 0: ``ValueError`` for operands that do not fit, else ``RuntimeError``."""
+    if status:
+        error = RuntimeError if status in (1, 2) else ValueError
+        raise error(f"CPU kernel: {REASONS.get(status, f'status {status}')}")
 
 
 def read_speed(megabytes: int = 256) -> float:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_tensor
 from ..counter import record
-from .library import ISAS, Layer, require_library
-from .operands import count_planes, panel_bytes
+from .library import ISAS, Layer, raise_for_status, require_library
+from .operands import check_sheets, count_planes, panel_bytes
 
 SMALL_ROWS = 32
 """The number of rows of ``x`` up to which a product is counted as a small batch, not as a prompt. Only the counted name
@@ -96,7 +97,7 @@ def bind_linear(
     form = {"out_features": out_features, "bits": bits, "group_size": group_size}
     _check(x.reshape(-1, in_features), base, sheets, alphas, bias, **form)
     float_bias = None if bias is None else bias.to(torch.float32).contiguous()
-    sheet_pointers, alpha_pointers, strides = _pointers(sheets, alphas)
+    sheet_pointers, sheet_bytes, alpha_pointers, strides = _pointers(sheets, alphas)
     layer = Layer(
         isa=ISAS.index(isa),
         planes=count_planes(bits),
@@ -105,36 +106,42 @@ def bind_linear(
         in_features=in_features,
         out_features=out_features,
         group=group_size,
+        base_bytes=base.numel(),
         base=base.data_ptr(),
         bias=None if float_bias is None else float_bias.data_ptr(),
         sheets=ctypes.cast(sheet_pointers, ctypes.c_void_p),
+        sheet_bytes=ctypes.cast(sheet_bytes, ctypes.c_void_p),
         alphas=ctypes.cast(alpha_pointers, ctypes.c_void_p),
         strides=ctypes.cast(strides, ctypes.c_void_p),
     )
-    references = (layer, base, sheets, alphas, float_bias, sheet_pointers, alpha_pointers, strides)
+    references = (layer, base, sheets, alphas, float_bias, sheet_pointers, sheet_bytes, alpha_pointers, strides)
     address, product, threads = ctypes.addressof(layer), library.functions.lm_ortho_layer, torch.get_num_threads
     shape, rows = (*x.shape[:-1], out_features), x.numel() // max(1, in_features)
     path, dtype = f"cpu.{path_name(rows)}", torch.float32 if wide else torch.bfloat16
+    y_values = rows * out_features
 
     def run(x: Tensor, references: Any = references) -> Tensor:  # the default keeps the tensors alive
         if not x.is_contiguous():
             x = x.contiguous()
+        if x.dtype is not torch.bfloat16:
+            raise ValueError(f"x must be bfloat16, not {x.dtype}")
         y = x.new_empty(shape, dtype=dtype)
-        status = product(address, threads(), rows, x.data_ptr(), y.data_ptr())
+        status = product(address, threads(), rows, x.data_ptr(), x.numel(), y.data_ptr(), y_values)
         if status:
-            raise RuntimeError(f"CPU kernel: {f'no {isa} here' if status == 1 else 'out of memory'}")
+            raise_for_status(status)
         record(path)
         return y
 
     return run
 
 
-def _pointers(sheets: Sequence[Tensor], alphas: Sequence[Tensor]) -> tuple[Any, Any, Any]:
-    """C arrays of the addresses of sheets and alphas, and of the stride of each alpha (0 for one number)."""
+def _pointers(sheets: Sequence[Tensor], alphas: Sequence[Tensor]) -> tuple[Any, Any, Any, Any]:
+    """C arrays of addresses and sizes of sheets, addresses of alphas, and the stride of each alpha (0: one number)."""
     count = len(sheets)
     pointers = ctypes.c_void_p * count
     return (
         pointers(*(sheet.data_ptr() for sheet in sheets)),
+        (ctypes.c_int64 * count)(*(sheet.numel() for sheet in sheets)),
         pointers(*(alpha.data_ptr() for alpha in alphas)),
         (ctypes.c_int64 * count)(*(int(alpha.numel() > 1) for alpha in alphas)),
     )
@@ -154,16 +161,28 @@ def _check(
     """Raises ``ValueError`` for operands that do not fit: the kernel would read outside a tensor of a wrong size."""
     rows, in_features = x.shape
     n_panels, n_groups = -(-out_features // 64), -(-in_features // group_size)
-    if x.dtype != torch.bfloat16:
-        raise ValueError(f"x must be bfloat16, not {x.dtype}")
-    if base.numel() != n_panels * panel_bytes(n_groups, bits, group_size) or base.data_ptr() % 64:
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+        raise ValueError(f"x must be bfloat16 on the CPU, not {x.dtype} on {x.device}")
+    check_tensor("base", base, (torch.uint8,), (base.numel(),))
+    if (
+        base.device.type != "cpu"
+        or base.numel() != n_panels * panel_bytes(n_groups, bits, group_size)
+        or base.data_ptr() % 64
+    ):
         raise ValueError(f"a packed base of {base.numel()} bytes does not fit ({out_features}, {in_features})")
     if len(sheets) != len(alphas):
         raise ValueError(f"{len(sheets)} ortho streams but {len(alphas)} alphas")
     for alpha in alphas:
-        if alpha.dtype != torch.float32 or alpha.numel() not in (1, rows) or not alpha.is_contiguous():
+        if (
+            alpha.device.type != "cpu"
+            or alpha.dtype != torch.float32
+            or alpha.numel() not in (1, rows)
+            or not alpha.is_contiguous()
+        ):
             raise ValueError(f"alpha of {alpha.dtype} {tuple(alpha.shape)} for {rows} rows")
-    if bias is not None and bias.shape != (out_features,):
+    for sheet in sheets:
+        check_sheets(sheet, out_features, in_features)
+    if bias is not None and (bias.shape != (out_features,) or bias.device.type != "cpu"):
         raise ValueError(f"bias of shape {tuple(bias.shape)} for {out_features} out_features")
 
 

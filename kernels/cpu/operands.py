@@ -7,8 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
+from ..checks import check_codes, check_tensor
 from ..packing import unpack_codes
-from .library import require_library
+from .library import raise_for_status, require_library
 from .pages import reserve
 
 PANEL = 64
@@ -37,38 +38,74 @@ def pack_base(qweight: Tensor, scales: Tensor, bits: int, group_size: int) -> Te
     order of their C signatures, because ctypes has no keywords.
     """
     functions = require_library().functions
+    if scales.dim() != 2:
+        raise ValueError(f"scales of shape {tuple(scales.shape)} are no matrix")
     out_features, n_groups = scales.shape
+    check_codes(qweight, scales, bits=bits, group_size=group_size, in_features=n_groups * group_size)
+    _check_on_cpu(qweight)
     per_panel = panel_bytes(n_groups, bits, group_size)
     panels = reserve(-(-out_features // PANEL) * per_panel)
     for first in range(0, out_features, _ROWS_AT_ONCE):
         codes = unpack_codes(qweight[first : first + _ROWS_AT_ONCE], bits).contiguous()
         row_scales = scales[first : first + _ROWS_AT_ONCE].contiguous()
-        functions.lm_ortho_pack_base(
+        start = first // PANEL * per_panel
+        status = functions.lm_ortho_pack_base(
             codes.data_ptr(),
+            codes.numel(),
             row_scales.data_ptr(),
+            row_scales.numel(),
             codes.shape[0],
             codes.shape[1],
             group_size,
             count_planes(bits),
-            panels.data_ptr() + first // PANEL * per_panel,
+            panels.data_ptr() + start,
+            panels.numel() - start,
         )
+        raise_for_status(status)
     return panels
 
 
-def pack_sheets(rowptr: Tensor, cols: Tensor, vals: Tensor) -> Tensor:
+def pack_sheets(rowptr: Tensor, cols: Tensor, vals: Tensor, in_features: int) -> Tensor:
     """An ortho stream as sheets: flat uint8, 64-byte aligned; 3.3 to 6 bytes per value on even supports.
 
     ``rowptr`` (out_features + 1,) int32 or int64, ``cols`` int32 and ``vals`` BF16 as stored, on the CPU.
+
+    Raises:
+        ValueError: for tensors of another form, and indices outside (out_features, in_features).
     """
     functions = require_library().functions
-    rowptr, cols, vals = rowptr.contiguous(), cols.contiguous(), vals.contiguous()
-    size = ctypes.c_int64()
-    is_int64 = int(rowptr.dtype == torch.int64)
-    handle = functions.lm_ortho_make_sheets(
-        rowptr.data_ptr(), is_int64, cols.data_ptr(), vals.data_ptr(), rowptr.numel() - 1, ctypes.byref(size)
+    rows, nnz = rowptr.numel() - 1, vals.numel()
+    check_tensor("rowptr", rowptr, (torch.int32, torch.int64), (rows + 1,))
+    check_tensor("cols", cols, (torch.int32,), (nnz,))
+    check_tensor("vals", vals, (torch.bfloat16,), (nnz,))
+    _check_on_cpu(rowptr, cols, vals)
+    handle, size = ctypes.c_void_p(), ctypes.c_int64()
+    status = functions.lm_ortho_make_sheets(
+        rowptr.data_ptr(),
+        int(rowptr.dtype == torch.int64),
+        cols.data_ptr(),
+        vals.data_ptr(),
+        rows,
+        nnz,
+        in_features,
+        ctypes.byref(handle),
+        ctypes.byref(size),
     )
-    if handle is None:
-        raise ValueError(f"an ortho stream of {vals.numel()} values is too large for the CPU kernel")
+    raise_for_status(status)
     sheets = reserve(size.value)
-    functions.lm_ortho_take_sheets(handle, sheets.data_ptr())
+    raise_for_status(functions.lm_ortho_take_sheets(handle, sheets.data_ptr(), sheets.numel()))
     return sheets
+
+
+def check_sheets(sheets: Tensor, out_features: int, in_features: int) -> None:
+    """Raises ``ValueError`` unless ``sheets`` is an intact result of ``pack_sheets`` for a matrix of this shape."""
+    check_tensor("sheets", sheets, (torch.uint8,), (sheets.numel(),))
+    _check_on_cpu(sheets)
+    functions = require_library().functions
+    raise_for_status(functions.lm_ortho_check_sheets(sheets.data_ptr(), sheets.numel(), out_features, in_features))
+
+
+def _check_on_cpu(*tensors: Tensor) -> None:
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            raise ValueError(f"the CPU kernel reads tensors of the CPU, not of {tensor.device}")

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_codes, check_csr
 from ..packing import PACKED_BITS, unpack_codes
 from . import tuning
 
@@ -104,6 +105,7 @@ def prepare(
     out_features = qweight.shape[0]
     if bits not in PACKED_BITS:
         raise ValueError(f"a base of {bits} bits has no codes")
+    check_codes(qweight, scales, bits=bits, group_size=group_size, in_features=in_features)
     plane = plane_width(bits, group_size, in_features)
     codes, factors = (qweight, scales) if plane == 0 else _pack_planes(qweight, scales, in_features, group_size, plane)
     ortho, rowptr = (None, None) if not memories else ortho_words(memories, in_features)
@@ -145,6 +147,8 @@ def ortho_words(memories: Sequence[Csr], in_features: int) -> tuple[Tensor, Tens
     words, counts = [], []
     for rowptr, cols, vals in memories:
         out_features = rowptr.numel() - 1
+        if not torch.compiler.is_compiling():  # its values cannot be read then
+            check_csr(rowptr, cols, vals, (out_features, in_features))
         rows = torch.repeat_interleave(torch.arange(out_features, device=cols.device), rowptr.diff().long())
         position = cols.long() // COLUMN_BLOCK * out_features + rows
         order = torch.argsort(position, stable=True)

@@ -5,8 +5,9 @@ itself is being imported.
 """
 
 from lm_ortho.checkpoint.attachment import attach
-from lm_ortho.checkpoint.manifest import FORMAT_VERSION, ORTHO_FILE, read_meta
+from lm_ortho.checkpoint.manifest import ORTHO_FILE, read_meta
 from lm_ortho.checkpoint.read import is_checkpoint, list_memories, load
+from lm_ortho.checkpoint.settings import FORMAT_VERSION
 from lm_ortho.checkpoint.write import save
 
 __all__ = ["FORMAT_VERSION", "ORTHO_FILE", "attach", "is_checkpoint", "list_memories", "load", "read_meta", "save"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,16 +10,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-from lm_ortho.checkpoint.manifest import INDEX_FILE, ortho_file, read_json, read_manifest
-from lm_ortho.checkpoint.read import list_memories, verify_checkpoint
+from lm_ortho.checkpoint.manifest import Manifest, ortho_file
+from lm_ortho.checkpoint.read import list_memories
+from lm_ortho.checkpoint.tensor_files import ORTHO_PARTS, TensorFiles, check_base, read_base, read_memories
+from lm_ortho.checkpoint.verification import read_base_files, verify_checkpoint
 from lm_ortho.errors import UserError
 from lm_ortho.layer import OrthoLinear, ortho_layers
-from lm_ortho.streams import DEFAULT_MEMORY, BaseStream, LayerStreams, OrthoStream
-
-_ORTHO_PARTS = {"rowptr": "ortho_rowptr", "cols": "ortho_cols", "vals": "ortho_vals"}
+from lm_ortho.streams import DEFAULT_MEMORY, LayerStreams
 
 
 @dataclass(frozen=True)
@@ -88,22 +84,28 @@ def read_contents(directory: str | PathLike[str], *, trust_remote_code: bool = F
 
     # 1. Verify the files, and take names and shapes of the layers from a model on the meta device.
     path = Path(directory)
-    verify_checkpoint(path)
+    manifest = verify_checkpoint(path, trust_remote_code=trust_remote_code)
     present = [name for name in list_memories(path) if (path / ortho_file(name)).exists()]
     is_complete = len(present) == len(list_memories(path))
-    skeleton = ortho_layers(build_skeleton(path, trust_remote_code=trust_remote_code))
-    # 2. Read and describe one layer after the other.
+    model = build_skeleton(path, trust_remote_code=trust_remote_code)
+    skeleton = ortho_layers(model)
+    # 2. Check all tensors, then read and describe one layer after the other.
     layers, squared_norms = [], []
     with ExitStack() as stack:
-        reader = _TensorReader(path, present, stack)
+        base = stack.enter_context(TensorFiles(path, read_base_files(path, manifest)))
+        memories = {name: stack.enter_context(TensorFiles(path, [ortho_file(name)])) for name in present}
+        check_base(model, base)
         counts = dict.fromkeys(present, 0)
         for name, layer in skeleton.items():
-            streams = _read_streams(name, layer, reader)
+            streams = _read_streams(name, layer, base, memories)
             for memory, ortho in streams.memories.items():
                 counts[memory] += ortho.nnz
             squared_norms.append(_squared_norms(streams))
             layers.append(_describe_layer(name, streams, squared_norms[-1], is_complete))
-        sizes = _count_bytes(path, reader.sizes, skeleton)
+        stored = [
+            (name, tensor.nbytes) for files in (base, *memories.values()) for name, tensor in files.tensors.items()
+        ]
+        sizes = _count_bytes(path, manifest, stored, skeleton)
     # 3. Add up the totals.
     first = next(iter(skeleton.values()))
     weights = sum(layer.weights for layer in layers)
@@ -122,72 +124,20 @@ def read_contents(directory: str | PathLike[str], *, trust_remote_code: bool = F
         missing=[name for name in list_memories(path) if name not in counts],
         bytes=sizes,
         layers=layers,
-        meta=read_manifest(path).meta,
+        meta=manifest.meta,
     )
 
 
-class _TensorReader:
-    """Reads single tensors of a checkpoint by file and name; ``sizes`` has the name and bytes of all of them.
-
-    The parts of a layer's ortho stream have the same names in the file of every memory.
-    """
-
-    def __init__(self, path: Path, memories: Sequence[str], stack: ExitStack) -> None:
-        weight_map = read_json(path / INDEX_FILE).get("weight_map", {})
-        self.path, self.memories = path, memories
-        self.sizes: list[tuple[str, int]] = []
-        self._base: dict[str, Any] = {}
-        self._ortho: dict[str, dict[str, Any]] = {}
-        for file in sorted({str(file) for file in weight_map.values()}):
-            self._base |= self._open(file, stack)
-        for name in memories:
-            self._ortho[name] = self._open(ortho_file(name), stack)
-
-    def _open(self, file: str, stack: ExitStack) -> dict[str, Any]:
-        try:
-            handle: Any = stack.enter_context(safe_open(self.path / file, framework="pt"))
-            self.sizes += _read_tensor_sizes(self.path / file).items()
-            return dict.fromkeys(handle.keys(), handle)
-        except (SafetensorError, OSError, ValueError):
-            raise UserError(f"{self.path}: {file} cannot be read: truncated or not a safetensors file") from None
-
-    def read_base(self, name: str) -> Tensor:
-        return self._read(self._base, name)
-
-    def read_ortho(self, memory: str, name: str) -> Tensor:
-        return self._read(self._ortho[memory], name)
-
-    def _read(self, files: Mapping[str, Any], name: str) -> Tensor:
-        if name not in files:
-            raise UserError(f"{self.path}: the streams lack {name}")
-        tensor: Tensor = files[name].get_tensor(name)
-        return tensor
-
-
-def _read_tensor_sizes(file: Path) -> dict[str, int]:
-    """Bytes of each tensor, from the header of a safetensors file."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    header.pop("__metadata__", None)
-    return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
-
-
-def _read_streams(name: str, layer: OrthoLinear, reader: _TensorReader) -> LayerStreams:
-    parts = BaseStream.layout(layer.shape, layer.bits, layer.group_size)
+def _read_streams(
+    name: str, layer: OrthoLinear, base: TensorFiles, memories: Mapping[str, TensorFiles]
+) -> LayerStreams:
+    streams = read_memories(memories, name, layer)
     try:
-        tensors = {part: reader.read_base(f"{name}.{part}") for part in parts}
-        base = BaseStream(layer.shape, layer.bits, layer.group_size, **tensors)
-        memories = {memory: _read_ortho(name, memory, layer, reader) for memory in reader.memories}
-        return LayerStreams(base, memories.pop(DEFAULT_MEMORY, None), None, memories)
+        return LayerStreams(read_base(base, name, layer), streams.pop(DEFAULT_MEMORY, None), None, streams)
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{reader.path}: streams of {name} do not fit: {error}") from None
-
-
-def _read_ortho(name: str, memory: str, layer: OrthoLinear, reader: _TensorReader) -> OrthoStream:
-    parts = {field: reader.read_ortho(memory, f"{name}.{part}") for field, part in _ORTHO_PARTS.items()}
-    return OrthoStream(**parts, shape=layer.shape)
+        raise UserError(f"{base.directory}: streams of {name} do not fit: {error}") from None
 
 
 def _squared_norms(streams: LayerStreams) -> tuple[float, float]:
@@ -218,15 +168,17 @@ def _norm_ratio(ortho_square: float, full_square: float) -> float:
     return math.sqrt(ortho_square / full_square) if full_square else 0.0
 
 
-def _count_bytes(path: Path, sizes: Sequence[tuple[str, int]], skeleton: Mapping[str, OrthoLinear]) -> dict[str, int]:
+def _count_bytes(
+    path: Path, manifest: Manifest, sizes: Sequence[tuple[str, int]], skeleton: Mapping[str, OrthoLinear]
+) -> dict[str, int]:
     base = {f"{name}.{part}" for name in skeleton for part in ("qweight", "scales", "weight")}
-    ortho = {f"{name}.{part}" for name in skeleton for part in _ORTHO_PARTS.values()}
+    ortho = {f"{name}.{part}" for name in skeleton for part in ORTHO_PARTS.values()}
     stream_bytes = {
         "base": sum(size for name, size in sizes if name in base),
         "ortho": sum(size for name, size in sizes if name in ortho),
     }
     other = sum(size for _, size in sizes) - stream_bytes["base"] - stream_bytes["ortho"]
-    files = (path / name for name in read_manifest(path).files)
+    files = (path / name for name in manifest.files)
     return {**stream_bytes, "other": other, "files": sum(file.stat().st_size for file in files if file.exists())}
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.checkpoint.extra_files import copy_extra_files, copy_file, follow_links, is_tokenizer_file
-from lm_ortho.checkpoint.manifest import CONFIG_FILE, INDEX_FILE, ortho_file, read_json, read_manifest
+from lm_ortho.checkpoint.input_files import read_json
+from lm_ortho.checkpoint.manifest import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, ortho_file, read_manifest
 from lm_ortho.checkpoint.read import is_checkpoint, list_memories, load
-from lm_ortho.checkpoint.write import GENERATION_FILE, base_tensors, write_json
+from lm_ortho.checkpoint.write import base_tensors, write_json
 from lm_ortho.dial import format_alpha, parse_alpha
 from lm_ortho.errors import UserError
 from lm_ortho.files import atomic_directory, check_output_directory

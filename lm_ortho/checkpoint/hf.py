@@ -5,29 +5,39 @@ The start-up hook imports this file while transformers is being imported, so it 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lm_ortho.checkpoint.manifest import MANIFEST_FILE, check_settings, check_version, ortho_file, read_manifest, verify
+from lm_ortho.checkpoint.manifest import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    ortho_file,
+    read_manifest,
+)
+from lm_ortho.checkpoint.settings import check_settings, check_sizes, check_version
+from lm_ortho.checkpoint.tensor_files import TensorFiles, check_base, read_memories
+from lm_ortho.checkpoint.verification import check_base_file, check_unlisted_files, find_directory, verify_files
 from lm_ortho.checkpoint.write import SavePretrainedGuard
-from lm_ortho.errors import UserError
+from lm_ortho.errors import UserError, printable
 from lm_ortho.hub import describe_hub_error
 from lm_ortho.layer import OrthoLinear, connect, ortho_layers, replace_modules, to_linear_form, unpatch
-from lm_ortho.streams import DEFAULT_MEMORY, OrthoStream
+from lm_ortho.streams import DEFAULT_MEMORY
 
 METHOD = "libortho"
-_PARTS = ("ortho_rowptr", "ortho_cols", "ortho_vals")
-_verified: ContextVar[bool] = ContextVar("lm_ortho_files_verified", default=False)
+_FIELDS = ("bits", "group_size", "density", "bits_per_weight", "modules", "memories", "format_version", "recipe")
+_verified: ContextVar[Path | None] = ContextVar("lm_ortho_verified_directory", default=None)
 
 
 def register() -> None:
@@ -40,9 +50,9 @@ def register() -> None:
 
 
 @contextmanager
-def skip_verification() -> Iterator[None]:
-    """Inside the ``with`` block the quantiser does not hash the files again, because the caller has done so."""
-    token = _verified.set(True)
+def skip_verification(directory: Path) -> Iterator[None]:
+    """Inside the ``with`` block the quantiser does not hash the files of ``directory``, as the caller has done so."""
+    token = _verified.set(directory.resolve())
     try:
         yield
     finally:
@@ -50,10 +60,15 @@ def skip_verification() -> Iterator[None]:
 
 
 class LibOrthoConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a decomposed model: lattice, density, decomposed modules, recipe."""
+    """``quantization_config`` of a decomposed model: lattice, density, decomposed modules, recipe.
+
+    Raises:
+        UserError: for values that no checkpoint has. Unknown fields are dropped: they could shadow a method.
+    """
 
     def __init__(
         self,
+        /,
         bits: int = 4,
         group_size: int = 64,
         density: float = 0.0,
@@ -63,6 +78,15 @@ class LibOrthoConfig(QuantizationConfigMixin):
         **extra: Any,
     ) -> None:
         check_version(format_version, "quantization_config")
+        settings = {
+            "bits": bits,
+            "group_size": group_size,
+            "density": density,
+            "modules": modules,
+            "memories": memories,
+        }
+        if modules:  # an empty configuration is made by transformers, to compare with
+            check_settings(settings, CONFIG_FILE)
         self.quant_method = METHOD
         self.format_version = format_version
         self.bits = bits
@@ -71,9 +95,9 @@ class LibOrthoConfig(QuantizationConfigMixin):
         self.modules = list(modules or [])
         if memories:
             self.memories = list(memories)
-        extra.pop("quant_method", None)
         for name, value in extra.items():
-            setattr(self, name, value)
+            if name in _FIELDS:
+                setattr(self, name, value)
 
 
 class LibOrthoHfQuantizer(HfQuantizer):
@@ -103,30 +127,46 @@ class LibOrthoHfQuantizer(HfQuantizer):
         # Reached only without the guard on the instance, as by PreTrainedModel.save_pretrained(model, ...).
         raise UserError("save a decomposed model by model.save_pretrained(...) or lm_ortho.checkpoint.save(...)")
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        # Called before the model is built, which may take hours if the configuration says so.
+        check_sizes(config.to_dict(), CONFIG_FILE)
+        return config
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         files = [Path(name) for name in checkpoint_files or []]
         if not files:
             raise UserError("a decomposed model can only be loaded from its files")
+        directory = find_directory(files, str(getattr(model.config, "name_or_path", "")))
         memories = getattr(self.quantization_config, "memories", [DEFAULT_MEMORY])
         self._ortho_files = {name: _find_ortho(ortho_file(name), files[0], model) for name in memories}
-        self._verify(files, model)
-        self.replace_layers(model)
-        _check_complete(model, files)
+        self._verify(directory, files, model)
+        try:
+            self.replace_layers(model)
+        except UserError:
+            raise
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{directory}: {CONFIG_FILE} does not fit the model ({printable(error)})") from error
+        with TensorFiles(directory, [path.name for path in files]) as tensors:
+            check_base(model, tensors)
 
-    def _verify(self, files: list[Path], model: nn.Module) -> None:
-        directory = files[0].parent
+    def _verify(self, directory: Path, files: list[Path], model: nn.Module) -> None:
+        """Raises ``UserError`` unless all that transformers reads is in the manifest, and as it was written."""
         manifest_file = directory / MANIFEST_FILE
-        if not manifest_file.exists():
+        if not os.path.lexists(manifest_file):
             manifest_file = _fetch_from_hub(MANIFEST_FILE, files[0], model) or manifest_file
         manifest = read_manifest(manifest_file.parent)
         self.meta = manifest.meta
-        if _verified.get():
+        for path in files:
+            check_base_file(directory, manifest, path.name)
+        if _verified.get() == directory.resolve():
             return
-        verify(directory, manifest, [path.name for path in files])
+        check_unlisted_files(directory, manifest, with_code=type(model).__module__.startswith("transformers_modules"))
+        read_names = [name for name in (CONFIG_FILE, GENERATION_FILE, INDEX_FILE) if os.path.lexists(directory / name)]
+        verify_files(directory, manifest, [*read_names, *(path.name for path in files)])
         for path in filter(None, self._ortho_files.values()):
-            verify(path.parent, manifest, [path.name])
+            verify_files(path.parent, manifest, [path.name])
 
     def replace_layers(self, model: nn.Module) -> None:
         """Replaces the layers that the config names by empty two-stream layers."""
@@ -165,8 +205,7 @@ class LibOrthoHfQuantizer(HfQuantizer):
 
         for layer in ortho_layers(model).values():
             vars(layer).pop("weight", None)
-        for memory, path in self._ortho_files.items():
-            _load_ortho(model, memory, path, has_several=len(self._ortho_files) > 1)
+        _load_memories(model, self._ortho_files)
         connect(model)
         SavePretrainedGuard.install(model)
         register_adapters()
@@ -202,16 +241,18 @@ def build_skeleton(directory: Path, *, decomposed: bool = True, trust_remote_cod
         del config.quantization_config
         with torch.device("meta"):
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, **options)
-    except (ImportError, KeyError, OSError, ValueError) as error:
-        raise UserError(f"{directory}: transformers cannot build it ({describe_hub_error(error)})") from None
-    if decomposed:
-        LibOrthoHfQuantizer(LibOrthoConfig(**settings)).replace_layers(model)
+        if decomposed:
+            LibOrthoHfQuantizer(LibOrthoConfig(**settings)).replace_layers(model)
+    except UserError:
+        raise
+    except Exception as error:  # the configuration may hold anything, and so its errors are of any class
+        raise UserError(f"{directory}: transformers cannot build it ({describe_hub_error(error)})") from error
     return model
 
 
 def _find_ortho(name: str, base_file: Path, model: nn.Module) -> Path | None:
     path = base_file.parent / name
-    return path if path.exists() else _fetch_from_hub(name, base_file, model)
+    return path if os.path.lexists(path) else _fetch_from_hub(name, base_file, model)
 
 
 def _fetch_from_hub(name: str, base_file: Path, model: nn.Module) -> Path | None:
@@ -242,34 +283,21 @@ def _fetch_from_hub(name: str, base_file: Path, model: nn.Module) -> Path | None
     return None if path is None else Path(path)
 
 
-def _check_complete(model: nn.Module, files: list[Path]) -> None:
-    """Raises ``UserError`` if a base tensor is missing: transformers would fill it with random numbers."""
-    names: set[str] = set()
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                names.update(tensors.keys())
-        except (SafetensorError, OSError):
-            raise UserError(f"{path.parent}: {path.name} cannot be read: truncated or not a safetensors file") from None
-    tied_names = getattr(model, "all_tied_weights_keys", None) or {}
-    for name in model.state_dict():
-        if name not in names and name not in tied_names and not name.rpartition(".")[2].startswith("ortho_"):
-            raise UserError(f"{files[0].parent}: the base stream lacks {name}")
-
-
-def _load_ortho(model: nn.Module, memory: str, path: Path | None, has_several: bool) -> None:
-    """Loads the ortho streams of one memory; without its file, the layers record the name if there are several."""
-    if path is None:
-        for layer in ortho_layers(model).values():
-            layer.absent = (*layer.absent, *((memory,) if has_several or memory != DEFAULT_MEMORY else ()))
-        return
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            for name, layer in ortho_layers(model).items():
-                rowptr, cols, vals = (tensors.get_tensor(f"{name}.{part}") for part in _PARTS)
-                layer.set_ortho(OrthoStream(rowptr, cols, vals, layer.shape), memory)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path.parent}: {path.name} does not fit the base: {error}") from None
+def _load_memories(model: nn.Module, ortho_files: dict[str, Path | None]) -> None:
+    """Loads the ortho streams of all memories; without its file, the layers record a name if there are several."""
+    missing = [name for name, path in ortho_files.items() if path is None]
+    recorded = tuple(name for name in missing if len(ortho_files) > 1 or name != DEFAULT_MEMORY)
+    with ExitStack() as stack:
+        tensors = {
+            memory: stack.enter_context(TensorFiles(path.parent, [path.name]))
+            for memory, path in ortho_files.items()
+            if path is not None
+        }
+        for name, layer in ortho_layers(model).items():
+            layer.absent = (*layer.absent, *recorded)
+            streams = read_memories(tensors, name, layer)
+            for memory, ortho in streams.items():
+                layer.set_ortho(ortho, memory)
 
 
 register()  # also here: the start-up hook cannot call it while this module is being imported

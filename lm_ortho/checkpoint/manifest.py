@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lm_ortho.errors import UserError
-from lm_ortho.streams import BITS, DEFAULT_MEMORY
+from lm_ortho.checkpoint import limits
+from lm_ortho.checkpoint.input_files import read_json, sha256
+from lm_ortho.checkpoint.settings import FORMAT_VERSION, check_version
+from lm_ortho.errors import UserError, printable
+from lm_ortho.streams import DEFAULT_MEMORY
 
 FORMAT = "lm-ortho"
-FORMAT_VERSION = 2
-"""The newest format: 1 holds one memory; 2 holds several, each with a name and an ortho file."""
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"
+GENERATION_FILE = "generation_config.json"
 ORTHO_FILE = "ortho.safetensors"
+# Files with which transformers would load another model from the same directory.
+OTHER_MODEL_FILES = (
+    "model.safetensors",
+    "model.*.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.*.json",
+    "pytorch_model.bin",
+    "pytorch_model.*.bin",
+    "pytorch_model-*-of-*.bin",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin.index.*.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+_BASE_FILE = re.compile(r"base(-\d{5}-of-\d{5})?\.safetensors", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def is_base_file(name: str) -> bool:
+    """Whether ``name`` is a file, or one of several, that holds the base stream."""
+    return bool(_BASE_FILE.fullmatch(name))
 
 
 def ortho_file(memory: str) -> str:
@@ -69,77 +93,30 @@ def read_manifest(directory: Path) -> Manifest:
     if content.get("format") != FORMAT:
         raise UserError(f"{directory}: {MANIFEST_FILE} does not describe an lm-ortho checkpoint")
     check_version(content.get("format_version"), directory)
-    try:
-        files = {
-            _check_relative(name): FileRecord(str(record["sha256"]), int(record["bytes"]))
-            for name, record in content["files"].items()
-        }
-        return Manifest(files, dict(content["meta"]))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"{directory}: {MANIFEST_FILE} is damaged") from None
+    files, meta = content.get("files"), content.get("meta")
+    if not isinstance(files, dict) or not isinstance(meta, dict):
+        raise UserError(f"{directory}: {MANIFEST_FILE} is damaged: it has no files or no meta")
+    if len(files) > limits.FILES:
+        raise UserError(f"{directory}: {MANIFEST_FILE} lists {len(files)} files; at most {limits.FILES} are read")
+    return Manifest({name: _parse_record(directory, name, record) for name, record in files.items()}, meta)
 
 
-def check_version(version: Any, location: object) -> None:
-    """Raises ``UserError`` for a format that this version of lm-ortho cannot read; ``location`` begins the message."""
-    if not isinstance(version, int) or version < 1:
-        raise UserError(f"{location}: no valid format_version ({version!r})")
-    if version > FORMAT_VERSION:
-        raise UserError(
-            f"{location}: written by a newer lm-ortho (format {version}, this one reads up to "
-            f"{FORMAT_VERSION}); upgrade lm-ortho"
-        )
-
-
-def check_settings(settings: Mapping[str, Any], location: object) -> None:
-    """Raises ``UserError`` for an impossible lattice or list of layers in ``quantization_config``."""
-    bits, size, modules = (settings.get(name) for name in ("bits", "group_size", "modules"))
-    if type(bits) is not int or bits not in BITS:
-        raise UserError(
-            f"{location}: quantization_config has bits={bits!r}; expected one of {', '.join(map(str, BITS))}"
-        )
-    if type(size) is not int or size < 8 or size % 8:
-        raise UserError(f"{location}: quantization_config has group_size={size!r}; expected a positive multiple of 8")
-    if not isinstance(modules, list) or not modules or not all(isinstance(name, str) for name in modules):
-        raise UserError(f"{location}: quantization_config lists no decomposed modules")
-
-
-def verify(directory: Path, manifest: Manifest, names: Iterable[str], optional: Iterable[str] = ()) -> None:
-    """Raises ``UserError`` for a file that differs from its record; ``optional`` ones may be missing."""
-    optional_names = set(optional)
-    for name in names:
-        path = directory / name
-        record = manifest.files.get(name)
-        if record is None:
-            raise UserError(f"{directory}: {name} is not listed in {MANIFEST_FILE}")
-        if not path.is_file():
-            if name in optional_names:
-                continue
-            raise UserError(f"{directory}: {name} is missing")
-        size = path.stat().st_size
-        if size != record.bytes:
-            raise UserError(
-                f"{directory}: {name} has {size} bytes, not {record.bytes} as in the manifest: truncated or replaced"
-            )
-        if sha256(path) != record.sha256:
-            raise UserError(f"{directory}: {name} was changed after it was written (its sha256 differs)")
+def _parse_record(directory: Path, name: str, record: Any) -> FileRecord:
+    """Raises ``UserError`` for a path outside the checkpoint, written in an unusual way, or without hash and size."""
+    parts = PurePosixPath(name).parts
+    is_plain = name == "/".join(parts) and ".." not in parts and "\\" not in name
+    if not name or not is_plain or name.startswith("/") or len(name) > limits.NAME_LENGTH:
+        raise UserError(f"{directory}: {MANIFEST_FILE} is damaged: it lists {printable(repr(name), 80)}")
+    fields = record if isinstance(record, dict) else {}
+    digest, size = fields.get("sha256"), fields.get("bytes")
+    if not isinstance(digest, str) or not _SHA256.fullmatch(digest) or type(size) is not int or size < 0:
+        raise UserError(f"{directory}: {MANIFEST_FILE} is damaged: {name} has no sha256 and number of bytes")
+    return FileRecord(digest, size)
 
 
 def read_meta(path: str | PathLike[str]) -> dict[str, Any]:
     """The record that ``save`` stored with a checkpoint: recipe, report, hashes. Raises ``UserError``."""
     return read_manifest(Path(path)).meta
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file. Raises ``UserError`` that names the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path.parent}: {path.name} is missing or cannot be read") from None
-    except ValueError:
-        raise UserError(f"{path.parent}: {path.name} is not valid JSON (truncated?)") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path.parent}: {path.name} does not hold a JSON object")
-    return content
 
 
 def read_libortho_settings(config: Path) -> dict[str, Any] | None:
@@ -150,17 +127,3 @@ def read_libortho_settings(config: Path) -> dict[str, Any] | None:
     """
     settings = read_json(config).get("quantization_config")
     return settings if isinstance(settings, dict) and settings.get("quant_method") == "libortho" else None
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of the content of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _check_relative(name: str) -> str:
-    """Returns ``name``. Raises ``ValueError`` for a path outside the checkpoint."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts:
-        raise ValueError(name)
-    return name

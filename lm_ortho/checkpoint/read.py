@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lm_ortho.checkpoint.manifest import (
-    CONFIG_FILE,
-    INDEX_FILE,
-    MANIFEST_FILE,
-    check_settings,
-    check_version,
-    ortho_file,
-    read_json,
-    read_libortho_settings,
-    read_manifest,
-    verify,
-)
+from lm_ortho.checkpoint.manifest import CONFIG_FILE, read_libortho_settings
+from lm_ortho.checkpoint.settings import check_settings
+from lm_ortho.checkpoint.verification import verify_checkpoint
 from lm_ortho.errors import UserError
 from lm_ortho.hub import describe_hub_error
 from lm_ortho.streams import DEFAULT_MEMORY
+
+__all__ = ["is_checkpoint", "list_memories", "load", "verify_checkpoint"]
 
 
 def is_checkpoint(path: str | PathLike[str]) -> bool:
@@ -35,7 +29,7 @@ def is_checkpoint(path: str | PathLike[str]) -> bool:
 
 
 def load(
-    directory: str | PathLike[str],
+    directory: str | PathLike[str] | None = None,
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
     **kwargs: Any,
@@ -47,11 +41,16 @@ def load(
     ortho file is missing works at alpha=0 only.
 
     Raises:
-        UserError: for a directory that is no checkpoint, a newer format, and files that are missing, truncated,
-            changed or not listed in the manifest.
+        UserError: for a directory that is no checkpoint, a newer format, files that are missing, truncated, changed or
+            not listed in the manifest, other weights in the directory, and tensors that do not fit.
     """
+    if directory is None:
+        raise UserError(
+            'directory is missing: lm_ortho.load("my/split") loads the checkpoint that '
+            "`lm-ortho decompose --out my/split` wrote"
+        )
     path = Path(directory)
-    verify_checkpoint(path)
+    verify_checkpoint(path, trust_remote_code=bool(kwargs.get("trust_remote_code")))
     from transformers import AutoModelForCausalLM
 
     from lm_ortho.checkpoint.hf import register, skip_verification
@@ -60,43 +59,25 @@ def load(
     dtype = kwargs.pop("torch_dtype", dtype)
     defaults = {"dtype": "auto" if dtype is None else dtype, "local_files_only": True, "trust_remote_code": False}
     try:
-        with skip_verification():
+        with skip_verification(path):
             model: nn.Module = AutoModelForCausalLM.from_pretrained(str(path), **(defaults | kwargs))
     except UserError:
         raise
-    except (ImportError, KeyError, OSError, ValueError) as error:
+    except Exception as error:  # the configuration may hold anything, and so its errors are of any class
         raise UserError(f"{path}: transformers cannot load it ({describe_hub_error(error)})") from error
     return model if torch.device(device).type == "cpu" else model.to(device)
 
 
 def list_memories(directory: str | PathLike[str]) -> list[str]:
     """The memories that a checkpoint was made with, also those whose files are missing. Raises ``UserError``."""
-    settings = _read_settings(Path(directory)) or {}
+    settings = _read_settings(Path(directory))
+    if settings is None:
+        return [DEFAULT_MEMORY]
+    check_settings(settings, directory)
     return settings.get("memories") or [DEFAULT_MEMORY]
 
 
-def verify_checkpoint(path: Path) -> None:
-    """Raises ``UserError`` unless every file is as it was written; ortho files may be missing."""
-    if not path.is_dir():
-        raise UserError(f"{path} is not a checkpoint: there is no such directory")
-    settings = _read_settings(path)
-    if settings is None:
-        raise UserError(f"{path} is not an lm-ortho checkpoint: its {CONFIG_FILE} names no libortho quantization")
-    check_version(settings.get("format_version"), path)
-    check_settings(settings, path)
-    if not (path / MANIFEST_FILE).exists():
-        raise UserError(f"{path}: {MANIFEST_FILE} is missing; the checkpoint is incomplete")
-    manifest = read_manifest(path)
-    ortho_files = [ortho_file(name) for name in settings.get("memories") or [DEFAULT_MEMORY]]
-    verify(path, manifest, {**dict.fromkeys((CONFIG_FILE, INDEX_FILE)), **manifest.files}, optional=ortho_files)
-    shards = read_json(path / INDEX_FILE).get("weight_map")
-    if not isinstance(shards, dict):
-        raise UserError(f"{path}: {INDEX_FILE} has no weight_map")
-    weight_files = [*shards.values(), *(name for name in ortho_files if (path / name).exists())]
-    verify(path, manifest, [name for name in dict.fromkeys(weight_files) if name not in manifest.files])
-
-
 def _read_settings(path: Path) -> dict[str, Any] | None:
-    if not (path / CONFIG_FILE).exists():
+    if not os.path.lexists(path / CONFIG_FILE):
         raise UserError(f"{path} is not a checkpoint: it has no {CONFIG_FILE}")
     return read_libortho_settings(path / CONFIG_FILE)

@@ -19,6 +19,7 @@ from lm_ortho.checkpoint.manifest import (
     CONFIG_FILE,
     INDEX_FILE,
     MANIFEST_FILE,
+    OTHER_MODEL_FILES,
     format_version,
     ortho_file,
     read_libortho_settings,
@@ -32,16 +33,6 @@ from lm_ortho.layer.guard import Guard
 from lm_ortho.streams import LayerStreams, bits_per_weight, density
 
 SHARD_BYTES = 5 * 10**9
-# Files with which transformers would load another model from the same directory.
-_OTHER_MODEL_FILES = (
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "pytorch_model.bin",
-    "pytorch_model-*-of-*.bin",
-    "pytorch_model.bin.index.json",
-    "adapter_config.json",
-)
-GENERATION_FILE = "generation_config.json"
 USED_FILE = ".last_used"
 """An empty file with which the cache records when an entry was last used; it moves with the checkpoint."""
 
@@ -237,7 +228,7 @@ def _check_directory(target: Path) -> None:
     """Raises ``UserError`` for a directory that holds another model."""
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; a checkpoint is a directory")
-    files = [path.name for pattern in _OTHER_MODEL_FILES for path in sorted(target.glob(pattern))]
+    files = [path.name for pattern in OTHER_MODEL_FILES for path in sorted(target.glob(pattern))]
     if not files and (target / CONFIG_FILE).is_file() and not _is_replaceable(target / CONFIG_FILE):
         files = [CONFIG_FILE]
     if files:
@@ -284,7 +275,7 @@ def _publish(scratch: Path, target: Path) -> None:
         os.replace(scratch / name, target / name)
     new = {path.as_posix() for path in files}
     for old in older - new:
-        if old.endswith(".safetensors"):
+        if old.endswith(".safetensors") and "/" not in old:  # a folder might be a link to a place elsewhere
             (target / old).unlink(missing_ok=True)
 
 

@@ -24,17 +24,27 @@ def inspect(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
+    accept_tokenizer: Annotated[
+        bool, typer.Option("--accept-tokenizer", help="Record the tokenizer's files as they are now.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="SVG file of a heat map that shows where the memory is.")] = None,
 ) -> None:
     """Verify a checkpoint and print its contents: per layer, in total, and where the memory is.
 
     A layer has the density of the ortho stream, the relative error of the base stream against alpha=1, the share of
     codes that are 0, and bits per weight. All figures are computed from the files, one layer at a time.
+
+    A tokenizer or chat template that was changed after the checkpoint was written is refused everywhere, until
+    --accept-tokenizer records its files as they are now; weights and configuration cannot be accepted in this way.
     """
     from lm_ortho.checkpoint.contents import density_grid, read_contents
     from lm_ortho.checkpoint.heat_map import heat_map
+    from lm_ortho.checkpoint.verification import accept_tokenizer as accept_tokenizer_files
     from lm_ortho.markdown import write_text
 
+    if accept_tokenizer:
+        changed_names = accept_tokenizer_files(directory)
+        typer.echo(f"recorded as it is now: {', '.join(changed_names) or 'nothing had changed'}", err=True)
     contents = read_contents(directory, trust_remote_code=trust_remote_code)
     if out is not None and not contents.has_ortho:
         raise UserError(f"out={str(out)!r}: {directory} holds only the base stream; there is no memory to draw")

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lm_ortho.checkpoint.manifest import sha256
+from lm_ortho.checkpoint.input_files import sha256
 from lm_ortho.leaderboard.store import Piece
 from lm_ortho.pipeline.code_hash import DECOMPOSITION, evaluation_hash, versions
 

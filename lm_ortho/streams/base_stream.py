@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lm_ortho.kernels import base_operand, pack_codes, packed_width, unpack_codes
-
-BITS = (3, 4, 8, 16)
+from lm_ortho.kernels import base_operand, pack_codes, unpack_codes
+from lm_ortho.streams.validation import base_layout, validate_base, validate_lattice
 
 
 def code_range(bits: int) -> tuple[int, int]:
@@ -41,26 +40,13 @@ class BaseStream:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
-        if self.bits not in BITS:
-            raise ValueError(f"bits={self.bits}: supported are {BITS}")
-        if self.group_size < 8 or self.group_size % 8:
-            raise ValueError(f"group_size={self.group_size} must be a positive multiple of 8")
-        if min(self.shape) < 1:
-            raise ValueError(f"shape {self.shape} has no weights")
-        for name, (dtype, shape) in self.layout(self.shape, self.bits, self.group_size).items():
-            _check(name, getattr(self, name), dtype, shape)
+        tensors = {"qweight": self.qweight, "scales": self.scales, "weight": self.weight}
+        validate_base(self.shape, self.bits, self.group_size, tensors)
 
     @staticmethod
     def layout(shape: tuple[int, int], bits: int, group_size: int) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
         """The stored tensors of a stream of this shape and lattice: name -> (dtype, shape)."""
-        out_features, in_features = shape
-        if bits == 16:
-            return {"weight": (torch.bfloat16, (out_features, in_features))}
-        n_groups = -(-in_features // group_size)
-        return {
-            "qweight": (torch.uint8, (out_features, packed_width(in_features, bits, group_size))),
-            "scales": (torch.bfloat16, (out_features, n_groups)),
-        }
+        return base_layout(shape, bits, group_size)
 
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Tensor, bits: int, group_size: int) -> BaseStream:
@@ -73,8 +59,7 @@ class BaseStream:
         """
         if bits == 16:
             raise ValueError("16 bits have no codes; use BaseStream.from_weight")
-        if bits not in BITS:
-            raise ValueError(f"bits={bits}: supported are {BITS}")
+        validate_lattice(bits, group_size)
         if codes.dim() != 2 or codes.is_floating_point() or codes.is_complex():
             raise ValueError(f"codes must be an integer matrix, not {codes.dtype} {tuple(codes.shape)}")
         low, high = code_range(bits)
@@ -128,12 +113,3 @@ class BaseStream:
         """The same stream on another device."""
         tensors = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return BaseStream(self.shape, self.bits, self.group_size, **tensors)
-
-
-def _check(name: str, tensor: Tensor | None, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    if tensor is None:
-        raise ValueError(f"{name} is missing")
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must be {dtype} of shape {shape}, not {tensor.dtype} of shape {tuple(tensor.shape)}")
-    if dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
-        raise ValueError(f"{name} holds a value that is not finite")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lm_ortho.streams.base_stream import BaseStream
 from lm_ortho.streams.ortho_stream import OrthoStream
+from lm_ortho.streams.validation import validate_bias, validate_disjoint
 
 DEFAULT_MEMORY = "memory"
 """The name of the memory of a model that has only one."""
@@ -44,10 +45,7 @@ class LayerStreams:
         self._check_memories()
         if self.bias is None:
             return
-        if tuple(self.bias.shape) != (self.base.shape[0],) or not self.bias.is_floating_point():
-            raise ValueError(f"bias of shape {tuple(self.bias.shape)} for {self.base.shape[0]} out_features")
-        if not bool(torch.isfinite(self.bias).all()):
-            raise ValueError("bias holds a value that is not finite")
+        validate_bias(self.bias, self.base.shape[0])
         object.__setattr__(self, "bias", self.bias.detach().to(torch.bfloat16))
 
     def _check_memories(self) -> None:
@@ -57,10 +55,9 @@ class LayerStreams:
         for name, ortho in self.memories.items():
             if ortho.shape != self.base.shape:
                 raise ValueError(f"base {self.base.shape} and ortho {ortho.shape} of {name} differ in shape")
-        if self.named_memories:
-            positions = torch.cat([ortho.rows() * self.shape[1] + ortho.cols for ortho in self.memories.values()])
-            if positions.unique().numel() < positions.numel():
-                raise ValueError("two memories hold the same position")
+        validate_disjoint(
+            self.shape, {name: {"rowptr": ortho.rowptr, "cols": ortho.cols} for name, ortho in self.memories.items()}
+        )
 
     @property
     def memories(self) -> dict[str, OrthoStream]:

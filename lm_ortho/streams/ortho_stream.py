@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lm_ortho.streams.validation import validate_ortho
+
 _INT32_MAX = 2**31 - 1
 
 
@@ -29,37 +31,7 @@ class OrthoStream:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
-        if min(self.shape) < 1:
-            raise ValueError(f"shape {self.shape} has no weights")
-        self._check_tensors()
-        self._check_structure()
-
-    def _check_tensors(self) -> None:
-        if self.rowptr.dtype not in (torch.int32, torch.int64) or self.cols.dtype != torch.int32:
-            raise ValueError(
-                f"rowptr must be int32 or int64 and cols int32, not {self.rowptr.dtype} and {self.cols.dtype}"
-            )
-        if self.vals.dtype != torch.bfloat16:
-            raise ValueError(f"vals must be bfloat16, not {self.vals.dtype}")
-        if self.rowptr.shape != (self.shape[0] + 1,):
-            raise ValueError(f"rowptr has shape {tuple(self.rowptr.shape)} for {self.shape[0]} rows")
-        if self.cols.dim() != 1 or self.cols.shape != self.vals.shape:
-            raise ValueError(f"{tuple(self.cols.shape)} cols and {tuple(self.vals.shape)} vals do not match")
-        if not bool(torch.isfinite(self.vals).all()):
-            raise ValueError("vals holds a value that is not finite")
-
-    def _check_structure(self) -> None:
-        counts = self.rowptr.long().diff()
-        bounds = (int(self.rowptr[0]), int(self.rowptr[-1]))
-        if bounds != (0, self.cols.numel()) or bool((counts < 0).any()):
-            raise ValueError(f"rowptr must rise from 0 to the {self.cols.numel()} stored values")
-        if self.cols.numel() == 0:
-            return
-        if int(self.cols.min()) < 0 or int(self.cols.max()) >= self.shape[1]:
-            raise ValueError(f"cols lie outside [0, {self.shape[1]})")
-        rows = torch.repeat_interleave(counts)
-        if not bool((rows * self.shape[1] + self.cols).diff().gt(0).all()):
-            raise ValueError("cols must be strictly increasing within each row")
+        validate_ortho(self.shape, self.rowptr, self.cols, self.vals)
 
     @classmethod
     def from_dense(cls, delta: Tensor, support: Tensor) -> OrthoStream:

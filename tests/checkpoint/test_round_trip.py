@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import GPTNeoXConfig, OPTConfig, Qwen2Config
 
 from lm_ortho.checkpoint import hf, is_checkpoint, load, read_meta, save
-from lm_ortho.checkpoint.manifest import sha256
+from lm_ortho.checkpoint.input_files import sha256
 from lm_ortho.errors import UserError
 from lm_ortho.layer import find_linear, get_alpha, get_streams, ortho_layers, set_alpha
 from lm_ortho.streams import bits_per_weight, density

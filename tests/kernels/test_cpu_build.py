@@ -37,7 +37,16 @@ def fresh_library(monkeypatch):
 @needs_compiler
 def test_no_memory_access_is_out_of_bounds(tmp_path):
     program = tmp_path / "driver"
-    command = [*build.compiler(), "-std=c++17", "-O1", "-g0", "-fsanitize=address", "-pthread", f"-I{build.HERE}"]
+    command = [
+        *build.compiler(),
+        "-std=c++17",
+        "-O1",
+        "-g0",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        "-pthread",
+        f"-I{build.HERE}",
+    ]
     command += [flag for flag in build.flags() if not flag.startswith("-O")]
     objects = []
     compilers = []
@@ -53,6 +62,7 @@ def test_no_memory_access_is_out_of_bounds(tmp_path):
     process = subprocess.run([str(program)], capture_output=True, text=True, timeout=200)
     assert process.returncode == 0, process.stdout + process.stderr
     assert "agrees" in process.stdout
+    assert "2000 hostile inputs" in process.stdout
 
 
 @needs_compiler

@@ -43,7 +43,7 @@ class Case:
 
     def add(self, ortho):
         self.deltas.append(ortho.to_dense(torch.float64))
-        self.sheets.append(cpu.pack_sheets(ortho.rowptr, ortho.cols, ortho.vals))
+        self.sheets.append(cpu.pack_sheets(ortho.rowptr, ortho.cols, ortho.vals, ortho.shape[1]))
 
     def x(self, rows):
         return torch.randn(rows, self.width, generator=self.random).bfloat16()
@@ -140,11 +140,12 @@ def test_alpha_zero_is_the_kernel_without_an_ortho_stream(isa, rows, wide):
 
 
 def test_alpha_zero_reads_no_sparse_byte():
-    """A kernel that reads these sheets, in which all bits are one, would read far outside their memory."""
+    """A product that reads these sheets is NaN: all bits of their values are one."""
     case = Case(64, 64)
-    invalid_sheet = torch.full_like(case.sheets[0], 255)
-    invalid_sheet[:24] = case.sheets[0][:24]  # the header holds the offsets of the parts and is read
+    invalid_sheet = case.sheets[0].clone()
+    invalid_sheet[int(invalid_sheet[32:40].view(torch.int64)) :] = 255  # the header ends with the place of the steps
     x = case.x(3)
+    assert case.run(x, [torch.ones(3)], sheets=[invalid_sheet]).isnan().any()
     assert torch.equal(case.run(x, [torch.zeros(3)], sheets=[invalid_sheet]), case.run(x))
 
 
@@ -203,17 +204,22 @@ def test_a_sheet_is_small():
     for share, bytes_per_value in ((0.01, 6.0), (0.05, 4.0)):
         support = torch.rand(512, 4096, generator=case.random) < share
         ortho = OrthoStream.from_dense(torch.randn(512, 4096), support)
-        assert cpu.pack_sheets(ortho.rowptr, ortho.cols, ortho.vals).numel() <= bytes_per_value * ortho.nnz
+        assert (
+            cpu.pack_sheets(ortho.rowptr, ortho.cols, ortho.vals, ortho.shape[1]).numel() <= bytes_per_value * ortho.nnz
+        )
     support = torch.zeros(512, 4096, dtype=torch.bool)
     support[::100] = True
     ortho = OrthoStream.from_dense(torch.randn(512, 4096), support)
-    assert cpu.pack_sheets(ortho.rowptr, ortho.cols, ortho.vals).numel() <= 4 * ortho.nnz
+    assert cpu.pack_sheets(ortho.rowptr, ortho.cols, ortho.vals, ortho.shape[1]).numel() <= 4 * ortho.nnz
     assert case.base.numel() == 512 * 4096 // 2 + 512 * 64 * 2
 
 
 def test_int64_row_pointers():
     ortho = OrthoStream.from_dense(torch.randn(40, 80), torch.rand(40, 80) < 0.2)
-    narrow, wide = (cpu.pack_sheets(rowptr, ortho.cols, ortho.vals) for rowptr in (ortho.rowptr, ortho.rowptr.long()))
+    narrow, wide = (
+        cpu.pack_sheets(rowptr, ortho.cols, ortho.vals, ortho.shape[1])
+        for rowptr in (ortho.rowptr, ortho.rowptr.long())
+    )
     assert torch.equal(narrow, wide)
 
 
