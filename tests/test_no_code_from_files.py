@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
@@ -151,7 +152,7 @@ def test_rows_are_no_templates_of_a_task(tmp_path: Path, marker: Path) -> None:
 
 
 def test_a_saved_state_is_no_pickle(tmp_path: Path, marker: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for number, write_state in enumerate((torch.save, lambda state, path: path.write_bytes(pickle.dumps(state)))):
+    for number, write_state in enumerate((torch.save, lambda state, path: path.write_bytes(pickle.dumps(state, 2)))):
         state = tmp_path / "run" / f"{number}.pt"
         state.parent.mkdir(exist_ok=True)
         write_state({"steps": Payload(marker)}, state)
@@ -227,10 +228,19 @@ def add_own_code(directory: Path, marker: Path, model_type: str | None) -> None:
 
 
 @pytest.fixture
-def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers copies a model's code into a folder of the test."""
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """transformers copies a model's code into a folder of the test, which is forgotten afterwards."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    forget_modules()
+    yield
+    forget_modules()
+
+
+def forget_modules() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
 
 
 def try_every_way(directory: Path, out: Path, **options: Any) -> None:
