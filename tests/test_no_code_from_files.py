@@ -68,6 +68,15 @@ def test_the_payload_works(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the source
 
 
+def dotted_name(function: ast.expr) -> str:
+    """The name of a function such as ``torch.load``; only the last part where it is an attribute of a result."""
+    parts = []
+    while isinstance(function, ast.Attribute):
+        parts.append(function.attr)
+        function = function.value
+    return ".".join(reversed([*parts, *([function.id] if isinstance(function, ast.Name) else [])]))
+
+
 @lru_cache
 def calls() -> list[tuple[str, str, ast.Call]]:
     """Every call of the source: its place, the function's name, and the call."""
@@ -78,7 +87,7 @@ def calls() -> list[tuple[str, str, ast.Call]]:
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Call):
                     place = f"{file.relative_to(REPOSITORY)}:{node.lineno}"
-                    all_calls.append((place, ast.unparse(node.func), node))
+                    all_calls.append((place, dotted_name(node.func), node))
     return all_calls
 
 
