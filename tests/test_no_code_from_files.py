@@ -69,12 +69,12 @@ def test_the_payload_works(tmp_path: Path) -> None:
 
 
 def dotted_name(function: ast.expr) -> str:
-    """The name of a function such as ``torch.load``; only the last part where it is an attribute of a result."""
+    """The name of a function such as ``torch.load``; ``?.load`` where it is an attribute of a result."""
     parts = []
     while isinstance(function, ast.Attribute):
         parts.append(function.attr)
         function = function.value
-    return ".".join(reversed([*parts, *([function.id] if isinstance(function, ast.Name) else [])]))
+    return ".".join(reversed([*parts, function.id if isinstance(function, ast.Name) else "?"]))
 
 
 @lru_cache
