@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import lru_cache
@@ -67,6 +68,15 @@ def test_the_payload_works(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the source
 
 
+def dotted_name(function: ast.expr) -> str:
+    """The name of a function such as ``torch.load``; ``?.load`` where it is an attribute of a result."""
+    parts = []
+    while isinstance(function, ast.Attribute):
+        parts.append(function.attr)
+        function = function.value
+    return ".".join(reversed([*parts, function.id if isinstance(function, ast.Name) else "?"]))
+
+
 @lru_cache
 def calls() -> list[tuple[str, str, ast.Call]]:
     """Every call of the source: its place, the function's name, and the call."""
@@ -77,7 +87,7 @@ def calls() -> list[tuple[str, str, ast.Call]]:
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Call):
                     place = f"{file.relative_to(REPOSITORY)}:{node.lineno}"
-                    all_calls.append((place, ast.unparse(node.func), node))
+                    all_calls.append((place, dotted_name(node.func), node))
     return all_calls
 
 
@@ -151,7 +161,7 @@ def test_rows_are_no_templates_of_a_task(tmp_path: Path, marker: Path) -> None:
 
 
 def test_a_saved_state_is_no_pickle(tmp_path: Path, marker: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for number, write_state in enumerate((torch.save, lambda state, path: path.write_bytes(pickle.dumps(state)))):
+    for number, write_state in enumerate((torch.save, lambda state, path: path.write_bytes(pickle.dumps(state, 2)))):
         state = tmp_path / "run" / f"{number}.pt"
         state.parent.mkdir(exist_ok=True)
         write_state({"steps": Payload(marker)}, state)
@@ -227,10 +237,19 @@ def add_own_code(directory: Path, marker: Path, model_type: str | None) -> None:
 
 
 @pytest.fixture
-def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers copies a model's code into a folder of the test."""
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """transformers copies a model's code into a folder of the test, which is forgotten afterwards."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    monkeypatch.setattr("sys.path", list(sys.path))
+    forget_modules()
+    yield
+    forget_modules()
+
+
+def forget_modules() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
 
 
 def try_every_way(directory: Path, out: Path, **options: Any) -> None:
