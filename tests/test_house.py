@@ -107,5 +107,5 @@ def test_names_say_what_a_thing_is() -> None:
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "tests").iterdir()), ids=lambda path: path.name)
 def test_folders_of_tests_are_named_after_rooms(path: Path) -> None:
-    others = {"support", "kernels", "experiments", "__pycache__"}
+    others = {"support", "fuzz", "kernels", "experiments", "__pycache__"}
     assert not path.is_dir() or path.name in others or (REPOSITORY / "lm_ortho" / path.name).is_dir()

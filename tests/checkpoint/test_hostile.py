@@ -411,7 +411,22 @@ def test_a_huge_file_is_not_hashed(directory):
     with (directory / "tokenizer.json").open("r+b") as stream:
         stream.truncate(limits.OTHER_FILE_BYTES + 1)
     edit_json(directory / "manifest.json", lambda m: m["files"]["tokenizer.json"].update(bytes=2**30 + 1))
-    refuse(load, directory, "tokenizer.json has 1073741825 bytes")
+    refuse(load, directory, "manifest.json lists 10737", "bytes in other files; at most 1073741824 are read")
+
+
+def test_from_pretrained_does_not_wait_for_a_pipe(directory):
+    """Without a dtype in the configuration, transformers opens the weights before it asks the quantiser."""
+    edit_json(directory / "config.json", lambda c: c.pop("dtype"))
+    rewrite(directory)
+    make_pipe(directory / "base.safetensors")
+    refuse(AutoModelForCausalLM.from_pretrained, directory, "base.safetensors is not a regular file")
+
+
+def test_many_repeated_names_are_refused_at_once(directory):
+    names = [f"m{index}" for index in range(200_000)]
+    edit_json(directory / "config.json", lambda c: c["quantization_config"].update(modules=[*names, names[-1]]))
+    rewrite(directory)
+    refuse(load, directory, "modules holds 'm199999' twice")
 
 
 def test_a_header_that_promises_more_than_there_is(directory):
