@@ -72,10 +72,10 @@ LM_ORTHO_API int lm_ortho_linear(int isa, int threads, int64_t rows, int64_t in_
     return OK;
 }
 
-// The constant arguments of a product: those of lm_ortho_linear except threads, rows, x and y.
+// The constant arguments of a product: those of lm_ortho_linear except threads, x and y.
 struct LmOrthoLayer {
     int32_t isa, planes, n_terms, y_float;
-    int64_t in_features, out_features, group, base_bytes;
+    int64_t rows, in_features, out_features, group, base_bytes, y_values;
     const uint8_t* base;
     const float* bias;
     const uint8_t* const* sheets;
@@ -84,11 +84,10 @@ struct LmOrthoLayer {
     const int64_t* strides;
 };
 
-LM_ORTHO_API int lm_ortho_layer(const LmOrthoLayer* layer, int threads, int64_t rows, const uint16_t* x, int64_t x_values,
-                                void* y, int64_t y_values) {
-    return lm_ortho_linear(layer->isa, threads, rows, layer->in_features, layer->out_features, layer->group, layer->planes,
+LM_ORTHO_API int lm_ortho_layer(const LmOrthoLayer* layer, int threads, const uint16_t* x, int64_t x_values, void* y) {
+    return lm_ortho_linear(layer->isa, threads, layer->rows, layer->in_features, layer->out_features, layer->group, layer->planes,
                            x, x_values, layer->base, layer->base_bytes, layer->bias, layer->n_terms, layer->sheets,
-                           layer->sheet_bytes, layer->alphas, layer->strides, layer->y_float, y, y_values);
+                           layer->sheet_bytes, layer->alphas, layer->strides, layer->y_float, y, layer->y_values);
 }
 
 }  // extern "C"

@@ -34,7 +34,7 @@ class Layer(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("isa", "planes", "n_terms", "y_float")),
-        *((name, _LONG) for name in ("in_features", "out_features", "group", "base_bytes")),
+        *((name, _LONG) for name in ("rows", "in_features", "out_features", "group", "base_bytes", "y_values")),
         *((name, _POINTER) for name in ("base", "bias", "sheets", "sheet_bytes", "alphas", "strides")),
     )
 
@@ -107,7 +107,7 @@ def _declare(functions: ctypes.CDLL) -> None:
     """Declares the types of the functions of ``api.cpp`` and ``pack.cpp``."""
     functions.lm_ortho_abi.argtypes = []
     functions.lm_ortho_isa.argtypes = []
-    functions.lm_ortho_layer.argtypes = [_POINTER, _INT, _LONG, _POINTER, _LONG, _POINTER, _LONG]
+    functions.lm_ortho_layer.argtypes = [_POINTER, _INT, _POINTER, _LONG, _POINTER]
     functions.lm_ortho_read_speed.argtypes = [_POINTER, _LONG]
     functions.lm_ortho_read_speed.restype = ctypes.c_double
     sized, shape = (_POINTER, _LONG), (_LONG, _LONG)

@@ -93,6 +93,7 @@ def bind_linear(
     product of 300 microseconds: its data have left the caches when a layer has read its weights through them.
     """
     library, in_features = require_library(), x.shape[-1]
+    rows = x.numel() // max(1, in_features)
     isa = isa or library.isa
     form = {"out_features": out_features, "bits": bits, "group_size": group_size}
     _check(x.reshape(-1, in_features), base, sheets, alphas, bias, **form)
@@ -103,9 +104,11 @@ def bind_linear(
         planes=count_planes(bits),
         n_terms=len(sheets),
         y_float=int(wide),
+        rows=rows,
         in_features=in_features,
         out_features=out_features,
         group=group_size,
+        y_values=rows * out_features,
         base_bytes=base.numel(),
         base=base.data_ptr(),
         bias=None if float_bias is None else float_bias.data_ptr(),
@@ -116,9 +119,8 @@ def bind_linear(
     )
     references = (layer, base, sheets, alphas, float_bias, sheet_pointers, sheet_bytes, alpha_pointers, strides)
     address, product, threads = ctypes.addressof(layer), library.functions.lm_ortho_layer, torch.get_num_threads
-    shape, rows = (*x.shape[:-1], out_features), x.numel() // max(1, in_features)
+    shape = (*x.shape[:-1], out_features)
     path, dtype = f"cpu.{path_name(rows)}", torch.float32 if wide else torch.bfloat16
-    y_values = rows * out_features
 
     def run(x: Tensor, references: Any = references) -> Tensor:  # the default keeps the tensors alive
         if not x.is_contiguous():
@@ -126,7 +128,7 @@ def bind_linear(
         if x.dtype is not torch.bfloat16:
             raise ValueError(f"x must be bfloat16, not {x.dtype}")
         y = x.new_empty(shape, dtype=dtype)
-        status = product(address, threads(), rows, x.data_ptr(), x.numel(), y.data_ptr(), y_values)
+        status = product(address, threads(), x.data_ptr(), x.numel(), y.data_ptr())
         if status:
             raise_for_status(status)
         record(path)

@@ -28,7 +28,13 @@ from lm_ortho.checkpoint.manifest import (
 )
 from lm_ortho.checkpoint.settings import check_settings, check_sizes, check_version
 from lm_ortho.checkpoint.tensor_files import TensorFiles, check_base, read_memories
-from lm_ortho.checkpoint.verification import check_base_file, check_unlisted_files, find_directory, verify_files
+from lm_ortho.checkpoint.verification import (
+    check_base_file,
+    check_regular_files,
+    check_unlisted_files,
+    find_directory,
+    verify_files,
+)
 from lm_ortho.checkpoint.write import SavePretrainedGuard
 from lm_ortho.errors import UserError, printable
 from lm_ortho.hub import describe_hub_error
@@ -130,6 +136,9 @@ class LibOrthoHfQuantizer(HfQuantizer):
     def update_attn_implementation(self, config: Any) -> Any:
         # Called before the model is built, which may take hours if the configuration says so.
         check_sizes(config.to_dict(), CONFIG_FILE)
+        directory = Path(str(getattr(config, "name_or_path", "")))
+        if str(directory) != "." and directory.is_dir():
+            check_regular_files(directory)
         return config
 
     def _process_model_before_weight_loading(

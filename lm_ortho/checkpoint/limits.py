@@ -8,9 +8,9 @@ JSON_BYTES = 64 * 2**20
 JSON_DEPTH = 64
 """Lists and objects inside each other in a JSON file."""
 WEIGHT_FILE_BYTES = 2**40
-"""Bytes of a safetensors file."""
+"""Bytes of all safetensors files of a manifest."""
 OTHER_FILE_BYTES = 2**30
-"""Bytes of any other file, such as a tokenizer."""
+"""Bytes of all other files of a manifest, such as a tokenizer."""
 FILES = 10_000
 """Files of a manifest."""
 MODULES = 1_000_000

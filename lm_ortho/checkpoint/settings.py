@@ -115,14 +115,15 @@ def _walk(content: Any) -> Iterator[tuple[str, Any]]:
 def _check_names(names: list[Any], limit: int, where: str) -> None:
     if len(names) > limit:
         raise UserError(f"{where} holds {len(names)} names; at most {limit} are possible")
+    earlier_names = set[str]()
     for name in names:
         if not isinstance(name, str) or not name or len(name) > limits.NAME_LENGTH or not name.isprintable():
             raise UserError(
                 f"{where} holds {_short(name)}; expected a printable name of at most {limits.NAME_LENGTH} characters"
             )
-    if len(set(names)) < len(names):
-        repeated = next(name for index, name in enumerate(names) if name in names[:index])
-        raise UserError(f"{where} holds {_short(repeated)} twice")
+        if name in earlier_names:
+            raise UserError(f"{where} holds {_short(name)} twice")
+        earlier_names.add(name)
 
 
 def _is_finite(value: float) -> bool:

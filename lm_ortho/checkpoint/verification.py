@@ -64,6 +64,7 @@ def verify_checkpoint(path: Path, *, trust_remote_code: bool = False) -> Manifes
         raise UserError(f"{path}: {MANIFEST_FILE} is missing; the checkpoint is incomplete")
     manifest = read_manifest(path)
     check_unlisted_files(path, manifest, with_code=trust_remote_code)
+    _check_sizes_of_files(path, manifest)
     # 3. Their content.
     ortho_files = [ortho_file(name) for name in settings.get("memories") or [DEFAULT_MEMORY]]
     verify_files(path, manifest, {**dict.fromkeys((CONFIG_FILE, INDEX_FILE)), **manifest.files}, optional=ortho_files)
@@ -97,6 +98,28 @@ def verify_files(directory: Path, manifest: Manifest, names: Iterable[str], opti
             raise UserError(
                 f"{directory}: {name} was changed after it was written (its sha256 differs)"
                 f"{_describe_acceptance(directory, name)}"
+            )
+
+
+def check_regular_files(directory: Path) -> None:
+    """Raises ``UserError`` for weights or JSON that are no regular files; transformers would wait for a named pipe."""
+    for name in os.listdir(directory):
+        path = directory / name
+        if name.endswith((".safetensors", ".json", ".bin")) and os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{directory}: {printable(name)} is not a regular file")
+
+
+def _check_sizes_of_files(directory: Path, manifest: Manifest) -> None:
+    """Raises ``UserError`` for files that would take hours to hash."""
+    weights = sum(record.bytes for name, record in manifest.files.items() if name.endswith(".safetensors"))
+    others = sum(record.bytes for record in manifest.files.values()) - weights
+    for kind, size, limit in (
+        ("safetensors", weights, limits.WEIGHT_FILE_BYTES),
+        ("other", others, limits.OTHER_FILE_BYTES),
+    ):
+        if size > limit:
+            raise UserError(
+                f"{directory}: {MANIFEST_FILE} lists {size} bytes in {kind} files; at most {limit} are read"
             )
 
 

@@ -41,6 +41,8 @@ SECONDS = 20
 """Time of one case; the machine may be busy, so it is far above what any case needs."""
 FILE_CASES = 16
 """One of so many cases goes through files; the others, of half a millisecond each, change tensors in memory."""
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError)
+"""What a second change meets in files that the first has damaged; it then changes nothing."""
 HOSTILE_NUMBERS = (0, 1, -1, 2, 7, 8, 127, 255, 2**31 - 1, -(2**31), 2**31, 2**40, 2**62, 2**63 - 1, -(2**63), -2)
 DTYPES = (
     torch.uint8,
@@ -372,7 +374,7 @@ def _agree(directory: Path) -> None:
                 data = file.read_bytes()
                 record.update(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
         path.write_text(json.dumps(content))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError):
+    except UNREADABLE:
         return
 
 
@@ -431,7 +433,7 @@ def _change_setting(draw: random.Random, directory: Path) -> None:
     try:
         content = json.loads(path.read_bytes())
         settings = content["quantization_config"]
-    except (ValueError, KeyError, TypeError, OSError, RecursionError):
+    except UNREADABLE:
         return
     if not isinstance(settings, dict):
         return
@@ -530,7 +532,7 @@ def _add_file(draw: random.Random, directory: Path) -> None:
     elif not (directory / name).exists():
         (directory / name).write_text(draw.choice(["", "{}", "raise SystemExit('ran')"]))
     if draw.random() < 0.5:
-        with contextlib.suppress(ValueError, KeyError, TypeError, OSError, RecursionError):
+        with contextlib.suppress(*UNREADABLE):
             content = json.loads((directory / "manifest.json").read_bytes())
             content["files"][name] = {"sha256": "", "bytes": 0}
             (directory / "manifest.json").write_text(json.dumps(content))
@@ -538,7 +540,7 @@ def _add_file(draw: random.Random, directory: Path) -> None:
 
 def _point_elsewhere(draw: random.Random, directory: Path) -> None:
     """Lets the index name files in other places."""
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+    with contextlib.suppress(*UNREADABLE):
         path = directory / "model.safetensors.index.json"
         content = json.loads(path.read_bytes())
         file = draw.choice(["sub/base.safetensors", "../checkpoint/base.safetensors", "ortho-bob.safetensors", "x", 5])
