@@ -134,10 +134,7 @@ def _encode_pair(lm: Any, context: str, continuation: str) -> Pair:
         if continuation_ids[0] == lm.prefix_token_id:
             context_ids, continuation_ids = continuation_ids[:1], continuation_ids[1:]
     if not 0 < len(continuation_ids) <= lm.max_length:
-        raise UserError(
-            f"max_length={lm.max_length}: an answer of {len(continuation_ids)} tokens cannot be scored: "
-            f"{continuation[:60]!r}"
-        )
+        raise UserError(f"max_length={lm.max_length}: an answer of {len(continuation_ids)} tokens cannot be scored")
     return list(context_ids), list(continuation_ids)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import pickle
+import re
 import threading
 
 import pytest
@@ -62,7 +63,7 @@ BAD_ALPHAS = [
 ]
 
 
-@pytest.mark.parametrize("alpha", BAD_ALPHAS, ids=lambda alpha: str(alpha)[:30])
+@pytest.mark.parametrize("alpha", BAD_ALPHAS, ids=lambda alpha: re.sub(r" at 0x.*", "", str(alpha)[:30]))
 def test_bad_alpha(model, alpha):
     with pytest.raises(UserError, match=r"^alpha") as error, alpha_scope(alpha):
         pass
