@@ -209,10 +209,10 @@ def _is_valid(shape: Any, bits: Any, group_size: Any, layer: dict[str, dict[str,
         return False
     places: list[tuple[int, int]] = []
     for name in ("alice", "bob"):
-        found = _read_places(layer[name], out_features, in_features)
-        if found is None:
+        own_places = _read_places(layer[name], out_features, in_features)
+        if own_places is None:
             return False
-        places += found
+        places += own_places
     return len(set(places)) == len(places)
 
 
@@ -467,10 +467,10 @@ def _change_tensors(draw: random.Random, directory: Path) -> None:
     elif action == 2:
         tensors[draw.choice(sorted(tensors))] = tensors[name].clone()
     else:
-        changed = damage_tensor(draw, tensors[name])
-        if changed is None or changed.is_meta:
+        tensor = damage_tensor(draw, tensors[name])
+        if tensor is None or tensor.is_meta:
             return
-        tensors[name] = changed.contiguous().clone()
+        tensors[name] = tensor.contiguous().clone()
     save_file(tensors, path, metadata={"format": "pt"})
 
 
