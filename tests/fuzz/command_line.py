@@ -120,6 +120,14 @@ def run_case(seed: int) -> str:
             words = mutate(draw, words, MUTATORS)
             if words[:1] == ["decompose"] or words[:1] == ["implant"]:  # never the embedded model, which has weights
                 words += ["--pretrained", str(make_home() / "model")]
+            elif words[:1] and words[0] in (
+                "sweep",
+                "verdict",
+                "bench",
+                "demo",
+                "eval",
+            ):  # they need no option to start
+                words += ["--help"]
         exit_code, output, errors = run_command([word.replace("\x00", "") for word in words], folder)
         assert not out.exists(), "a refused command left its output behind"
         if is_valid:
