@@ -10,6 +10,7 @@ import json
 import os
 import reprlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -37,6 +38,21 @@ def spell_out_name(name: Any) -> Any:
         return str(name)
     if isinstance(name, bool | float):
         raise ValueError("lm-eval reads this name as a value of another type; write it as a path, such as ./NAME")
+    return name
+
+
+def check_place(name: Any) -> Any:
+    """The name of a file, model or branch as ``spell_out_name`` returns it, after a look whether it is a path.
+
+    Raises:
+        ValueError: for a name that cannot be looked up: too long, of an unknown user (``~name``), without permission.
+    """
+    name = spell_out_name(name)
+    if isinstance(name, str):
+        try:
+            Path(name).expanduser().exists()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"cannot be looked up ({getattr(error, 'strerror', None) or error})") from None
     return name
 
 
@@ -134,15 +150,20 @@ class ModelSource(_Schema):
     revision: str | None = Field(None, description="Branch, tag or commit of a model on the hub.")
     trust_remote_code: bool = Field(False, description="Run Python code from the repository of the model.")
 
-    @field_validator("pretrained", "peft", "forget", "retain", "revision", mode="before")
+    @field_validator("forget", "retain", mode="before")
     @classmethod
     def _spell_out_name(cls, name: Any) -> Any:
-        return spell_out_name(name)
+        return spell_out_name(name)  # the reader of rows looks them up
+
+    @field_validator("pretrained", "peft", "revision", mode="before")
+    @classmethod
+    def _check_place(cls, name: Any) -> Any:
+        return check_place(name)
 
     @field_validator("base", mode="before")
     @classmethod
     def _spell_out_none(cls, base: Any) -> Any:
-        return "none" if base is None else spell_out_name(base)  # lm-eval parses ``base=none`` as None
+        return "none" if base is None else check_place(base)  # lm-eval parses ``base=none`` as None
 
 
 class ModelSpec(ModelSource):
@@ -173,8 +194,8 @@ class ModelSpec(ModelSource):
 
     @field_validator("tokenizer", "subfolder", mode="before")
     @classmethod
-    def _spell_out_tokenizer(cls, name: Any) -> Any:
-        return spell_out_name(name)
+    def _check_loading_place(cls, name: Any) -> Any:
+        return check_place(name)
 
     @field_validator("alpha", mode="before")
     @classmethod

@@ -102,6 +102,8 @@ def test_names_that_lm_eval_reads_as_whole_numbers_are_names() -> None:
         ({"pretrained": 1.5}, "pretrained=1.5: lm-eval reads this name"),
         ({"peft": True}, "peft=True: lm-eval reads this name"),
         ({"tokenizer": False}, "tokenizer=False: lm-eval reads this name"),
+        ({"pretrained": "a" * 300}, r"pretrained='a+.*: cannot be looked up \(File name too long\)"),
+        ({"base": "~no_such_user_here/m"}, "base='~no_such_user_here/m': cannot be looked up"),
     ],
 )
 def test_a_bad_model_arg_is_named(args, message) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lm_ortho.errors import UserError
+from lm_ortho.config import check_place
+from lm_ortho.errors import UserError, printable
 from lm_ortho.hub import describe_hub_error, first_line
 
 
@@ -98,7 +99,7 @@ def load_config(pretrained: str | Path, *, argument: str = "pretrained", **hub: 
     """Loads the configuration of a model; raises ``UserError`` as ``load_causal_lm``."""
     from transformers import AutoConfig
 
-    local = Path(str(pretrained)).expanduser()
+    local = find_place(pretrained, argument)
     inside = local / hub.get("subfolder", "")
     if local.is_dir() and not (inside / "config.json").is_file():
         folder = f"subfolder {hub['subfolder']!r}" if hub.get("subfolder") else "directory"
@@ -129,6 +130,9 @@ def load_tokenizer(source: str | Path, **hub: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
+    local = find_place(source, "tokenizer")
+    if not local.is_dir() and (local.is_absolute() or str(source).startswith((".", "~"))):
+        raise UserError(f"tokenizer={str(source)!r}: no such directory")
     try:
         return AutoTokenizer.from_pretrained(expand_path(source), **_without_code_prompt(hub))
     except Exception as error:  # hub client, JSON and tokenizer errors have no common base
@@ -153,6 +157,18 @@ def quantisation_method(config: Any) -> str:
     if isinstance(quantisation, dict):
         return str(quantisation.get("quant_method"))
     return str(getattr(quantisation, "quant_method", quantisation))
+
+
+def find_place(source: str | Path, argument: str) -> Path:
+    """Returns the path that ``source`` is, if it is one, with ``~`` expanded.
+
+    Raises:
+        UserError: for a name that cannot be looked up: too long, of an unknown user (``~name``), without permission.
+    """
+    try:
+        return Path(check_place(str(source))).expanduser()
+    except ValueError as error:
+        raise UserError(f"{argument}={printable(source, 80)!r}: {error}") from None
 
 
 def expand_path(source: str | Path) -> str:

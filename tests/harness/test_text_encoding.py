@@ -108,7 +108,7 @@ def test_a_tokenizer_without_start_and_end(home: Path, metadata: dict[str, str])
 
 @pytest.mark.parametrize(
     ("tokenizer", "message"),
-    [("~/no/such/tokenizer", "tokenizer='~/no/such/tokenizer' could not be loaded"), (7, "tokenizer")],
+    [("~/no/such/tokenizer", "tokenizer='~/no/such/tokenizer': no such directory"), (7, "tokenizer")],
 )
 def test_a_tokenizer_that_cannot_be_loaded_is_one_line(home: Path, tokenizer: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
