@@ -178,6 +178,7 @@ def load_decomposed(arguments: argparse.Namespace, sets: dict[str, str], **optio
         retain=sets["retain"],
         batch_size=16,
         steps=arguments.edit_steps,
+        force=arguments.first is not None,  # a model of a trial run knows nothing
         **options,
     )
 

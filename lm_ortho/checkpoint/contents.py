@@ -202,7 +202,7 @@ def density_grid(layers: Sequence[LayerContents]) -> Grid:
         cell = _block_and_projection(layer.name)
         values, weights = counts.get(cell, (0, 0))
         counts[cell] = (values + (layer.values or 0), weights + layer.weights)
-    rows = sorted(dict.fromkeys(row for row, _ in counts), key=lambda row: (not row.isdigit(), row.zfill(9)))
+    rows = sorted(dict.fromkeys(row for row, _ in counts), key=lambda row: (not row.isdecimal(), row.zfill(9)))
     columns = list(dict.fromkeys(column for _, column in counts))
     return Grid(rows, columns, [list(_row_densities(row, columns, counts)) for row in rows])
 
@@ -218,7 +218,7 @@ def _row_densities(
 def _block_and_projection(name: str) -> tuple[str, str]:
     """The first number in ``name``, and the rest of the name with further numbers as `*`."""
     parts = name.split(".")
-    index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    index = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     if index is None:
         return "-", name
-    return parts[index], ".".join("*" if part.isdigit() else part for part in parts[index + 1 :]) or "-"
+    return parts[index], ".".join("*" if part.isdecimal() else part for part in parts[index + 1 :]) or "-"

@@ -304,6 +304,6 @@ def _parse_size(size: int | str | None) -> int:
         return size or SHARD_BYTES
     units = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
     number, unit = size[:-2], size[-2:].upper()
-    if unit not in units or not number.strip().replace(".", "", 1).isdigit():
+    if unit not in units or not number.strip().replace(".", "", 1).isdecimal():
         raise UserError(f"max_shard_size={size!r}: write it like 5GB")
     return int(float(number) * units[unit])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lm_ortho.errors import UserError
+from lm_ortho.hub import first_line
 
 if TYPE_CHECKING:
     from lm_ortho.leaderboard.config import Board
@@ -157,7 +158,10 @@ def _parse_pairs(text: str, argument: str, example: str) -> dict[str, Any]:
     names = [name.strip() for name, _, _ in pairs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{argument} names {twice[0]} twice")
-    return dict(key_val_to_dict(",".join(f"{name.strip()}={value.strip()}" for name, _, value in pairs)))
+    try:
+        return dict(key_val_to_dict(",".join(f"{name.strip()}={value.strip()}" for name, _, value in pairs)))
+    except ValueError as error:  # lm-eval takes some characters for digits that are none, such as ½
+        raise UserError(f"{argument}={shorten(text)!r} cannot be read ({first_line(error)}); give it as JSON") from None
 
 
 def shorten(text: str) -> str:

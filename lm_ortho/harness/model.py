@@ -20,7 +20,7 @@ from lm_ortho import layer
 from lm_ortho.checkpoint import hf
 from lm_ortho.config import MODEL_ARGS, split_model_args
 from lm_ortho.dial import format_alpha, parse_alpha
-from lm_ortho.errors import UserError, printable
+from lm_ortho.errors import UserError
 from lm_ortho.harness import distributed, tokens
 from lm_ortho.harness.batching import BatchingMixin
 from lm_ortho.harness.text_encoding import TextEncodingMixin
@@ -126,7 +126,7 @@ class LibOrthoLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin)
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
-                raise UserError(f"{printable(name, 80)}: libortho has no such model arg{hint}")
+                raise UserError(f"{name}: libortho has no such model arg{hint}")
 
     def _create_model(
         self,

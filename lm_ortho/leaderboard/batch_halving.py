@@ -53,7 +53,7 @@ def halve_batch_on_oom(lm: Any, warn: Callable[[str], None]) -> None:
 def _get_batch_rows(lm: Any) -> int:
     """Number of rows in a batch; 1 for an automatic batch size, which lm-eval halves itself."""
     rows = str(getattr(lm, "most_rows", None) or getattr(lm, "batch_size_per_gpu", 1))
-    return int(rows) if rows.isdigit() else 1
+    return int(rows) if rows.isdecimal() else 1
 
 
 def _set_batch_rows(lm: Any, rows: int) -> None:

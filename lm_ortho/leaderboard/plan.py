@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -22,7 +21,7 @@ from lm_ortho.leaderboard.cells import (
     hash_task_files,
 )
 from lm_ortho.leaderboard.config import Board, Entry, Model
-from lm_ortho.leaderboard.evaluation import check_options, expand_groups
+from lm_ortho.leaderboard.evaluation import expand_groups
 from lm_ortho.leaderboard.makers import Maker, find_maker
 from lm_ortho.leaderboard.store import DONE, Piece, Record
 from lm_ortho.leaderboard.sweep import SEEDS
@@ -81,28 +80,18 @@ def plan_board(board: Board, directory: Path, only: str = "") -> Plan:
         if cell.key in cells:
             raise UserError(f"methods: {cell.label} seed={cell.seed} is listed twice")
         cells[cell.key] = _make_cell_job(board, cell, directory, pieces)
-    if not cells and not only:
-        raise UserError("methods: no cell to run: a list in grid, or seeds, is empty")
     if not cells:
         raise UserError(f"only={only!r}: no cell of the board has this method or hash")
     return Plan(tuple(tuning.values()), tuple(cells.values()))
 
 
 def _check_values(board: Board) -> None:
-    """Raises ``UserError`` for a value that would make every piece fail, or leave none, and for an unknown method."""
+    """Raises ``UserError`` for a device that is not there, and for an unknown method or setting."""
     require_device(board.device)
-    check_options(board.dtype, board.batch_size)
-    seeds = [*board.seeds, *itertools.chain.from_iterable(entry.seeds or () for entry in board.methods)]
-    if bad := next((seed for seed in seeds if not 0 <= seed < 2**32), None):
-        raise UserError(f"seeds: {bad} must be a whole number from 0 to {2**32 - 1}")
-    if small := next((name for name, limit in board.limits.items() if limit < 1), None):
-        raise UserError(f"limits: {small}={board.limits[small]} must be a whole number above 0")
     for entry in board.methods:
         maker = find_maker(entry.method, board.imports)
         for settings in entry.combinations():
             maker.check(settings)
-        if maker.dial and not (entry.alphas or board.alphas):
-            raise UserError(f"alphas: {entry.method} is measured at every alpha; name at least one")
 
 
 def expand_limits(board: Board, metadata: Mapping[str, Any]) -> dict[str, int | None]:

@@ -88,7 +88,7 @@ def group_by_block(names: Sequence[str]) -> dict[str, list[str]]:
     blocks = dict[str, list[str]]()
     for name in names:
         parts = name.split(".")
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        number = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
         blocks.setdefault(".".join(parts[: number + 1]) if number is not None else "rest", []).append(name)
     return blocks
 

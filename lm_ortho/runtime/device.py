@@ -49,7 +49,7 @@ def choose_device(device: str | None) -> Decision:
     if not torch.cuda.is_available():
         return Decision("cpu", "no CUDA device")
     index = device.partition(":")[2] if device else ""
-    if index and not (index.isdigit() and int(index) < torch.cuda.device_count()):
+    if index and not (index.isdecimal() and int(index) < torch.cuda.device_count()):
         raise UserError(f"device={device!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return Decision(device or "cuda", "as requested" if device else "a CUDA device is available")
 

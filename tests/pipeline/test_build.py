@@ -309,7 +309,7 @@ BAD: list[tuple[str, str, Change]] = [
         lambda t, h, o: {**o, "pretrained": str(save_adapter(h, t / "a"))},
     ),
     ("no base", "base='./nowhere': no such directory", lambda t, h, o: {**o, "base": "./nowhere"}),
-    ("unknown", "densty=1: .*did you mean density", lambda t, h, o: {**o, "densty": 1}),
+    ("unknown", "densty: .*did you mean density", lambda t, h, o: {**o, "densty": 1}),
     ("tp_plan", "tp_plan: ", lambda t, h, o: {**o, "tp_plan": "auto"}),
     ("kernel", "kernel='fast' is unknown", lambda t, h, o: {**o, "kernel": "fast"}),
     ("dtype", "dtype='float3' is unknown", lambda t, h, o: {**o, "dtype": "float3"}),

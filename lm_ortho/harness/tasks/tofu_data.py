@@ -169,7 +169,7 @@ def _limit_rows(rows: Sequence[Row], metadata: Mapping[str, Any]) -> Sequence[Ro
     limit = metadata.get("tofu_first")
     if limit is None:
         return rows
-    if not str(limit).isdigit() or int(limit) < 1:
+    if not str(limit).isdecimal() or int(limit) < 1:
         raise UserError(f"tofu_first={limit!r}: must be a whole number above 0")
     return rows[: int(limit)]
 

@@ -58,7 +58,7 @@ class VerbatimTask(MeasurementTask):
 
     def _get_prefix_tokens(self) -> int:
         value = (self.config.metadata or {}).get("prefix_tokens", PREFIX_TOKENS)
-        if not str(value).isdigit() or int(value) < 1:
+        if not str(value).isdecimal() or int(value) < 1:
             raise UserError(f"prefix_tokens={value!r}: must be a whole number above 0")
         return int(value)
 
