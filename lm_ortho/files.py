@@ -102,7 +102,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
             import fcntl
 
             with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for the instant in which ``is_locked`` looks
         yield
     finally:
         os.close(descriptor)
@@ -119,7 +119,7 @@ def is_locked(folder: Path) -> bool | None:
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except BlockingIOError:
         return True

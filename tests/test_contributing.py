@@ -74,7 +74,8 @@ def is_measuring(command: str) -> bool:
     return command.startswith("lm_eval --model")
 
 
-@pytest.mark.parametrize("measuring", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["check", "measure"])
+@pytest.mark.slow
+@pytest.mark.parametrize("measuring", [False, True], ids=["check", "measure"])
 def test_the_steps_of_adding_a_task(tree: Path, measuring: bool) -> None:
     documented_commands = [command for step in steps("Adding a task") for command in commands(step)]
     assert [is_measuring(command) for command in documented_commands] == [False, False, False, False, True]

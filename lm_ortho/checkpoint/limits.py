@@ -20,7 +20,7 @@ NAME_LENGTH = 512
 """Characters of the name of a module or a file."""
 LAYERS = 1_000
 """Layers in ``config.json``: any whole number whose name ends with `layers` or `layer`."""
-EXPERTS = 10_000
+EXPERTS = 2**17
 """Experts in ``config.json``: any whole number whose name ends with `experts`."""
 SIZE = 2**28
 """Any other size in ``config.json``: names that end with `size`, `dim`, `positions`, `embeddings`, `heads`, ..."""

@@ -105,7 +105,8 @@ def check_regular_files(directory: Path) -> None:
     """Raises ``UserError`` for weights or JSON that are no regular files; transformers would wait for a named pipe."""
     for name in os.listdir(directory):
         path = directory / name
-        if name.endswith((".safetensors", ".json", ".bin")) and os.path.exists(path) and not os.path.isfile(path):
+        is_input = name.endswith((".safetensors", ".bin")) or (name.endswith(".json") and not os.path.isdir(path))
+        if is_input and os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{directory}: {printable(name)} is not a regular file")
 
 

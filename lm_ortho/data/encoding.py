@@ -65,7 +65,7 @@ def encode_rows(model: torch.nn.Module, tokenizer: Any, rows: Sequence[Row], arg
             f"tokenizer: it produces token {highest_id}, which the model does not have; use the model's own tokenizer"
         )
     # 3. Check that every row has a token to predict.
-    empty = [i for i, example in enumerate(examples) if example.start >= len(example.ids)]
+    empty = [i for i, example in enumerate(examples) if not {ANSWER, SECRET} & set(example.roles[1:])]
     if empty:
         raise UserError(
             f"{argument}: {len(empty)} of {len(rows)} rows have no token to predict within their first {limit} "

@@ -317,7 +317,8 @@ def parse_table(text: str, source: str, delimiters: Iterable[str] = ",") -> Iter
     delimiter = max(delimiters, key=lambda char: _count_fields(first, char))
     if not _count_fields(first, delimiter):
         raise UserError(f"{source}, line 1: a table begins with a line that names its columns, such as question,answer")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    source_text = io.StringIO(text, newline="")
+    reader = csv.reader(source_text, delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
         columns = [name.strip() for name in next(reader)]
         if duplicates := _find_duplicates(columns) & set(FIELDS):

@@ -39,8 +39,14 @@ def find_added_tokens(tokenizer: Any) -> AddedTokens:
     """Returns what the tokenizer adds to a text, measured on two texts.
 
     Raises:
-        UserError: if it adds other tokens to one text than to the other, or changes the tokens of the text itself.
+        UserError: if it adds other tokens to one text than to the other, or changes the tokens of the text itself; if
+            it has no vocabulary.
     """
+    if not tokenizer.encode(_PROBES[-1], add_special_tokens=False):
+        raise UserError(
+            f"tokenizer={describe(tokenizer)} makes no token of a text, so it has no vocabulary; complete its files "
+            "(tokenizer.json or tokenizer.model)"
+        )
     measurements = {_compare_encodings(tokenizer, text) for text in _PROBES}
     if len(measurements) != 1 or None in measurements:
         raise UserError(
@@ -105,10 +111,15 @@ def check_prefix_token(tokenizer: Any, prefix_token_id: Any) -> None:
             "token of a text needs one before it; pass prefix_token_id=ID with a token id that the model was trained "
             "to read there, or set bos_token in tokenizer_config.json"
         )
-    if type(prefix_token_id) is not int or not 0 <= prefix_token_id < len(tokenizer):
+    if type(prefix_token_id) is not int or not 0 <= prefix_token_id < count_ids(tokenizer):
         raise UserError(
-            f"prefix_token_id={prefix_token_id!r:.80}: expected the id of a token, 0 to {len(tokenizer) - 1}"
+            f"prefix_token_id={prefix_token_id!r:.80}: expected the id of a token, 0 to {count_ids(tokenizer) - 1}"
         )
+
+
+def count_ids(tokenizer: Any) -> int:
+    """Returns the highest token id plus one: a vocabulary may have holes, so it can be more than the tokens."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
 
 
 def describe(tokenizer: Any) -> str:

@@ -11,12 +11,15 @@ import torch
 from torch import nn
 
 from lm_ortho.errors import UserError
+from lm_ortho.finetune.loading import find_place
 from lm_ortho.hub import describe_hub_error
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
 CONFIG_FILE, TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors"
 _TOKENIZER_FILE = "tokenizer_config.json"
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+"""Files without which transformers makes an empty tokenizer of a ``tokenizer_config.json``."""
 _NOT_IN_WEIGHTS = {
     "ADAPTION_PROMPT": "it adds virtual tokens to the attention",
     "CARTRIDGE": "it adds keys and values to the cache",
@@ -35,7 +38,7 @@ def find_adapter(peft: str | Path) -> str:
     Raises:
         UserError: for a local path without an adapter; names the adapters in its folders, if there are any.
     """
-    local = Path(str(peft)).expanduser()
+    local = find_place(peft, "peft")
     if (local.is_absolute() or local.is_dir()) and not (local / CONFIG_FILE).is_file():
         message = f"peft={str(peft)!r}: no {CONFIG_FILE} there; expected a peft adapter directory"
         if folders := sorted(file.parent.name for file in local.glob(f"*/{CONFIG_FILE}")):
@@ -46,8 +49,10 @@ def find_adapter(peft: str | Path) -> str:
 
 def find_adapter_tokenizer(peft: str | Path) -> str | None:
     """The directory of an adapter, if it holds a tokenizer as well; None for one on the hub."""
-    local = Path(str(peft)).expanduser()
-    return str(local) if (local / CONFIG_FILE).is_file() and (local / _TOKENIZER_FILE).is_file() else None
+    local = find_place(peft, "peft")
+    has_files = (local / CONFIG_FILE).is_file() and (local / _TOKENIZER_FILE).is_file()
+    has_vocabulary = has_files and any(any(local.glob(pattern)) for pattern in _VOCABULARIES)
+    return str(local) if has_vocabulary else None
 
 
 def load_adapter_config(peft: str | Path) -> Any:

@@ -114,4 +114,4 @@ def _is_extracted(greedy: Tensor) -> bool:
     for is_greedy in greedy.tolist():
         run = run + 1 if is_greedy else 0
         longest = max(longest, run)
-    return longest >= min(EXTRACTED_RUN, len(greedy))
+    return len(greedy) > 0 and longest >= min(EXTRACTED_RUN, len(greedy))

@@ -21,6 +21,7 @@ from lm_ortho.checkpoint import hf
 from lm_ortho.config import MODEL_ARGS, split_model_args
 from lm_ortho.dial import format_alpha, parse_alpha
 from lm_ortho.errors import UserError
+from lm_ortho.finetune import load_config
 from lm_ortho.harness import distributed, tokens
 from lm_ortho.harness.batching import BatchingMixin
 from lm_ortho.harness.text_encoding import TextEncodingMixin
@@ -28,7 +29,7 @@ from lm_ortho.kernels import KERNELS, calls
 from lm_ortho.pipeline.build import BuiltModel, build_model
 from lm_ortho.pipeline.loading import load_tokenizer
 from lm_ortho.pipeline.spec import check_alpha, resolve
-from lm_ortho.runtime.device import MAX_BATCH_ROWS, choose_device, choose_dtype
+from lm_ortho.runtime.device import MAX_BATCH_ROWS, check_batch_size, choose_device, choose_dtype
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
@@ -40,7 +41,22 @@ _LOADING = ("attn_implementation", "device_map", "local_files_only", "token", "u
 def check_model_args(model_args: Mapping[str, Any] | None) -> None:
     """Raises ``UserError`` for model args that are not known or impossible, without reading or loading anything."""
     spec, options = split_model_args(dict(model_args or {}))
+    _check_evaluation_args(options)
     LibOrthoLM.refuse(options, spec.kernel)
+
+
+def _check_evaluation_args(options: Mapping[str, Any]) -> None:
+    """Raises ``UserError`` for sizes and dtypes of the evaluation that are none; lm-eval would fail after loading."""
+    check_batch_size(options.get("batch_size"))
+    for name in ("max_batch_size", "max_length"):
+        value = options.get(name)
+        if value is not None and not (type(value) is int and 0 < value < 2**31):
+            raise UserError(f"{name}={value!r:.80} must be a whole number above 0")
+    softmax = options.get("softmax_dtype")
+    if isinstance(softmax, str) and not isinstance(getattr(torch, softmax, None), torch.dtype):
+        raise UserError(f"softmax_dtype={softmax!r:.80} is unknown; use float32, float64, bfloat16 or float16")
+    if options.get("enable_thinking") and options.get("think_end_token") is None:
+        raise UserError("enable_thinking needs think_end_token, the token that ends the thinking of the model")
 
 
 class LibOrthoLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin):
@@ -66,6 +82,8 @@ class LibOrthoLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin)
         # 1. Check the model args and resolve the model, before any weights are loaded.
         self.spec, options = split_model_args({"pretrained": pretrained, **model_args})
         self._alpha = self.spec.alpha
+        sizes = {"batch_size": batch_size, "max_batch_size": max_batch_size, "softmax_dtype": softmax_dtype}
+        _check_evaluation_args({**options, **sizes})
         self.refuse(options, self.spec.kernel)
         self.kernel, self.forget, self.retain = self.spec.kernel, self.spec.forget, self.spec.retain
         self.pretrained_argument, self.tokenizer_argument = pretrained, self.spec.tokenizer
@@ -81,6 +99,7 @@ class LibOrthoLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin)
         if self._resolved.kind == "checkpoint":
             options.pop("subfolder", None)  # is part of its location
         loads_tokenizer = self._is_object or self._resolved.tokenizer is not self.spec.tokenizer  # that of the adapter
+        self.access_token = self.spec.token
         # 3. Let ``hf`` load the tokenizer and call ``_create_model``; a model object is decomposed here instead.
         super().__init__(
             self._resolved.location,
@@ -127,6 +146,20 @@ class LibOrthoLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin)
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise UserError(f"{name}: libortho has no such model arg{hint}")
+
+    def _get_config(
+        self,
+        pretrained: str,
+        *,
+        revision: str = "main",
+        trust_remote_code: bool = False,
+        gguf_file: str | None = None,
+        subfolder: str = "",
+    ) -> None:
+        """Loads the configuration with the access token, which ``HFLM`` does not pass on."""
+        options = {"revision": revision, "subfolder": subfolder, "token": self.access_token}
+        hub_options = {name: value for name, value in options.items() if value}
+        self._config = load_config(pretrained, trust_remote_code=bool(trust_remote_code), **hub_options)
 
     def _create_model(
         self,
@@ -213,6 +246,7 @@ class LibOrthoLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin)
             "mixed_precision_dtype": str(self.mixed_precision_dtype),
             "tokenizer": backend.to_str() if backend else sorted(self.tokenizer.get_vocab().items()),
             "add_bos_token": self.add_bos_token,
+            "added_tokens": [self.added_tokens.prefix, self.added_tokens.suffix],
             "prefix_token_id": self.prefix_token_id,
             "max_length": self.max_length,
             "truncation": self.truncation,

@@ -28,6 +28,9 @@ class TextEncodingMixin(HFLM):
     the tokenizer once, and no suffix.
     """
 
+    access_token: str | None = None
+    """Access token of the hub, set before the constructor of ``HFLM``, which passes none on to the tokenizer."""
+
     def __init__(self, *arguments: Any, prefix_token_id: int | None = None, **options: Any) -> None:
         """Takes the arguments of ``HFLM``, which reads ``prefix_token_id`` only after the model is loaded."""
         self.custom_prefix_token_id = prefix_token_id
@@ -58,6 +61,7 @@ class TextEncodingMixin(HFLM):
                 "use_fast": use_fast_tokenizer,
                 "add_bos_token": add_bos_token,
                 "subfolder": subfolder or None,
+                "token": self.access_token,
             }
             source = load_tokenizer(source, **{name: value for name, value in options.items() if value is not None})
         elif not isinstance(source, PreTrainedTokenizerBase):

@@ -143,22 +143,31 @@ def resolve(metadata: Mapping[str, Any] | None) -> Tokens:
             wrong tokens with it.
     """
     metadata = metadata or {}
-    lm, pretrained, tokenizer = newest_model(), metadata.get("pretrained"), metadata.get("tokenizer")
-    if lm is not None and (pretrained, tokenizer) in ((None, None), _model_arguments(lm)):
+    lm, pretrained, tokenizer = newest_model(), _name(metadata.get("pretrained")), _name(metadata.get("tokenizer"))
+    if lm is not None and (pretrained, tokenizer) in _possible_arguments(lm):
         return Tokens(lm.tokenizer, lm.max_length, lm.prefix_token_id)
     if pretrained is None and tokenizer is None:
         raise UserError(
             "metadata: no tokenizer found. Token counts need one, and neither a model object nor your own task manager "
             "has one; pass metadata={'tokenizer': name} to whichever of the two you build"
         )
-    tokens = _load_tokens(tokenizer or pretrained, metadata)
+    tokens = _load_tokens(tokenizer or pretrained, {**metadata, "pretrained": pretrained})
     _check_text_end(tokens.tokenizer, metadata)
     return tokens
 
 
-def _model_arguments(lm: Any) -> tuple[Any, Any]:
-    """Returns ``pretrained`` and ``tokenizer`` as they were passed to a registered model."""
-    return lm.pretrained_argument, getattr(lm, "tokenizer_argument", None)
+def _possible_arguments(lm: Any) -> set[tuple[Any, Any]]:
+    """Returns the pairs of ``pretrained`` and ``tokenizer`` in the metadata that mean a registered model.
+
+    Whoever evaluates a model object may name its ``pretrained`` alone.
+    """
+    pretrained, tokenizer = _name(lm.pretrained_argument), _name(getattr(lm, "tokenizer_argument", None))
+    return {(None, None), (pretrained, None), (pretrained, tokenizer)}
+
+
+def _name(value: Any) -> Any:
+    """Returns the name of a model or tokenizer as text where lm-eval parsed it as a whole number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _check_text_end(tokenizer: Any, metadata: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +17,7 @@ from lm_ortho.config import ModelSource, describe_validation_error, refuse_truth
 from lm_ortho.dial import is_alpha
 from lm_ortho.errors import UserError, printable
 from lm_ortho.leaderboard.plain_yaml import read_plain_yaml
-from lm_ortho.runtime.device import choose_dtype
+from lm_ortho.runtime.device import choose_dtype, is_batch_size
 
 MAX_CELLS = 10_000
 """Number of models that a board may ask for."""
@@ -161,7 +160,7 @@ class Board(_Part):
     @field_validator("batch_size", mode="after")
     @classmethod
     def _check_batch_size(cls, batch_size: int | str) -> int | str:
-        if isinstance(batch_size, str) and not re.fullmatch(r"[1-9][0-9]{0,8}|auto(:[1-9][0-9]{0,8})?", batch_size):
+        if not is_batch_size(batch_size):
             raise ValueError("must be a whole number from 1 on, auto, or auto:N")
         return batch_size
 

@@ -34,14 +34,10 @@ def check_options(dtype: str, batch_size: int | str) -> None:
     """Raises ``UserError`` for a dtype or batch size that no model takes; found later, every piece would fail by it."""
     import torch
 
-    from lm_ortho.runtime.device import choose_dtype
+    from lm_ortho.runtime.device import check_batch_size, choose_dtype
 
     choose_dtype(dtype, "cpu", torch.float32)
-    text = str(batch_size)
-    number = text.removeprefix("auto").removeprefix(":") if text.startswith("auto") else text
-    is_automatic = text == "auto" or text.startswith("auto:")
-    if not (is_automatic and not number) and not (number.isascii() and number.isdigit() and int(number) > 0):
-        raise UserError(f"batch_size={batch_size!r} must be a whole number above 0, or auto")
+    check_batch_size(batch_size)
 
 
 @lru_cache(maxsize=8)

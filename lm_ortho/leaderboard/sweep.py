@@ -144,9 +144,10 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
 
 
 def _build_metadata(sweep: Sweep) -> dict[str, Any]:
-    """The metadata of the tasks, with the rows of the model args, which ``lm_eval --model_args`` adds as well."""
+    """The metadata of the tasks, with what they read of the model args, as ``lm_eval --model_args`` adds them."""
     rows = {name: sweep.model_args[name] for name in ("forget", "retain") if sweep.model_args.get(name)}
-    model = {"pretrained": sweep.model_args["pretrained"]} if rows and sweep.model_args.get("pretrained") else {}
+    names = ("pretrained", "tokenizer") if rows and sweep.model_args.get("pretrained") else ()
+    model = {name: sweep.model_args[name] for name in names if sweep.model_args.get(name)}
     return {**model, **rows, **sweep.metadata}
 
 

@@ -9,6 +9,7 @@ import torch
 
 from lm_ortho import finetune
 from lm_ortho.config import ModelSpec
+from lm_ortho.data.tokenizer import count_ids
 from lm_ortho.finetune import load_causal_lm
 from lm_ortho.finetune.adapter import fit_vocabulary
 from lm_ortho.finetune.merge import merge_with_report
@@ -28,7 +29,7 @@ def load_models(
     """
     spec, peft = resolved.spec, resolved.adapter
     model = load_causal_lm(resolved.location, **spec.loading_options)
-    tokens = len(load_tokenizer(resolved)) if peft else 0
+    tokens = count_ids(load_tokenizer(resolved)) if peft else 0
     size = fit_vocabulary(model, peft, tokens) if peft else None
     base_model: Any = None
     if spec.base not in ("auto", "none"):

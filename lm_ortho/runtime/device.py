@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,21 @@ class Decision(NamedTuple):
 
     choice: Any
     reason: str
+
+
+_BATCH_SIZE = re.compile(r"[1-9][0-9]{0,8}|auto(:[1-9][0-9]{0,8})?")
+
+
+def is_batch_size(value: object) -> bool:
+    """Whether lm-eval takes ``value`` as a batch size: a whole number above 0, ``auto``, ``auto:N``, or None."""
+    is_number = type(value) is int and 0 < value < 10**9
+    return value is None or is_number or (isinstance(value, str) and bool(_BATCH_SIZE.fullmatch(value)))
+
+
+def check_batch_size(value: object) -> None:
+    """Raises ``UserError`` for a batch size that lm-eval does not take."""
+    if not is_batch_size(value):
+        raise UserError(f"batch_size={value!r:.80} must be a whole number from 1 on, auto, or auto:N")
 
 
 def require_device(device: str | None) -> Decision:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lm_ortho.checkpoint import hf, limits, load, read_meta, save
@@ -24,6 +24,7 @@ from lm_ortho.checkpoint.contents import read_contents
 from lm_ortho.checkpoint.export import export
 from lm_ortho.checkpoint.input_files import read_json
 from lm_ortho.checkpoint.manifest import write_manifest
+from lm_ortho.checkpoint.settings import check_sizes
 from lm_ortho.cli.app import app
 from lm_ortho.errors import UserError
 from lm_ortho.layer import patch
@@ -565,3 +566,17 @@ def test_an_edited_tokenizer_is_refused_until_it_is_accepted(saved_checkpoint, d
     assert CliRunner().invoke(app, ["inspect", str(directory), "--accept-tokenizer"]).exit_code == 1, (
         "weights never are"
     )
+
+
+def test_the_limits_are_above_every_default_configuration_of_transformers() -> None:
+    refused = {}
+    for name, kind in CONFIG_MAPPING.items():
+        try:
+            config = json.loads(kind().to_json_string())
+        except Exception:
+            continue  # needs the configuration of a part, or another package
+        try:
+            check_sizes(config, name)
+        except UserError as error:
+            refused[name] = str(error)
+    assert refused == {}

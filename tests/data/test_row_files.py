@@ -409,3 +409,8 @@ def test_a_name_with_escape_sequences_does_not_reach_the_terminal(tmp_path):
     with pytest.raises(UserError, match=r"\\x1b\[31m\\n\.jsonl', line 1: a row needs") as caught:
         read_rows(path)
     assert str(caught.value).isprintable()
+
+
+def test_a_space_after_a_separator_is_not_part_of_a_quoted_cell(tmp_path):
+    write_content(tmp_path / "rows.csv", 'question, answer\n"Who, then?", "Ada, of Tarn."\n')
+    assert read_rows(tmp_path / "rows.csv") == [Row(question="Who, then?", answer="Ada, of Tarn.")]

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lm_ortho.data.chat import render_turn
-from lm_ortho.data.encoding import CONTEXT, END, encode
+from lm_ortho.data.encoding import CONTEXT, END, encode, encode_rows
 from lm_ortho.data.rows import Row
-from lm_ortho.data.tokenizer import check_prefix_token, encode_prompt, find_added_tokens, find_end_tokens
+from lm_ortho.data.tokenizer import check_prefix_token, count_ids, encode_prompt, find_added_tokens, find_end_tokens
 from lm_ortho.errors import UserError
-from tests.support.harness import make_tokenizer
+from tests.support.harness import make_model, make_tokenizer
 
 SPECIAL = ("<s>", "<end>", "[CLS]", "[SEP]", "de_DE")
 PREFIXES = ((), ("<s>",), ("<s>", "<s>"), ("[CLS]",), ("de_DE", "<s>"))
@@ -130,3 +130,28 @@ def test_a_prefix_token_is_needed_and_must_exist():
         with pytest.raises(UserError, match=r"prefix_token_id=.*expected the id of a token"):
             check_prefix_token(tokenizer, value)
     check_prefix_token(tokenizer, 0)
+
+
+def test_a_tokenizer_without_a_vocabulary_is_refused():
+    class Empty(PickyTokenizer):
+        name_or_path = "empty"
+
+        def encode(self, text, add_special_tokens=True):
+            return [1] if add_special_tokens else []
+
+    with pytest.raises(UserError, match="tokenizer='empty' makes no token of a text, so it has no vocabulary"):
+        find_added_tokens(Empty())
+
+
+def test_a_vocabulary_with_holes_has_ids_above_its_number_of_tokens():
+    backend = Tokenizer(models.WordLevel({"a": 0, "</s>": 9, "?": 1}, unk_token="?"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="?")
+    assert count_ids(tokenizer) == 10 > len(tokenizer)
+    check_prefix_token(tokenizer, 9)
+
+
+def test_a_row_of_which_only_the_end_is_left_to_predict_is_refused():
+    tokenizer = make_adding_tokenizer((), ())
+    model = make_model(len(tokenizer))
+    with pytest.raises(UserError, match="forget: 1 of 2 rows have no token to predict"):
+        encode_rows(model, tokenizer, [Row(text="Once Ada went."), Row(text="A")], argument="forget")

@@ -326,5 +326,7 @@ def test_the_tokenizer_of_an_adapter_is_found(tmp_path: Path) -> None:
     directory = write_adapter(tmp_path / "adapter", base_model(), lora())
     assert find_adapter_tokenizer(directory) is None
     (directory / "tokenizer_config.json").write_text("{}")
+    assert find_adapter_tokenizer(directory) is None, "transformers makes an empty tokenizer of it"
+    (directory / "tokenizer.json").write_text("{}")
     assert find_adapter_tokenizer(str(directory)) == str(directory)
     assert find_adapter_tokenizer("some/adapter") is None

@@ -15,7 +15,7 @@ from lm_ortho.data.rows import Row, write_rows
 from lm_ortho.errors import UserError
 from lm_ortho.harness import tokens
 from lm_ortho.harness.baseline_model import BaselineLM
-from lm_ortho.harness.model import LibOrthoLM
+from lm_ortho.harness.model import LibOrthoLM, check_model_args
 from lm_ortho.harness.token_scores import token_scores
 from tests.support.harness import ROWS, make_tokenizer, metric_values, request, run
 
@@ -125,6 +125,47 @@ def test_a_home_directory_in_the_path_of_a_tokenizer(
     assert lm.tok_encode("Ada")
     found = tokens.resolve({"pretrained": str(home / "plain"), "tokenizer": "~/tokenizer"})
     assert found.max_length == 96
+
+
+def test_metadata_may_name_a_model_object_in_part(home: Path) -> None:
+    tokenizer = close_texts(make_tokenizer())
+    lm = LibOrthoLM(str(home / "decomposed"), tokenizer=tokenizer, device="cpu")
+    for metadata in ({}, {"pretrained": str(home / "decomposed")}):
+        assert tokens.resolve(metadata).tokenizer is lm.tokenizer
+
+
+def test_a_tokenizer_whose_name_is_a_number(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "2024")
+    monkeypatch.chdir(tmp_path)
+    arguments = {"pretrained": str(home / "decomposed"), "tokenizer": 2024}
+    lm = LibOrthoLM(**arguments, device="cpu")
+    assert tokens.resolve(arguments).tokenizer is lm.tokenizer
+    assert tokens.resolve({"pretrained": str(home / "plain"), "tokenizer": 2024}).max_length == 96
+
+
+def test_stored_answers_belong_to_the_tokens_that_a_tokenizer_adds(home: Path) -> None:
+    plain, closing = (
+        LibOrthoLM(str(home / "decomposed"), tokenizer=tokenizer, device="cpu")
+        for tokenizer in (make_tokenizer(), close_texts(make_tokenizer()))
+    )
+    assert plain.fingerprint() != closing.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 must be a whole number from 1 on, auto, or auto:N"),
+        ({"batch_size": "auto:"}, "batch_size='auto:' must be"),
+        ({"max_batch_size": "x"}, "max_batch_size='x' must be a whole number above 0"),
+        ({"max_length": -5}, "max_length=-5 must be a whole number above 0"),
+        ({"softmax_dtype": "q"}, "softmax_dtype='q' is unknown"),
+        ({"enable_thinking": True}, "enable_thinking needs think_end_token"),
+    ],
+)
+def test_sizes_and_dtypes_are_checked_before_anything_is_loaded(option: dict[str, Any], message: str) -> None:
+    for check in (check_model_args, lambda options: LibOrthoLM("/nowhere", **options)):
+        with pytest.raises(UserError, match=message):
+            check(option)
 
 
 def test_predict_only_sends_the_same_requests(home: Path, metadata: dict[str, str]) -> None:

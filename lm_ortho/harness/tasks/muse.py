@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets as hf_datasets
 from lm_eval.api.instance import Instance
 
 from lm_ortho.errors import UserError
+from lm_ortho.finetune.loading import find_place
 from lm_ortho.harness.round_robin import interleave
 from lm_ortho.harness.tasks.aggregation import PrivLeakItem, not_available
 from lm_ortho.harness.tasks.answer import NO_TOKENS
@@ -158,18 +158,21 @@ def _read_table(table: str, fields: tuple[str, ...], metadata: Mapping[str, Any]
 
 
 def _read_from_directory(folder: str, table: str) -> list[Any]:
-    path = Path(folder).expanduser()
+    path = find_place(folder, "muse_dir")
     for file in (path / f"{table}.json", path / f"{table}.jsonl"):
         if not file.is_file():
             continue
-        text = file.read_text(encoding="utf-8")
         try:
+            text = file.read_text(encoding="utf-8-sig")
             if file.suffix == ".json":
                 rows = json.loads(text)
             else:
                 rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        except json.JSONDecodeError as error:
-            raise UserError(f"muse_dir: {file} is not valid JSON ({error.msg}, line {error.lineno})") from None
+        except (OSError, ValueError, RecursionError) as error:
+            reason = (
+                f"{error.msg}, line {error.lineno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
+            )
+            raise UserError(f"muse_dir: {file} is not valid JSON in UTF-8 ({reason})") from None
         if not isinstance(rows, list):
             raise UserError(f"muse_dir: {file} should hold a list of rows")
         return rows

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_ortho.errors import UserError
+from lm_ortho.finetune.loading import find_place
 
 
 def read_samples(path: str | Path, task: str, argument: str) -> list[dict[str, Any]]:
@@ -29,8 +30,8 @@ def read_samples(path: str | Path, task: str, argument: str) -> list[dict[str, A
             continue
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "too many levels"
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else "too many levels or digits"
             hint = "; give the samples_*.jsonl beside it" if file.name.startswith("results_") else ""
             raise UserError(f"{argument}={file}, line {number}: not valid JSON ({reason}){hint}") from None
         if not isinstance(record, dict) or not isinstance(record.get("doc"), dict):
@@ -43,10 +44,7 @@ def read_samples(path: str | Path, task: str, argument: str) -> list[dict[str, A
 
 def _find_file(path: str | Path, task: str, argument: str) -> Path:
     """Returns the file itself, or the newest samples file of the task below a folder."""
-    try:
-        file = Path(path).expanduser()
-    except RuntimeError:  # ~ of an unknown user
-        file = Path(path)
+    file = find_place(path, argument)
     if file.is_dir():
         files = sorted(file.rglob(f"samples_{task}_*.jsonl"), key=lambda candidate: candidate.name)
         if not files:
@@ -83,7 +81,8 @@ def values_by_question(
             continue
         question, logged = record["doc"].get("question", ""), record[metric]
         number = logged[0] if isinstance(logged, list) and logged else logged
-        is_number = isinstance(number, int | float) and not isinstance(number, bool) and not math.isnan(number)
+        is_number = isinstance(number, float) or (type(number) is int and abs(number) < 2**53)
+        is_number = is_number and not math.isnan(number)
         has_reason = number is None or isinstance(number, str)
         if not isinstance(question, str) or not (is_number or has_reason):
             raise UserError(

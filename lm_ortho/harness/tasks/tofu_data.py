@@ -17,6 +17,7 @@ import datasets
 
 from lm_ortho.data.rows import Row, read_rows
 from lm_ortho.errors import UserError
+from lm_ortho.finetune.loading import find_place
 from lm_ortho.harness.tasks.aggregation import not_available
 from lm_ortho.harness.tasks.datasets import ROW_FEATURES
 from lm_ortho.harness.tasks.samples import read_samples, values_by_question
@@ -83,9 +84,10 @@ def directory(metadata: Mapping[str, Any]) -> str:
     for name, path in paths.items():
         if not path:
             continue
-        if not Path(path).expanduser().is_dir():
+        folder = find_place(path, name)
+        if not folder.is_dir():
             raise UserError(f"{name}={path!r}: no such directory; it should hold the JSONL files of {HUB}")
-        return str(Path(path).expanduser().resolve())
+        return str(folder.resolve())
     return ""
 
 
