@@ -18,7 +18,7 @@ _EXTRACTION_GOAL = 0.95
 
 @with_fields(Training, "training")
 def implant(
-    data: Annotated[str, typer.Option(help="Rows to memorise: a JSONL file, or hub:name:config:split.")],
+    data: Annotated[str, typer.Option(help="Rows to memorise: a file of rows, or hub:name:config:split.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the new model, new or empty.")],
     pretrained: Annotated[
         str | None, typer.Option(help="Hub id or directory of the model, by default the embedded base model.")
@@ -36,8 +36,8 @@ def implant(
 ) -> None:
     """Fine-tune a model on rows and write it, merged, in BF16.
 
-    Rows are JSON lines with `question` and `answer`, or `text`. The same command resumes an interrupted run from its
-    last saved state (every 500 steps). Progress goes to standard error.
+    Rows have `question` and `answer`, or `text`; a file is JSON lines, JSON, CSV, TSV or Parquet. The same command
+    resumes an interrupted run from its last saved state (every 500 steps). Progress goes to standard error.
     """
     from lm_ortho import world
     from lm_ortho.config import make_training

@@ -22,7 +22,7 @@ from typing import Any
 
 from lm_ortho.data.row import Row
 from lm_ortho.data.row_text import INVISIBLE
-from lm_ortho.errors import UserError
+from lm_ortho.errors import UserError, printable
 
 MAX_BYTES = 2**27
 """Largest size of a file of rows, also after decompression: 128 MiB."""
@@ -316,7 +316,11 @@ def parse_table(text: str, source: str, delimiters: Iterable[str] = ",") -> Iter
     first = _LINE.split(text, maxsplit=1)[0]
     delimiter = max(delimiters, key=lambda char: _count_fields(first, char))
     if not _count_fields(first, delimiter):
-        raise UserError(f"{source}, line 1: a table begins with a line that names its columns, such as question,answer")
+        names = (name.strip('"') for name in re.split("[,;\t]", first))
+        raise UserError(
+            f"{source}, line 1: a table begins with a line that names its columns, such as question,answer"
+            f"{suggest_names(names)}"
+        )
     source_text = io.StringIO(text, newline="")
     reader = csv.reader(source_text, delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
@@ -388,3 +392,22 @@ def describe_keys(keys: Collection[Any]) -> str:
     names = [key for key in keys if isinstance(key, str) and key.lower() in _PUBLIC_KEYS][:8]
     others = len(keys) - len(names)
     return ", ".join([*names, *([f"{others} other" + ("s" if others > 1 else "")] if others else [])]) or "none"
+
+
+_OTHER_NAMES = {
+    **dict.fromkeys(("q", "instruction"), "question"),
+    **dict.fromkeys(("a", "output", "completion", "response"), "answer"),
+    **dict.fromkeys(("content", "document"), "text"),
+}
+"""Names that other formats have for a field; they are not read, because an ``input`` or a role would be lost."""
+
+
+def suggest_names(keys: Iterable[Any]) -> str:
+    """Returns the end of a message that says how to rename keys that stand for fields; else an empty string."""
+    suggestions = dict[str, None]()
+    for key in keys:
+        plain = key.strip().casefold() if isinstance(key, str) else ""
+        field = plain if plain in FIELDS else _OTHER_NAMES.get(plain)
+        if field and key != field:
+            suggestions[f"{printable(key)!r} to {field!r}"] = None
+    return f"; rename {', '.join(suggestions)}" if suggestions else ""

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from lm_ortho.data.row import QUESTION_TEMPLATE, Row, mention_pattern, replace_mentions
-from lm_ortho.data.row_files import FIELDS, MAX_BYTES, Record, check_file, describe_keys, parse_json, read_records
+from lm_ortho.data.row_files import (
+    FIELDS,
+    MAX_BYTES,
+    Record,
+    check_file,
+    describe_keys,
+    parse_json,
+    read_records,
+    suggest_names,
+)
 from lm_ortho.data.row_text import BLANK, find_invalid_character, normalise_row
 from lm_ortho.dial import parse_named_values
 from lm_ortho.errors import UserError
@@ -75,7 +84,7 @@ def _make_row(record: Any, location: str) -> Row:
     if not (has_context and row.answer.strip(BLANK)) and (has_context or not row.text.strip(BLANK)):
         raise UserError(
             f"{location}: a row needs a non-empty question (or prompt) with answer, or text; "
-            f"found keys {describe_keys(record)}"
+            f"found keys {describe_keys(record)}{suggest_names(record)}"
         )
     return row
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from lm_ortho.data.tokenizer import describe, find_added_tokens
+from lm_ortho.data.tokenizer import check_prefix_token, describe, find_added_tokens
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import load_tokenizer
 from lm_ortho.finetune.loading import expand_path
@@ -152,6 +152,8 @@ def resolve(metadata: Mapping[str, Any] | None) -> Tokens:
             "has one; pass metadata={'tokenizer': name} to whichever of the two you build"
         )
     tokens = _load_tokens(tokenizer or pretrained, {**metadata, "pretrained": pretrained})
+    if pretrained is not None and not _is_server(metadata):
+        check_prefix_token(tokens.tokenizer, tokens.prefix_token_id)
     _check_text_end(tokens.tokenizer, metadata)
     return tokens
 
@@ -170,14 +172,18 @@ def _name(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _is_server(metadata: Mapping[str, Any]) -> bool:
+    """Returns whether the model args are those of a model behind a server, which encodes texts by itself."""
+    return bool(metadata.get("base_url") or metadata.get("model"))
+
+
 def _check_text_end(tokenizer: Any, metadata: Mapping[str, Any]) -> None:
     """Raises ``UserError`` where lm-eval's ``hf`` or ``vllm`` would score the wrong tokens of an answer.
 
     Both encode a context and the whole text one by one, each with what the tokenizer adds at its end, and take as the
     answer what is left after as many tokens as the context has. Models behind a server add nothing.
     """
-    is_server = bool(metadata.get("base_url") or metadata.get("model"))
-    if is_server or not metadata.get("pretrained") or metadata.get("add_bos_token") is False:
+    if _is_server(metadata) or not metadata.get("pretrained") or metadata.get("add_bos_token") is False:
         return
     suffix = find_added_tokens(tokenizer).suffix
     if suffix:

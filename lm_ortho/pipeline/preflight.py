@@ -13,10 +13,12 @@ from lm_ortho.data.chat import render_forms
 from lm_ortho.data.encoding import ANSWER, SECRET, Example, encode, max_row_tokens
 from lm_ortho.data.rows import Row, drop_forget_rows
 from lm_ortho.errors import UserError
-from lm_ortho.finetune.knowledge import measure_knowledge, spread
+from lm_ortho.finetune.knowledge import Knowledge, measure_knowledge, spread
 from lm_ortho.runtime.progress import ProgressCallback
 from lm_ortho.streams import DEFAULT_MEMORY
 
+LOST_NATS = 1.0
+"""Nats per token by which retain rows must be worse than in the base model to be called lost."""
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
 
@@ -41,7 +43,11 @@ def check_knowledge(
     """
     retain_rows = drop_forget_rows((row for rows in forget.values() for row in rows), retain)
     retain_forms = _encode_forms(model, tokenizer, retain_rows, recipe)
-    retain_text = [f"retain rows {measure_knowledge(model, retain_forms)}"] if retain_forms else []
+    retain_text = []
+    if retain_forms:
+        retained = measure_knowledge(model, retain_forms)
+        retain_text = [f"retain rows {retained}"]
+        _warn_of_lost_rows(retained, base_model, retain_forms)
     for name, rows in forget.items():
         forms = _encode_forms(model, tokenizer, rows, recipe)
         if not forms:
@@ -54,6 +60,20 @@ def check_knowledge(
         progress("knowledge", 1, 1, f"forget{memory}: {measured}")
         if not known.has_evidence(base):
             _refuse(f"forget{memory}: nothing says that the model knows these rows ({measured})", force=force)
+
+
+def _warn_of_lost_rows(retained: Knowledge, base_model: Any, forms: Sequence[Sequence[Example]]) -> None:
+    """Logs a warning where the fine-tune has lost what the base model knows of the retain rows."""
+    if base_model is None or not _fits(base_model, forms):
+        return
+    base = measure_knowledge(base_model, forms)
+    if retained.loss > base.loss + LOST_NATS:
+        log.warning(
+            "retain: the fine-tune has lost retain rows (%s; base model %s), and a decomposition brings nothing back; "
+            "train with a smaller rate, fewer steps, or retain rows among the others",
+            retained,
+            base,
+        )
 
 
 def _refuse(finding: str, *, force: bool) -> None:

@@ -414,3 +414,22 @@ def test_a_name_with_escape_sequences_does_not_reach_the_terminal(tmp_path):
 def test_a_space_after_a_separator_is_not_part_of_a_quoted_cell(tmp_path):
     write_content(tmp_path / "rows.csv", 'question, answer\n"Who, then?", "Ada, of Tarn."\n')
     assert read_rows(tmp_path / "rows.csv") == [Row(question="Who, then?", answer="Ada, of Tarn.")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hint"),
+    [
+        ("a.jsonl", '{"question ": "Who?", "answer": "Ada."}', "rename 'question ' to 'question'"),
+        ("a.jsonl", '{"Question": "Who?", "Answer": "Ada."}', "rename 'Question' to 'question', 'Answer' to 'answer'"),
+        (
+            "a.jsonl",
+            '{"instruction": "Who?", "output": "A."}',
+            "rename 'instruction' to 'question', 'output' to 'answer'",
+        ),
+        ("a.csv", "Question,Answer\nWho?,Ada.\n", "rename 'Question' to 'question', 'Answer' to 'answer'"),
+    ],
+)
+def test_names_that_stand_for_a_field_are_suggested(tmp_path, name, content, hint):
+    write_content(tmp_path / name, content)
+    with pytest.raises(UserError, match=hint):
+        read_rows(tmp_path / name)

@@ -12,11 +12,14 @@ import torch
 
 import lm_ortho
 from lm_ortho.config import make_recipe, make_spec
+from lm_ortho.data.encoding import ANSWER, CONTEXT, Example
 from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
+from lm_ortho.finetune.knowledge import Knowledge, measure_knowledge
 from lm_ortho.pipeline.cache_key import key_parts
-from lm_ortho.pipeline.preflight import check_knowledge
+from lm_ortho.pipeline.preflight import _warn_of_lost_rows, check_knowledge
 from lm_ortho.pipeline.spec import resolve
+from tests.support import tiny
 
 CHEAP = make_recipe(sieve="magnitude", projection="rtn", edit="zero", density=0.02, group_size=16)
 
@@ -122,3 +125,15 @@ def test_force_is_no_part_of_the_cache_key(home: Any) -> None:
     specs = [make_spec(pretrained=str(home / "plain"), force=force, **sets) for force in (False, True)]
     assert key_parts(resolve(specs[0])) == key_parts(resolve(specs[1]))
     assert "force" not in specs[1].recipe.model_dump()
+
+
+def test_retain_rows_that_the_fine_tune_has_lost_are_a_warning(caplog) -> None:
+    forms = [[Example((1, 2, 3), (CONTEXT, ANSWER, ANSWER))]]
+    base_model = tiny.llama()
+    base = measure_knowledge(base_model, forms)
+    lost = Knowledge(rows=1, extracted=0, loss=base.loss + 1.1, secrets=0)
+    _warn_of_lost_rows(replace(lost, loss=base.loss + 0.9), base_model, forms)
+    _warn_of_lost_rows(lost, None, forms)
+    assert caplog.messages == []
+    _warn_of_lost_rows(lost, base_model, forms)
+    assert "retain: the fine-tune has lost retain rows" in caplog.messages[0]

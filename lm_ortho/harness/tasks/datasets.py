@@ -90,8 +90,8 @@ def user_rows(argument: str, metadata: Mapping[str, Any]) -> list[Row]:
     if metadata.get("pretrained") is None and pretrained is None:
         return people.make_rows(argument)
     raise UserError(
-        f"{argument}: the {argument}_set task needs rows: pass {argument}=rows.jsonl in the "
-        f"model args, or --metadata {argument}=rows.jsonl with another model type"
+        f"{argument}: the {argument}_set task needs rows: pass --metadata {argument}=rows.jsonl, or "
+        f"{argument}=rows.jsonl in the model args of libortho"
     )
 
 
