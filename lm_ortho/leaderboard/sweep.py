@@ -100,6 +100,8 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
     model_hash = hash_model(args, alphas)  # before the tasks: indexing those of lm-eval takes ten seconds
     metadata = _build_metadata(sweep)
     tasks = expand_groups(list(sweep.tasks), metadata)
+    if args.get("pretrained"):
+        _check_rows(tasks, metadata)
     # 2. Hash what decides the numbers: the model, the conditions, and the files that the tasks read.
     public_args = {name: value for name, value in args.items() if name != "token"}  # they are stored and published
     parallelize = {"parallelize": True} if sweep.parallelize else {}
@@ -141,6 +143,23 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
         "parallelize": sweep.parallelize,
     }
     return pieces, Job(label, directory, tuple(pieces), model_args=loading_args)
+
+
+_ROWS = {
+    "forget_set": ("forget",),
+    "retain_set": ("retain",),
+    "verbatim_forget": ("forget",),
+    "verbatim_retain": ("retain",),
+    "membership_set": ("forget", "holdout"),
+}
+"""The sets of rows that a task needs with a model of the user's own."""
+
+
+def _check_rows(tasks: Sequence[str], metadata: Mapping[str, Any]) -> None:
+    """Raises ``UserError`` for a task without the rows that it needs: it would fail at every alpha."""
+    for task in tasks:
+        if missing := [name for name in _ROWS.get(task, ()) if not metadata.get(name)]:
+            raise UserError(f"metadata: {task} needs rows; add {missing[0]}=rows.jsonl to --metadata")
 
 
 def _build_metadata(sweep: Sweep) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from datetime import date
@@ -19,9 +20,11 @@ from lm_ortho.errors import UserError
 from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.harness.tasks.samples import read_samples
 from lm_ortho.leaderboard import evaluation as measure_module
+from lm_ortho.leaderboard import sweep as sweep_module
 from lm_ortho.leaderboard.batch_halving import halve_batch_on_oom, is_out_of_memory
 from lm_ortho.leaderboard.store import DONE, FAILED, Store
 from lm_ortho.leaderboard.sweep import Sweep, open_store, plan_sweep, run_sweep
+from lm_ortho.plugin.bridges import find_tasks_dir
 from tests.support.harness import metric_values, run
 
 pytestmark = pytest.mark.usefixtures("isolated_environment")
@@ -49,10 +52,25 @@ def swept(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_access_token_is_not_stored(home: Path, tmp_path: Path) -> None:
     """It would be in the pages and in lm-eval's files as well."""
-    args = {"pretrained": str(home / "decomposed"), "token": "hf_0123456789abcdef"}
+    args = {**make_sweep(home).model_args, "token": "hf_0123456789abcdef"}
     pieces, job = plan_sweep(make_sweep(home, model_args=args), tmp_path)
     assert "hf_" not in json.dumps([dict(piece.config) for piece in pieces])
     assert job.model_args["token"] == "hf_0123456789abcdef"
+
+
+def test_a_task_without_its_rows_is_refused_before_the_first_piece(home: Path, tmp_path: Path) -> None:
+    args = {"pretrained": str(home / "decomposed"), "forget": str(home / "forget.jsonl")}
+    with pytest.raises(UserError, match=r"metadata: retain_set needs rows; add retain=rows.jsonl to --metadata"):
+        plan_sweep(make_sweep(home, model_args=args, metadata={}), tmp_path)
+
+
+def test_the_tasks_that_need_rows_are_those_of_the_yaml_files() -> None:
+    arguments = {}
+    for file in find_tasks_dir().rglob("*.yaml"):
+        task, argument = (re.search(rf"^ *{key}: (\w+)$", file.read_text(), re.M) for key in ("task", "argument"))
+        if task and argument:
+            arguments[task[1]] = (argument[1],)
+    assert {**arguments, "membership_set": ("forget", "holdout")} == sweep_module._ROWS
 
 
 def test_every_alpha_and_task_is_a_record_with_what_made_it(swept: Path) -> None:
