@@ -7,6 +7,7 @@ import re
 MESSAGE_LIMIT = 2000
 """Characters of an error message; what lies between its head and its tail is left out."""
 
+_ACCESS_TOKEN = re.compile(r"\bhf_\w{10,}")
 _LINE_BREAKS = re.compile(r"[\t\n\r][\t\n\r ]*")
 
 
@@ -15,11 +16,12 @@ class UserError(ValueError, SystemExit):
 
     It is a ``ValueError``, so Python callers catch it as usual, and a ``SystemExit`` whose code is the message, so that
     a command line that does not handle it (``lm_eval``) prints that one line and exits with status 1 instead of a
-    traceback. The message may quote files of any origin: it is passed through ``printable``.
+    traceback. The message may quote files of any origin: it is passed through ``printable``, and access tokens of the
+    hub are left out.
     """
 
     def __init__(self, message: str) -> None:
-        message = printable(message, MESSAGE_LIMIT)
+        message = printable(_ACCESS_TOKEN.sub("hf_...", str(message)), MESSAGE_LIMIT)
         super().__init__(message)
         self.code = message
 

@@ -18,6 +18,10 @@ from lm_ortho.errors import UserError
 
 def check_output_directory(directory: Path, argument: str = "out") -> None:
     """Raises ``UserError`` unless ``directory`` is new or empty and can be created; called before hours of work."""
+    try:
+        directory.exists()
+    except OSError as error:  # a name that is too long, or a folder above without permission
+        raise UserError(f"{argument}={str(directory)!r} cannot be looked up ({error.strerror})") from None
     if is_immovable(directory):
         raise UserError(f"{argument}={str(directory)!r} cannot be replaced as a whole; name a new directory inside it")
     if directory.is_dir():

@@ -68,3 +68,7 @@ def test_the_command_line_prints_no_escape_sequences(
         cli.main()
     assert exit_info.value.code == 1
     assert capsys.readouterr().err == "error: name='\\x1b]0;owned\\x07': unknown [/x]\n"
+
+
+def test_an_access_token_is_left_out_wherever_it_was_typed() -> None:
+    assert str(UserError("prompts='x,token=hf_0123456789abcdef' is unknown")) == "prompts='x,token=hf_...' is unknown"

@@ -76,3 +76,8 @@ def test_a_link_to_an_empty_directory_stays_a_link(tmp_path):
         (scratch / "file").write_text("x")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real" / "file").read_text() == "x"
+
+
+def test_a_name_that_is_too_long_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"^out=.* cannot be looked up \(File name too long\)"):
+        check_output_directory(tmp_path / ("a" * 300))
