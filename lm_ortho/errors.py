@@ -7,7 +7,8 @@ import re
 MESSAGE_LIMIT = 2000
 """Characters of an error message; what lies between its head and its tail is left out."""
 
-_ACCESS_TOKEN = re.compile(r"\bhf_\w{10,}")
+ACCESS_TOKEN = re.compile(r"\bhf_\w{10,}")
+"""An access token of the hub."""
 _LINE_BREAKS = re.compile(r"[\t\n\r][\t\n\r ]*")
 
 
@@ -21,7 +22,7 @@ class UserError(ValueError, SystemExit):
     """
 
     def __init__(self, message: str) -> None:
-        message = printable(_ACCESS_TOKEN.sub("hf_...", str(message)), MESSAGE_LIMIT)
+        message = printable(ACCESS_TOKEN.sub("hf_...", str(message)), MESSAGE_LIMIT)
         super().__init__(message)
         self.code = message
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from lm_ortho.errors import ACCESS_TOKEN
+
 
 def describe_hub_error(error: BaseException, name: object = "", revision: object = None) -> str:
     """One line about ``error``: what is wrong with the repository ``name`` on the hub, else its own message.
@@ -63,7 +65,7 @@ def _describe_cause(error: BaseException, name: object, revision: object) -> str
     return None
 
 
-_ACCESS_TOKEN = re.compile(r"""(\btoken["']?\s*[=:]\s*["']?)[^\s,"'}]+|\bhf_[A-Za-z0-9]{10,}""")
+_ACCESS_TOKEN = re.compile(rf"""(\btoken["']?\s*[=:]\s*["']?)[^\s,"'}}]+|{ACCESS_TOKEN.pattern}""")
 
 
 def hide_access_tokens(text: str) -> str:

@@ -201,7 +201,7 @@ class LibOrthoHfQuantizer(HfQuantizer):
             )
             layer.origin = getattr(linear, "origin", None)
             if config.bits != 16:
-                vars(layer)["weight"] = _make_placeholder(linear.weight)
+                vars(layer)["weight"] = _make_empty_weight(linear.weight)
             replacements[linear] = layer
         replace_modules(model, replacements)
 
@@ -229,11 +229,11 @@ class LibOrthoHfQuantizer(HfQuantizer):
         return model if dtype is None else model.to(dtype)
 
 
-def _make_placeholder(weight: torch.Tensor) -> torch.Tensor:
+def _make_empty_weight(weight: torch.Tensor) -> torch.Tensor:
     """An empty tensor marked as loaded, because some models otherwise initialise the weights of a child again."""
-    placeholder: Any = torch.empty_like(weight, device="meta")
-    placeholder._is_hf_initialized = True
-    return placeholder
+    empty_weight: Any = torch.empty_like(weight, device="meta")
+    empty_weight._is_hf_initialized = True
+    return empty_weight
 
 
 def build_skeleton(directory: Path, *, decomposed: bool = True, trust_remote_code: bool = False) -> nn.Module:

@@ -321,8 +321,8 @@ def parse_table(text: str, source: str, delimiters: Iterable[str] = ",") -> Iter
             f"{source}, line 1: a table begins with a line that names its columns, such as question,answer"
             f"{suggest_names(names)}"
         )
-    source_text = io.StringIO(text, newline="")
-    reader = csv.reader(source_text, delimiter=delimiter, strict=True, skipinitialspace=True)
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=True)
     try:
         columns = [name.strip() for name in next(reader)]
         if duplicates := _find_duplicates(columns) & set(FIELDS):

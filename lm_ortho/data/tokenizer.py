@@ -75,9 +75,12 @@ def find_end_tokens(tokenizer: Any, added: AddedTokens) -> tuple[int, ...]:
     return () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
 
 
-def encode_prompt(tokenizer: Any, text: str, added: AddedTokens) -> list[int]:
-    """Returns the ids of a text that something may follow: with the prefix, without the suffix of the tokenizer."""
-    return added.add_prefix(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+def encode_prompt(tokenizer: Any, text: str, added: AddedTokens, *starts: int | None) -> list[int]:
+    """Returns the ids of a text that something may follow: with the prefix, without the suffix of the tokenizer.
+
+    ``starts`` as in ``AddedTokens.add_prefix``.
+    """
+    return added.add_prefix(tokenizer.encode(text, add_special_tokens=False), *starts)
 
 
 def check_fast(tokenizer: Any) -> None:
@@ -120,6 +123,12 @@ def check_prefix_token(tokenizer: Any, prefix_token_id: Any) -> None:
 def count_ids(tokenizer: Any) -> int:
     """Returns the highest token id plus one: a vocabulary may have holes, so it can be more than the tokens."""
     return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
+def describe_vocabulary(tokenizer: Any) -> Any:
+    """Returns all that decides the tokens of a text, as JSON: the settings of a fast tokenizer, else its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
 
 
 def describe(tokenizer: Any) -> str:

@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_ortho import layer
 from lm_ortho.checkpoint import hf
 from lm_ortho.config import MODEL_ARGS, split_model_args
+from lm_ortho.data.tokenizer import describe_vocabulary
 from lm_ortho.dial import format_alpha, parse_alpha
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import load_config
@@ -235,7 +236,6 @@ class LibOrthoLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin)
 
     def fingerprint(self) -> str:
         """Returns a hash of everything that can change an answer: weights, alpha, precision, tokenizer, lengths."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
         settings = {
             "checkpoint": self._info["checkpoint"],
             "alpha": self._alpha,
@@ -244,7 +244,7 @@ class LibOrthoLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin)
             "dtype": str(self.model.dtype),
             "softmax_dtype": str(self.softmax_dtype),
             "mixed_precision_dtype": str(self.mixed_precision_dtype),
-            "tokenizer": backend.to_str() if backend else sorted(self.tokenizer.get_vocab().items()),
+            "tokenizer": describe_vocabulary(self.tokenizer),
             "add_bos_token": self.add_bos_token,
             "added_tokens": [self.added_tokens.prefix, self.added_tokens.suffix],
             "prefix_token_id": self.prefix_token_id,

@@ -12,7 +12,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import TOKENIZER_INFINITY
 from transformers import PreTrainedTokenizerBase
 
-from lm_ortho.data.tokenizer import AddedTokens, check_prefix_token, find_added_tokens
+from lm_ortho.data.tokenizer import AddedTokens, check_prefix_token, encode_prompt, find_added_tokens
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import load_tokenizer
 from lm_ortho.harness.chat_template import describe_chat_template, hash_json
@@ -91,9 +91,8 @@ class TextEncodingMixin(HFLM):
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
     ) -> list[int]:
         """Returns the ids of a text: after the prefix unless it has one or ``add_special_tokens`` is False."""
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
-        if add_special_tokens is not False:
-            ids = self.added_tokens.add_prefix(ids, self.prefix_token_id)
+        added = AddedTokens() if add_special_tokens is False else self.added_tokens
+        ids = encode_prompt(self.tokenizer, string, added, self.prefix_token_id)
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def tok_batch_encode(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from lm_ortho.data.tokenizer import check_prefix_token, describe, find_added_tokens
+from lm_ortho.data.tokenizer import check_prefix_token, describe, describe_vocabulary, find_added_tokens
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import load_tokenizer
 from lm_ortho.finetune.loading import expand_path
@@ -48,9 +48,8 @@ class Tokens:
 
     def describe(self) -> dict[str, Any]:
         """Returns what decides how texts are split, as JSON: the tokenizer and the limits of the model."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
         return {
-            "tokenizer": backend.to_str() if backend else sorted(self.tokenizer.get_vocab().items()),
+            "tokenizer": describe_vocabulary(self.tokenizer),
             "special": [self.tokenizer.bos_token, self.tokenizer.eos_token, self.prefix_token_id],
             "max_length": self.max_length,
         }

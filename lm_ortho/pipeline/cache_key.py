@@ -11,6 +11,7 @@ from typing import Any
 import lm_ortho
 from lm_ortho.checkpoint import cache
 from lm_ortho.data.rows import Row
+from lm_ortho.data.tokenizer import describe_vocabulary
 from lm_ortho.edit import EDITS
 from lm_ortho.finetune import load_config
 from lm_ortho.pipeline.spec import ResolvedModel, download_model
@@ -47,8 +48,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
     """Hash of a named tokenizer: of its files; for an object, of its backend or vocabulary and its chat template."""
     if not tokenizer or isinstance(tokenizer, str):
         return files_hash(tokenizer) if tokenizer and Path(tokenizer).expanduser().is_dir() else str(tokenizer or "")
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = [backend.to_str() if backend else sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]
+    content = [describe_vocabulary(tokenizer), tokenizer.chat_template]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
