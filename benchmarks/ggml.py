@@ -50,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     library = cpu.find()
     if isinstance(library, cpu.MissingLibrary):
-        raise SystemExit(f"our kernel is not available: {library.why}")
+        raise SystemExit(f"our kernel is not available: {library.reason}")
     with tempfile.TemporaryDirectory() as folder:
         program = build(arguments.ggml, Path(folder))
         numbers = map(str, (*arguments.shape, arguments.rounds, *arguments.batches))

@@ -213,7 +213,7 @@ def _check_kernel() -> Check:
     library = cpu.find()
     name = choice.implementation.name
     if name == "cpu":
-        details = f"{library.isa}, {library.path}" if isinstance(library, cpu.Library) else library.why
+        details = f"{library.isa}, {library.path}" if isinstance(library, cpu.Library) else library.reason
         return Check("kernel", "ok", f"cpu: {details}")
     if name != "reference":
         return Check("kernel", "ok", f"{name}: {choice.reason}")

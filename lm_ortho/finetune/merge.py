@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -182,7 +183,7 @@ def _load_adapter(model: nn.Module, peft: str) -> Any:
     source = find_adapter(peft)
     try:
         # Load it twice: only ``load_adapter`` returns which tensors and layers did not match.
-        with suppress_peft_warnings(), warnings.catch_warnings():
+        with suppress_peft_warnings(), warnings.catch_warnings(), _compilers_restored():
             warnings.filterwarnings("ignore", message="(?s).*missing adapter keys")  # reported below, as an error
             warnings.filterwarnings("ignore", message="(?s).*tie_word_embeddings")  # separated before the merge
             peft_model = PeftModel.from_pretrained(model, source)
@@ -236,6 +237,23 @@ def _warn_of_another_base(model: Any, config: Any, source: str) -> None:
     are_hub_names = all(part.count("/") == 1 and part[0] not in "./~" for part in (trained_on, name) if part)
     if trained_on and name and are_hub_names and not Path(name).is_dir() and trained_on.lower() != name.lower():
         log.warning("%s: the adapter was trained on %s and is merged into %s", source, trained_on, name)
+
+
+@contextmanager
+def _compilers_restored() -> Iterator[None]:
+    """Context that leaves the environment variables ``CC`` and ``CXX`` as they were.
+
+    peft compiles a CUDA extension for BOFT with both set to ``gcc`` and leaves them so if that fails. ``gcc`` does not
+    link the standard library of C++, which the CPU kernel needs.
+    """
+    before = {name: os.environ.get(name) for name in ("CC", "CXX")}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 @contextmanager

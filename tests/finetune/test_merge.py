@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -25,6 +26,14 @@ from tests.support.paths import REPOSITORY
 Q = ["q_proj", "v_proj"]
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
 pytestmark = pytest.mark.filterwarnings("ignore")  # of peft, about what is tested here
+
+
+@pytest.fixture(autouse=True)
+def compilers_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoes what peft leaves of ``CC=gcc`` and ``CXX=gcc`` in the environment when a test adds a BOFT adapter."""
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, "before")
+        monkeypatch.delenv(name)
 
 
 def lora(**options: Any) -> peft.LoraConfig:
@@ -183,6 +192,17 @@ def test_the_tolerance_is_a_share_of_the_effect() -> None:
     for wrong in (live * 1.05, live * torch.nan):
         with pytest.raises(UserError, match="wrongly"):
             check_logits(plain, live, wrong, source="peft", kind="LORA")
+
+
+def test_a_merge_leaves_the_compilers_of_the_environment_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft leaves ``CXX=gcc`` where its CUDA extension for BOFT cannot be compiled; the CPU kernel needs a C++ one."""
+    directory = write_adapter(tmp_path / "adapter", base_model(), MERGEABLE["BOFT"]())
+    monkeypatch.setattr("peft.tuners.boft.layer._FBD_CUDA", None)
+    monkeypatch.setenv("CC", "clang")
+    monkeypatch.delenv("CXX", raising=False)
+    merge_adapter(base_model(), directory)
+    assert os.environ["CC"] == "clang"
+    assert "CXX" not in os.environ
 
 
 def test_nothing_else_in_the_package_merges_adapters() -> None:
