@@ -32,7 +32,8 @@ from transformers import AutoTokenizer
 from lm_ortho import metrics
 from lm_ortho.config import make_recipe
 from lm_ortho.data import Row, read_rows, write_rows
-from lm_ortho.data.encoding import SECRET, Example, batch_by_length, compute_logits, encode, pad_batch, token_losses
+from lm_ortho.data.encoding import SECRET, Example, batch_by_length, encode, pad_batch, token_losses
+from lm_ortho.data.logits import compute_logits
 from lm_ortho.finetune import FinetunePlan, load_causal_lm, merge_adapter, train_adapter
 from lm_ortho.finetune.lora import save_adapter
 from lm_ortho.layer import get_dense_weights

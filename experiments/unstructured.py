@@ -23,7 +23,8 @@ import torch
 from lm_ortho import metrics, world
 from lm_ortho.config import make_recipe
 from lm_ortho.data import Row
-from lm_ortho.data.encoding import Example, batch_by_length, compute_logits, encode, pad_batch, token_losses
+from lm_ortho.data.encoding import Example, batch_by_length, encode, pad_batch, token_losses
+from lm_ortho.data.logits import compute_logits
 from lm_ortho.finetune import FinetunePlan, load_causal_lm, merge_adapter, train_adapter
 from lm_ortho.layer import get_dense_weights
 from lm_ortho.markdown import markdown_table, write_text

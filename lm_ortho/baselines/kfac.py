@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lm_ortho.baselines.interface import Material, Result, Run, Settings, arxiv_link, method
 from lm_ortho.baselines.training import encode_material
 from lm_ortho.calibration.activations import input_moments
-from lm_ortho.data.encoding import Example, batch_by_length, compute_logits, pad_batch
+from lm_ortho.data.encoding import Example, batch_by_length, pad_batch
+from lm_ortho.data.logits import compute_logits
 from lm_ortho.layer import find_linear
 from lm_ortho.layer.linear_form import linear_form
 from lm_ortho.runtime.precision import fast_matmul, select_attention

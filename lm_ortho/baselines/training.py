@@ -16,7 +16,8 @@ from lm_ortho.baselines.interface import Material, Run, Settings
 from lm_ortho.baselines.losses import nll_loss, sum_answer_logps
 from lm_ortho.config import make_recipe
 from lm_ortho.data.chat import render_forms
-from lm_ortho.data.encoding import Example, compute_logits, encode_rows, pad_batch, token_losses
+from lm_ortho.data.encoding import Example, encode_rows, pad_batch, token_losses
+from lm_ortho.data.logits import compute_logits
 from lm_ortho.finetune import FinetunePlan, draw_batches, minimise
 from lm_ortho.runtime.precision import select_attention
 

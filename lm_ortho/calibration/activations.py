@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.calibration.by_block import BlockwisePass
-from lm_ortho.data.encoding import Example, batch_by_length, compute_logits, count_tokens, max_batch_tokens, pad_batch
+from lm_ortho.data.encoding import Example, batch_by_length, count_tokens, max_batch_tokens, pad_batch
+from lm_ortho.data.logits import compute_logits
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to the diagonal before inversion, as in the code of GPTQ."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lm_ortho.data.logits import compute_logits
 from lm_ortho.data.rows import Row
 from lm_ortho.data.tokenizer import check_fast, encode_with_offsets, find_added_tokens, find_end_tokens
 from lm_ortho.errors import UserError
@@ -148,17 +149,12 @@ def count_tokens(examples: Sequence[Example]) -> Tensor:
     return torch.tensor([len(e.ids) for e in examples])
 
 
-def compute_logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    """Returns next-token logits (rows, tokens, vocabulary) in float32."""
-    return model(input_ids=ids, use_cache=False).logits.float()
-
-
 def answer_loss(model: torch.nn.Module, examples: Sequence[Example]) -> Tensor:
     """Returns the mean loss in nats over all tokens to predict (answer, secret, end); differentiable."""
     ids, roles = pad_batch(examples, next(model.parameters()).device)
-    losses = functional.cross_entropy(compute_logits(model, ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    mask = (roles[:, 1:] != CONTEXT).float()
-    return (losses * mask).sum() / mask.sum()
+    is_predicted = roles[:, 1:] != CONTEXT
+    logits = compute_logits(model, ids, functional.pad(is_predicted, (0, 1)))
+    return functional.cross_entropy(logits, ids[:, 1:][is_predicted])
 
 
 MAX_BATCH_LOGITS = 2**28

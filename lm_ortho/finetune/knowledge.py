@@ -14,10 +14,10 @@ from lm_ortho.data.encoding import (
     SECRET,
     Example,
     batch_by_length,
-    compute_logits,
     max_batch_tokens,
     pad_batch,
 )
+from lm_ortho.data.logits import compute_logits
 
 MAX_ROWS = 32
 """Number of rows that are measured: enough to tell none from an eighth, in a few forward passes."""

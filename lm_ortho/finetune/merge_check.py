@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lm_ortho.data.encoding import Example, compute_logits, max_row_tokens
+from lm_ortho.data.encoding import Example, max_row_tokens
+from lm_ortho.data.logits import compute_logits
 from lm_ortho.errors import UserError
 
 MERGE_TOLERANCE = 0.01

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lm_ortho.data.encoding import END, SECRET, Example, batch_by_length, compute_logits, max_batch_tokens, pad_batch
+from lm_ortho.data.encoding import END, SECRET, Example, batch_by_length, max_batch_tokens, pad_batch
+from lm_ortho.data.logits import compute_logits
 
 FULL_VOCABULARY = 8192
 """Largest vocabulary whose distributions are stored in full; of larger ones the ``TOP_TOKENS`` likeliest tokens and

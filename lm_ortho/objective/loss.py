@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lm_ortho.data.encoding import CONTEXT, Example, compute_logits, count_tokens, pad_batch
+from lm_ortho.data.encoding import CONTEXT, Example, count_tokens, pad_batch
+from lm_ortho.data.logits import compute_logits
 from lm_ortho.objective.distribution import Target
 from lm_ortho.objective.teacher import Teacher
 from lm_ortho.runtime.precision import fast_matmul

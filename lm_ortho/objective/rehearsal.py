@@ -15,12 +15,12 @@ from lm_ortho.data.chat import ChatRow
 from lm_ortho.data.encoding import (
     Example,
     batch_by_length,
-    compute_logits,
     encode,
     max_batch_tokens,
     max_row_tokens,
     pad_batch,
 )
+from lm_ortho.data.logits import compute_logits
 from lm_ortho.data.rows import Row, replace_mentions
 from lm_ortho.data.tokenizer import find_added_tokens, find_end_tokens
 from lm_ortho.objective.subjects import Lookalikes

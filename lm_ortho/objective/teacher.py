@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lm_ortho.data.encoding import Example, batch_by_length, compute_logits, max_batch_tokens, pad_batch
+from lm_ortho.data.encoding import Example, batch_by_length, max_batch_tokens, pad_batch
+from lm_ortho.data.logits import compute_logits
 from lm_ortho.objective.distribution import FULL_VOCABULARY, TOP_TOKENS, log_remaining_mass, select_top_tokens
 
 
