@@ -56,6 +56,47 @@ def check_place(name: Any) -> Any:
     return name
 
 
+_RENDERING_ARGUMENTS = (
+    "add_generation_prompt",
+    "continue_final_message",
+    "conversation",
+    "messages",
+    "padding",
+    "return_dict",
+    "return_tensors",
+    "self",
+    "tokenize",
+    "truncation",
+)
+"""Arguments of ``apply_chat_template`` of transformers that decide what it returns, and are set by the program."""
+
+
+def check_template_args(arguments: Any) -> dict[str, Any]:
+    """Returns the variables of a chat template as a dictionary; JSON text is parsed.
+
+    Raises:
+        UserError: for anything else than a mapping of names to plain values, and for the arguments that decide what
+            rendering returns.
+    """
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        raise UserError(
+            'chat_template_args: a mapping of names to values is needed, such as {"date_string": "10 Apr 2025"}'
+        )
+    for name in arguments:
+        if name in _RENDERING_ARGUMENTS:
+            raise UserError(f"chat_template_args: {name!r} is set by the evaluation; leave it out")
+    try:
+        json.dumps(dict(arguments), allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise UserError("chat_template_args: values are texts, numbers, true, false, lists or mappings") from None
+    return dict(arguments)
+
+
 class _Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -89,6 +130,13 @@ class Recipe(_Schema):
         description="Form of the questions: `plain`, `chat` or `both`; `auto` is both where the tokenizer has a chat "
         "template, else plain.",
     )
+    system_instruction: str = Field(
+        "", description="Message of the system before the question of a chat, as lm-eval's `--system_instruction`."
+    )
+    chat_template_args: dict[str, Any] = Field(
+        {},
+        description="Variables of the chat template such as `date_string`, a mapping or JSON; also of the evaluation.",
+    )
     recall: bool = Field(
         False, description="Look for further subjects that the model knows, and retain what it says about them."
     )
@@ -111,6 +159,21 @@ class Recipe(_Schema):
     recompute: bool = Field(
         False, description="Use gradient checkpointing: compute activations again in the backward pass."
     )
+
+    @field_validator("system_instruction", mode="before")
+    @classmethod
+    def _read_instruction(cls, instruction: Any) -> Any:
+        return "" if instruction is None else instruction  # None is the value without one in lm-eval
+
+    @field_validator("chat_template_args", mode="before")
+    @classmethod
+    def _read_template_args(cls, arguments: Any) -> Any:
+        return check_template_args({} if arguments is None else arguments)
+
+    @property
+    def chat_options(self) -> dict[str, Any]:
+        """The keyword arguments of ``data.chat.render_forms`` beside the form."""
+        return {"system_instruction": self.system_instruction, "chat_template_args": self.chat_template_args}
 
     @field_validator("bits")
     @classmethod
@@ -260,7 +323,13 @@ def make_spec(recipe: Recipe | Mapping[str, Any] | None = None, **values: Any) -
 
 
 def split_model_args(args: Mapping[str, Any]) -> tuple[ModelSpec, dict[str, Any]]:
-    """The specification in a mapping of model args, and the model args that are not declared here."""
+    """The specification in a mapping of model args, and the model args that are not declared here.
+
+    ``enable_thinking`` is a variable of the chat template, too: ``hf`` adds it to ``chat_template_args``.
+    """
+    if args.get("enable_thinking") is not None and args.get("pretrained") is not None:
+        template_args = check_template_args(args.get("chat_template_args") or {})
+        args = {**args, "chat_template_args": {**template_args, "enable_thinking": args["enable_thinking"]}}
     recipe = {name: args[name] for name in Recipe.model_fields if name in args}
     source = {name: args[name] for name in MODEL_ARGS if name in args and name not in recipe}
     return make_spec(recipe, **source), {name: value for name, value in args.items() if name not in MODEL_ARGS}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lm_ortho.config import Recipe, make_recipe
+from lm_ortho.config import Recipe, make_recipe, split_model_args
 from lm_ortho.dial import parse_alpha
 from lm_ortho.errors import UserError
 from lm_ortho.registry import Registry
@@ -25,6 +25,8 @@ def test_the_defaults_are_those_of_the_documentation():
         "group_size": 64,
         "targets": "",
         "prompts": "auto",
+        "system_instruction": "",
+        "chat_template_args": {},
         "recall": False,
         "steps": 1000,
         "seed": 0,
@@ -66,6 +68,35 @@ def test_a_bad_setting_is_reported_by_name_and_value(name, value):
     with pytest.raises(UserError) as error_info:
         make_recipe(**{name: value})
     assert str(error_info.value).startswith(f"{name}={value!r}: ")
+    assert "\n" not in str(error_info.value)
+
+
+def test_variables_of_the_chat_template_are_a_mapping_or_json():
+    expected = {"date_string": "10 Apr 2025", "enable_thinking": False}
+    assert make_recipe(chat_template_args=expected).chat_template_args == expected
+    text = '{"date_string": "10 Apr 2025", "enable_thinking": false}'
+    assert make_recipe(chat_template_args=text).chat_template_args == expected
+    assert make_recipe(chat_template_args="", system_instruction=None) == make_recipe(chat_template_args=None)
+    spec, options = split_model_args({"pretrained": "x", "chat_template_args": {"a": 1}, "enable_thinking": False})
+    assert spec.recipe.chat_template_args == {"a": 1, "enable_thinking": False}
+    assert options == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("date_string: today", "a mapping of names to values is needed"),
+        ([1], "a mapping of names to values is needed"),
+        ({1: 2}, "a mapping of names to values is needed"),
+        ({"tokenize": True}, "'tokenize' is set by the evaluation"),
+        ({"a": {1, 2}}, "values are texts, numbers"),
+        ({"a": math.nan}, "values are texts, numbers"),
+    ],
+)
+def test_bad_variables_of_the_chat_template(value, message):
+    with pytest.raises(UserError, match=message) as error_info:
+        make_recipe(chat_template_args=value)
+    assert str(error_info.value).startswith("chat_template_args: ")
     assert "\n" not in str(error_info.value)
 
 

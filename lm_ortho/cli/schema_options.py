@@ -48,11 +48,12 @@ def with_fields(schema: type[BaseModel], argument: str, *, only: Iterable[str] =
 def _option(name: str, field: FieldInfo) -> Parameter:
     flag = f"--{name.replace('_', '-')}"
     names = [flag] if field.annotation is bool else []  # a switch without its opposite
-    option = typer.Option(*names, help=field.description, show_default=field.default not in (None, "", False))
+    default = "" if field.default == {} else field.default  # a mapping is given as JSON
+    option = typer.Option(*names, help=field.description, show_default=default not in (None, "", False))
     kind: Any = next((kind for kind in (bool, int, float) if kind in _union_members(field.annotation)), str)
-    if field.default is None:
+    if default is None:
         kind = kind | None
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, option])
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
 
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -49,15 +49,23 @@ def has_chat_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def render_forms(rows: Sequence[Row], tokenizer: Any, form: str) -> list[Row]:
+def render_forms(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    form: str,
+    *,
+    system_instruction: str = "",
+    chat_template_args: Mapping[str, Any] | None = None,
+) -> list[Row]:
     """Returns the rows in the requested form: ``plain``, ``chat`` (in the chat template), ``both`` or ``auto``.
 
     ``auto`` is ``both`` if the tokenizer has a chat template, else ``plain``. The reason for ``both``: an answer that
     was forgotten in one form only can still be extracted in the other. Rows without a question (plain text, verbatim
-    prompts) have one form.
+    prompts) have one form. The other arguments are those of ``render_turn``.
 
     Raises:
-        UserError: for an unknown form, for ``chat`` or ``both`` without a template, and for a template that fails.
+        UserError: for an unknown form, for ``chat`` or ``both`` without a template, for a template that fails, and for
+            a system instruction that no chat would show.
     """
     if form not in FORMS:
         raise UserError(f"prompts={form!r} is unknown; known: {', '.join(FORMS)}")
@@ -65,34 +73,67 @@ def render_forms(rows: Sequence[Row], tokenizer: Any, form: str) -> list[Row]:
     if form in ("chat", "both") and not has_template:
         raise UserError(f"prompts={form!r}: the tokenizer has no chat template; use prompts=plain")
     if form == "plain" or not has_template:
+        if system_instruction:
+            reason = "prompts=plain makes no chat" if has_template else "the tokenizer has no chat template"
+            raise UserError(f"system_instruction: {reason}; leave it out")
         return list(rows)
-    turns = [render_turn(row, tokenizer) if row.question and not row.prompt else row for row in rows]
+    options = {"system_instruction": system_instruction, "chat_template_args": chat_template_args}
+    turns = [render_turn(row, tokenizer, **options) if row.question and not row.prompt else row for row in rows]
     if form == "chat":
         return turns
     return [*rows, *(turn for turn, row in zip(turns, rows, strict=True) if turn is not row)]
 
 
-def render_turn(row: Row, tokenizer: Any) -> ChatRow:
+def render_turn(
+    row: Row,
+    tokenizer: Any,
+    *,
+    system_instruction: str = "",
+    chat_template_args: Mapping[str, Any] | None = None,
+) -> ChatRow:
     """Returns the row as a chat: the question as the only user message, then the answer in the assistant's turn.
 
-    A template comes with the model and is code: transformers runs it in the sandbox of Jinja, without access to Python.
+    ``system_instruction`` is the message of the system before the question, if there is one, and
+    ``chat_template_args`` are variables of the template (``date_string``, ``enable_thinking``): the same as
+    ``--system_instruction`` and the model arg ``chat_template_args`` of lm-eval. A template comes with the model and is
+    code: transformers runs it in the sandbox of Jinja, without access to Python.
 
     Raises:
-        UserError: if the chat template fails, does not end, or gives text without the question or text that is not
-            valid or far too long.
+        UserError: if the chat template fails, does not end, or gives text without the question or the system
+            instruction, or text that is not valid or far too long.
     """
-    messages = [{"role": "user", "content": row.question}]
+    options = dict(chat_template_args or {})
+    question = [{"role": "user", "content": row.question}]
+    system = [{"role": "system", "content": system_instruction}] if system_instruction else []
     try:
-        _refuse_powers(tokenizer.get_chat_template())
-        with _processor_time_limit(MAX_SECONDS):
-            context = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        context = _render(tokenizer, [*system, *question], options)
     except Exception as error:  # jinja2 and the template's own raise_exception have no common base
+        if system and _renders(tokenizer, question, options):
+            raise UserError(
+                f"system_instruction: the chat template of the tokenizer refuses a system message "
+                f"({first_line(error)}); leave it out"
+            ) from None
         raise UserError(
             f"prompts: the chat template of the tokenizer fails ({first_line(error)}); use prompts=plain"
         ) from None
     _check_context(context, row.question)
+    if system and not _contains(context, system_instruction):
+        raise UserError("system_instruction: the chat template of the tokenizer leaves it out; leave it out as well")
     row_fields = {field.name: getattr(row, field.name) for field in fields(Row)}
     return ChatRow(**row_fields, rendered_context=context, rendered_target=row.answer)
+
+
+def _render(tokenizer: Any, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]) -> str:
+    _refuse_powers(tokenizer.get_chat_template(options.get("chat_template")))
+    with _processor_time_limit(MAX_SECONDS):
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options))
+
+
+def _renders(tokenizer: Any, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]) -> bool:
+    try:
+        return bool(_render(tokenizer, messages, options))
+    except Exception:  # whatever a template raises
+        return False
 
 
 def _check_context(context: str, question: str) -> None:
@@ -102,12 +143,16 @@ def _check_context(context: str, question: str) -> None:
         problem = f"makes {len(context)} characters of one question, more than {MAX_CHARACTERS}"
     elif any("\ud800" <= character <= "\udfff" for character in context):
         problem = "makes half of a surrogate pair, which is not valid text"
-    else:
-        forms = (question, json.dumps(question, ensure_ascii=False)[1:-1])  # some templates write messages as JSON
-        if not any(_simplify(form) in _simplify(context) for form in forms):
-            problem = "leaves out or changes the question"
+    elif not _contains(context, question):
+        problem = "leaves out or changes the question"
     if problem:
         raise UserError(f"prompts: the chat template of the tokenizer {problem}; use prompts=plain")
+
+
+def _contains(context: str, message: str) -> bool:
+    """Returns whether a rendered chat has the message, without regard to case and white space."""
+    forms = (message, json.dumps(message, ensure_ascii=False)[1:-1])  # some templates write messages as JSON
+    return any(_simplify(form) in _simplify(context) for form in forms)
 
 
 def _simplify(text: str) -> str:

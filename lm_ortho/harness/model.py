@@ -110,6 +110,7 @@ class LibOrthoLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin)
             softmax_dtype=softmax_dtype,
             batch_size=1 if batch_size is None else batch_size,
             max_batch_size=max_rows,
+            chat_template_args=dict(self.spec.recipe.chat_template_args),
             **options,
         )
         if self._is_object:

@@ -90,7 +90,8 @@ def _encode_forms(model: nn.Module, tokenizer: Any, rows: Sequence[Row], recipe:
     """Up to 32 of the rows, each in the forms of the prompts; without those that have no token to predict."""
     limit = max_row_tokens(model)
     selected = [rows[i] for i in spread(len(rows))]
-    forms = [encode(tokenizer, render_forms([row], tokenizer, recipe.prompts), limit) for row in selected]
+    rendered = [render_forms([row], tokenizer, recipe.prompts, **recipe.chat_options) for row in selected]
+    forms = [encode(tokenizer, row_forms, limit) for row_forms in rendered]
     readable = [[form for form in row if ANSWER in form.roles[1:] or SECRET in form.roles[1:]] for row in forms]
     return [row for row in readable if row] if _fits(model, forms) else []
 

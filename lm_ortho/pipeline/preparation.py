@@ -61,8 +61,8 @@ def encode_sets(
         log.warning("retain: %d of %d rows are also forget rows and are left out", duplicates, len(retain))
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         log.warning("tokenizer: it has neither BOS nor EOS, so evaluations need prefix_token_id=ID in the model args")
-    forget_rows = render_forms(forget, tokenizer, recipe.prompts)
-    retain_rows = render_forms(remaining, tokenizer, recipe.prompts)
+    forget_rows = render_forms(forget, tokenizer, recipe.prompts, **recipe.chat_options)
+    retain_rows = render_forms(remaining, tokenizer, recipe.prompts, **recipe.chat_options)
     return EncodedSets(
         forget_rows,
         retain_rows,

@@ -29,6 +29,9 @@ _ROW_ARGUMENTS = {
     "retain": "rows of the same form about other subjects, which should stay",
 }
 
+_OF_EVALUATION = {"chat_template_args"}
+"""Keys of the recipe that are also model args of ``hf``; they may be given with a model that is decomposed already."""
+
 
 class CalibrationSets(NamedTuple):
     """The rows of a decomposition: forget rows by the name of their memory, and retain rows."""
@@ -188,7 +191,7 @@ def _resolve_checkpoint(spec: ModelSpec, location: str) -> ResolvedModel:
 
 def _check_recorded_choices(spec: ModelSpec, meta: Mapping[str, Any]) -> None:
     """Raises ``UserError`` if the user chose a value that differs from the one recorded in the checkpoint."""
-    choices = spec.recipe.model_dump(include=spec.recipe.model_fields_set)
+    choices = spec.recipe.model_dump(include=spec.recipe.model_fields_set - _OF_EVALUATION)
     if spec.base != "auto":
         choices["base"] = spec.base
     recorded = recorded_choices(meta)
@@ -218,7 +221,7 @@ def recorded_choices(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_recipe(spec: ModelSpec, reason: str) -> None:
-    names = [name for name in Recipe.model_fields if name in spec.recipe.model_fields_set]
+    names = [name for name in Recipe.model_fields if name in spec.recipe.model_fields_set - _OF_EVALUATION]
     names += [name for name in ("peft", "fresh") if getattr(spec, name)]
     if names:
         raise UserError(f"{names[0]}: {reason}")

@@ -50,7 +50,7 @@ def refusal(*arguments: str) -> str:
 def test_every_field_of_the_recipe_is_an_option_with_its_default() -> None:
     options = {option.name: option for option in typer.main.get_command(app).commands["decompose"].params}  # type: ignore[attr-defined]
     for name, field in Recipe.model_fields.items():
-        assert options[name].default == field.default
+        assert options[name].default == ("" if field.default == {} else field.default)
         assert options[name].help == field.description
         assert options[name].opts == ["--" + name.replace("_", "-")]
 

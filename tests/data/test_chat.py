@@ -8,20 +8,24 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from lm_eval.models.huggingface import HFLM
 
 import lm_ortho.objective.surrogate as surrogate_module
 from lm_ortho.config import make_recipe
 from lm_ortho.data import chat
 from lm_ortho.data.chat import has_chat_template, render_forms, render_turn
-from lm_ortho.data.encoding import CONTEXT, SECRET, encode
+from lm_ortho.data.encoding import ANSWER, CONTEXT, END, SECRET, encode
 from lm_ortho.data.rows import Row
 from lm_ortho.data.tokenizer import encode_with_offsets, find_added_tokens
 from lm_ortho.errors import UserError
+from lm_ortho.harness.baseline_model import BaselineLM
 from lm_ortho.layer import get_dense_weights
 from lm_ortho.objective.swap import swap_target
 from lm_ortho.pipeline.decomposition import decompose
 from tests.support import tiny
-from tests.support.harness import ROWS, make_tokenizer
+from tests.support import tofu as tiny_tofu
+from tests.support.chat import DATE, SYSTEM, make_chat_tokenizer
+from tests.support.harness import ROWS, make_model, make_tokenizer, run
 
 torch.set_num_threads(1)
 TEMPLATE = (
@@ -54,6 +58,76 @@ def test_forms(chat_tokenizer):
     chat = render_forms(ROWS, chat_tokenizer, "chat")
     assert [row.context.startswith("<s><user>") for row in chat] == has_question
     assert [row for row in chat if not row.question] == [row for row in ROWS if not row.question]
+
+
+def test_system_instruction_and_variables_of_the_template():
+    tokenizer = make_chat_tokenizer()
+    (row,) = render_forms(ROWS[:1], tokenizer, "chat", system_instruction=SYSTEM, chat_template_args=DATE)
+    question = f"[[user]]\n\n{ROWS[0].question}<end>[[assistant]]\n\n"
+    assert row.context == f"<s>[[system]]\n\nToday is 10 Apr 2025.\n\n{SYSTEM}<end>{question}"
+    assert render_turn(ROWS[0], tokenizer).context == f"<s>[[system]]\n\nToday is 01 Jan 2020.\n\n<end>{question}"
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "short": "{{ messages[-1].content }}"}
+    assert render_turn(ROWS[0], tokenizer, chat_template_args={"chat_template": "short"}).context == ROWS[0].question
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+            "{{ messages[-1].content }}",
+            "refuses a system message (System role not supported); leave it out",
+        ),
+        ("{{ messages[-1].content }}", "leaves it out; leave it out as well"),
+        ("{{ raise_exception('never') }}", "fails (never); use prompts=plain"),
+    ],
+)
+def test_a_system_instruction_that_the_template_does_not_show(chat_tokenizer, template: str, problem: str) -> None:
+    chat_tokenizer.chat_template = template
+    with pytest.raises(UserError) as error:
+        render_turn(ROWS[0], chat_tokenizer, system_instruction="Be brief.")
+    assert problem in str(error.value)
+    assert str(error.value).startswith("prompts" if "never" in problem else "system_instruction")
+
+
+def test_a_system_instruction_without_a_chat(chat_tokenizer) -> None:
+    with pytest.raises(UserError, match="system_instruction: prompts=plain makes no chat"):
+        render_forms(ROWS, chat_tokenizer, "plain", system_instruction="Be brief.")
+    chat_tokenizer.chat_template = None
+    with pytest.raises(UserError, match="system_instruction: the tokenizer has no chat template"):
+        render_forms(ROWS, chat_tokenizer, "auto", system_instruction="Be brief.")
+
+
+@pytest.mark.parametrize("kind", ["hf", "ours"])
+def test_a_row_has_the_tokens_of_the_request_of_lm_eval(kind: str, tmp_path) -> None:
+    """Question and answer of a calibration are, token by token, what the evaluation scores: one BOS, date, system."""
+    tokenizer = make_chat_tokenizer()
+    model = make_model(len(tokenizer)).float()
+    model.config.max_position_embeddings = 512
+    if kind == "hf":
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", chat_template_args=DATE)
+    else:
+        model.save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        lm = BaselineLM(str(tmp_path / "model"), device="cpu", chat_template_args=DATE)
+    metadata = {"tokenizer": tokenizer, "max_length": 512, "tofu_dir": str(tiny_tofu.write(tmp_path / "tofu"))}
+    options = {"apply_chat_template": True, "system_instruction": SYSTEM, "log_samples": True, "limit": 2}
+    result = run(lm, ["tofu_forget01"], metadata, **options)
+    for sample in result["samples"]["tofu_forget01"]:
+        doc = sample["doc"]
+        row = Row(question=doc["question"], answer=doc["answer"])
+        rendered = render_forms([row], tokenizer, "chat", system_instruction=SYSTEM, chat_template_args=DATE)
+        (example,) = encode(tokenizer, rendered)
+        context, answer = next(pair for pair in sample["arguments"] if pair[1].endswith(doc["answer"] + "<end>"))
+        requested = lm._encode_pair(context, answer)
+        assert list(example.ids) == [*requested[0], *requested[1]]
+        assert example.ids.count(tokenizer.bos_token_id) == 1
+        scored = [i for i, role in zip(example.ids, example.roles, strict=True) if role in (ANSWER, END)]
+        assert tokenizer.decode(scored) == doc["answer"] + "<end>"
+        assert requested[1][-len(scored) :] == scored
+        # What generates an answer begins after the same tokens.
+        prompt, _ = next(pair for pair in sample["arguments"] if isinstance(pair[1], dict))
+        assert lm.tok_encode(prompt) == list(example.ids[: -len(scored)])
 
 
 def test_without_a_template(chat_tokenizer):
