@@ -13,6 +13,7 @@ from lm_ortho.leaderboard.config import Board
 from lm_ortho.leaderboard.executor import Executor, follow_jobs, make_executor
 from lm_ortho.leaderboard.plan import Plan, plan_board, resolve_tuning
 from lm_ortho.leaderboard.progress import ProgressScreen, TimeEstimate, describe_piece, format_duration
+from lm_ortho.leaderboard.retain_samples import attach_samples, needed_pieces
 from lm_ortho.leaderboard.scheduler import Tally, count_pieces, log_run, run_jobs
 from lm_ortho.leaderboard.store import DONE, FAILED, RUNNING, WAITING, Record, Store
 from lm_ortho.leaderboard.sweep import open_store
@@ -67,8 +68,16 @@ def _run_phases(
     is_tuning_open = any(record.status in (WAITING, RUNNING) for record in trials)
     for job, reason in [] if is_tuning_open else unresolved:
         _fail_job(store, job, reason, screen)
-    # 3. Make and measure the models.
-    run_jobs(store, [replace(job, log=log) for job in ready], executor, screen, retry_failed)
+    # 3. Measure the retain-only model on the tasks that compare others with it.
+    logged_jobs = [replace(job, log=log) for job in ready]
+    needed = needed_pieces(logged_jobs)
+    run_jobs(store, [job for job in logged_jobs if needed & set(job.keys)], executor, screen, retry_failed)
+    # 4. Make and measure the models. What lacks samples waits for another process, or fails as the retain-only model.
+    jobs, held = attach_samples(store, logged_jobs)
+    for hold in held:
+        if hold.reason:
+            _fail_job(store, hold.job, hold.reason, screen)
+    run_jobs(store, jobs, executor, screen, retry_failed)
 
 
 def _fail_job(store: Store, job: Job, reason: str, screen: ProgressScreen) -> None:

@@ -28,7 +28,8 @@ class Cell:
 
     ``mode`` says what the method reads (``makers.MODES``), ``dial`` whether the model has an alpha. ``tuned`` says how
     the settings are chosen, if they are; ``settings`` is then filled in after the tuning and no part of the key.
-    ``identity`` is a hash of the content of the source and of the code.
+    ``identity`` is a hash of the content of the source and of the code. ``prompts`` are the keys of a recipe that
+    decide the form of the questions, for every method.
     """
 
     model: str
@@ -41,12 +42,14 @@ class Cell:
     tuned: Mapping[str, Any] | None = None
     dial: bool = False
     identity: str = ""
+    prompts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """Hash of everything that decides the model."""
         settings = {"tuned": self.tuned} if self.tuned else {"settings": self.settings}
-        return digest([self.method, settings, self.seed, self.mode, self.budget, self.identity])
+        prompts = [self.prompts] if self.prompts else []
+        return digest([self.method, settings, self.seed, self.mode, self.budget, self.identity, *prompts])
 
     @property
     def label(self) -> str:
@@ -116,9 +119,24 @@ def _hash_path(path: Path) -> str:
     return content_hash.hexdigest() if files else ""
 
 
-def format_lm_eval_command(kind: str, args: str, task: str, limit: int | None, metadata: Mapping[str, Any]) -> str:
-    """The ``lm_eval`` command that reproduces the numbers of one piece, quoted for a shell."""
+def format_lm_eval_command(
+    kind: str,
+    args: str,
+    task: str,
+    *,
+    limit: int | None,
+    metadata: Mapping[str, Any],
+    chat: Mapping[str, Any] | None = None,
+) -> str:
+    """The ``lm_eval`` command that reproduces the numbers of one piece, quoted for a shell.
+
+    ``chat`` holds ``apply_chat_template`` and ``system_instruction``; variables of the template are model args.
+    """
     parts = ["lm_eval", "--model", kind, "--model_args", args, "--tasks", task]
     parts += ["--limit", str(limit)] if limit else []
     parts += ["--metadata", json.dumps(dict(metadata))] if metadata else []
+    if template := (chat or {}).get("apply_chat_template"):
+        parts += ["--apply_chat_template", *([template] if isinstance(template, str) else [])]
+    if instruction := (chat or {}).get("system_instruction"):
+        parts += ["--system_instruction", instruction]
     return shlex.join(parts)

@@ -10,10 +10,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from lm_ortho.baselines.interface import Budget
-from lm_ortho.config import ModelSource, describe_validation_error, refuse_truth_value
+from lm_ortho.config import (
+    ModelSource,
+    PromptForm,
+    check_template_args,
+    describe_validation_error,
+    refuse_truth_value,
+)
 from lm_ortho.dial import is_alpha
 from lm_ortho.errors import UserError, printable
 from lm_ortho.leaderboard.plain_yaml import read_plain_yaml
@@ -155,6 +170,18 @@ class Board(_Part):
     parallelize: bool = Field(False, description="Spread a model over several GPUs, as in `--model hf`.")
     batch_size: _Count | str = Field(1, description="Batch size of the evaluation, as in lm-eval.")
     metadata: dict[str, Any] = Field(default_factory=dict, description="`--metadata` for the tasks.")
+    apply_chat_template: StrictBool | _Name = Field(
+        False, description="Ask in the chat template of the tokenizer, or in the one of this name."
+    )
+    system_instruction: str | None = Field(
+        None, max_length=10_000, description="Message of the system before the question of a chat."
+    )
+    chat_template_args: dict[str, Any] = Field(
+        default_factory=dict, description="Variables of the chat template such as `date_string`."
+    )
+    prompts: PromptForm = Field(
+        "auto", description="Form of the questions that models are made with, as the model arg of this name."
+    )
     imports: tuple[str, ...] = Field((), description="Python modules to import that register methods of your own.")
 
     @field_validator("batch_size", mode="after")
@@ -163,6 +190,44 @@ class Board(_Part):
         if not is_batch_size(batch_size):
             raise ValueError("must be a whole number from 1 on, auto, or auto:N")
         return batch_size
+
+    @field_validator("chat_template_args", mode="before")
+    @classmethod
+    def _check_template_args(cls, arguments: Any) -> Any:
+        return check_template_args(arguments)
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Board:
+        for name in ("system_instruction", "chat_template_args"):
+            if getattr(self, name) and not self.apply_chat_template:
+                raise ValueError(f"{name} needs apply_chat_template: true")
+        if self.system_instruction and self.prompts == "plain":
+            raise ValueError("prompts: plain would make models without the system_instruction; use chat, both or auto")
+        return self
+
+    @property
+    def template_args(self) -> dict[str, Any]:
+        """The variables of the chat template; transformers takes the name of a template among them."""
+        name = {"chat_template": self.apply_chat_template} if isinstance(self.apply_chat_template, str) else {}
+        return {**self.chat_template_args, **name}
+
+    @property
+    def chat(self) -> dict[str, Any]:
+        """How the tasks ask, as lm-eval names it; {} without a chat template."""
+        if not self.apply_chat_template:
+            return {}
+        names = ("apply_chat_template", "system_instruction", "chat_template_args")
+        return {name: value for name in names if (value := getattr(self, name))}
+
+    @property
+    def recipe_keys(self) -> dict[str, Any]:
+        """The keys of a recipe that render the rows of every method as the tasks ask; {} at the defaults."""
+        keys = {
+            "prompts": "" if self.prompts == "auto" else self.prompts,
+            "system_instruction": self.system_instruction,
+            "chat_template_args": self.template_args,
+        }
+        return {name: value for name, value in keys.items() if value}
 
     @field_validator("dtype", mode="after")
     @classmethod

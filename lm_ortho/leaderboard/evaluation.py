@@ -103,7 +103,7 @@ def evaluate(lm: Any, config: Mapping[str, Any], results: Path) -> dict[str, Any
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
 
-    task, alpha, metadata = config["task"], config["alpha"], config["metadata"]
+    task, alpha, metadata, chat = config["task"], config["alpha"], config["metadata"], config.get("chat", {})
     if alpha is not None:
         lm.alpha = alpha
     make_private_directory(results.parent)  # before lm-eval writes rows there
@@ -117,6 +117,8 @@ def evaluate(lm: Any, config: Mapping[str, Any], results: Path) -> dict[str, Any
         bootstrap_iters=0,
         log_samples=True,
         evaluation_tracker=tracker,
+        apply_chat_template=chat.get("apply_chat_template", False),
+        system_instruction=chat.get("system_instruction"),
         random_seed=config["seeds"]["random"],
         numpy_random_seed=config["seeds"]["numpy"],
         torch_random_seed=config["seeds"]["torch"],
@@ -158,6 +160,7 @@ def _summarise(out: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[st
             task: _read_metrics(scores, higher_is_better.get(task, {})) for task, scores in out["results"].items()
         },
         "samples": {task: _read_samples(rows) for task, rows in samples.items()},
+        "unavailable": {task: _read_reasons(scores) for task, scores in out["results"].items()},
         "groups": {task: _read_groups(rows) for task, rows in samples.items()},
         "documents": {task: [row["doc_hash"][:12] for row in rows] for task, rows in samples.items()},
         "versions": out["versions"],
@@ -187,6 +190,16 @@ def _read_metrics(scores: Mapping[str, Any], higher_is_better: Mapping[str, Any]
             low, high = value - _NORMAL_95 * error, value + _NORMAL_95 * error
         values[name] = [float(value), low, high, higher_is_better.get(metric)]
     return values
+
+
+def _read_reasons(scores: Mapping[str, Any]) -> dict[str, str]:
+    """The reason by metric of a task that could not be computed."""
+    plain = {_strip_filter(key): value for key, value in scores.items() if "," in key and isinstance(value, str)}
+    return {
+        name: value.removeprefix("n/a: ")
+        for name, value in plain.items()
+        if value.startswith("n/a: ") and not name.endswith(("_low", "_high", "_stderr"))
+    }
 
 
 def _strip_filter(key: str) -> str:

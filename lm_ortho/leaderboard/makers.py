@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -83,7 +83,7 @@ class MethodMaker:
         if cell.source["pretrained"]:
             raise UserError("tune: only the embedded world has a tuning split; give settings for your own model")
         seed = tuning["seed"]
-        split = baselines.split_world(_load_material(_to_json(cell.source)), seed)
+        split = baselines.split_world(_load_cell_material(cell), seed)
         budget = baselines.Budget(**cell.budget)
         result = self.method.make(split.material, cell.settings, seed=seed, budget=budget, progress=progress)
         score = baselines.score_result(result, split)
@@ -91,7 +91,7 @@ class MethodMaker:
 
     def make(self, cell: Cell, directory: Path, progress: ProgressCallback) -> Mapping[str, Any]:
         resume = ResumeFolder(cache.unfinished_directory(cell.key))
-        material = _load_material(_to_json(cell.source))
+        material = _load_cell_material(cell)
         budget = baselines.Budget(**cell.budget)
         result = self.method.make(
             material, cell.settings, seed=cell.seed, budget=budget, progress=progress, resume=resume
@@ -115,8 +115,9 @@ def find_maker(name: str, imports: Sequence[str] = ()) -> Maker:
     return MAKERS.get(name) if name in MAKERS else MethodMaker(baselines.METHODS.get(name))
 
 
-def _to_json(source: Mapping[str, Any]) -> str:
-    return json.dumps(dict(source), sort_keys=True)
+def _load_cell_material(cell: Cell) -> baselines.Material:
+    material = _load_material(json.dumps(dict(cell.source), sort_keys=True))
+    return replace(material, prompts=dict(cell.prompts))
 
 
 @lru_cache(maxsize=1)

@@ -6,11 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lm_ortho import world
 from lm_ortho.config import format_model_args, make_spec
-from lm_ortho.errors import UserError
+from lm_ortho.data.chat import has_chat_template, render_turn
+from lm_ortho.data.rows import Row
+from lm_ortho.errors import UserError, printable
+from lm_ortho.finetune import load_tokenizer as load_directory
+from lm_ortho.leaderboard import retain_samples
 from lm_ortho.leaderboard.cells import (
     METHOD_CODE,
     Cell,
@@ -23,10 +27,13 @@ from lm_ortho.leaderboard.cells import (
 from lm_ortho.leaderboard.config import Board, Entry, Model
 from lm_ortho.leaderboard.evaluation import expand_groups
 from lm_ortho.leaderboard.makers import Maker, find_maker
+from lm_ortho.leaderboard.retain_samples import needed_pieces
 from lm_ortho.leaderboard.store import DONE, Piece, Record
 from lm_ortho.leaderboard.sweep import SEEDS
 from lm_ortho.leaderboard.worker import Job
 from lm_ortho.pipeline.code_hash import code_hash, versions
+from lm_ortho.pipeline.loading import load_tokenizer
+from lm_ortho.pipeline.spec import resolve
 from lm_ortho.runtime.device import require_device
 
 
@@ -63,26 +70,91 @@ def plan_board(board: Board, directory: Path, only: str = "") -> Plan:
         UserError: for an unknown method, setting, task or model, before anything is written.
     """
     _check_values(board)
-    for model in board.models.values():
+    for name, model in board.models.items():
         _hash_model(model)  # kept; what is wrong with a model is found before the tasks of lm-eval are indexed
+        _check_chat(board, name, model)
     model_tasks = {}
     for name, model in board.models.items():
         metadata = build_metadata(board, model)
         model_tasks[name] = _ModelTasks(expand_limits(board, metadata), metadata, hash_task_files(metadata))
     tuning: dict[str, Job] = {}
     cells: dict[str, Job] = {}
-    for cell, entry in _expand_cells(board):
-        if only and only != cell.method and not cell.key.startswith(only):
-            continue
-        if cell.tuned:
-            tuning.setdefault(digest(cell.tuned), _make_tuning_job(board, cell, directory))
-        pieces = list(_evaluation_pieces(board, cell, entry, model_tasks[cell.model]))
+    expanded = list(_expand_cells(board))
+    samples = {name: _plan_samples(board, name, tasks, expanded) for name, tasks in model_tasks.items()}
+    for cell, entry in expanded:
+        pieces = list(
+            _evaluation_pieces(board, cell, entry, tasks=model_tasks[cell.model], samples=samples[cell.model])
+        )
         if cell.key in cells:
             raise UserError(f"methods: {cell.label} seed={cell.seed} is listed twice")
         cells[cell.key] = _make_cell_job(board, cell, directory, pieces)
-    if not cells:
+    selected = _select_jobs(list(cells.values()), only)
+    for job in selected:
+        if job.cell and job.cell.tuned:
+            tuning.setdefault(digest(job.cell.tuned), _make_tuning_job(board, job.cell, directory))
+    return Plan(tuple(tuning.values()), tuple(selected))
+
+
+def _select_jobs(jobs: Sequence[Job], only: str) -> list[Job]:
+    """The jobs of a method or hash, in order, with the pieces of the retain-only model whose samples they need."""
+    if not only:
+        return list(jobs)
+    chosen = [job for job in jobs if job.cell and (only == job.cell.method or job.cell.key.startswith(only))]
+    if not chosen:
         raise UserError(f"only={only!r}: no cell of the board has this method or hash")
-    return Plan(tuple(tuning.values()), tuple(cells.values()))
+    needed = needed_pieces(chosen)
+    selected = []
+    for job in jobs:
+        pieces = job.pieces if job in chosen else tuple(piece for piece in job.pieces if piece.key in needed)
+        if pieces:
+            selected.append(replace(job, pieces=pieces))
+    return selected
+
+
+class _Samples(NamedTuple):
+    """Samples of the retain-only model: the metadata that names them, the piece that logs them, its cell and folder."""
+
+    argument: str
+    piece: str
+    cell: str
+    folder: str
+
+
+def _plan_samples(
+    board: Board, model: str, tasks: _ModelTasks, cells: Sequence[tuple[Cell, Entry]]
+) -> dict[str, _Samples]:
+    """By task the samples that the row ``never_saw`` of ``model`` logs for the other rows, with its first seed."""
+    reference = next(((c, e) for c, e in cells if c.model == model and c.method == retain_samples.METHOD), None)
+    if reference is None:
+        return {}
+    cell, entry = reference
+    samples = {}
+    for piece in _evaluation_pieces(board, cell, entry, tasks=tasks, samples={}):
+        task = piece.config["task"]
+        if argument := retain_samples.find_argument(task, tasks.limits[task], tasks.metadata):
+            samples.setdefault(task, _Samples(argument, piece.key, cell.key, cell.folder))
+    return samples
+
+
+def _check_chat(board: Board, name: str, model: Model) -> None:
+    """Raises ``UserError`` where the tokenizer of a model cannot render a question as the board asks it."""
+    if not board.apply_chat_template:
+        return
+    spec = make_spec(**model.model_dump(exclude={"never_saw"}))
+    try:
+        tokenizer = load_tokenizer(resolve(spec)) if model.pretrained else load_directory(world.get_path("base"))
+        if not has_chat_template(tokenizer):
+            raise UserError("apply_chat_template: its tokenizer has no chat template")
+        templates = tokenizer.chat_template
+        template = board.apply_chat_template
+        if isinstance(template, str) and not (isinstance(templates, Mapping) and template in templates):
+            names = f"has {', '.join(templates)}" if isinstance(templates, Mapping) else "has one without a name"
+            raise UserError(f"apply_chat_template={printable(template, 80)!r}: its tokenizer {names}")
+        probe = Row(question="Where was Ada born?", answer="Ada was born in Rome.")
+        options = {"system_instruction": board.system_instruction or "", "chat_template_args": board.template_args}
+        render_turn(probe, tokenizer, **options)
+    except UserError as error:
+        raise UserError(f"models.{name}: {error}") from None
 
 
 def _check_values(board: Board) -> None:
@@ -139,6 +211,7 @@ def _expand_cells(board: Board) -> Iterator[tuple[Cell, Entry]]:
                     tuned=_plan_tuning(board, entry, maker, source),
                     dial=maker.dial,
                     identity=_hash_model(model),
+                    prompts=board.recipe_keys,
                 )
                 for seed in seeds:
                     yield replace(cell, seed=seed), entry
@@ -167,7 +240,6 @@ def _plan_tuning(board: Board, entry: Entry, maker: Maker, source: Mapping[str, 
 def _hash_model(model: Model) -> str:
     """Hash of the content of models and rows, of the code that makes models, and of the package versions."""
     from lm_ortho.pipeline.cache_key import adapter_hash, files_hash, rows_hash
-    from lm_ortho.pipeline.spec import resolve
 
     if model.pretrained is None:
         weights = [files_hash(str(world.get_path(name))) for name in ("base", "memory", "never_saw")]
@@ -202,13 +274,16 @@ def _evaluation_pieces(
     board: Board,
     cell: Cell,
     entry: Entry,
+    *,
     tasks: _ModelTasks,
+    samples: Mapping[str, _Samples],
 ) -> Iterator[Piece]:
-    """A piece per alpha and task, alphas in the outer loop."""
+    """A piece per alpha and task, alphas in the outer loop; ``samples`` of the retain-only model by task."""
     place = f"models/{cell.folder}"
     for alpha in (entry.alphas or board.alphas) if cell.dial else (None,):
         args = {"pretrained": place, **({} if alpha is None else {"alpha": alpha}), "dtype": board.dtype}
         args |= {"softmax_dtype": "float32"} if alpha is None else {}
+        args |= {"chat_template_args": board.template_args} if board.template_args else {}
         model_args = format_model_args(args)
         description = {
             "label": cell.label,
@@ -226,14 +301,21 @@ def _evaluation_pieces(
         }
         kind = "hf" if alpha is None else "libortho"
         for task, limit in tasks.limits.items():
-            command = format_lm_eval_command(kind, model_args, task, limit, tasks.metadata)
+            conditions = {"limit": limit, "metadata": tasks.metadata, "seeds": SEEDS, "dtype": board.dtype}
+            metadata = dict(tasks.metadata)
+            conditions |= {"chat": board.chat} if board.chat else {}
+            if (source := samples.get(task)) and source.cell != cell.key:
+                # The key of the piece that logs the samples is a hash of all that decides them.
+                conditions["retain_samples"] = {"argument": source.argument, "piece": source.piece}
+                metadata[source.argument] = f"results/{source.folder}"
+            command = format_lm_eval_command(kind, model_args, task, limit=limit, metadata=metadata, chat=board.chat)
             yield build_evaluation_piece(
                 cell.key,
                 {**description, "command": command},
                 alpha=alpha,
                 task=task,
                 file_hashes=tasks.file_hashes,
-                conditions={"limit": limit, "metadata": tasks.metadata, "seeds": SEEDS, "dtype": board.dtype},
+                conditions=conditions,
             )
 
 
@@ -250,6 +332,7 @@ def _make_cell_job(board: Board, cell: Cell, directory: Path, pieces: Sequence[P
         "dtype": board.dtype,
         "batch_size": board.batch_size,
         "parallelize": board.parallelize,
+        **({"chat_template_args": board.template_args} if board.template_args else {}),
     }
     label = f"{cell.label} seed={cell.seed}" + (f" {cell.model}" if len(board.models) > 1 else "")
     return Job(

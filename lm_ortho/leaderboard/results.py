@@ -20,6 +20,7 @@ from lm_ortho.leaderboard.bootstrap import (
     is_significantly_worse,
 )
 from lm_ortho.leaderboard.config import Axis, Board, Frontier
+from lm_ortho.leaderboard.retain_samples import explain_absence
 from lm_ortho.leaderboard.store import DONE, FAILED, Record
 
 TARGET, UNEDITED = "never_saw", "unedited"
@@ -72,7 +73,10 @@ class Row:
 
 @dataclass
 class Results:
-    """All rows of a board or sweep in the order of the plan, their columns, and the layer shares of ortho streams."""
+    """All rows of a board or sweep in the order of the plan, their columns, and the layer shares of ortho streams.
+
+    ``notes`` are sentences for the page: how the tasks asked, and why a metric has no column.
+    """
 
     name: str
     title: str
@@ -82,6 +86,7 @@ class Results:
     frontier: Frontier
     versions: Mapping[str, str]
     command: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class _Measurements:
@@ -143,7 +148,36 @@ def collect(records: Sequence[Record], facts: Mapping[str, Any]) -> Results:
         frontier=frontier,
         versions=_find_versions(records),
         command=facts.get("command") or "",
+        notes=(*describe_chat(records), *explain_missing_columns(records, board, columns)),
     )
+
+
+def describe_chat(records: Sequence[Record]) -> list[str]:
+    """A sentence for each way in which the finished pieces asked in a chat template."""
+    chats = [record.piece.config.get("chat") for record in records if record.status == DONE]
+    sentences = []
+    for chat in filter(None, chats):
+        name = chat["apply_chat_template"]
+        parts = [f"Questions are asked in the chat template {name if isinstance(name, str) else 'of the tokenizer'}"]
+        parts += [f"after the system message {text!r}" if (text := chat.get("system_instruction")) else "as they are"]
+        parts += [f"with {key}={value!r}" for key, value in chat.get("chat_template_args", {}).items()]
+        sentences.append(f"{', '.join(parts)}.")
+    return list(dict.fromkeys(sentences))
+
+
+def explain_missing_columns(records: Sequence[Record], board: Board | None, columns: Sequence[Column]) -> list[str]:
+    """A sentence for each reason why metrics of the tasks are missing in all rows."""
+    measured = [record for record in records if record.piece.kind == "evaluate" and record.status == DONE]
+    limits = {record.piece.config["task"]: record.piece.config.get("limit") for record in measured}
+    sentences = explain_absence(board, limits) if board else []
+    reasons: dict[Column, str] = {}
+    for record in measured:
+        for task, task_reasons in record.result.get("unavailable", {}).items():
+            for metric, reason in task_reasons.items():
+                # What needs the samples of the retain-only model is explained above.
+                if (task, metric) not in columns and (board is None or "_retain_samples" not in reason):
+                    reasons.setdefault((task, metric), reason)
+    return sentences + [f"{task}: no {metric}: {reason}." for (task, metric), reason in reasons.items()]
 
 
 def _is_number(value: Any) -> bool:

@@ -21,13 +21,18 @@ from lm_ortho.leaderboard.worker import Job
 from lm_ortho.pipeline.code_hash import evaluation_hash, versions
 from lm_ortho.runtime.device import require_device
 
+_CHAT = ("apply_chat_template", "system_instruction")
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234}
 """The default seeds of lm-eval."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Configuration of a sweep. ``model_args`` are those of ``libortho`` without alpha; {} is the embedded model."""
+    """Configuration of a sweep. ``model_args`` are those of ``libortho`` without alpha; {} is the embedded model.
+
+    ``apply_chat_template`` and ``system_instruction`` are those of ``lm_eval``; variables of the template are among
+    the model args.
+    """
 
     tasks: Sequence[str]
     alphas: Sequence[Any]
@@ -39,6 +44,8 @@ class Sweep:
     batch_size: int | str = 1
     parallelize: bool = False
     seeds: Mapping[str, int] = field(default_factory=lambda: dict(SEEDS))
+    apply_chat_template: bool | str = False
+    system_instruction: str | None = None
 
 
 def run_sweep(
@@ -108,7 +115,14 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
     dtype = {"dtype": sweep.dtype} if sweep.dtype != "auto" else {}
     cell = digest({"model": model_hash, "dtype": sweep.dtype, "parallelize": sweep.parallelize})
     label = Path(str(args["pretrained"])).name if args.get("pretrained") else "embedded"
-    conditions = {"limit": sweep.limit, "metadata": metadata, "seeds": dict(sweep.seeds), "dtype": sweep.dtype}
+    conditions: dict[str, Any] = {
+        "limit": sweep.limit,
+        "metadata": metadata,
+        "seeds": dict(sweep.seeds),
+        "dtype": sweep.dtype,
+    }
+    chat = {name: value for name in _CHAT if (value := getattr(sweep, name))}
+    conditions |= {"chat": chat} if chat else {}
     file_hashes = hash_task_files(metadata)
     # 3. Make a piece per alpha and task.
     pieces = []
@@ -124,7 +138,9 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
             "row": digest([cell, alpha, conditions, file_hashes, versions(), evaluation_hash()])[:16],
         }
         for task in tasks:
-            command = format_lm_eval_command("libortho", model_args, task, sweep.limit, sweep.metadata)
+            command = format_lm_eval_command(
+                "libortho", model_args, task, limit=sweep.limit, metadata=sweep.metadata, chat=chat
+            )
             piece = build_evaluation_piece(
                 cell,
                 {**description, "command": command},

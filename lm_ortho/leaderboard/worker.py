@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lm_ortho.checkpoint.input_files import sha256
 from lm_ortho.errors import UserError
 from lm_ortho.files import atomic_directory, make_private_directory, private_opener
 from lm_ortho.leaderboard.batch_halving import halve_batch_on_oom
@@ -32,7 +33,7 @@ class Job:
     """The unfinished pieces of one model. ``model_args`` load the model.
 
     ``cell`` says how to make the model, None for an existing one; ``make`` is the piece that makes it, None where it
-    was made before.
+    was made before. ``samples`` are files of samples of the retain-only model by the key of the piece that wrote them.
     """
 
     label: str
@@ -43,6 +44,7 @@ class Job:
     model_args: Mapping[str, Any] = field(default_factory=dict)
     imports: tuple[str, ...] = ()
     log: Path | None = None
+    samples: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def keys(self) -> list[str]:
@@ -199,9 +201,15 @@ def _measure_piece(lm: Any, job: Job, piece: Piece, notes: Sequence[str]) -> dic
     alpha = piece.config["alpha"]
     suffix = "" if alpha is None else f"__alpha_{alpha:g}" if isinstance(alpha, int | float) else f"__alpha_{alpha}"
     folder = job.directory / "results" / f"{piece.config['folder']}{suffix}".replace("/", "_").replace(":", "-")
-    result = evaluate(lm, piece.config, folder)
+    config = dict(piece.config)
+    samples = config.get("retain_samples")
+    if samples:
+        config["metadata"] = {**config["metadata"], samples["argument"]: job.samples[samples["piece"]]}
+    result = evaluate(lm, config, folder)
     if result is None:
         return {}
+    if samples:
+        result["retain_samples"] = sha256(Path(job.samples[samples["piece"]]))
     folder_name = str(folder.relative_to(job.directory))
     return {**result, "files": [f"{folder_name}/{name}" for name in result["files"]], "notes": list(notes)}
 

@@ -70,6 +70,7 @@ def render_markdown(results: Results) -> str:
     parts = [
         f"# {markdown_text(results.title)}",
         f"{EXPLANATION} Written on {datetime.date.today().isoformat()}; {versions}.",
+        *map(markdown_text, results.notes),
         markdown_table(titles, lines),
         "## Cells and commands of each row",
         markdown_table(
