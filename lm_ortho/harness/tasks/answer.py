@@ -50,7 +50,8 @@ class AnswerTask(SecretTask):
                     "rougel_f1": (scores.rougel_f1, group),
                 }
             elif request.kind == "tokens":
-                values |= self._compute_token_values(doc, None if result is None else TokenScores(*result))
+                scores = None if result is None else TokenScores(*(column[request.lead :] for column in result))
+                values |= self._compute_token_values(doc, scores)
         return values
 
     def _compute_token_values(self, doc: Doc, scores: TokenScores | None) -> dict[str, Any]:

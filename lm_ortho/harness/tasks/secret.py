@@ -100,11 +100,16 @@ def add_bounds(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class MeasurementRequest(Instance):
-    """A request that stores what it measures (``kind``), on how many tokens, and whether these are in the answer."""
+    """A request that stores what it measures (``kind``), on how many tokens, and whether these are in the answer.
+
+    ``lead`` is the number of tokens at the start of its continuation that are not measured: white space at the end of a
+    prompt, which lm-eval (0.4.13) moves there.
+    """
 
     kind: str = ""
     tokens: int = 0
     in_answer: bool = False
+    lead: int = 0
 
 
 class Segment(NamedTuple):
@@ -116,6 +121,8 @@ class Segment(NamedTuple):
     in_answer: bool
 
 
+LEAD = "lead"
+"""Kind of the request for the white space between a prompt and its answer."""
 Response = tuple[MeasurementRequest, Any]
 """A request with the response of the model; of a log-likelihood (log-likelihood in nats, whether it is greedy)."""
 
@@ -343,9 +350,16 @@ class SecretTask(MeasurementTask):
 
 
 def likelihood_losses(responses: Sequence[Response]) -> list[tuple[MeasurementRequest, float, bool]]:
-    """Returns (request, loss in nats, whether it is greedy) of each log-likelihood among the responses."""
+    """Returns (request, loss in nats, whether it is greedy) of each log-likelihood among the responses.
+
+    The loss of the ``lead`` of a request, which has a response of its own, is subtracted.
+    """
+    likelihoods = [(request, result) for request, result in responses if request.request_type == "loglikelihood"]
+    lead = sum(-result[0] for request, result in likelihoods if request.kind == LEAD)
     return [
-        (request, -result[0], result[1]) for request, result in responses if request.request_type == "loglikelihood"
+        (request, max(0.0, -result[0] - lead) if request.lead else -result[0], result[1])
+        for request, result in likelihoods
+        if request.kind != LEAD
     ]
 
 

@@ -10,7 +10,14 @@ from lm_ortho.errors import UserError
 from lm_ortho.harness.tasks.aggregation import PrivLeakItem
 from lm_ortho.harness.tasks.answer import AnswerTask
 from lm_ortho.harness.tasks.membership import MEMBER, NON_MEMBER
-from lm_ortho.harness.tasks.secret import Doc, Response, likelihood_losses, truth_losses
+from lm_ortho.harness.tasks.secret import (
+    LEAD,
+    Doc,
+    MeasurementRequest,
+    Response,
+    likelihood_losses,
+    truth_losses,
+)
 from lm_ortho.harness.token_scores import TokenScores
 from lm_ortho.metrics.likelihood import LOG_MAX
 from lm_ortho.metrics.membership import min_k_score
@@ -34,7 +41,8 @@ class TofuTask(AnswerTask):
     """One set of TOFU. Every scored answer ends with the end-of-text token, as in training and in the paper.
 
     ``--metadata tofu_end=none`` omits that token. Scores per token (extraction strength, exact memorisation, PrivLeak)
-    never include it.
+    never include it. White space that a chat template writes before the answer (the blank line of Llama 3) belongs to
+    the prompt, as in training and in open-unlearning, although lm-eval scores it with the answer.
     """
 
     def build_all_requests(self, **options: Any) -> None:
@@ -49,12 +57,36 @@ class TofuTask(AnswerTask):
         """Builds the requests of a document; a held-out document has only the one for scores per token."""
         self._end = (self._tokens.tokenizer.eos_token or "") if self._scores_end else ""
         requests = super().construct_requests(doc, ctx, **options)
+        if options.get("apply_chat_template"):
+            requests += self._exclude_lead(doc, requests, ctx, metadata=options["metadata"])
         if doc["part"] != "holdout":
             return requests
         token_requests = [request for request in requests if request.kind == "tokens"]
         for number, request in enumerate(token_requests):
             request.idx = number
         return token_requests
+
+    def _exclude_lead(
+        self, doc: Doc, requests: Sequence[MeasurementRequest], ctx: str, *, metadata: Any
+    ) -> list[MeasurementRequest]:
+        """Excludes the white space at the end of the prompt ``ctx`` from what the requests measure.
+
+        Returns the request that measures it alone; none if there is none, or where a token of it is also one of the
+        answer.
+        """
+        pairs = [request.args for request in requests if request.kind != "generated"]
+        starts = {context for context, _ in pairs}
+        context = starts.pop() if len(starts) == 1 else ctx
+        lead = ctx[len(context) :]
+        is_separate = all(self._tokens.is_boundary("".join(pair), len(ctx)) for pair in pairs)
+        if not lead or not ctx.startswith(context) or not is_separate:
+            return []
+        count = self._tokens.count(context, lead)
+        for request in requests:
+            if request.kind != "generated":
+                request.lead, request.tokens = count, request.tokens - count
+        fields: dict[str, Any] = {"kind": LEAD, "request_type": "loglikelihood", "arguments": (context, lead)}
+        return [self.make_request(doc, len(requests), metadata=metadata, tokens=count, **fields)]
 
     def _request_ingredients(self, chat_template: Callable[..., str] | None) -> dict[str, Any]:
         return super()._request_ingredients(chat_template) | {"scores_end": self._scores_end}
