@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import FrameType
 from typing import Any
 
@@ -77,8 +77,13 @@ def render_forms(
             reason = "prompts=plain makes no chat" if has_template else "the tokenizer has no chat template"
             raise UserError(f"system_instruction: {reason}; leave it out")
         return list(rows)
-    options = {"system_instruction": system_instruction, "chat_template_args": chat_template_args}
-    turns = [render_turn(row, tokenizer, **options) if row.question and not row.prompt else row for row in rows]
+    render = partial(
+        render_turn,
+        tokenizer=tokenizer,
+        system_instruction=system_instruction,
+        chat_template_args=chat_template_args,
+    )
+    turns = [render(row) if row.question and not row.prompt else row for row in rows]
     if form == "chat":
         return turns
     return [*rows, *(turn for turn, row in zip(turns, rows, strict=True) if turn is not row)]

@@ -128,7 +128,7 @@ def _plan_samples(
     if reference is None:
         return {}
     cell, entry = reference
-    samples = {}
+    samples = dict[str, _Samples]()
     for piece in _evaluation_pieces(board, cell, entry, tasks=tasks, samples={}):
         task = piece.config["task"]
         if argument := retain_samples.find_argument(task, tasks.limits[task], tasks.metadata):
@@ -151,8 +151,12 @@ def _check_chat(board: Board, name: str, model: Model) -> None:
             names = f"has {', '.join(templates)}" if isinstance(templates, Mapping) else "has one without a name"
             raise UserError(f"apply_chat_template={printable(template, 80)!r}: its tokenizer {names}")
         probe = Row(question="Where was Ada born?", answer="Ada was born in Rome.")
-        options = {"system_instruction": board.system_instruction or "", "chat_template_args": board.template_args}
-        render_turn(probe, tokenizer, **options)
+        render_turn(
+            probe,
+            tokenizer,
+            system_instruction=board.system_instruction or "",
+            chat_template_args=board.template_args,
+        )
     except UserError as error:
         raise UserError(f"models.{name}: {error}") from None
 
