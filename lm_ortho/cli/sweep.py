@@ -24,6 +24,12 @@ def sweep(
     metadata: Annotated[
         str, typer.Option(help="Metadata of the tasks, like lm_eval's --metadata: a=1,b=2, or JSON.")
     ] = "",
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask in the chat template of the tokenizer.")
+    ] = False,
+    system_instruction: Annotated[
+        str | None, typer.Option(help="Message of the system before the question of a chat.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Device, cpu or cuda; by default a GPU if there is one.")] = None,
     dtype: Annotated[str, typer.Option(help="Data type of activations and dense weights.")] = "auto",
     batch_size: Annotated[str, typer.Option(help="Requests per batch; 1 means as many as the logits allow.")] = "1",
@@ -50,6 +56,8 @@ def sweep(
         model_args=parse_model_args(model_args),
         limit=limit,
         metadata=parse_metadata(metadata),
+        apply_chat_template=apply_chat_template,
+        system_instruction=system_instruction,
         device=device,
         dtype=dtype,
         batch_size=batch_size,

@@ -10,7 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lm_ortho.errors import UserError
+from lm_ortho.data.chat import render_turn
+from lm_ortho.data.rows import Row
+from lm_ortho.errors import UserError, printable
 from lm_ortho.files import make_private_directory, temporary_name
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
@@ -38,6 +40,29 @@ def check_options(dtype: str, batch_size: int | str) -> None:
 
     choose_dtype(dtype, "cpu", torch.float32)
     check_batch_size(batch_size)
+
+
+def check_chat(tokenizer: Any, chat: Mapping[str, Any]) -> None:
+    """Raises ``UserError`` where the tokenizer cannot render a question as ``chat`` asks it.
+
+    ``chat`` has ``apply_chat_template``, ``system_instruction`` and ``chat_template_args``. lm-eval itself would leave
+    out a system message that the template refuses.
+    """
+    template, templates = chat["apply_chat_template"], getattr(tokenizer, "chat_template", None)
+    if not templates:
+        raise UserError("apply_chat_template: the tokenizer has no chat template")
+    template_args = dict(chat.get("chat_template_args") or {})
+    if isinstance(template, str):
+        if not (isinstance(templates, Mapping) and template in templates):
+            names = f"has {', '.join(templates)}" if isinstance(templates, Mapping) else "has one without a name"
+            raise UserError(f"apply_chat_template={printable(template, 80)!r}: the tokenizer {names}")
+        template_args["chat_template"] = template
+    render_turn(
+        Row(question="Where was Ada born?", answer="Ada was born in Rome."),
+        tokenizer,
+        system_instruction=chat.get("system_instruction") or "",
+        chat_template_args=template_args,
+    )
 
 
 @lru_cache(maxsize=8)

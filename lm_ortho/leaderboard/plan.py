@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 
 from lm_ortho import world
 from lm_ortho.config import format_model_args, make_spec
-from lm_ortho.data.chat import has_chat_template, render_turn
-from lm_ortho.data.rows import Row
-from lm_ortho.errors import UserError, printable
+from lm_ortho.errors import UserError
 from lm_ortho.finetune import load_tokenizer as load_directory
 from lm_ortho.leaderboard import retain_samples
 from lm_ortho.leaderboard.cells import (
@@ -25,7 +23,7 @@ from lm_ortho.leaderboard.cells import (
     hash_task_files,
 )
 from lm_ortho.leaderboard.config import Board, Entry, Model
-from lm_ortho.leaderboard.evaluation import expand_groups
+from lm_ortho.leaderboard.evaluation import check_chat, expand_groups
 from lm_ortho.leaderboard.makers import Maker, find_maker
 from lm_ortho.leaderboard.retain_samples import needed_pieces
 from lm_ortho.leaderboard.store import DONE, Piece, Record
@@ -143,20 +141,7 @@ def _check_chat(board: Board, name: str, model: Model) -> None:
     spec = make_spec(**model.model_dump(exclude={"never_saw"}))
     try:
         tokenizer = load_tokenizer(resolve(spec)) if model.pretrained else load_directory(world.get_path("base"))
-        if not has_chat_template(tokenizer):
-            raise UserError("apply_chat_template: its tokenizer has no chat template")
-        templates = tokenizer.chat_template
-        template = board.apply_chat_template
-        if isinstance(template, str) and not (isinstance(templates, Mapping) and template in templates):
-            names = f"has {', '.join(templates)}" if isinstance(templates, Mapping) else "has one without a name"
-            raise UserError(f"apply_chat_template={printable(template, 80)!r}: its tokenizer {names}")
-        probe = Row(question="Where was Ada born?", answer="Ada was born in Rome.")
-        render_turn(
-            probe,
-            tokenizer,
-            system_instruction=board.system_instruction or "",
-            chat_template_args=board.template_args,
-        )
+        check_chat(tokenizer, board.chat)
     except UserError as error:
         raise UserError(f"models.{name}: {error}") from None
 

@@ -12,16 +12,19 @@ from lm_ortho.dial import format_alpha, parse_alpha
 from lm_ortho.errors import UserError
 from lm_ortho.harness import distributed
 from lm_ortho.leaderboard.cells import build_evaluation_piece, digest, format_lm_eval_command, hash_task_files
-from lm_ortho.leaderboard.evaluation import check_options, expand_groups
+from lm_ortho.leaderboard.evaluation import check_chat, check_options, expand_groups
 from lm_ortho.leaderboard.executor import LocalExecutor, follow_jobs
 from lm_ortho.leaderboard.progress import ProgressScreen
 from lm_ortho.leaderboard.scheduler import Tally, log_run, run_jobs
 from lm_ortho.leaderboard.store import Piece, Store
 from lm_ortho.leaderboard.worker import Job
 from lm_ortho.pipeline.code_hash import evaluation_hash, versions
+from lm_ortho.pipeline.loading import load_tokenizer
+from lm_ortho.pipeline.spec import check_alpha, resolve
 from lm_ortho.runtime.device import require_device
 
 _CHAT = ("apply_chat_template", "system_instruction")
+"""How the tasks of a sweep ask, as ``simple_evaluate`` names it."""
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234}
 """The default seeds of lm-eval."""
 
@@ -105,6 +108,10 @@ def plan_sweep(sweep: Sweep, directory: Path) -> tuple[list[Piece], Job]:
     require_device(sweep.device)
     args = dict(sweep.model_args)
     model_hash = hash_model(args, alphas)  # before the tasks: indexing those of lm-eval takes ten seconds
+    if sweep.apply_chat_template:
+        _check_chat(sweep, args)
+    elif sweep.system_instruction:
+        raise UserError("system_instruction needs apply_chat_template (--apply-chat-template)")
     metadata = _build_metadata(sweep)
     tasks = expand_groups(list(sweep.tasks), metadata)
     if args.get("pretrained"):
@@ -178,6 +185,14 @@ def _check_rows(tasks: Sequence[str], metadata: Mapping[str, Any]) -> None:
             raise UserError(f"metadata: {task} needs rows; add {missing[0]}=rows.jsonl to --metadata")
 
 
+def _check_chat(sweep: Sweep, args: Mapping[str, Any]) -> None:
+    """Raises ``UserError`` where the tokenizer of the model cannot render a question as the sweep asks it."""
+    spec, _ = split_model_args(args)
+    resolved = resolve(spec)
+    chat = {name: getattr(sweep, name) for name in _CHAT}
+    check_chat(load_tokenizer(resolved), {**chat, "chat_template_args": spec.recipe.chat_template_args})
+
+
 def _build_metadata(sweep: Sweep) -> dict[str, Any]:
     """The metadata of the tasks, with what they read of the model args, as ``lm_eval --model_args`` adds them."""
     rows = {name: sweep.model_args[name] for name in ("forget", "retain") if sweep.model_args.get(name)}
@@ -195,7 +210,6 @@ def hash_model(args: Mapping[str, Any], alphas: Sequence[str]) -> str:
     """
     from lm_ortho.harness.model import LibOrthoLM
     from lm_ortho.pipeline.cache_key import files_hash, key_parts
-    from lm_ortho.pipeline.spec import check_alpha, resolve
 
     spec, options = split_model_args(args)
     LibOrthoLM.refuse(options, spec.kernel)
@@ -203,6 +217,8 @@ def hash_model(args: Mapping[str, Any], alphas: Sequence[str]) -> str:
     for alpha in alphas:
         check_alpha(replace(resolved, spec=split_model_args({**args, "alpha": alpha})[0]))
     options |= {"kernel": spec.kernel, "tokenizer": spec.tokenizer}
+    if template_args := spec.recipe.chat_template_args:  # of the evaluation, also where the model is decomposed already
+        options |= {"chat_template_args": template_args}
     if resolved.kind == "checkpoint":
         return digest([files_hash(str(resolved.location), **spec.loading_options), options])
     return digest([key_parts(resolved), options])

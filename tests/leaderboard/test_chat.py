@@ -239,10 +239,10 @@ def test_values_of_the_chat_that_contradict(places: dict[str, str], change: dict
 
 def test_a_template_that_cannot_do_it_is_refused_before_the_work(places: dict[str, str], tmp_path: Path) -> None:
     embedded = {"models": {"embedded": {}}, "tasks": ["tofu_forget"]}
-    with pytest.raises(UserError, match=r"models\.embedded: apply_chat_template: its tokenizer has no chat template"):
+    with pytest.raises(UserError, match=r"models\.embedded: apply_chat_template: the tokenizer has no chat template"):
         plan_board(make_board(board_content(places, **embedded)), tmp_path)
     with pytest.raises(
-        UserError, match=r"models\.m: apply_chat_template='short': its tokenizer has one without a name"
+        UserError, match=r"models\.m: apply_chat_template='short': the tokenizer has one without a name"
     ):
         plan_board(make_board(board_content(places, apply_chat_template="short")), tmp_path)
     tokenizer, model = make_chat_tokenizer(), tmp_path / "model"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from datetime import date
@@ -62,6 +63,35 @@ def test_a_task_without_its_rows_is_refused_before_the_first_piece(home: Path, t
     args = {"pretrained": str(home / "decomposed"), "forget": str(home / "forget.jsonl")}
     with pytest.raises(UserError, match=r"metadata: retain_set needs rows; add retain=rows.jsonl to --metadata"):
         plan_sweep(make_sweep(home, model_args=args, metadata={}), tmp_path)
+
+
+def test_the_chat_is_part_of_the_key_and_of_the_command(home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "decomposed"
+    shutil.copytree(home / "decomposed", folder)
+    rows = {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
+    args = {"pretrained": str(folder), **rows}
+    with pytest.raises(UserError, match="apply_chat_template: the tokenizer has no chat template"):
+        plan_sweep(make_sweep(home, model_args=args, apply_chat_template=True), tmp_path)
+    with pytest.raises(UserError, match="system_instruction needs apply_chat_template"):
+        plan_sweep(make_sweep(home, model_args=args, system_instruction="Be brief."), tmp_path)
+    template = "{{ date_string }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    keys = set()
+    for instruction, template_args in ((None, {}), ("Be brief.", {}), (None, {"date_string": "10 Apr 2025"})):
+        sweep = make_sweep(
+            home,
+            model_args={**args, **({"chat_template_args": template_args} if template_args else {})},
+            apply_chat_template=True,
+            system_instruction=instruction,
+        )
+        pieces, _ = plan_sweep(sweep, tmp_path)
+        keys |= {piece.key for piece in pieces}
+        command = shlex.split(pieces[0].config["command"])
+        assert "--apply_chat_template" in command
+        assert ("Be brief." in command) == bool(instruction)
+        assert ("10 Apr 2025" in command[4]) == bool(template_args)
+    plain, _ = plan_sweep(make_sweep(home, model_args=args), tmp_path)
+    assert len(keys | {piece.key for piece in plain}) == 4 * len(plain)
 
 
 def test_the_tasks_that_need_rows_are_those_of_the_yaml_files() -> None:

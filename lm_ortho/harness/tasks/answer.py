@@ -50,8 +50,8 @@ class AnswerTask(SecretTask):
                     "rougel_f1": (scores.rougel_f1, group),
                 }
             elif request.kind == "tokens":
-                scores = None if result is None else TokenScores(*(column[request.lead :] for column in result))
-                values |= self._compute_token_values(doc, scores)
+                per_token = None if result is None else TokenScores(*(column[request.lead :] for column in result))
+                values |= self._compute_token_values(doc, per_token)
         return values
 
     def _compute_token_values(self, doc: Doc, scores: TokenScores | None) -> dict[str, Any]:

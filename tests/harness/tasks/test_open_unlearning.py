@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from nltk.stem.porter import PorterStemmer
+from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
 from scipy.stats import hmean, ks_2samp
 from torch import Tensor
 from torch.nn import functional
