@@ -29,7 +29,7 @@ class Cell:
     ``mode`` says what the method reads (``makers.MODES``), ``dial`` whether the model has an alpha. ``tuned`` says how
     the settings are chosen, if they are; ``settings`` is then filled in after the tuning and no part of the key.
     ``identity`` is a hash of the content of the source and of the code. ``prompts`` are the keys of a recipe that
-    decide the form of the questions, for every method.
+    decide the form of the questions, for every method. ``device`` is where the model is made, no part of the key.
     """
 
     model: str
@@ -43,6 +43,7 @@ class Cell:
     dial: bool = False
     identity: str = ""
     prompts: Mapping[str, Any] = field(default_factory=dict)
+    device: str | None = None
 
     @property
     def key(self) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from lm_ortho.config import Recipe
 from lm_ortho.errors import UserError
 from lm_ortho.leaderboard.cells import Cell
 from lm_ortho.registry import Registry
+from lm_ortho.runtime.device import choose_device
 from lm_ortho.runtime.progress import ProgressCallback
 from lm_ortho.runtime.resume import ResumeFolder
 
@@ -83,22 +85,33 @@ class MethodMaker:
         if cell.source["pretrained"]:
             raise UserError("tune: only the embedded world has a tuning split; give settings for your own model")
         seed = tuning["seed"]
-        split = baselines.split_world(_load_cell_material(cell), seed)
         budget = baselines.Budget(**cell.budget)
-        result = self.method.make(split.material, cell.settings, seed=seed, budget=budget, progress=progress)
-        score = baselines.score_result(result, split)
+        with self._place_material(cell) as material:
+            split = baselines.split_world(material, seed)
+            result = self.method.make(split.material, cell.settings, seed=seed, budget=budget, progress=progress)
+            score = baselines.score_result(result, split)
         return {"forget": score.forget, "retain": score.retain, "total": score.total}
 
     def make(self, cell: Cell, directory: Path, progress: ProgressCallback) -> Mapping[str, Any]:
         resume = ResumeFolder(cache.unfinished_directory(cell.key))
-        material = _load_cell_material(cell)
         budget = baselines.Budget(**cell.budget)
-        result = self.method.make(
-            material, cell.settings, seed=cell.seed, budget=budget, progress=progress, resume=resume
-        )
-        baselines.save(result, directory, material.tokenizer, asdict(cell))
+        with self._place_material(cell) as material:
+            result = self.method.make(
+                material, cell.settings, seed=cell.seed, budget=budget, progress=progress, resume=resume
+            )
+            result = replace(result, model=result.model.to("cpu"))
+            baselines.save(result, directory, material.tokenizer, asdict(cell))
         resume.clear()
         return dict(result.report)
+
+    @contextmanager
+    def _place_material(self, cell: Cell) -> Iterator[baselines.Material]:
+        """Context manager: the material of the cell on its device, which it leaves afterwards for the evaluation."""
+        material = _load_cell_material(cell)
+        try:
+            yield material.to(choose_device(cell.device).choice)
+        finally:
+            material.to("cpu")
 
 
 def find_maker(name: str, imports: Sequence[str] = ()) -> Maker:

@@ -201,6 +201,7 @@ def _expand_cells(board: Board) -> Iterator[tuple[Cell, Entry]]:
                     dial=maker.dial,
                     identity=_hash_model(model),
                     prompts=board.recipe_keys,
+                    device=board.device,
                 )
                 for seed in seeds:
                     yield replace(cell, seed=seed), entry

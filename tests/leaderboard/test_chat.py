@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lm_ortho.baselines.interface import METHODS, Run
 from lm_ortho.data.chat import render_forms
 from lm_ortho.data.encoding import encode
 from lm_ortho.errors import UserError
+from lm_ortho.leaderboard import makers
 from lm_ortho.leaderboard.board import run_board
 from lm_ortho.leaderboard.config import make_board
 from lm_ortho.leaderboard.plan import plan_board
@@ -25,6 +27,7 @@ from lm_ortho.leaderboard.report.formats import read_results, render_csv, render
 from lm_ortho.leaderboard.report.page import render_html
 from lm_ortho.leaderboard.retain_samples import explain_absence
 from lm_ortho.leaderboard.store import DONE, FAILED, Store
+from lm_ortho.runtime.device import Decision
 from tests.support import tofu as tiny_tofu
 from tests.support.chat import DATE, SYSTEM, make_chat_tokenizer
 from tests.support.harness import ROWS, make_model
@@ -254,6 +257,28 @@ def test_a_template_that_cannot_do_it_is_refused_before_the_work(places: dict[st
     with pytest.raises(UserError, match=r"models\.m: system_instruction: the chat template of the tokenizer leaves it"):
         plan_board(make_board(content), tmp_path)
     assert not (tmp_path / "store.sqlite").exists()
+
+
+def test_models_are_made_on_the_device_of_the_board(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A board with a GPU made its models on the CPU."""
+    devices = []
+
+    def move(material: Material, device: Any) -> Material:
+        devices.append(str(device))
+        return material
+
+    monkeypatch.setattr(Material, "to", move)
+    monkeypatch.setattr(makers, "choose_device", lambda device: Decision(f"{device}:1", "named"))
+    board = make_board(board_content(places, methods=[{"method": "unedited"}]))
+    (job,) = plan_board(board, tmp_path).cells
+    assert job.cell is not None
+    assert replace(job.cell, device=None).key == job.cell.key
+    (tmp_path / "model").mkdir()
+    makers.find_maker("unedited").make(job.cell, tmp_path / "model", lambda *_: None)
+    assert devices == ["cpu:1", "cpu"]
+    assert (tmp_path / "model" / "config.json").is_file()
 
 
 def test_all_methods_are_made_with_the_prompts_of_the_board(monkeypatch: pytest.MonkeyPatch) -> None:
