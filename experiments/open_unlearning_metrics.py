@@ -6,7 +6,7 @@
 
 The second computation follows the definitions of open-unlearning (src/data/utils.py, src/evals/metrics/*.py, commit
 d3d7cf9) and uses nothing of this package. ``--first`` takes the first rows of each set; DIR holds the JSONL files of
-locuslab/TOFU. Without ``--never-saw`` the model is compared with itself.
+locuslab/TOFU. Without ``--never-saw`` the metrics that compare with a retain-only model are left out.
 """
 
 from __future__ import annotations
@@ -132,27 +132,27 @@ def compute_auc(members: Sequence[float], others: Sequence[float]) -> float:
 
 
 def compute_forget_metrics(
-    model: Reference, retain: Reference, rows: Sequence[Sample], holdout: Sequence[Sample]
+    model: Reference, retain: Reference | None, rows: Sequence[Sample], holdout: Sequence[Sample]
 ) -> dict[str, float]:
-    """Returns the metrics of a forget set; those that compare do so with the retain-only model."""
-    ratios, retain_ratios = (np.array([each.truth_ratio(row) for row in rows]) for each in (model, retain))
+    """Returns the metrics of a forget set; those that compare with the retain-only model only where there is one."""
+    ratios = np.array([model.truth_ratio(row) for row in rows])
     greedy = [model.greedy(row) for row in rows]
-    test = ks_2samp(ratios, retain_ratios)
     metrics = {
         "prob": float(np.mean([math.exp(-model.loss(row["question"], row["answer"])) for row in rows])),
         "truth_ratio": float(np.exp(np.log(ratios).mean())),
         "forget_truth_ratio": float(np.minimum(ratios, 1 / ratios).mean()),
-        "forget_quality": float(test.pvalue),
-        "forget_ks": float(test.statistic),
         "rougel_recall": float(np.mean([rouge_recall(model.generate(row["question"]), row["answer"]) for row in rows])),
         "exact_memorisation": float(np.mean([np.mean(tokens) for tokens in greedy])),
         "extraction_strength": float(np.mean([extraction_strength(tokens) for tokens in greedy])),
     }
-    if holdout:
+    if retain is not None:
+        test = ks_2samp(ratios, [retain.truth_ratio(row) for row in rows])
+        metrics |= {"forget_quality": float(test.pvalue), "forget_ks": float(test.statistic)}
+    if retain is not None and holdout:
         aucs = [
             compute_auc([each.min_k(r) for r in rows], [each.min_k(r) for r in holdout]) for each in (model, retain)
         ]
-        metrics["priv_leak"] = 100 * ((1 - aucs[0]) - (1 - aucs[1])) / (1 - aucs[1])
+        metrics["priv_leak"] = 100 * ((1 - aucs[0]) - (1 - aucs[1])) / max(1 - aucs[1], 1e-10)
     return metrics
 
 
@@ -223,19 +223,19 @@ def main() -> None:
     forget = "tofu_forget10"
     models, results = list[Reference](), dict[str, Any]()
     with TemporaryDirectory() as folder:
-        for name in (arguments.never_saw or arguments.pretrained, arguments.pretrained):
+        for name in filter(None, (arguments.never_saw, arguments.pretrained)):
             lm = BaselineLM(name, dtype=arguments.dtype, chat_template_args=template_args)
             tokens.register(lm)
             reference = Reference(lm.model, lm.tokenizer)
             reference.system_instruction, reference.template_args = arguments.system_instruction, template_args
             models.append(reference)
-            if len(models) == 1:
-                samples = evaluate(lm, [forget], chat, metadata)["samples"][forget]
-                logs = Path(folder) / f"samples_{forget}_1.jsonl"
-                logs.write_text("".join(json.dumps(sample, default=str) + "\n" for sample in samples), encoding="utf-8")
-            else:
-                more = {**metadata, "tofu_retain_samples": str(logs)}
-                results = evaluate(lm, [forget, "tofu_model_utility"], chat, more)["results"]
+            if name == arguments.pretrained:
+                results = evaluate(lm, [forget, "tofu_model_utility"], chat, metadata)["results"]
+                continue
+            samples = evaluate(lm, [forget], chat, metadata)["samples"][forget]
+            logs = Path(folder) / f"samples_{forget}_1.jsonl"
+            logs.write_text("".join(json.dumps(sample, default=str) + "\n" for sample in samples), encoding="utf-8")
+            metadata["tofu_retain_samples"] = str(logs)
     rows = read_rows(arguments.tofu_dir, "forget10_perturbed", arguments.first)
     holdout = read_rows(arguments.tofu_dir, "holdout10", arguments.first)
     print("metric\tours\ttheirs\ttheirs, answers that end with their end token")
@@ -243,8 +243,8 @@ def main() -> None:
     for open_end in (False, True):
         for reference in models:
             reference.open_end = open_end
-        metrics = compute_forget_metrics(models[1], models[0], rows, holdout)
-        columns.append(metrics | compute_utility(models[1], read_sets(arguments.tofu_dir, arguments.first)))
+        metrics = compute_forget_metrics(models[-1], models[0] if arguments.never_saw else None, rows, holdout)
+        columns.append(metrics | compute_utility(models[-1], read_sets(arguments.tofu_dir, arguments.first)))
     for metric, value in columns[0].items():
         task = "tofu_model_utility" if f"{metric},none" in results["tofu_model_utility"] else forget
         print(f"{metric}\t{results[task][f'{metric},none']:.6g}\t{value:.6g}\t{columns[1][metric]:.6g}")
