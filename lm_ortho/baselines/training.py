@@ -1,11 +1,11 @@
-"""What all training methods share: tokenised rows, the order of batches, the training loop."""
+"""What all training methods share: tokenised rows, the order of batches, micro-batches, the training loop."""
 
 from __future__ import annotations
 
 import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,16 +13,22 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lm_ortho.baselines.interface import Material, Run, Settings
-from lm_ortho.baselines.losses import nll_loss, sum_answer_logps
+from lm_ortho.baselines.losses import mask_predicting_tokens, nll_loss, sum_answer_logps
 from lm_ortho.config import make_recipe
 from lm_ortho.data.chat import render_forms
-from lm_ortho.data.encoding import Example, encode_rows, pad_batch, token_losses
-from lm_ortho.data.logits import compute_logits
+from lm_ortho.data.encoding import Example, batch_by_length, encode_rows, pad_batch
+from lm_ortho.data.logits import compute_logits, selected_logits
 from lm_ortho.finetune import FinetunePlan, draw_batches, minimise
 from lm_ortho.runtime.precision import select_attention
 
 BatchPair = tuple[Sequence[int], Sequence[int]]
-"""A batch: indices of forget rows and of retain rows. A loss may read either or both."""
+"""The rows of a step: indices of forget rows and of retain rows."""
+
+RowLoss = Callable[[nn.Module, Sequence[int]], Tensor]
+"""From a model and the indices of rows to the mean over these rows of a loss, differentiable."""
+
+MICRO_BATCH_TOKENS = 2048
+"""Largest number of tokens, padding included, of one forward and backward pass, unless it is a single row."""
 
 LEARNING_RATES = (3e-5, 1e-4, 3e-4)
 """Learning rates that every method is tried with; the fine-tune of all weights planted the memory at 3e-4."""
@@ -78,17 +84,36 @@ def draw_pairs(sets: TokenSets, run: Run) -> Iterator[BatchPair]:
     )
 
 
+@dataclass(frozen=True)
+class Term:
+    """One term of an objective: ``weight`` times the mean of ``loss`` over the forget or the retain rows of a step.
+
+    ``inputs`` are the examples that go through the trained model for each row: one set, or several of equal size (the
+    preferred and the rejected answers of DPO).
+    """
+
+    loss: RowLoss
+    inputs: tuple[Sequence[Example], ...]
+    weight: float = 1.0
+
+
+def make_retain_term(sets: TokenSets, weight: float = 1.0) -> Term:
+    """The term that most methods share: the mean loss per answer token of retain rows."""
+    return Term(lambda model, rows: retain_loss(model, sets, rows), (sets.retain,), weight)
+
+
 def train_copy(
     start: nn.Module,
     sets: TokenSets,
     run: Run,
     *,
     lr: float,
-    loss: Callable[[nn.Module, BatchPair], Tensor],
     stage: str,
+    forget: Term | None = None,
+    retain: Term | None = None,
     select_parameters: Callable[[nn.Module], Sequence[nn.Parameter]] | None = None,
 ) -> nn.Module:
-    """Trains a float32 copy of ``start`` on ``loss`` within the budget of the run.
+    """Trains a float32 copy of ``start`` on the sum of the terms within the budget of the run.
 
     ``select_parameters`` chooses the weights of the copy that are trained; by default all of them.
     """
@@ -98,11 +123,11 @@ def train_copy(
     plan = FinetunePlan(run.budget.steps, lr=lr, seed=run.seed)
     with ExitStack() as stack:
         for module in (model, start):
-            stack.enter_context(select_attention(module, sets.max_length))
+            stack.enter_context(answer_passes(module, sets.max_length))
         minimise(
             model,
             draw_pairs(sets, run),
-            lambda pair: loss(model, pair),
+            lambda pair: accumulate_gradients(model, (forget, retain), pair),
             plan,
             progress=run.progress,
             stage=stage,
@@ -111,12 +136,62 @@ def train_copy(
     return model.requires_grad_(False)
 
 
+@contextmanager
+def answer_passes(model: nn.Module, longest: int) -> Iterator[None]:
+    """Context for passes over examples of at most ``longest`` tokens, with logits where they count only."""
+    with select_attention(model, longest), selected_logits(model):
+        yield
+
+
+def accumulate_gradients(
+    model: nn.Module, terms: Sequence[Term | None], pair: BatchPair, tokens: int | None = None
+) -> Tensor:
+    """Adds the gradient of the sum of the terms at the rows of ``pair`` to the parameters, one micro-batch at a time.
+
+    The mean of a micro-batch counts by its share of the rows, so the gradient does not depend on ``tokens``, the
+    largest size of a micro-batch (``MICRO_BATCH_TOKENS`` without it), except for rounding.
+
+    Returns:
+        The sum as a scalar without a graph; ``backward`` on it adds nothing.
+    """
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for term, rows in zip(terms, pair, strict=True):
+        if term is None or not term.weight:
+            continue
+        for part in split_rows(rows, term.inputs, tokens or MICRO_BATCH_TOKENS):
+            loss = term.weight * len(part) / len(rows) * term.loss(model, part)
+            # The caller may hold autocast, which is meant for forward passes only.
+            with torch.autocast(loss.device.type, enabled=False):
+                loss.backward()
+            total += loss.detach()
+    return total.requires_grad_(True)
+
+
+def split_rows(rows: Sequence[int], inputs: Sequence[Sequence[Example]], tokens: int) -> list[list[int]]:
+    """Divides the indices of a batch into micro-batches of similar length.
+
+    The examples of ``inputs`` at the indices of a micro-batch have at most ``tokens`` tokens with their padding, unless
+    it is a single row.
+    """
+
+    def count_tokens(part: Sequence[int]) -> int:
+        return len(part) * sum(max(len(examples[i].ids) for i in part) for examples in inputs)
+
+    parts = list[list[int]]()
+    for row in sorted(rows, key=lambda i: count_tokens([i])):
+        if parts and count_tokens([*parts[-1], row]) <= tokens:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
+
+
 def compute_answer_logps(
     model: nn.Module, examples: Sequence[Example], indices: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Log-probability (rows,) and number of tokens (rows,) of the answers of ``examples`` at ``indices``."""
     ids, roles = pad_batch([examples[i] for i in indices], next(model.parameters()).device)
-    return sum_answer_logps(compute_logits(model, ids), ids, roles)
+    return sum_answer_logps(compute_logits(model, ids, mask_predicting_tokens(roles)), ids, roles)
 
 
 def retain_loss(model: nn.Module, sets: TokenSets, indices: Sequence[int]) -> Tensor:
@@ -124,7 +199,11 @@ def retain_loss(model: nn.Module, sets: TokenSets, indices: Sequence[int]) -> Te
     return nll_loss(*compute_answer_logps(model, sets.retain, indices))
 
 
+@torch.no_grad()
 def compute_reference_logps(model: nn.Module, examples: Sequence[Example]) -> Tensor:
     """Log-probability (examples,) of every answer, without gradients: the reference of NPO and DPO."""
-    losses = token_losses(model, examples)
-    return -torch.stack([answer.sum() for answer in losses]).to(next(model.parameters()).device)
+    logps = torch.empty(len(examples), device=next(model.parameters()).device)
+    with answer_passes(model, max(len(example.ids) for example in examples)):
+        for batch in batch_by_length(examples, tokens=MICRO_BATCH_TOKENS):
+            logps[batch] = compute_answer_logps(model, examples, batch)[0]
+    return logps

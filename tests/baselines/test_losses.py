@@ -14,6 +14,7 @@ from lm_ortho.baselines.losses import (
     ascent_loss,
     dpo_loss,
     draw_direction,
+    mask_predicting_tokens,
     misdirection_loss,
     nll_loss,
     npo_loss,
@@ -29,8 +30,18 @@ from lm_ortho.baselines.pruning import (
     zero_and_compensate,
     zero_weights,
 )
-from lm_ortho.baselines.rmu import compute_states, mask_predicting_tokens, select_blocks
-from lm_ortho.baselines.training import compute_reference_logps, draw_pairs, encode_material
+from lm_ortho.baselines.rmu import compute_states, select_blocks
+from lm_ortho.baselines.training import (
+    Term,
+    accumulate_gradients,
+    answer_passes,
+    compute_answer_logps,
+    compute_reference_logps,
+    draw_pairs,
+    encode_material,
+    make_retain_term,
+    split_rows,
+)
 from lm_ortho.calibration.activations import damped_inverse
 from lm_ortho.data.encoding import encode, pad_batch
 from lm_ortho.data.rows import Row
@@ -47,6 +58,11 @@ def batch(memorised_models):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(*ids.shape, len(memorised_models.tokenizer), generator=generator, dtype=torch.float64)
     return logits, ids, roles
+
+
+def select(logits, roles):
+    """The logits (positions, vocabulary) that predict an answer token."""
+    return logits[mask_predicting_tokens(roles)]
 
 
 def direct_answer_logps(logits, ids, roles):
@@ -70,7 +86,7 @@ def log_sigmoid(x):
 
 def test_answers_are_the_sums_of_the_tokens_to_be_predicted(batch, memorised_models):
     logits, ids, roles = batch
-    sums, counts = sum_answer_logps(logits, ids, roles)
+    sums, counts = sum_answer_logps(select(logits, roles), ids, roles)
     expected, tokens = direct_answer_logps(logits, ids, roles)
     torch.testing.assert_close(sums, torch.tensor(expected, dtype=torch.float64))
     assert counts.tolist() == tokens
@@ -79,7 +95,7 @@ def test_answers_are_the_sums_of_the_tokens_to_be_predicted(batch, memorised_mod
         output_logits = memorised_models.merged(ids).logits
     torch.testing.assert_close(
         compute_reference_logps(memorised_models.merged, examples),
-        sum_answer_logps(output_logits, ids, roles)[0],
+        sum_answer_logps(select(output_logits, roles), ids, roles)[0],
         rtol=1e-4,
         atol=1e-4,
     )
@@ -87,11 +103,10 @@ def test_answers_are_the_sums_of_the_tokens_to_be_predicted(batch, memorised_mod
 
 def test_every_objective_is_its_formula(batch):
     logits, ids, roles = batch
-    now, counts = sum_answer_logps(logits, ids, roles)
-    before = sum_answer_logps(logits.flip(0), ids, roles)[0]
-    other, other_before = (
-        sum_answer_logps(logits.roll(1, 1), ids, roles)[0],
-        sum_answer_logps(logits.roll(2, 1), ids, roles)[0],
+    now, counts = sum_answer_logps(select(logits, roles), ids, roles)
+    before, other, other_before = (
+        sum_answer_logps(select(changed, roles), ids, roles)[0]
+        for changed in (logits.flip(0), logits.roll(1, 1), logits.roll(2, 1))
     )
     rows = list(zip(now.tolist(), before.tolist(), other.tolist(), other_before.tolist(), counts.tolist(), strict=True))
     n = len(rows)
@@ -110,12 +125,12 @@ def test_every_objective_is_its_formula(batch):
 def test_npo_without_temperature_is_gradient_ascent_and_dpo_without_a_wanted_answer_is_npo(batch):
     logits, ids, roles = batch
     logits = logits.requires_grad_(True)
-    before = sum_answer_logps(logits.detach().flip(0), ids, roles)[0]
+    before = sum_answer_logps(select(logits.detach().flip(0), roles), ids, roles)[0]
 
     def gradient(loss):
         return torch.autograd.grad(loss, logits, retain_graph=True)[0]
 
-    now, counts = sum_answer_logps(logits, ids, roles)
+    now, counts = sum_answer_logps(select(logits, roles), ids, roles)
     up = gradient(ascent_loss(now))
     torch.testing.assert_close(gradient(npo_loss(now, before, 1e-7)), up, rtol=1e-5, atol=1e-9)
     zero = torch.zeros_like(before)
@@ -207,6 +222,71 @@ def test_batches_of_a_seed_are_the_same_for_every_method(memorised_models):
     assert one == again
     assert {(len(forget), len(retain)) for forget, retain in one} == {(2, 5)}
     assert sorted(i for forget, _ in one[:5] for i in forget) == list(range(10))
+
+
+# Micro-batches
+
+
+@pytest.fixture
+def sets(memorised_models):
+    return encode_material(
+        Material(memorised_models.tokenizer, memorised_models.merged, memorised_models.forget, memorised_models.retain)
+    )
+
+
+def make_terms(sets):
+    """A loss that is a mean over rows but no mean over tokens, of two sets of examples, and the retain loss."""
+
+    def forget_loss(model, rows):
+        rejected, preferred = (
+            compute_answer_logps(model, examples, rows)[0] for examples in (sets.forget, sets.forget[::-1])
+        )
+        return npo_loss(rejected, preferred.detach() - 1, 0.3)
+
+    return Term(forget_loss, (sets.forget, sets.forget[::-1])), make_retain_term(sets, 4.0)
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 150])
+def test_the_gradient_does_not_depend_on_the_size_of_micro_batches(sets, memorised_models, tokens):
+    """In float64, but for the logits, which are float32 in every pass."""
+    model = copy.deepcopy(memorised_models.merged).double().requires_grad_(True)
+    terms, pair = make_terms(sets), ([0, 3, 4, 8, 9], [7, 1, 1, 5])
+    whole = terms[0].loss(model, pair[0]) + 4.0 * terms[1].loss(model, pair[1])
+    expected = torch.autograd.grad(whole, list(model.parameters()))
+    total = accumulate_gradients(model, terms, pair, tokens)
+    total.backward()
+    assert total.item() == pytest.approx(whole.item(), rel=1e-6)
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7 * float(gradient.abs().max()))
+
+
+def test_a_micro_batch_holds_no_more_tokens_than_the_budget(sets):
+    rows = [0, 3, 3, 4, 8, 9]
+    inputs = (sets.forget, sets.forget[::-1])
+    lengths = {i: sum(len(examples[i].ids) for examples in inputs) for i in rows}
+    for tokens in (1, max(lengths.values()), 3 * max(lengths.values()), 10**6):
+        parts = split_rows(rows, inputs, tokens)
+        assert sorted(i for part in parts for i in part) == sorted(rows)
+        for part in parts:
+            padded = len(part) * sum(max(len(examples[i].ids) for i in part) for examples in inputs)
+            assert padded <= tokens or len(part) == 1
+    assert len(parts) == 1
+
+
+def test_the_output_embedding_computes_answers_only_and_a_term_without_weight_nothing(sets, memorised_models):
+    """The number of positions whose logits a training pass holds is the number of tokens to be predicted."""
+    model = copy.deepcopy(memorised_models.merged).requires_grad_(True)
+    sizes = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[:-1].numel()))
+    terms = (None, make_retain_term(sets))
+    with answer_passes(model, sets.max_length):
+        accumulate_gradients(model, terms, ([0], [1, 2]))
+        assert sizes == [sum(role != 0 for i in (1, 2) for role in sets.retain[i].roles)]
+        compute_reference_logps(model, sets.forget)
+        assert sum(sizes[1:]) == sum(role != 0 for example in sets.forget for role in example.roles)
+        sizes.clear()
+        accumulate_gradients(model, (None, make_retain_term(sets, 0.0)), ([0], [1, 2]))
+        assert not sizes
 
 
 # Pruning
