@@ -36,7 +36,9 @@ class Material:
     """The models and rows that a method may read and must not change.
 
     ``merged`` (float32 numbers that are BF16 values) holds the memory; ``base`` is the model before fine-tuning,
-    ``reference`` the retain-only model. ``forget`` and ``retain`` are the rows of a calibration set.
+    ``reference`` the retain-only model. ``forget`` and ``retain`` are the rows of a calibration set. ``prompts`` are
+    the keys of a recipe that decide the form of the questions (``prompts``), for every method; without one its default
+    applies.
     """
 
     tokenizer: Any
@@ -45,6 +47,7 @@ class Material:
     retain: Sequence[Row]
     base: nn.Module | None = None
     reference: nn.Module | None = None
+    prompts: Mapping[str, Any] = field(default_factory=dict)
 
     def restrict(self, reads: Reads) -> Material:
         """The same material without the models that a method with this ``reads`` may not see."""

@@ -35,7 +35,8 @@ def ortho_merged(material: Material, settings: Recipe, run: Run) -> Result:
 
 def _run_decomposition(material: Material, settings: Recipe, run: Run) -> Result:
     """A patched copy of the merged model. Alpha is no setting: it is set when the result is measured."""
-    recipe = settings.model_copy(update={"seed": run.seed})
+    prompts = {name: value for name, value in material.prompts.items() if name not in settings.model_fields_set}
+    recipe = settings.model_copy(update={**prompts, "seed": run.seed})
     model = copy.deepcopy(material.merged)
     decomposition = decompose(
         model,

@@ -48,7 +48,7 @@ class RetainSettings(TrainingSettings):
 
 @dataclass(frozen=True)
 class TokenSets:
-    """The rows of the material as tokens, in every prompt form of a default decomposition."""
+    """The rows of the material as tokens, in every prompt form of the material."""
 
     forget: list[Example]
     retain: list[Example]
@@ -60,11 +60,11 @@ class TokenSets:
 
 
 def encode_material(material: Material) -> TokenSets:
-    """Forget and retain rows as tokens, in the prompt forms and with the truncation of a default decomposition."""
-    form = make_recipe().prompts
+    """Forget and retain rows as tokens, in the prompt forms and with the truncation of a decomposition."""
+    recipe = make_recipe(**material.prompts)
     sets = {}
     for name in ("forget", "retain"):
-        rows = render_forms(getattr(material, name), material.tokenizer, form)
+        rows = render_forms(getattr(material, name), material.tokenizer, recipe.prompts)
         sets[name] = encode_rows(material.merged, material.tokenizer, rows, name)
     return TokenSets(**sets)
 
