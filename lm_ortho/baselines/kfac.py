@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lm_ortho.baselines.interface import Material, Result, Run, Settings, arxiv_link, method
-from lm_ortho.baselines.training import MICRO_BATCH_TOKENS, answer_passes, encode_material
+from lm_ortho.baselines.training import MICRO_BATCH_TOKENS, answer_passes, count_example_tokens, encode_material
 from lm_ortho.calibration.activations import input_moments
 from lm_ortho.data.encoding import Example, batch_by_length, pad_batch
 from lm_ortho.data.logits import compute_logits
@@ -44,6 +44,9 @@ class KfacSettings(Settings):
 def kfac(material: Material, settings: KfacSettings, run: Run) -> Result:
     """Edits the feed-forward layers of the later blocks, as in the paper; the other layers stay."""
     model, sets = copy.deepcopy(material.merged), encode_material(material)
+    tokens = count_example_tokens(sets.retain)  # once for the gradients, once for the input moments
+    run.tokens.add(tokens)
+    run.tokens.add_forward(tokens)
     with linear_form(model):
         linear_layers = find_linear(model)
         names = select_late_feed_forward(list(linear_layers), settings.depth)

@@ -68,7 +68,7 @@ class SimNpoSettings(RetainSettings):
 def npo(material: Material, settings: NpoSettings, run: Run) -> Result:
     """NPO: the gradient of a row vanishes once the row is forgotten."""
     sets = encode_material(material)
-    reference = compute_reference_logps(material.merged, sets.forget)
+    reference = compute_reference_logps(material.merged, sets.forget, run)
 
     def forget_loss(model: nn.Module, rows: Sequence[int]) -> Tensor:
         return npo_loss(compute_answer_logps(model, sets.forget, rows)[0], reference[list(rows)], settings.beta)
@@ -110,16 +110,16 @@ def idk_dpo(material: Material, settings: NpoSettings, run: Run) -> Result:
     """IdkDPO: prefers an *I don't know* to the true answer."""
     sets = encode_material(material)
     idk_examples = encode_material(replace(material, forget=replace_answers(material.forget, run.seed))).forget
-    term = make_preference_term(material.merged, preferred=idk_examples, rejected=sets.forget, beta=settings.beta)
+    term = make_preference_term(material.merged, idk_examples, sets.forget, beta=settings.beta, run=run)
     return train_with_retain(material, sets, settings, run, forget=term, stage="idk_dpo")
 
 
 def make_preference_term(
-    reference_model: nn.Module, preferred: Sequence[Example], rejected: Sequence[Example], beta: float
+    reference_model: nn.Module, preferred: Sequence[Example], rejected: Sequence[Example], *, beta: float, run: Run
 ) -> Term:
     """The term of DPO: each of the ``preferred`` answers rather than the ``rejected`` one of the same index."""
     preferred_reference, rejected_reference = (
-        compute_reference_logps(reference_model, examples) for examples in (preferred, rejected)
+        compute_reference_logps(reference_model, examples, run) for examples in (preferred, rejected)
     )
 
     def loss(model: nn.Module, rows: Sequence[int]) -> Tensor:
@@ -155,9 +155,12 @@ def replace_answers(rows: Sequence[Row], seed: int) -> list[Row]:
     Raises:
         UserError: for plain text, which has no question.
     """
-    if any(not row.context for row in rows):
-        raise UserError(
-            "method=idk_dpo: plain text among the forget rows has no question to answer with *I don't know*"
-        )
+    refuse_plain_text(rows, "method=idk_dpo", "*I don't know*")
     draw = random.Random(seed)
     return [replace(row, answer=draw.choice(IDK_ANSWERS), secret="") for row in rows]
+
+
+def refuse_plain_text(rows: Sequence[Row], where: str, answer: str) -> None:
+    """Raises ``UserError`` for rows without a question or prompt, which cannot get another ``answer``."""
+    if any(not row.context for row in rows):
+        raise UserError(f"{where}: plain text among the forget rows has no question to answer with {answer}")

@@ -15,6 +15,7 @@ from lm_ortho.baselines.training import (
     MICRO_BATCH_TOKENS,
     Term,
     TrainingSettings,
+    count_example_tokens,
     encode_material,
     learning_rate_grid,
     train_copy,
@@ -78,7 +79,10 @@ def rmu(material: Material, settings: RmuSettings, run: Run) -> Result:
     # 1. The target of forget rows: a random direction, scaled to the states of the original model.
     sets, frozen = encode_material(material), material.merged
     frozen_block = select_blocks(frozen, settings.depth)[-1]
+    blocks = transformer_blocks(frozen)
+    depth = (blocks.index(frozen_block) + 1) / len(blocks)
     norm = mean_state_norm(frozen, frozen_block, sets.forget)
+    run.tokens.add_forward(count_example_tokens(sets.forget), depth)
     direction = draw_direction(get_state_width(frozen, frozen_block, sets.forget[0]), run.seed)
     target = (settings.length * norm * direction).to(next(frozen.parameters()).device)
 
@@ -105,12 +109,12 @@ def rmu(material: Material, settings: RmuSettings, run: Run) -> Result:
         sets,
         run,
         lr=settings.lr,
-        forget=Term(forget_loss, (sets.forget,)),
-        retain=Term(retain_loss, (sets.retain,), settings.retain),
+        forget=Term(forget_loss, (sets.forget,), depth=depth),
+        retain=Term(retain_loss, (sets.retain,), settings.retain, has_teacher=True, depth=depth),
         stage="rmu",
         select_parameters=select_parameters,
     )
-    return Result(model, {"block": transformer_blocks(frozen).index(frozen_block), "state_length": norm})
+    return Result(model, {"block": blocks.index(frozen_block), "state_length": norm})
 
 
 @torch.no_grad()

@@ -12,12 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lm_ortho.baselines.interface import Material, Run, Settings
+from lm_ortho.baselines.interface import FORWARD_SHARE, Material, Run, Settings
 from lm_ortho.baselines.losses import mask_predicting_tokens, nll_loss, sum_answer_logps
 from lm_ortho.config import make_recipe
 from lm_ortho.data.chat import render_forms
 from lm_ortho.data.encoding import Example, batch_by_length, encode_rows, pad_batch
 from lm_ortho.data.logits import compute_logits, selected_logits
+from lm_ortho.errors import UserError
 from lm_ortho.finetune import FinetunePlan, draw_batches, minimise
 from lm_ortho.runtime.precision import select_attention
 
@@ -27,7 +28,7 @@ BatchPair = tuple[Sequence[int], Sequence[int]]
 RowLoss = Callable[[nn.Module, Sequence[int]], Tensor]
 """From a model and the indices of rows to the mean over these rows of a loss, differentiable."""
 
-MICRO_BATCH_TOKENS = 2048
+MICRO_BATCH_TOKENS = 1024
 """Largest number of tokens, padding included, of one forward and backward pass, unless it is a single row."""
 
 LEARNING_RATES = (3e-5, 1e-4, 3e-4)
@@ -89,12 +90,22 @@ class Term:
     """One term of an objective: ``weight`` times the mean of ``loss`` over the forget or the retain rows of a step.
 
     ``inputs`` are the examples that go through the trained model for each row: one set, or several of equal size (the
-    preferred and the rejected answers of DPO).
+    preferred and the rejected answers of DPO). ``has_teacher`` says whether they also go through another model, without
+    gradients; the passes end after the share ``depth`` of the blocks.
     """
 
     loss: RowLoss
     inputs: tuple[Sequence[Example], ...]
     weight: float = 1.0
+    has_teacher: bool = False
+    depth: float = 1.0
+
+    def count_tokens(self, row: int) -> float:
+        """The tokens that one use of ``row`` puts through the model, as ``TokenCount`` counts them."""
+        if not self.weight:
+            return 0.0
+        tokens = sum(len(examples[row].ids) for examples in self.inputs)
+        return self.depth * tokens * (1 + FORWARD_SHARE * self.has_teacher)
 
 
 def make_retain_term(sets: TokenSets, weight: float = 1.0) -> Term:
@@ -120,20 +131,55 @@ def train_copy(
     model = copy.deepcopy(start).float().requires_grad_(select_parameters is None)
     for parameter in select_parameters(model) if select_parameters else ():
         parameter.requires_grad_(True)
-    plan = FinetunePlan(run.budget.steps, lr=lr, seed=run.seed)
+    terms = (forget, retain)
+    plan = FinetunePlan(count_steps(terms, run), lr=lr, seed=run.seed)
     with ExitStack() as stack:
         for module in (model, start):
             stack.enter_context(answer_passes(module, sets.max_length))
         minimise(
             model,
-            draw_pairs(sets, run),
-            lambda pair: accumulate_gradients(model, (forget, retain), pair),
+            _count_pairs(draw_pairs(sets, run), terms, run),
+            lambda pair: accumulate_gradients(model, terms, pair),
             plan,
             progress=run.progress,
             stage=stage,
             state=run.resume.path(stage),
         )
     return model.requires_grad_(False)
+
+
+def count_steps(terms: Sequence[Term | None], run: Run) -> int:
+    """The number of steps of the budget: its ``steps``, or as many as its ``tokens`` pay for at the mean cost of a row.
+
+    What the run has put through the model before the training is part of its tokens.
+
+    Raises:
+        UserError: if the tokens do not suffice for one step.
+    """
+    budget = run.budget
+    if budget.steps is not None:
+        return budget.steps
+    assert budget.tokens is not None
+    cost = 0.0
+    for term, rows in zip(terms, (budget.forget_rows, budget.retain_rows), strict=True):
+        if term is not None:
+            row_count = len(term.inputs[0])
+            cost += rows * sum(term.count_tokens(row) for row in range(row_count)) / row_count
+    steps = int((budget.tokens - run.tokens.total) / cost)
+    if steps < 1:
+        raise UserError(
+            f"budget: tokens={budget.tokens} do not suffice for one step of {round(cost)} tokens after "
+            f"{round(run.tokens.total)} of the preparation; give more tokens or fewer rows per step"
+        )
+    return steps
+
+
+def _count_pairs(pairs: Iterator[BatchPair], terms: Sequence[Term | None], run: Run) -> Iterator[BatchPair]:
+    """The same pairs; the tokens of each are added to those of the run, also for the steps that a resumed run skips."""
+    for pair in pairs:
+        for term, rows in zip(terms, pair, strict=True):
+            run.tokens.add(sum(term.count_tokens(row) for row in rows) if term is not None else 0)
+        yield pair
 
 
 @contextmanager
@@ -144,9 +190,11 @@ def answer_passes(model: nn.Module, longest: int) -> Iterator[None]:
 
 
 def accumulate_gradients(
-    model: nn.Module, terms: Sequence[Term | None], pair: BatchPair, tokens: int | None = None
+    model: nn.Module, terms: Sequence[Term | None], batches: Sequence[Sequence[int]], tokens: int | None = None
 ) -> Tensor:
-    """Adds the gradient of the sum of the terms at the rows of ``pair`` to the parameters, one micro-batch at a time.
+    """Adds the gradient of the sum of the terms to the parameters, one micro-batch of a term's rows after the other.
+
+    ``batches`` are the rows of each term.
 
     The mean of a micro-batch counts by its share of the rows, so the gradient does not depend on ``tokens``, the
     largest size of a micro-batch (``MICRO_BATCH_TOKENS`` without it), except for rounding.
@@ -155,16 +203,25 @@ def accumulate_gradients(
         The sum as a scalar without a graph; ``backward`` on it adds nothing.
     """
     total = torch.zeros((), device=next(model.parameters()).device)
-    for term, rows in zip(terms, pair, strict=True):
-        if term is None or not term.weight:
-            continue
-        for part in split_rows(rows, term.inputs, tokens or MICRO_BATCH_TOKENS):
-            loss = term.weight * len(part) / len(rows) * term.loss(model, part)
-            # The caller may hold autocast, which is meant for forward passes only.
-            with torch.autocast(loss.device.type, enabled=False):
-                loss.backward()
-            total += loss.detach()
+    for (term, rows), weight in split_terms(terms, batches, tokens or MICRO_BATCH_TOKENS):
+        loss = weight * term.loss(model, rows)
+        # The caller may hold autocast, which is meant for forward passes only.
+        with torch.autocast(loss.device.type, enabled=False):
+            loss.backward()
+        total += loss.detach()
     return total.requires_grad_(True)
+
+
+def split_terms(
+    terms: Sequence[Term | None], batches: Sequence[Sequence[int]], tokens: int
+) -> list[tuple[tuple[Term, list[int]], float]]:
+    """Micro-batches of the rows of each term with their weights: the sum of the terms is the weighted sum of theirs."""
+    return [
+        ((term, part), term.weight * len(part) / len(rows))
+        for term, rows in zip(terms, batches, strict=True)
+        if term is not None and term.weight
+        for part in split_rows(rows, term.inputs, tokens)
+    ]
 
 
 def split_rows(rows: Sequence[int], inputs: Sequence[Sequence[Example]], tokens: int) -> list[list[int]]:
@@ -199,9 +256,15 @@ def retain_loss(model: nn.Module, sets: TokenSets, indices: Sequence[int]) -> Te
     return nll_loss(*compute_answer_logps(model, sets.retain, indices))
 
 
+def count_example_tokens(examples: Sequence[Example]) -> int:
+    """Number of tokens of all examples, without padding."""
+    return sum(len(example.ids) for example in examples)
+
+
 @torch.no_grad()
-def compute_reference_logps(model: nn.Module, examples: Sequence[Example]) -> Tensor:
+def compute_reference_logps(model: nn.Module, examples: Sequence[Example], run: Run) -> Tensor:
     """Log-probability (examples,) of every answer, without gradients: the reference of NPO and DPO."""
+    run.tokens.add_forward(count_example_tokens(examples))
     logps = torch.empty(len(examples), device=next(model.parameters()).device)
     with answer_passes(model, max(len(example.ids) for example in examples)):
         for batch in batch_by_length(examples, tokens=MICRO_BATCH_TOKENS):
