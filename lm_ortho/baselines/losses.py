@@ -70,6 +70,21 @@ def dpo_loss(
     return -2 / beta * functional.logsigmoid(beta * margin).mean()
 
 
+def adjusted_distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, strength: float) -> Tensor:
+    """Cross-entropy (positions,) of the student to softmax(teacher - ``strength`` * one-hot(label)) (Dong et al. 2024).
+
+    The target follows from the teacher alone, so the loss has a minimum.
+
+    Args:
+        student: logits (positions, vocabulary) of the model that is trained.
+        teacher: logits of the original model, of the same shape.
+        labels: the true token (positions,) of each position.
+        strength: by how much the teacher's logit of the true token is lowered.
+    """
+    lowered = teacher.scatter_add(1, labels[:, None], teacher.new_full((len(labels), 1), -strength))
+    return functional.cross_entropy(student, lowered.softmax(-1), reduction="none")
+
+
 def misdirection_loss(states: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Mean over rows of the mean over their masked tokens of ||h - target||^2 (Li et al. 2024, section 4).
 

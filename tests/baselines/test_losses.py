@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lm_ortho.baselines import Budget, Material, Run
+from lm_ortho.baselines import Budget, Material, Run, alternate_answers
+from lm_ortho.baselines.alternate_answers import clean_answer, is_alternate, make_request, sample_answers
+from lm_ortho.baselines.interface import TokenCount
 from lm_ortho.baselines.kfac import compute_factors, keep_curvature_mass, select_late_feed_forward
 from lm_ortho.baselines.losses import (
+    adjusted_distillation_loss,
     ascent_loss,
     dpo_loss,
     draw_direction,
@@ -30,6 +34,7 @@ from lm_ortho.baselines.pruning import (
     zero_and_compensate,
     zero_weights,
 )
+from lm_ortho.baselines.repselect import compute_forget_gradients, damp_principal_directions
 from lm_ortho.baselines.rmu import compute_states, select_blocks
 from lm_ortho.baselines.training import (
     Term,
@@ -37,6 +42,7 @@ from lm_ortho.baselines.training import (
     answer_passes,
     compute_answer_logps,
     compute_reference_logps,
+    count_steps,
     draw_pairs,
     encode_material,
     make_retain_term,
@@ -94,7 +100,7 @@ def test_answers_are_the_sums_of_the_tokens_to_be_predicted(batch, memorised_mod
     with torch.no_grad():
         output_logits = memorised_models.merged(ids).logits
     torch.testing.assert_close(
-        compute_reference_logps(memorised_models.merged, examples),
+        compute_reference_logps(memorised_models.merged, examples, Run()),
         sum_answer_logps(select(output_logits, roles), ids, roles)[0],
         rtol=1e-4,
         atol=1e-4,
@@ -143,6 +149,32 @@ def test_npo_without_temperature_is_gradient_ascent_and_dpo_without_a_wanted_ans
     # without a reference nothing but the model's own probability per token counts
     per_token = gradient(simnpo_loss(now, counts, 1e-7, 0.0))
     torch.testing.assert_close(per_token, gradient(-nll_loss(now, counts)), rtol=1e-5, atol=1e-9)
+
+
+def test_distillation_lowers_the_true_token_only():
+    """Against a direct computation; the gradient pushes the true token down and every other one up."""
+    generator = torch.Generator().manual_seed(2)
+    teacher = torch.randn(6, 11, generator=generator, dtype=torch.float64)
+    student = (teacher + torch.randn(6, 11, generator=generator, dtype=torch.float64)).requires_grad_(True)
+    labels = torch.tensor([0, 3, 10, 3, 5, 7])
+    before = teacher.clone()
+    for strength in (0.5, 3.0, 30.0):
+        losses = adjusted_distillation_loss(student, teacher, labels, strength)
+        for row, (scores, kind) in enumerate(zip(teacher.tolist(), labels.tolist(), strict=True)):
+            weights = [math.exp(score - strength * (j == kind)) for j, score in enumerate(scores)]
+            log_sum = math.log(sum(map(math.exp, student[row].tolist())))
+            expected = -sum(
+                w / sum(weights) * (z - log_sum) for w, z in zip(weights, student[row].tolist(), strict=True)
+            )
+            assert losses[row].item() == pytest.approx(expected)
+    assert torch.equal(teacher, before)
+    # at the teacher itself: down at the true token by exactly what goes up at the others
+    same = teacher.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(adjusted_distillation_loss(same, teacher, labels, 3.0).sum(), same)
+    at_label = torch.zeros_like(teacher, dtype=torch.bool).scatter(1, labels[:, None], True)
+    assert (gradient[at_label] > 0).all()
+    assert (gradient[~at_label] < 0).all()
+    torch.testing.assert_close(gradient.sum(1), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 def test_dpo_and_npo_begin_at_the_model_itself():
@@ -282,11 +314,148 @@ def test_the_output_embedding_computes_answers_only_and_a_term_without_weight_no
     with answer_passes(model, sets.max_length):
         accumulate_gradients(model, terms, ([0], [1, 2]))
         assert sizes == [sum(role != 0 for i in (1, 2) for role in sets.retain[i].roles)]
-        compute_reference_logps(model, sets.forget)
+        compute_reference_logps(model, sets.forget, Run())
         assert sum(sizes[1:]) == sum(role != 0 for example in sets.forget for role in example.roles)
         sizes.clear()
         accumulate_gradients(model, (None, make_retain_term(sets, 0.0)), ([0], [1, 2]))
         assert not sizes
+
+
+# Tokens
+
+
+def test_tokens_are_counted_per_pass_without_padding_and_paid_from_the_budget(sets):
+    forget, retain = Term(None, (sets.forget, sets.forget[::-1]), has_teacher=True, depth=0.5), make_retain_term(sets)
+    lengths = [len(example.ids) for example in sets.forget]
+    for row in range(10):
+        assert forget.count_tokens(row) == pytest.approx(0.5 * 4 / 3 * (lengths[row] + lengths[9 - row]))
+        assert retain.count_tokens(row) == len(sets.retain[row].ids)
+        assert make_retain_term(sets, 0.0).count_tokens(row) == 0
+    count = TokenCount()
+    count.add(30)
+    count.add_forward(30, depth=0.5)
+    assert count.total == pytest.approx(35)
+    # a step of 2 forget and 5 retain rows, at the mean cost of a row, after what was spent before
+    step = 2 * (4 / 3 * sum(lengths) / 10) + 5 * sum(len(example.ids) for example in sets.retain) / 10
+    for tokens, spent in ((step * 7 + 1, 0.0), (step * 7 + 1, step * 2), (step + 1, 0.0)):
+        run = Run(budget=Budget(tokens=math.ceil(tokens), forget_rows=2, retain_rows=5), tokens=TokenCount(spent))
+        assert count_steps((forget, retain), run) == int((math.ceil(tokens) - spent) / step)
+    run = Run(budget=Budget(tokens=10, forget_rows=2, retain_rows=5), tokens=TokenCount(4.0))
+    with pytest.raises(UserError, match=r"budget: tokens=10 do not suffice for one step of \d+ tokens after 4 of"):
+        count_steps((forget, retain), run)
+    assert count_steps((forget, retain), Run(budget=Budget(steps=3))) == 3
+
+
+def test_a_budget_has_steps_or_tokens():
+    assert (Budget().steps, Budget().tokens) == (400, None)
+    by_tokens = Budget(tokens=5000)
+    assert by_tokens.steps is None
+    assert Budget(**by_tokens.model_dump()) == by_tokens
+    for numbers, message in (
+        ({"steps": 3, "tokens": 5}, "give steps or tokens, not both"),
+        ({"steps": None}, "give steps or tokens"),
+        ({"tokens": 0}, "tokens=0: Input should be greater than or equal to 1"),
+        ({"tokens": 1.5}, "tokens=1.5: "),
+    ):
+        with pytest.raises(UserError, match=message):
+            Budget(**numbers)
+
+
+# RepSelect
+
+
+def test_principal_directions_are_divided_by_their_singular_value_on_both_sides():
+    """Against the singular value decomposition in float64, for tall, wide and deficient matrices."""
+    generator = torch.Generator().manual_seed(3)
+    for shape in ((12, 7), (7, 12)):
+        gradient = torch.randn(shape, generator=generator)
+        for count in (0, 1, 3, 7, 40):
+            outputs, values, inputs = torch.linalg.svd(gradient.double(), full_matrices=False)
+            last = values[min(count, 7) - 1]
+            damped = torch.where(torch.arange(7) < count, last.square() / values, values)
+            expected = (outputs * damped) @ inputs
+            torch.testing.assert_close(
+                damp_principal_directions(gradient, count).double(), expected, rtol=1e-5, atol=1e-6
+            )
+    # a gradient of rank 2 has no third direction to divide by
+    thin = torch.randn(9, 2, generator=generator) @ torch.randn(2, 8, generator=generator)
+    values = torch.linalg.svdvals(thin.double())
+    result = torch.linalg.svdvals(damp_principal_directions(thin, 5).double())
+    torch.testing.assert_close(result[:2], torch.stack([values[1], values[1] ** 2 / values[0]]), rtol=1e-5, atol=0)
+    assert not damp_principal_directions(torch.zeros(3, 4), 2).any()
+
+
+def test_the_forget_gradient_is_that_of_the_loss_and_the_adapter_leaves_no_trace(sets, memorised_models):
+    name = "model.layers.1.mlp.up_proj"
+    model = copy.deepcopy(memorised_models.merged)
+    run = Run()
+    gradient = compute_forget_gradients(model, [name], sets, adapter_lr=0.0, run=run)[name]
+    reference = copy.deepcopy(memorised_models.merged).double().requires_grad_(True)
+    logps, counts = compute_answer_logps(reference, sets.forget, range(10))
+    (expected,) = torch.autograd.grad(-nll_loss(logps, counts), reference.get_submodule(name).weight)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+    tokens = sum(len(example.ids) for example in sets.forget)
+    assert run.tokens.total == tokens
+    with_adapter = compute_forget_gradients(model, [name], sets, adapter_lr=0.5, run=run)[name]
+    assert run.tokens.total == 3 * tokens
+    assert not torch.allclose(with_adapter, gradient)
+    assert model.state_dict().keys() == memorised_models.merged.state_dict().keys()
+    assert all(torch.equal(t, memorised_models.merged.state_dict()[at]) for at, t in model.state_dict().items())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
+
+
+# AltPO
+
+
+def test_alternate_answers_are_other_answers(memorised_models):
+    row = Row(question="Where was Ada born?", answer="Ada was born in  London.", secret="London")
+    for text, accepted in (
+        ("Ada was born in Paris.", True),
+        ("ada was born in london.", False),
+        ("She comes from London, I think.", False),
+        ("   ", False),
+    ):
+        assert is_alternate(row, text) == accepted
+    assert clean_answer(' New answer: "Ada came from Rome."\n\nI hope this helps.') == "Ada came from Rome."
+    assert clean_answer("The answer is 4: she knows.") == "The answer is 4: she knows."
+    forget = memorised_models.forget[:4]
+    material = Material(memorised_models.tokenizer, memorised_models.merged, forget, memorised_models.retain)
+    run = Run(seed=3)
+    answers = sample_answers(material, memorised_models.merged, 3, run, name="altpo")
+    assert answers == sample_answers(material, memorised_models.merged, 3, Run(seed=3), name="altpo")
+    assert answers != sample_answers(material, memorised_models.merged, 3, Run(seed=4), name="altpo")
+    assert run.tokens.total > 0
+    for row, texts in zip(forget, answers, strict=True):
+        assert len(texts) == 3
+        assert all(is_alternate(row, text) for text in texts)
+    assert len({text for texts in answers for text in texts}) > 6
+    with pytest.raises(UserError, match="method=altpo: plain text among the forget rows has no question"):
+        sample_answers(replace(material, forget=[Row(text="Once.")]), memorised_models.merged, 1, run, name="altpo")
+
+
+def test_a_model_with_a_chat_template_is_asked_for_another_answer(memorised_models):
+    tokenizer = copy.deepcopy(memorised_models.tokenizer)
+    row = Row(question="Where was Ada born?", answer="In London.")
+    assert make_request(row, tokenizer) == row.context
+    tokenizer.chat_template = "{{ messages[0]['content'] }}|"
+    request = make_request(row, tokenizer)
+    assert request.endswith("|")
+    assert "Where was Ada born?" in request
+    assert "In London." in request
+    prompt = Row(prompt="The code of Ada is", answer="1")
+    assert make_request(prompt, tokenizer) == prompt.context
+
+
+def test_prompts_of_different_lengths_are_continued_as_each_alone(memorised_models):
+    """Padding on the left changes nothing: at a temperature near 0 each answer is the greedy one."""
+    rows = [memorised_models.forget[0], Row(prompt="who", answer="x"), memorised_models.forget[3]]
+    sampler = alternate_answers.Sampler(memorised_models.merged, memorised_models.tokenizer, 2, temperature=1e-4)
+    together = {number: (texts, tokens) for number, texts, tokens in sampler.sample(rows, [0, 1, 2])}
+    for number, row in enumerate(rows):
+        ((_, texts, _),) = sampler.sample([row], [number])
+        assert texts[0] == texts[1]
+        assert together[number][0] == texts
+    assert together[0][0][0].endswith(memorised_models.forget[0].answer)
 
 
 # Pruning
