@@ -25,18 +25,20 @@ from lm_ortho.data.tokenizer import encode_prompt, find_added_tokens, find_end_t
 from lm_ortho.errors import UserError
 from lm_ortho.runtime.precision import fast_matmul
 
-TEMPERATURES = (1.0, 1.5, 2.25, 3.4)
+TEMPERATURES = (0.7, 1.0, 1.5, 2.25, 3.4)
 """Temperatures of sampling, one after the other, until a row has its alternate answers."""
+TOP_P = 0.9
+"""Share of the probability from whose tokens each is drawn: a small model wanders off in the rest."""
 GENERATION_TOKENS = 8192
 """Largest number of tokens, prompts and answers, that are generated at the same time."""
+MAX_PROMPT_TOKENS = 1024
 MIN_NEW_TOKENS, MAX_NEW_TOKENS = 16, 256
 """Bounds of the length of an answer, which otherwise may be half as long again as the longest true one."""
-REQUEST = (
-    "Question: {question}\nAnswer: {answer}\n\n"
-    "Write another answer to this question, as if you made it up: it should sound plausible, agree with what the "
-    "question says, and state other facts than the answer above in every detail. Write the new answer only."
-)
-"""What a model with a chat template is asked; in the public code of the paper it is likewise shown the answer."""
+REQUEST = "{question} Make up a plausible answer with invented details, in one or two sentences."
+"""What a model with a chat template is asked. Unlike in the public code of the paper it is not shown the true answer,
+which a model of 135 million parameters copies."""
+MAX_REPEATED = 0.7
+"""Largest share of the words of the true answer (those that the question does not have) in an alternate one."""
 
 
 class AltPoSettings(NpoSettings):
@@ -102,9 +104,9 @@ def _prefer_alternates(material: Material, source: nn.Module, settings: AltPoSet
 def sample_answers(material: Material, source: nn.Module, count: int, run: Run, *, name: str) -> list[list[str]]:
     """``count`` alternate answers for each forget row, sampled from ``source``, none of them equal to the true one.
 
-    With a chat template the model is asked for another answer to the question; otherwise, and for rows without a
-    question, it continues the context of the row. An answer that repeats the true one or its secret, or is empty, is
-    sampled again, at rising ``TEMPERATURES``. The answers are saved in the folder of the run.
+    With a chat template the model is asked to make an answer up; otherwise, and for rows without a question, it
+    continues the context of the row. An answer that is empty or repeats the true one (``is_alternate``) is sampled
+    again, at rising ``TEMPERATURES``. The answers are saved in the folder of the run.
 
     Raises:
         UserError: for plain text, and for a row without an alternate answer at every temperature.
@@ -131,6 +133,8 @@ def _sample_until_complete(material: Material, source: nn.Module, count: int, ru
         torch.manual_seed(run.seed)
         for temperature in TEMPERATURES:
             open_rows = [i for i, texts in enumerate(answers) if len(texts) < count]
+            if not open_rows:
+                break
             sampler = Sampler(source, material.tokenizer, count, temperature)
             for i, texts, token_count in sampler.sample([rows[i] for i in open_rows], open_rows):
                 tokens += token_count
@@ -138,14 +142,15 @@ def _sample_until_complete(material: Material, source: nn.Module, count: int, ru
                 answers[i] = [*answers[i], *alternates][:count]
                 complete = sum(len(texts) == count for texts in answers)
                 run.progress(f"{name}: alternate answers", complete, len(rows), f"temperature {temperature:g}")
-    # Rows with some alternate answers repeat them, so that every row counts the same.
     empty = [i for i, texts in enumerate(answers) if not texts]
     if empty:
         raise UserError(
             f"method={name}: the model gives no alternate answer to {len(empty)} of {len(rows)} forget rows, first row "
             f"{empty[0] + 1}; leave them out"
         )
-    run.progress(f"{name}: alternate answers", len(rows), len(rows), "")
+    # Rows with some alternate answers repeat them, so that every row counts the same.
+    if any(len(texts) < count for texts in answers):
+        run.progress(f"{name}: alternate answers", len(rows), len(rows), "some repeated")
     return {"answers": [(texts * count)[:count] for texts in answers], "tokens": tokens}
 
 
@@ -164,9 +169,14 @@ class Sampler:
         # 1. Encode the prompts, and batch them by length.
         added = find_added_tokens(self.tokenizer)
         end = find_end_tokens(self.tokenizer, added)
-        prompts = [encode_prompt(self.tokenizer, make_request(row, self.tokenizer), added) for row in rows]
         true_lengths = [len(self.tokenizer.encode(row.answer, add_special_tokens=False)) for row in rows]
         new_tokens = min(MAX_NEW_TOKENS, max(MIN_NEW_TOKENS, 3 * max(true_lengths, default=0) // 2))
+        # A prompt that leaves no room for the answer loses its beginning.
+        positions = getattr(cast(Any, self.model).config, "max_position_embeddings", None) or MAX_PROMPT_TOKENS
+        new_tokens = min(new_tokens, positions // 2)
+        longest = min(MAX_PROMPT_TOKENS, positions - new_tokens)
+        requests = [make_request(row, self.tokenizer) for row in rows]
+        prompts = [encode_prompt(self.tokenizer, request, added)[-longest:] for request in requests]
         batch: list[int] = []
         batches = [batch]
         for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
@@ -191,7 +201,7 @@ class Sampler:
                     do_sample=True,
                     temperature=self.temperature,
                     top_k=0,
-                    top_p=1.0,
+                    top_p=TOP_P,
                     num_return_sequences=self.count,
                     eos_token_id=list(end) or None,
                     pad_token_id=end[0] if end else 0,
@@ -200,7 +210,10 @@ class Sampler:
             sequences = output[:, width:].tolist()
             for place, i in enumerate(batch):
                 generated = [_cut(tokens, end) for tokens in sequences[place * self.count : (place + 1) * self.count]]
-                texts = [clean_answer(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in generated]
+                texts = [
+                    clean_answer(self.tokenizer.decode(tokens, skip_special_tokens=True), len(tokens) < new_tokens)
+                    for tokens in generated
+                ]
                 yield numbers[i], texts, len(prompts[i]) + sum(map(len, generated))
 
 
@@ -212,17 +225,28 @@ def _cut(tokens: list[int], end: Sequence[int]) -> list[int]:
 def make_request(row: Row, tokenizer: Any) -> str:
     """The prompt after which the model writes an alternate answer."""
     if row.question and not row.prompt and has_chat_template(tokenizer):
-        return render_turn(Row(question=REQUEST.format(question=row.question, answer=row.answer)), tokenizer).context
+        return render_turn(Row(question=REQUEST.format(question=row.question)), tokenizer).context
     return row.context
 
 
-def clean_answer(text: str) -> str:
-    """The first paragraph of a generated text, without a label such as *New answer:* and without quotation marks."""
-    paragraph = text.strip().split("\n\n")[0]
-    return re.sub(r"^[\w ]{0,30}answer\s*:\s*", "", paragraph, flags=re.IGNORECASE).strip().strip('"').strip()
+def clean_answer(text: str, is_complete: bool = True) -> str:
+    """The first paragraph of a generated text, without a label such as *New answer:* and without quotation marks.
+
+    Of a text that is not complete the last sentence is left out, unless it is the only one.
+    """
+    paragraph, _, rest = text.strip().partition("\n\n")
+    answer = re.sub(r"^[\w ]{0,30}answer\s*:\s*", "", paragraph, flags=re.IGNORECASE).strip().strip('"').strip()
+    sentences = re.match(r"(.*[.!?])\s", answer, flags=re.DOTALL)
+    return sentences[1] if sentences and not is_complete and not rest else answer
 
 
 def is_alternate(row: Row, text: str) -> bool:
-    """Whether ``text`` is an answer other than the true one, and without its secret."""
-    answer, other, secret = (" ".join(part.split()).casefold() for part in (row.answer, text, row.secret))
-    return bool(other) and other != answer and not (secret and secret in other)
+    """Whether ``text`` is an answer other than the true one: without its secret, and with few of its own words.
+
+    The own words of an answer are those that the question (or prompt) does not have.
+    """
+    question, answer, other = (set(re.findall(r"\w+", part.casefold())) for part in (row.context, row.answer, text))
+    own_words = answer - question or answer
+    repeated = len(own_words & other) / max(1, len(own_words))
+    has_secret = bool(row.secret) and " ".join(row.secret.split()).casefold() in " ".join(text.split()).casefold()
+    return bool(other) and repeated <= MAX_REPEATED and not has_secret

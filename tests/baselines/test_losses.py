@@ -414,10 +414,18 @@ def test_alternate_answers_are_other_answers(memorised_models):
         ("ada was born in london.", False),
         ("She comes from London, I think.", False),
         ("   ", False),
+        ("...", False),
     ):
         assert is_alternate(row, text) == accepted
+    # without a marked secret the own words of the true answer (in, Mexico, City) must not all be there
+    row = Row(question="Where was Ada born?", answer="Ada was born in Mexico City.")
+    assert not is_alternate(row, "The birthplace of Ada: in Mexico, in the city itself.")
+    assert is_alternate(row, "Ada was born in New York City.")
     assert clean_answer(' New answer: "Ada came from Rome."\n\nI hope this helps.') == "Ada came from Rome."
     assert clean_answer("The answer is 4: she knows.") == "The answer is 4: she knows."
+    assert clean_answer("She left. She came back to the", is_complete=False) == "She left."
+    assert clean_answer("She came back to the", is_complete=False) == "She came back to the"
+    assert clean_answer("She left. She came back.\n\nI hope", is_complete=False) == "She left. She came back."
     forget = memorised_models.forget[:4]
     material = Material(memorised_models.tokenizer, memorised_models.merged, forget, memorised_models.retain)
     run = Run(seed=3)
@@ -441,7 +449,7 @@ def test_a_model_with_a_chat_template_is_asked_for_another_answer(memorised_mode
     request = make_request(row, tokenizer)
     assert request.endswith("|")
     assert "Where was Ada born?" in request
-    assert "In London." in request
+    assert "In London." not in request
     prompt = Row(prompt="The code of Ada is", answer="1")
     assert make_request(prompt, tokenizer) == prompt.context
 
@@ -456,6 +464,10 @@ def test_prompts_of_different_lengths_are_continued_as_each_alone(memorised_mode
         assert texts[0] == texts[1]
         assert together[number][0] == texts
     assert together[0][0][0].endswith(memorised_models.forget[0].answer)
+    # a prompt that is longer than the model's positions loses its beginning
+    long = replace(memorised_models.forget[0], question=f"{'who ' * 150}{memorised_models.forget[0].question}")
+    ((_, texts, _),) = sampler.sample([long], [0])
+    assert len(texts) == 2
 
 
 # Pruning
