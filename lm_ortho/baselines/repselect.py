@@ -58,7 +58,7 @@ class RepSelectSettings(Settings):
     paper=f"Sondej et al. 2026, {arxiv_link('2606.17168')}, with the collapse of its published code (soft, on both "
     "sides); c relative instead of a learning rate",
     settings=RepSelectSettings,
-    grid=[{"length": length, "directions": directions} for directions in (64, 16) for length in (0.01, 0.03, 0.1)],
+    grid=[{"length": length, "directions": directions} for directions in (64, 128) for length in (0.01, 0.03, 0.1)],
 )
 def repselect(material: Material, settings: RepSelectSettings, run: Run) -> Result:
     """Edits the feed-forward layers, as in the paper, after two passes over the forget rows.
