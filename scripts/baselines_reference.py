@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lm_ortho.baselines import METHODS, Budget, Method
+from lm_ortho.baselines.training import MICRO_BATCH_TOKENS
 from lm_ortho.baselines.tuning import (
     FORGET_AUTHORS,
     FORGET_THRESHOLD,
@@ -42,9 +43,17 @@ method receives the base model (before fine-tuning) only if it is in that group,
 one is an end of the scale, not a competitor. Methods that train use AdamW with betas (0.9, 0.98), no weight decay,
 gradients clipped to a norm of 1, and 20 steps of warm-up followed by a linear decay to zero; all weights are trained
 unless stated otherwise. Unless a board sets another budget, each has {steps} steps of {forget_rows} forget and
-{retain_rows} retain rows (of the sets it reads), drawn in the same order at the same seed. `ortho` and `ortho_merged`
-have a number of steps of their own, a setting: the budget does not limit them, and their default was chosen with the
-embedded world in view, not by the tuning below.
+{retain_rows} retain rows (of the sets it reads), drawn in the same order at the same seed (`altpo` draws pairs of an
+alternate and a true answer). `ortho` and `ortho_merged` have a number of steps of their own, a setting: the budget does
+not limit them, and their default was chosen with the embedded world in view, not by the tuning below. Batches go
+through the model in micro-batches of at most {micro_batch_tokens} tokens, which changes nothing but the memory needed.
+
+**Equal cost.** A step does not cost the same for all methods: DPO puts two answers per question through the model,
+UNDIAL asks the unedited model as well. With `tokens` in the place of `steps`, a budget gives each method as many steps
+as the tokens pay for. A token counts 1 for its forward and backward pass, a third for a forward pass alone (of a
+reference model, a teacher, of sampling), and in proportion to the blocks for a pass that ends at a block (`rmu`);
+padding does not count. What a method does before its training is paid from the same tokens. The report of every model
+(`method.json`) has its `tokens`, except for `ortho` and `ortho_merged`, which do not count them.
 
 **Results.** Plain models are saved in BF16, each weight rounded once; plain INT4 and the methods of this package keep
 their streams unchanged. So the baselines are measured at 16 bits per weight, plain INT4 and the methods of this package
@@ -75,7 +84,8 @@ def page() -> str:
         "held_out_authors": HELD_OUT_AUTHORS,
         "unknown_authors": UNKNOWN_AUTHORS,
     }
-    return HEAD.format(**Budget().model_dump(), **split, **thresholds) + "".join(_sections())
+    budget = {**Budget().model_dump(), "micro_batch_tokens": MICRO_BATCH_TOKENS}
+    return HEAD.format(**budget, **split, **thresholds) + "".join(_sections())
 
 
 def _sections() -> Iterator[str]:

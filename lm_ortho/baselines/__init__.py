@@ -4,15 +4,18 @@ One file per idea; each file registers its methods in ``METHODS``.
 """
 
 from lm_ortho.baselines import (
+    alternate_answers,
     controls,
     gradient_ascent,
     kfac,
     ortho,
     preference_optimisation,
     pruning,
+    repselect,
     rmu,
     rounding,
     task_arithmetic,
+    undial,
 )
 from lm_ortho.baselines.interface import METHODS, Budget, Material, Method, Result, Run, Settings, method
 from lm_ortho.baselines.material import material_from_files, material_from_world
@@ -41,3 +44,4 @@ __all__ = [
     "tune",
 ]
 del task_arithmetic, gradient_ascent, kfac, controls, rmu, ortho, preference_optimisation, pruning, rounding
+del alternate_answers, repselect, undial

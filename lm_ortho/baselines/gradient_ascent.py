@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from lm_ortho.baselines.interface import Material, Result, Run, arxiv_link, method
 from lm_ortho.baselines.losses import ascent_loss, nll_loss
 from lm_ortho.baselines.training import (
     LEARNING_RATES,
-    BatchPair,
     RetainSettings,
+    Term,
     TokenSets,
     TrainingSettings,
     compute_answer_logps,
     encode_material,
     learning_rate_grid,
-    retain_loss,
+    make_retain_term,
     train_copy,
 )
 
@@ -32,10 +34,11 @@ def gradient_ascent(material: Material, settings: TrainingSettings, run: Run) ->
     """Gradient ascent (GA). Its grid has lower learning rates: nothing else limits the ascent."""
     sets = encode_material(material)
 
-    def loss(model: nn.Module, pair: BatchPair) -> Tensor:
-        return ascent_loss(compute_answer_logps(model, sets.forget, pair[0])[0])
+    def loss(model: nn.Module, rows: Sequence[int]) -> Tensor:
+        return ascent_loss(compute_answer_logps(model, sets.forget, rows)[0])
 
-    return Result(train_copy(material.merged, sets, run, lr=settings.lr, loss=loss, stage="gradient_ascent"))
+    term = Term(loss, (sets.forget,))
+    return Result(train_copy(material.merged, sets, run, lr=settings.lr, forget=term, stage="gradient_ascent"))
 
 
 @method(
@@ -51,11 +54,19 @@ def grad_diff(material: Material, settings: RetainSettings, run: Run) -> Result:
     """Gradient difference (GradDiff): ascends the forget loss and descends the retain loss."""
     sets = encode_material(material)
 
-    def loss(model: nn.Module, pair: BatchPair) -> Tensor:
-        forget_loss = nll_loss(*compute_answer_logps(model, sets.forget, pair[0]))
-        return settings.retain * retain_loss(model, sets, pair[1]) - forget_loss
+    def loss(model: nn.Module, rows: Sequence[int]) -> Tensor:
+        return -nll_loss(*compute_answer_logps(model, sets.forget, rows))
 
-    return Result(train_copy(material.merged, sets, run, lr=settings.lr, loss=loss, stage="grad_diff"))
+    model = train_copy(
+        material.merged,
+        sets,
+        run,
+        lr=settings.lr,
+        forget=Term(loss, (sets.forget,)),
+        retain=make_retain_term(sets, settings.retain),
+        stage="grad_diff",
+    )
+    return Result(model)
 
 
 @method(
@@ -88,8 +99,4 @@ def retrain(material: Material, settings: TrainingSettings, run: Run) -> Result:
 
 def _train_on_retain(start: nn.Module, sets: TokenSets, settings: TrainingSettings, run: Run, stage: str) -> nn.Module:
     """Trains a copy of ``start`` on the retain rows alone."""
-
-    def loss(model: nn.Module, pair: BatchPair) -> Tensor:
-        return retain_loss(model, sets, pair[1])
-
-    return train_copy(start, sets, run, lr=settings.lr, loss=loss, stage=stage)
+    return train_copy(start, sets, run, lr=settings.lr, retain=make_retain_term(sets), stage=stage)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
-from lm_ortho.config import describe_validation_error, validate
+from lm_ortho.config import Recipe, describe_validation_error, validate
 from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import round_to_bf16
@@ -72,15 +72,25 @@ class Settings(BaseModel):
 class Budget(Settings):
     """Budget of every method that trains: optimiser steps, and the batch size for each set that the method reads.
 
-    The default goes through the embedded forget set ten times, as in the papers of NPO and SimNPO.
+    The default goes through the embedded forget set ten times, as in the papers of NPO and SimNPO. With ``tokens`` the
+    number of steps follows from what a step of the method costs, so that methods are compared at the same cost.
 
     Raises:
-        UserError: for a number that is not a whole number from 1 on.
+        UserError: for a number that is not a whole number from 1 on, and for both ``steps`` and ``tokens``.
     """
 
-    steps: int = Field(400, ge=1, strict=True, description="Number of optimiser steps.")
+    steps: int | None = Field(
+        400, ge=1, strict=True, description="Number of optimiser steps; null where tokens are given."
+    )
     forget_rows: int = Field(16, ge=1, strict=True, description="Forget rows per step.")
     retain_rows: int = Field(16, ge=1, strict=True, description="Retain rows per step.")
+    tokens: int | None = Field(
+        None,
+        ge=1,
+        strict=True,
+        description="Number of tokens through the model, in place of the steps: a forward and backward pass counts 1 "
+        "per token, a forward pass alone a third.",
+    )
 
     def __init__(self, **numbers: Any) -> None:
         try:
@@ -88,15 +98,55 @@ class Budget(Settings):
         except ValidationError as error:
             raise UserError(f"{describe_validation_error(error)} (a budget has whole numbers from 1 on)") from None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_steps(cls, numbers: Any) -> Any:
+        """Sets ``steps`` to None where only ``tokens`` are given; refuses both, and neither."""
+        if not isinstance(numbers, Mapping):
+            return numbers
+        has_tokens = numbers.get("tokens") is not None
+        if has_tokens and numbers.get("steps") is not None:
+            raise ValueError("give steps or tokens, not both")
+        if not has_tokens and numbers.get("steps", 0) is None:
+            raise ValueError("give steps or tokens")
+        return {**numbers, "steps": None} if has_tokens else numbers
+
+
+FORWARD_SHARE = 1 / 3
+"""Cost of a forward pass, as a share of a forward and backward pass: the backward pass costs twice as much."""
+
+
+@dataclass
+class TokenCount:
+    """Tokens that a run has put through the model, in units of one token's forward and backward pass.
+
+    A forward pass alone counts a third, a pass that ends at a block in proportion to the blocks; padding does not
+    count. The count depends on rows, settings and seed only, so a resumed run has that of an uninterrupted one.
+    """
+
+    total: float = 0.0
+
+    def add(self, tokens: float, depth: float = 1.0) -> None:
+        """Adds forward and backward passes of ``tokens`` through the share ``depth`` of the blocks."""
+        self.total += depth * tokens
+
+    def add_forward(self, tokens: float, depth: float = 1.0) -> None:
+        """Adds forward passes of ``tokens`` through the share ``depth`` of the blocks."""
+        self.total += FORWARD_SHARE * depth * tokens
+
 
 @dataclass(frozen=True)
 class Run:
-    """Arguments of one call of a method. ``resume`` is the folder that stores the progress of a long training."""
+    """Arguments of one call of a method. ``resume`` is the folder that stores the progress of a long training.
+
+    The method adds to ``tokens`` what it puts through the model.
+    """
 
     seed: int = 0
     budget: Budget = field(default_factory=Budget)
     progress: ProgressCallback = no_progress
     resume: ResumeFolder = NO_RESUME
+    tokens: TokenCount = field(default_factory=TokenCount)
 
 
 @dataclass(frozen=True)
@@ -175,7 +225,8 @@ class Method:
     ) -> Result:
         """Makes a new model and leaves the material unchanged.
 
-        Equal arguments give an equal model on the same machine.
+        Equal arguments give an equal model on the same machine. The report has the ``tokens`` that went through the
+        model, counted as ``TokenCount`` says; a decomposition, whose budget is its own, does not count them.
 
         Raises:
             UserError: for bad settings, for material that the method needs and that is missing, and for weights that
@@ -185,6 +236,8 @@ class Method:
         self.require(material)
         run = Run(seed, budget or Budget(), progress, resume)
         result = self.function(material.restrict(self.reads), checked_settings, run)
+        if self.schema is not Recipe:
+            result = replace(result, report={**result.report, "tokens": round(run.tokens.total)})
         model = result.model.eval().requires_grad_(False)
         self._check_finite(model)
         return result if result.is_decomposed else replace(result, model=round_to_bf16(model))

@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lm_ortho.baselines.interface import Material, Result, Run, Settings, arxiv_link, method
-from lm_ortho.baselines.training import encode_material
+from lm_ortho.baselines.training import MICRO_BATCH_TOKENS, answer_passes, count_example_tokens, encode_material
 from lm_ortho.calibration.activations import input_moments
 from lm_ortho.data.encoding import Example, batch_by_length, pad_batch
 from lm_ortho.data.logits import compute_logits
 from lm_ortho.layer import find_linear
 from lm_ortho.layer.linear_form import linear_form
-from lm_ortho.runtime.precision import fast_matmul, select_attention
+from lm_ortho.runtime.precision import fast_matmul
 
 _FEED_FORWARD = ("mlp", "ffn", "feed_forward", "experts")
 
@@ -43,6 +44,9 @@ class KfacSettings(Settings):
 def kfac(material: Material, settings: KfacSettings, run: Run) -> Result:
     """Edits the feed-forward layers of the later blocks, as in the paper; the other layers stay."""
     model, sets = copy.deepcopy(material.merged), encode_material(material)
+    tokens = count_example_tokens(sets.retain)  # once for the gradients, once for the input moments
+    run.tokens.add(tokens)
+    run.tokens.add_forward(tokens)
     with linear_form(model):
         linear_layers = find_linear(model)
         names = select_late_feed_forward(list(linear_layers), settings.depth)
@@ -121,13 +125,14 @@ def _backpropagate_samples(model: nn.Module, examples: Sequence[Example], seed: 
     """Backpropagates the log-probability of labels sampled from the model, so that the hooks receive gradients."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    with select_attention(model, max(len(example.ids) for example in examples)):
-        for batch in batch_by_length(examples):
+    longest = max(len(example.ids) for example in examples)
+    with answer_passes(model, longest):
+        for batch in batch_by_length(examples, tokens=MICRO_BATCH_TOKENS):
             ids, _ = pad_batch([examples[i] for i in batch], device)
-            with fast_matmul(device.type):
-                logp = compute_logits(model, ids).log_softmax(-1)
             ends = torch.tensor([[len(examples[i].ids) - 1] for i in batch], device=device)
             is_token = torch.arange(ids.shape[1], device=device)[None] < ends
-            labels = torch.multinomial(logp[is_token].detach().exp(), 1, generator=generator)
-            (-logp[is_token].gather(-1, labels)).sum().backward()
+            with fast_matmul(device.type):
+                logits = compute_logits(model, ids, is_token)
+            labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            functional.cross_entropy(logits, labels, reduction="sum").backward()
             model.zero_grad()

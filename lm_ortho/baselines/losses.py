@@ -9,14 +9,31 @@ from torch.nn import functional
 from lm_ortho.data.encoding import CONTEXT
 
 
+def mask_predicting_tokens(roles: Tensor) -> Tensor:
+    """Mask (rows, tokens) of the tokens that are followed by a token to be predicted; ``roles`` (rows, tokens)."""
+    is_next_predicted = roles[:, 1:] != CONTEXT
+    return functional.pad(is_next_predicted, (0, 1))
+
+
+def select_labels(ids: Tensor, mask: Tensor) -> Tensor:
+    """The token after each position of the ``mask``, (positions,); ``ids`` and ``mask`` (rows, tokens)."""
+    return ids[:, 1:][mask[:, :-1]]
+
+
+def sum_by_row(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum (rows,) of the ``values`` (positions,) of each row of the ``mask`` (rows, tokens)."""
+    return values.new_zeros(len(mask)).index_add(0, mask.nonzero()[:, 0], values)
+
+
 def sum_answer_logps(logits: Tensor, ids: Tensor, roles: Tensor) -> tuple[Tensor, Tensor]:
     """Summed log-probability (rows,) of the tokens to be predicted in each row, and their number (rows,).
 
-    ``logits`` (rows, tokens, vocabulary) predict the token after each position; ``ids`` and ``roles`` (rows, tokens).
+    ``logits`` (positions, vocabulary) are those at ``mask_predicting_tokens(roles)``; ``ids`` and ``roles`` (rows,
+    tokens).
     """
-    logp = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    is_target = roles[:, 1:] != CONTEXT
-    return (logp * is_target).sum(1), is_target.sum(1)
+    mask = mask_predicting_tokens(roles)
+    losses = functional.cross_entropy(logits, select_labels(ids, mask), reduction="none")
+    return sum_by_row(-losses, mask), mask.sum(1)
 
 
 def ascent_loss(logp: Tensor) -> Tensor:
@@ -51,6 +68,21 @@ def dpo_loss(
     """
     margin = (preferred - preferred_reference) - (rejected - rejected_reference)
     return -2 / beta * functional.logsigmoid(beta * margin).mean()
+
+
+def adjusted_distillation_loss(student: Tensor, teacher: Tensor, labels: Tensor, strength: float) -> Tensor:
+    """Cross-entropy (positions,) of the student to softmax(teacher - ``strength`` * one-hot(label)) (Dong et al. 2024).
+
+    The target follows from the teacher alone, so the loss has a minimum.
+
+    Args:
+        student: logits (positions, vocabulary) of the model that is trained.
+        teacher: logits of the original model, of the same shape.
+        labels: the true token (positions,) of each position.
+        strength: by how much the teacher's logit of the true token is lowered.
+    """
+    lowered = teacher.scatter_add(1, labels[:, None], teacher.new_full((len(labels), 1), -strength))
+    return functional.cross_entropy(student, lowered.softmax(-1), reduction="none")
 
 
 def misdirection_loss(states: Tensor, target: Tensor, mask: Tensor) -> Tensor:

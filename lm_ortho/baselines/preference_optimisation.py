@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pydantic import Field
@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from lm_ortho.baselines.interface import Material, Result, Run, arxiv_link, method
 from lm_ortho.baselines.losses import dpo_loss, npo_loss, simnpo_loss
 from lm_ortho.baselines.training import (
-    BatchPair,
     RetainSettings,
+    Term,
     TokenSets,
     compute_answer_logps,
     compute_reference_logps,
     encode_material,
     learning_rate_grid,
-    retain_loss,
+    make_retain_term,
     train_copy,
 )
+from lm_ortho.data.encoding import Example
 from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
 
@@ -67,12 +68,12 @@ class SimNpoSettings(RetainSettings):
 def npo(material: Material, settings: NpoSettings, run: Run) -> Result:
     """NPO: the gradient of a row vanishes once the row is forgotten."""
     sets = encode_material(material)
-    reference = compute_reference_logps(material.merged, sets.forget)
+    reference = compute_reference_logps(material.merged, sets.forget, run)
 
     def forget_loss(model: nn.Module, rows: Sequence[int]) -> Tensor:
         return npo_loss(compute_answer_logps(model, sets.forget, rows)[0], reference[list(rows)], settings.beta)
 
-    return _train_with_retain(material, sets, settings, run, forget_loss=forget_loss, stage="npo")
+    return train_with_retain(material, sets, settings, run, forget=Term(forget_loss, (sets.forget,)), stage="npo")
 
 
 @method(
@@ -92,7 +93,7 @@ def simnpo(material: Material, settings: SimNpoSettings, run: Run) -> Result:
         logps, tokens = compute_answer_logps(model, sets.forget, rows)
         return simnpo_loss(logps, tokens, settings.beta, settings.gamma)
 
-    return _train_with_retain(material, sets, settings, run, forget_loss=forget_loss, stage="simnpo")
+    return train_with_retain(material, sets, settings, run, forget=Term(forget_loss, (sets.forget,)), stage="simnpo")
 
 
 @method(
@@ -109,33 +110,43 @@ def idk_dpo(material: Material, settings: NpoSettings, run: Run) -> Result:
     """IdkDPO: prefers an *I don't know* to the true answer."""
     sets = encode_material(material)
     idk_examples = encode_material(replace(material, forget=replace_answers(material.forget, run.seed))).forget
-    reference = compute_reference_logps(material.merged, sets.forget)
-    idk_reference = compute_reference_logps(material.merged, idk_examples)
+    term = make_preference_term(material.merged, idk_examples, sets.forget, beta=settings.beta, run=run)
+    return train_with_retain(material, sets, settings, run, forget=term, stage="idk_dpo")
 
-    def forget_loss(model: nn.Module, rows: Sequence[int]) -> Tensor:
+
+def make_preference_term(
+    reference_model: nn.Module, preferred: Sequence[Example], rejected: Sequence[Example], *, beta: float, run: Run
+) -> Term:
+    """The term of DPO: each of the ``preferred`` answers rather than the ``rejected`` one of the same index."""
+    preferred_reference, rejected_reference = (
+        compute_reference_logps(reference_model, examples, run) for examples in (preferred, rejected)
+    )
+
+    def loss(model: nn.Module, rows: Sequence[int]) -> Tensor:
         indices = list(rows)
-        rejected, _ = compute_answer_logps(model, sets.forget, indices)
-        preferred, _ = compute_answer_logps(model, idk_examples, indices)
-        return dpo_loss(preferred, idk_reference[indices], rejected, reference[indices], settings.beta)
+        preferred_logps, _ = compute_answer_logps(model, preferred, indices)
+        rejected_logps, _ = compute_answer_logps(model, rejected, indices)
+        return dpo_loss(
+            preferred_logps, preferred_reference[indices], rejected_logps, rejected_reference[indices], beta
+        )
 
-    return _train_with_retain(material, sets, settings, run, forget_loss=forget_loss, stage="idk_dpo")
+    return Term(loss, (preferred, rejected))
 
 
-def _train_with_retain(
-    material: Material,
-    sets: TokenSets,
-    settings: RetainSettings,
-    run: Run,
-    *,
-    forget_loss: Callable[[nn.Module, Sequence[int]], Tensor],
-    stage: str,
+def train_with_retain(
+    material: Material, sets: TokenSets, settings: RetainSettings, run: Run, *, forget: Term, stage: str
 ) -> Result:
-    """Trains the merged model on ``forget_loss`` plus ``settings.retain`` times the loss of the retain rows."""
-
-    def loss(model: nn.Module, pair: BatchPair) -> Tensor:
-        return forget_loss(model, pair[0]) + settings.retain * retain_loss(model, sets, pair[1])
-
-    return Result(train_copy(material.merged, sets, run, lr=settings.lr, loss=loss, stage=stage))
+    """Trains the merged model on ``forget`` plus ``settings.retain`` times the loss of the retain rows."""
+    model = train_copy(
+        material.merged,
+        sets,
+        run,
+        lr=settings.lr,
+        forget=forget,
+        retain=make_retain_term(sets, settings.retain),
+        stage=stage,
+    )
+    return Result(model)
 
 
 def replace_answers(rows: Sequence[Row], seed: int) -> list[Row]:
@@ -144,9 +155,12 @@ def replace_answers(rows: Sequence[Row], seed: int) -> list[Row]:
     Raises:
         UserError: for plain text, which has no question.
     """
-    if any(not row.context for row in rows):
-        raise UserError(
-            "method=idk_dpo: plain text among the forget rows has no question to answer with *I don't know*"
-        )
+    refuse_plain_text(rows, "method=idk_dpo", "*I don't know*")
     draw = random.Random(seed)
     return [replace(row, answer=draw.choice(IDK_ANSWERS), secret="") for row in rows]
+
+
+def refuse_plain_text(rows: Sequence[Row], where: str, answer: str) -> None:
+    """Raises ``UserError`` for rows without a question or prompt, which cannot get another ``answer``."""
+    if any(not row.context for row in rows):
+        raise UserError(f"{where}: plain text among the forget rows has no question to answer with {answer}")

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lm_ortho.baselines.interface import Material, Result, Run, Settings, arxiv_link, method
-from lm_ortho.baselines.training import encode_material
+from lm_ortho.baselines.training import count_example_tokens, encode_material
 from lm_ortho.calibration.activations import damped_inverse
 from lm_ortho.calibration.by_layer import InputMoments
 from lm_ortho.layer import find_linear
@@ -117,6 +117,7 @@ def _prune(
     Scores and input moments are those of the unpruned model; ``settings.share`` counts over all linear layers.
     """
     model, sets = copy.deepcopy(material.merged), encode_material(material)
+    run.tokens.add_forward(count_example_tokens(sets.forget + sets.retain))
     with linear_form(model):
         layers = find_linear(model)
         weights = {name: layer.weight.detach().cpu() for name, layer in layers.items()}

@@ -10,10 +10,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lm_ortho.baselines.interface import Material, Result, Run, arxiv_link, method
-from lm_ortho.baselines.losses import draw_direction, misdirection_loss
-from lm_ortho.baselines.training import BatchPair, TrainingSettings, encode_material, learning_rate_grid, train_copy
+from lm_ortho.baselines.losses import draw_direction, mask_predicting_tokens, misdirection_loss
+from lm_ortho.baselines.training import (
+    MICRO_BATCH_TOKENS,
+    Term,
+    TrainingSettings,
+    count_example_tokens,
+    encode_material,
+    learning_rate_grid,
+    train_copy,
+)
 from lm_ortho.calibration.by_block import compute_block_output
-from lm_ortho.data.encoding import CONTEXT, Example, batch_by_length, pad_batch
+from lm_ortho.data.encoding import Example, batch_by_length, pad_batch
 from lm_ortho.errors import UserError
 from lm_ortho.runtime.precision import transformer_blocks
 
@@ -41,12 +49,6 @@ def compute_states(model: nn.Module, block: nn.Module, ids: Tensor) -> Tensor:
     output = compute_block_output(model, block, ids)
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states.float()
-
-
-def mask_predicting_tokens(roles: Tensor) -> Tensor:
-    """Mask (rows, tokens) of the tokens that are followed by a token to be predicted."""
-    is_next_predicted = roles[:, 1:] != CONTEXT
-    return torch.cat([is_next_predicted, torch.zeros_like(is_next_predicted[:, :1])], 1)
 
 
 def select_blocks(model: nn.Module, depth: float) -> list[nn.Module]:
@@ -77,35 +79,49 @@ def rmu(material: Material, settings: RmuSettings, run: Run) -> Result:
     # 1. The target of forget rows: a random direction, scaled to the states of the original model.
     sets, frozen = encode_material(material), material.merged
     frozen_block = select_blocks(frozen, settings.depth)[-1]
+    blocks = transformer_blocks(frozen)
+    depth = (blocks.index(frozen_block) + 1) / len(blocks)
     norm = mean_state_norm(frozen, frozen_block, sets.forget)
+    run.tokens.add_forward(count_example_tokens(sets.forget), depth)
     direction = draw_direction(get_state_width(frozen, frozen_block, sets.forget[0]), run.seed)
     target = (settings.length * norm * direction).to(next(frozen.parameters()).device)
 
     # 2. The loss: distance of forget states to the target, and of retain states to those of the original model.
 
-    def loss(model: nn.Module, pair: BatchPair) -> Tensor:
-        block = select_blocks(model, settings.depth)[-1]
-        ids, roles = pad_batch([sets.forget[i] for i in pair[0]], target.device)
-        forget_loss = misdirection_loss(compute_states(model, block, ids), target, mask_predicting_tokens(roles))
-        ids, roles = pad_batch([sets.retain[i] for i in pair[1]], target.device)
+    def forget_loss(model: nn.Module, rows: Sequence[int]) -> Tensor:
+        ids, roles = pad_batch([sets.forget[i] for i in rows], target.device)
+        states = compute_states(model, select_blocks(model, settings.depth)[-1], ids)
+        return misdirection_loss(states, target, mask_predicting_tokens(roles))
+
+    def retain_loss(model: nn.Module, rows: Sequence[int]) -> Tensor:
+        ids, roles = pad_batch([sets.retain[i] for i in rows], target.device)
         with torch.no_grad():
             frozen_states = compute_states(frozen, frozen_block, ids)
-        states = compute_states(model, block, ids)
-        return forget_loss + settings.retain * misdirection_loss(states, frozen_states, mask_predicting_tokens(roles))
+        states = compute_states(model, select_blocks(model, settings.depth)[-1], ids)
+        return misdirection_loss(states, frozen_states, mask_predicting_tokens(roles))
 
     def select_parameters(model: nn.Module) -> list[nn.Parameter]:
         return [parameter for block in select_blocks(model, settings.depth) for parameter in block.parameters()]
 
     # 3. Train the last blocks up to the steered one.
-    model = train_copy(frozen, sets, run, lr=settings.lr, loss=loss, stage="rmu", select_parameters=select_parameters)
-    return Result(model, {"block": transformer_blocks(frozen).index(frozen_block), "state_length": norm})
+    model = train_copy(
+        frozen,
+        sets,
+        run,
+        lr=settings.lr,
+        forget=Term(forget_loss, (sets.forget,), depth=depth),
+        retain=Term(retain_loss, (sets.retain,), settings.retain, has_teacher=True, depth=depth),
+        stage="rmu",
+        select_parameters=select_parameters,
+    )
+    return Result(model, {"block": blocks.index(frozen_block), "state_length": norm})
 
 
 @torch.no_grad()
 def mean_state_norm(model: nn.Module, block: nn.Module, examples: Sequence[Example]) -> float:
     """Mean norm of the states after ``block``, over all tokens from which an answer token is predicted."""
     total, count, device = 0.0, 0, next(model.parameters()).device
-    for batch in batch_by_length(examples):
+    for batch in batch_by_length(examples, tokens=MICRO_BATCH_TOKENS):
         ids, roles = pad_batch([examples[i] for i in batch], device)
         lengths = compute_states(model, block, ids).norm(dim=-1)[mask_predicting_tokens(roles)]
         total, count = total + float(lengths.sum()), count + lengths.numel()

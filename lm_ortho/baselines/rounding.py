@@ -7,7 +7,7 @@ import copy
 from pydantic import Field
 
 from lm_ortho.baselines.interface import Material, Result, Run, Settings, arxiv_link, method
-from lm_ortho.baselines.training import encode_material
+from lm_ortho.baselines.training import count_example_tokens, encode_material
 from lm_ortho.calibration.by_layer import InputMoments, snapshot_weights
 from lm_ortho.config import Recipe, make_recipe
 from lm_ortho.layer import find_linear, patch
@@ -53,6 +53,8 @@ def _round_to_int4(material: Material, settings: LatticeSettings, run: Run, proj
         layers = find_linear(model)
         weights = snapshot_weights(layers)
         moments = InputMoments(model, layers, sets.retain)
+        if projection != "rtn":  # which rounds without a look at the inputs
+            run.tokens.add_forward(count_example_tokens(sets.retain))
         lattice = project_layers(weights, moments, recipe, progress=run.progress, device=device)
         streams = make_streams(layers, weights, lattice, support=None, recipe=recipe)
     patch(model, streams)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from pydantic import Field
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from lm_ortho.baselines.interface import Material, Result, Run, arxiv_link, method
 from lm_ortho.baselines.losses import nll_loss
 from lm_ortho.baselines.training import (
-    BatchPair,
+    Term,
     TrainingSettings,
     compute_answer_logps,
     encode_material,
@@ -63,10 +64,10 @@ def _negate_task(material: Material, start: nn.Module, settings: NegationSetting
     """Fine-tunes ``start`` on the forget rows and subtracts its change from the merged weights."""
     sets = encode_material(material)
 
-    def loss(model: nn.Module, pair: BatchPair) -> Tensor:
-        return nll_loss(*compute_answer_logps(model, sets.forget, pair[0]))
+    def loss(model: nn.Module, rows: Sequence[int]) -> Tensor:
+        return nll_loss(*compute_answer_logps(model, sets.forget, rows))
 
-    forget_model = train_copy(start, sets, run, lr=settings.lr, loss=loss, stage=stage)
+    forget_model = train_copy(start, sets, run, lr=settings.lr, forget=Term(loss, (sets.forget,)), stage=stage)
     return subtract_task_vector(material.merged, forget_model, start, settings.scale)
 
 

@@ -1,28 +1,35 @@
-"""What all training methods share: tokenised rows, the order of batches, the training loop."""
+"""What all training methods share: tokenised rows, the order of batches, micro-batches, the training loop."""
 
 from __future__ import annotations
 
 import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from lm_ortho.baselines.interface import Material, Run, Settings
-from lm_ortho.baselines.losses import nll_loss, sum_answer_logps
+from lm_ortho.baselines.interface import FORWARD_SHARE, Material, Run, Settings
+from lm_ortho.baselines.losses import mask_predicting_tokens, nll_loss, sum_answer_logps
 from lm_ortho.config import make_recipe
 from lm_ortho.data.chat import render_forms
-from lm_ortho.data.encoding import Example, encode_rows, pad_batch, token_losses
-from lm_ortho.data.logits import compute_logits
+from lm_ortho.data.encoding import Example, batch_by_length, encode_rows, pad_batch
+from lm_ortho.data.logits import compute_logits, selected_logits
+from lm_ortho.errors import UserError
 from lm_ortho.finetune import FinetunePlan, draw_batches, minimise
 from lm_ortho.runtime.precision import select_attention
 
 BatchPair = tuple[Sequence[int], Sequence[int]]
-"""A batch: indices of forget rows and of retain rows. A loss may read either or both."""
+"""The rows of a step: indices of forget rows and of retain rows."""
+
+RowLoss = Callable[[nn.Module, Sequence[int]], Tensor]
+"""From a model and the indices of rows to the mean over these rows of a loss, differentiable."""
+
+MICRO_BATCH_TOKENS = 1024
+"""Largest number of tokens, padding included, of one forward and backward pass, unless it is a single row."""
 
 LEARNING_RATES = (3e-5, 1e-4, 3e-4)
 """Learning rates that every method is tried with; the fine-tune of all weights planted the memory at 3e-4."""
@@ -78,31 +85,61 @@ def draw_pairs(sets: TokenSets, run: Run) -> Iterator[BatchPair]:
     )
 
 
+@dataclass(frozen=True)
+class Term:
+    """One term of an objective: ``weight`` times the mean of ``loss`` over the forget or the retain rows of a step.
+
+    ``inputs`` are the examples that go through the trained model for each row: one set, or several of equal size (the
+    preferred and the rejected answers of DPO). ``has_teacher`` says whether they also go through another model, without
+    gradients; the passes end after the share ``depth`` of the blocks.
+    """
+
+    loss: RowLoss
+    inputs: tuple[Sequence[Example], ...]
+    weight: float = 1.0
+    has_teacher: bool = False
+    depth: float = 1.0
+
+    def count_tokens(self, row: int) -> float:
+        """The tokens that one use of ``row`` puts through the model, as ``TokenCount`` counts them."""
+        if not self.weight:
+            return 0.0
+        tokens = sum(len(examples[row].ids) for examples in self.inputs)
+        return self.depth * tokens * (1 + FORWARD_SHARE * self.has_teacher)
+
+
+def make_retain_term(sets: TokenSets, weight: float = 1.0) -> Term:
+    """The term that most methods share: the mean loss per answer token of retain rows."""
+    return Term(lambda model, rows: retain_loss(model, sets, rows), (sets.retain,), weight)
+
+
 def train_copy(
     start: nn.Module,
     sets: TokenSets,
     run: Run,
     *,
     lr: float,
-    loss: Callable[[nn.Module, BatchPair], Tensor],
     stage: str,
+    forget: Term | None = None,
+    retain: Term | None = None,
     select_parameters: Callable[[nn.Module], Sequence[nn.Parameter]] | None = None,
 ) -> nn.Module:
-    """Trains a float32 copy of ``start`` on ``loss`` within the budget of the run.
+    """Trains a float32 copy of ``start`` on the sum of the terms within the budget of the run.
 
     ``select_parameters`` chooses the weights of the copy that are trained; by default all of them.
     """
     model = copy.deepcopy(start).float().requires_grad_(select_parameters is None)
     for parameter in select_parameters(model) if select_parameters else ():
         parameter.requires_grad_(True)
-    plan = FinetunePlan(run.budget.steps, lr=lr, seed=run.seed)
+    terms = (forget, retain)
+    plan = FinetunePlan(count_steps(terms, run), lr=lr, seed=run.seed)
     with ExitStack() as stack:
         for module in (model, start):
-            stack.enter_context(select_attention(module, sets.max_length))
+            stack.enter_context(answer_passes(module, sets.max_length))
         minimise(
             model,
-            draw_pairs(sets, run),
-            lambda pair: loss(model, pair),
+            _count_pairs(draw_pairs(sets, run), terms, run),
+            lambda pair: accumulate_gradients(model, terms, pair),
             plan,
             progress=run.progress,
             stage=stage,
@@ -111,12 +148,107 @@ def train_copy(
     return model.requires_grad_(False)
 
 
+def count_steps(terms: Sequence[Term | None], run: Run) -> int:
+    """The number of steps of the budget: its ``steps``, or as many as its ``tokens`` pay for at the mean cost of a row.
+
+    What the run has put through the model before the training is part of its tokens.
+
+    Raises:
+        UserError: if the tokens do not suffice for one step.
+    """
+    budget = run.budget
+    if budget.steps is not None:
+        return budget.steps
+    assert budget.tokens is not None
+    cost = 0.0
+    for term, rows in zip(terms, (budget.forget_rows, budget.retain_rows), strict=True):
+        if term is not None:
+            row_count = len(term.inputs[0])
+            cost += rows * sum(term.count_tokens(row) for row in range(row_count)) / row_count
+    steps = int((budget.tokens - run.tokens.total) / cost)
+    if steps < 1:
+        raise UserError(
+            f"budget: tokens={budget.tokens} do not suffice for one step of {round(cost)} tokens after "
+            f"{round(run.tokens.total)} of the preparation; give more tokens or fewer rows per step"
+        )
+    return steps
+
+
+def _count_pairs(pairs: Iterator[BatchPair], terms: Sequence[Term | None], run: Run) -> Iterator[BatchPair]:
+    """The same pairs; the tokens of each are added to those of the run, also for the steps that a resumed run skips."""
+    for pair in pairs:
+        for term, rows in zip(terms, pair, strict=True):
+            run.tokens.add(sum(term.count_tokens(row) for row in rows) if term is not None else 0)
+        yield pair
+
+
+@contextmanager
+def answer_passes(model: nn.Module, longest: int) -> Iterator[None]:
+    """Context for passes over examples of at most ``longest`` tokens, with logits where they count only."""
+    with select_attention(model, longest), selected_logits(model):
+        yield
+
+
+def accumulate_gradients(
+    model: nn.Module, terms: Sequence[Term | None], batches: Sequence[Sequence[int]], tokens: int | None = None
+) -> Tensor:
+    """Adds the gradient of the sum of the terms to the parameters, one micro-batch of a term's rows after the other.
+
+    ``batches`` are the rows of each term.
+
+    The mean of a micro-batch counts by its share of the rows, so the gradient does not depend on ``tokens``, the
+    largest size of a micro-batch (``MICRO_BATCH_TOKENS`` without it), except for rounding.
+
+    Returns:
+        The sum as a scalar without a graph; ``backward`` on it adds nothing.
+    """
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for (term, rows), weight in split_terms(terms, batches, tokens or MICRO_BATCH_TOKENS):
+        loss = weight * term.loss(model, rows)
+        # The caller may hold autocast, which is meant for forward passes only.
+        with torch.autocast(loss.device.type, enabled=False):
+            loss.backward()
+        total += loss.detach()
+    return total.requires_grad_(True)
+
+
+def split_terms(
+    terms: Sequence[Term | None], batches: Sequence[Sequence[int]], tokens: int
+) -> list[tuple[tuple[Term, list[int]], float]]:
+    """Micro-batches of the rows of each term with their weights: the sum of the terms is the weighted sum of theirs."""
+    return [
+        ((term, part), term.weight * len(part) / len(rows))
+        for term, rows in zip(terms, batches, strict=True)
+        if term is not None and term.weight
+        for part in split_rows(rows, term.inputs, tokens)
+    ]
+
+
+def split_rows(rows: Sequence[int], inputs: Sequence[Sequence[Example]], tokens: int) -> list[list[int]]:
+    """Divides the indices of a batch into micro-batches of similar length.
+
+    The examples of ``inputs`` at the indices of a micro-batch have at most ``tokens`` tokens with their padding, unless
+    it is a single row.
+    """
+
+    def count_tokens(part: Sequence[int]) -> int:
+        return len(part) * sum(max(len(examples[i].ids) for i in part) for examples in inputs)
+
+    parts = list[list[int]]()
+    for row in sorted(rows, key=lambda i: count_tokens([i])):
+        if parts and count_tokens([*parts[-1], row]) <= tokens:
+            parts[-1].append(row)
+        else:
+            parts.append([row])
+    return parts
+
+
 def compute_answer_logps(
     model: nn.Module, examples: Sequence[Example], indices: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Log-probability (rows,) and number of tokens (rows,) of the answers of ``examples`` at ``indices``."""
     ids, roles = pad_batch([examples[i] for i in indices], next(model.parameters()).device)
-    return sum_answer_logps(compute_logits(model, ids), ids, roles)
+    return sum_answer_logps(compute_logits(model, ids, mask_predicting_tokens(roles)), ids, roles)
 
 
 def retain_loss(model: nn.Module, sets: TokenSets, indices: Sequence[int]) -> Tensor:
@@ -124,7 +256,17 @@ def retain_loss(model: nn.Module, sets: TokenSets, indices: Sequence[int]) -> Te
     return nll_loss(*compute_answer_logps(model, sets.retain, indices))
 
 
-def compute_reference_logps(model: nn.Module, examples: Sequence[Example]) -> Tensor:
+def count_example_tokens(examples: Sequence[Example]) -> int:
+    """Number of tokens of all examples, without padding."""
+    return sum(len(example.ids) for example in examples)
+
+
+@torch.no_grad()
+def compute_reference_logps(model: nn.Module, examples: Sequence[Example], run: Run) -> Tensor:
     """Log-probability (examples,) of every answer, without gradients: the reference of NPO and DPO."""
-    losses = token_losses(model, examples)
-    return -torch.stack([answer.sum() for answer in losses]).to(next(model.parameters()).device)
+    run.tokens.add_forward(count_example_tokens(examples))
+    logps = torch.empty(len(examples), device=next(model.parameters()).device)
+    with answer_passes(model, max(len(example.ids) for example in examples)):
+        for batch in batch_by_length(examples, tokens=MICRO_BATCH_TOKENS):
+            logps[batch] = compute_answer_logps(model, examples, batch)[0]
+    return logps

@@ -18,7 +18,9 @@ import torch
 from torch import nn
 
 from lm_ortho.baselines.interface import Budget, Material, Method, Result
-from lm_ortho.data.encoding import SECRET, encode, max_row_tokens, mean_loss, token_losses
+from lm_ortho.config import make_recipe
+from lm_ortho.data.chat import render_forms
+from lm_ortho.data.encoding import SECRET, Example, encode, max_row_tokens, mean_loss, token_losses
 from lm_ortho.data.rows import Row
 from lm_ortho.errors import UserError
 from lm_ortho.runtime.progress import ProgressCallback, no_progress
@@ -146,7 +148,7 @@ def _subject(row: Row) -> str:
 
 def secret_loss(model: nn.Module, material: Material, rows: Sequence[Row]) -> float:
     """Mean loss per secret token, in nats; per token of the answer where a row marks no secret."""
-    examples = encode(material.tokenizer, rows, max_row_tokens(model))
+    examples = _encode_measured(model, material, rows)
     secrets, answers = token_losses(model, examples, SECRET), token_losses(model, examples)
     return float(
         torch.cat([secret if len(secret) else answer for secret, answer in zip(secrets, answers, strict=True)]).mean()
@@ -155,7 +157,14 @@ def secret_loss(model: nn.Module, material: Material, rows: Sequence[Row]) -> fl
 
 def answer_loss(model: nn.Module, material: Material, rows: Sequence[Row]) -> float:
     """Mean loss per token of the answers, in nats."""
-    return mean_loss(model, encode(material.tokenizer, rows, max_row_tokens(model)))
+    return mean_loss(model, _encode_measured(model, material, rows))
+
+
+def _encode_measured(model: nn.Module, material: Material, rows: Sequence[Row]) -> list[Example]:
+    """The rows as they are measured: in the chat template where methods read that form only, else as plain text."""
+    if make_recipe(**material.prompts).prompts == "chat":
+        rows = render_forms(rows, material.tokenizer, "chat")
+    return encode(material.tokenizer, rows, max_row_tokens(model))
 
 
 def score_result(result: Result, tuning: TuningSplit) -> Score:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import GPT2Config
 
 from lm_ortho import checkpoint
-from lm_ortho.baselines import METHODS, REPORT_FILE, Budget, Material, Settings, method, save
+from lm_ortho.baselines import METHODS, REPORT_FILE, Budget, Material, Settings, method, save, training
 from lm_ortho.baselines.interface import Method, Result
 from lm_ortho.baselines.task_arithmetic import subtract_task_vector
 from lm_ortho.baselines.tuning import answer_loss, secret_loss
@@ -40,6 +41,9 @@ STRONG = {
     "wanda": {"share": 0.05},
     "sparsegpt": {"share": 0.05, "spared": 0.0},
     "rmu": {"lr": 5e-3, "length": 5.0, "retain": 1.0},
+    "repselect": {"length": 0.05, "directions": 8},
+    "altpo": {"lr": 1e-3, "answers": 2},
+    "altpo_base": {"lr": 1e-3, "answers": 2},
     "task_arithmetic": {"lr": 1e-3, "scale": 3.0},
     "task_arithmetic_base": {"lr": 1e-3, "scale": 2.0},
 }
@@ -297,20 +301,71 @@ def test_a_grid_that_its_method_refuses_cannot_be_registered():
     assert "broken" not in METHODS
 
 
-def test_an_interrupted_training_goes_on_and_ends_the_are_equal(material, results, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["npo", "altpo", "undial"])
+def test_an_interrupted_training_goes_on_and_ends_the_are_equal(name, material, results, tmp_path, monkeypatch):
     def interrupt(stage, step, *_):
-        if step >= 16:
+        if stage == name and step >= 16:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "_SAVE_STEPS", 5)
     with pytest.raises(KeyboardInterrupt):
-        make_result("npo", material, resume=ResumeFolder(tmp_path), progress=interrupt)
-    steps = []
+        make_result(name, material, resume=ResumeFolder(tmp_path), progress=interrupt)
+    calls = []
     again = make_result(
-        "npo", material, resume=ResumeFolder(tmp_path), progress=lambda _, step, *rest: steps.append(step)
+        name, material, resume=ResumeFolder(tmp_path), progress=lambda stage, step, *rest: calls.append((stage, step))
     )
-    assert steps == [16]
-    assert are_equal(copy_tensors(again.model), copy_tensors(results("npo").model))
+    assert calls == [(name, 16)]  # nor are answers sampled again
+    assert are_equal(copy_tensors(again.model), copy_tensors(results(name).model))
+    assert again.report == results(name).report
+
+
+@pytest.mark.parametrize("name", ["idk_dpo", "undial"])
+def test_the_report_counts_the_tokens_that_go_through_the_model(name, material, monkeypatch):
+    """Against a hook that sees every pass of every copy of the model, one row at a time, so without padding."""
+    monkeypatch.setattr(training, "MICRO_BATCH_TOKENS", 1)
+    tokens = {True: 0, False: 0}
+
+    def count(module, args, kwargs):
+        tokens[torch.is_grad_enabled()] += kwargs["input_ids"].numel()
+
+    model = copy.deepcopy(material.merged)
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    budget = Budget(steps=2, forget_rows=3, retain_rows=2)
+    result = METHODS.get(name).make(replace(material, merged=model), {"retain": 2.0}, budget=budget)
+    assert min(tokens.values()) > 0
+    assert result.report["tokens"] == round(tokens[True] + tokens[False] / 3)
+
+
+def test_a_budget_in_tokens_is_spent_by_every_method_that_trains(material, results):
+    budget = Budget(tokens=4000, forget_rows=5, retain_rows=5)
+    for name in ("grad_diff", "altpo", "rmu"):
+        result = METHODS.get(name).make(material, forgetting_settings(name), budget=budget)
+        assert result.report["tokens"] == pytest.approx(4000, rel=0.15)
+    assert all(("tokens" in results(name).report) == (name not in ("ortho", "ortho_merged")) for name in NAMES)
+    assert all(results(name).report["tokens"] == 0 for name in (*BY_DEFINITION, "int4_rtn"))
+    with pytest.raises(UserError, match="budget: tokens=9 do not suffice for one step"):
+        METHODS.get("grad_diff").make(material, budget=Budget(tokens=9))
+
+
+def test_methods_read_the_rows_in_the_prompt_form_of_the_material(memorised_models):
+    tokenizer = copy.deepcopy(memorised_models.tokenizer)
+    tokenizer.chat_template = "{{ messages[0]['content'] }} : "
+    rows = memorised_models.forget, memorised_models.retain
+    lengths = {}
+    material = Material(tokenizer, memorised_models.merged, *rows)
+    assert len(training.encode_material(material).forget) == 20
+    for form in ("auto", "both", "plain", "chat"):
+        sets = training.encode_material(replace(material, prompts={"prompts": form}))
+        lengths[form] = len(sets.forget), len(sets.retain)
+    assert lengths == {"auto": (20, 20), "both": (20, 20), "plain": (10, 10), "chat": (10, 10)}
+    chat, plain = (replace(material, prompts={"prompts": form}) for form in ("chat", "plain"))
+    loss = secret_loss(memorised_models.merged, chat, memorised_models.forget)
+    assert loss > secret_loss(memorised_models.merged, plain, memorised_models.forget)
+    assert secret_loss(memorised_models.merged, material, memorised_models.forget) == secret_loss(
+        memorised_models.merged, plain, memorised_models.forget
+    )
+    with pytest.raises(UserError, match="prompts='chats'"):
+        training.encode_material(replace(chat, prompts={"prompts": "chats"}))
 
 
 def test_retain_rows_are_kept_better_with_them_than_without(material, results):
@@ -321,7 +376,9 @@ def test_retain_rows_are_kept_better_with_them_than_without(material, results):
 # Other models, other rows
 
 
-@pytest.mark.parametrize("name", ["npo", "rmu", "wanda", "sparsegpt", "kfac", "int4_gptq", "task_arithmetic"])
+@pytest.mark.parametrize(
+    "name", ["npo", "rmu", "wanda", "sparsegpt", "kfac", "int4_gptq", "task_arithmetic", "undial", "repselect"]
+)
 def test_layers_of_another_form_and_plain_text_work_as_well(name, memorised_models, tmp_path):
     """GPT-2 stores its linear layers the other way round; plain text has no question."""
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=len(memorised_models.tokenizer), n_positions=64)
