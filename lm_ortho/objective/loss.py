@@ -17,6 +17,7 @@ from lm_ortho.data.logits import compute_logits
 from lm_ortho.objective.batches import Batches, part_budget, split_into_parts
 from lm_ortho.objective.distribution import Target
 from lm_ortho.objective.position_terms import position_terms
+from lm_ortho.objective.support_gradient import support_gradients
 from lm_ortho.objective.teacher import Teacher, mask_retain_positions
 from lm_ortho.runtime.precision import fast_matmul
 from lm_ortho.runtime.threads import ParallelRunner
@@ -145,7 +146,8 @@ class Objective:
         ``forget`` and ``retain`` are the encoded rows; ``seed`` decides the order of the batches.
         """
         self.model, self.layers, self.target = model, layers, target
-        self.active_layers = list(layers)
+        self._active_layers = list(layers)
+        self._support_leaves: Mapping[str, Tensor] | None = None
         self.forget, self.retain = forget, retain
         self.penalty, self.weights = penalty, weights
         self.teacher = Teacher(model, retain)
@@ -173,10 +175,10 @@ class Objective:
         self._forget_batches.resume(forget)
         self._retain_batches.resume(retain)
 
-    def gradients(self, positions: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], float, float]:
+    def gradients(self) -> tuple[dict[str, Tensor], float, float]:
         """Gradients (out_features, in_features) by layer on the next batch, the forget and the retain loss in nats.
 
-        With ``positions`` (flat indices by layer), the gradients at these positions only.
+        Inside ``restrict_to`` those of some layers, inside ``restrict_to_support`` those at some positions.
         """
         # 1. Draw the rows of the step.
         forget, retain = self._forget_batches.next(), self._retain_batches.next()
@@ -190,80 +192,82 @@ class Objective:
         jobs = [partial(self._retain_part, rows, total_weight) for rows in retain_parts]
         jobs += [partial(self._forget_part, rows, len(forget)) for rows in forget_parts]
         # 3. Run the parts, those of a large model one after the other, and sum their gradients.
-        if self._large:
-            with self._sum_in_place(positions) as gradients:
+        if self._sums_in_place:
+            with self._sum_in_place() as gradients:
                 results = [job() for job in jobs]
         else:
-            gradients, results = self._sum_side_by_side(jobs, positions)
+            gradients, results = self._sum_of_parts(jobs)
         # 4. Record the loss of every row for the draw of the next batches.
         mean_retain_loss = _record(results[: len(retain_parts)], self._retain_batches)
         mean_forget_loss = _record(results[len(retain_parts) :], self._forget_batches)
         return gradients, mean_forget_loss, mean_retain_loss
 
-    def _sum_side_by_side(
-        self, jobs: Sequence[Callable[[], _Part]], positions: Mapping[str, Tensor] | None
-    ) -> tuple[dict[str, Tensor], list[_Part]]:
+    @property
+    def _tensors(self) -> Mapping[str, Tensor]:
+        """What gradients are computed for: the weights of the active layers, or the leaves of a support."""
+        return self._support_leaves or {name: self.layers[name].weight for name in self._active_layers}
+
+    @property
+    def _sums_in_place(self) -> bool:
+        """Whether gradients are summed in ``weight.grad``: those of all weights of a large model."""
+        return self._large and self._support_leaves is None
+
+    def _sum_of_parts(self, jobs: Sequence[Callable[[], _Part]]) -> tuple[dict[str, Tensor], list[_Part]]:
         """The sum of the gradients of all parts, in their order, and the parts without gradients."""
         sums, results = dict[str, Tensor](), list[_Part]()
-        for part in self._side_by_side(jobs):
-            for name, gradient in zip(self.active_layers, part.gradients, strict=True):
+        for part in (job() for job in jobs) if self._large else self._side_by_side(jobs):
+            for name, gradient in zip(self._tensors, part.gradients, strict=True):
                 sums[name] = sums[name] + gradient if name in sums else gradient
             results.append(replace(part, gradients=()))
-        if positions is None:
-            return sums, results
-        return {name: gradient.flatten()[positions[name]] for name, gradient in sums.items()}, results
+        return sums, results
 
     @contextmanager
-    def _sum_in_place(self, positions: Mapping[str, Tensor] | None) -> Iterator[dict[str, Tensor]]:
-        """Fills the mapping with the sum of the gradients of all backward passes inside, without a second copy of any.
-
-        With ``positions``, the full gradient of a layer is deleted as soon as those at the positions are read.
-        """
+    def _sum_in_place(self) -> Iterator[dict[str, Tensor]]:
+        """Fills the mapping with the summed gradients of all backward passes inside, without a second copy of any."""
         gradients = dict[str, Tensor]()
-        handles = []
-        for name in self.active_layers if positions is not None else ():
-            weight = self.layers[name].weight
-            gradients[name] = torch.zeros(positions[name].numel(), device=weight.device)  # type: ignore[index]
-
-            def gather(weight: Tensor, name: str = name) -> None:
-                gradients[name] += weight.grad.flatten()[positions[name]].float()  # type: ignore[index, union-attr]
-                weight.grad = None
-
-            handles.append(weight.register_post_accumulate_grad_hook(gather))
         try:
             yield gradients
-            for name in self.active_layers if positions is None else ():
-                weight = self.layers[name].weight
+            for name, weight in self._tensors.items():
                 gradients[name] = torch.zeros_like(weight) if weight.grad is None else weight.grad
         finally:
-            for handle in handles:
-                handle.remove()
             for layer in self.layers.values():
                 layer.weight.grad = None
 
     @contextmanager
     def restrict_to(self, names: Sequence[str]) -> Iterator[None]:
         """Inside, only the gradients of these layers are computed."""
-        self.active_layers = list(names)
-        active = set(names)
+        self._active_layers, active = list(names), set(names)
         for name, layer in self.layers.items():
             layer.weight.requires_grad_(name in active)
         try:
             yield
         finally:
-            self.active_layers = list(self.layers)
+            self._active_layers = list(self.layers)
             for layer in self.layers.values():
                 layer.weight.requires_grad_(True)
 
+    @contextmanager
+    def restrict_to_support(self, positions: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, only the gradients at these positions are computed, (positions,) by layer.
+
+        ``positions`` are flat ascending indices of the weights (out_features, in_features) of every layer, none of
+        some layers. Raises ``ValueError`` if they are not ascending.
+        """
+        with support_gradients(self.layers, positions) as self._support_leaves:
+            try:
+                yield
+            finally:
+                self._support_leaves = None
+
     def _compute_gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        weights = [self.layers[name].weight for name in self.active_layers]
-        if self._large:
+        if self._sums_in_place:
             if loss.requires_grad:
                 loss.backward()
             return ()
-        if not loss.requires_grad:  # all active layers belong to experts that no token was routed to
-            return tuple(torch.zeros_like(weight) for weight in weights)
-        return torch.autograd.grad(loss, weights, materialize_grads=True)  # zero for experts without a token
+        tensors = list(self._tensors.values())
+        if not loss.requires_grad:  # all layers with a gradient belong to experts that no token was routed to
+            return tuple(torch.zeros_like(tensor) for tensor in tensors)
+        return torch.autograd.grad(loss, tensors, materialize_grads=True)  # zero for experts without a token
 
     def _forget_part(self, rows: list[int], total: int) -> _Part:
         """The contribution of ``rows`` to the mean forget loss over ``total`` rows."""
