@@ -35,6 +35,9 @@ class SupportGradient:
     """The gradient of one layer at ``positions``, flat ascending indices of its weight (out_features, in_features).
 
     ``values`` is a leaf (positions,) that stands for the weights there: its gradient is theirs.
+
+    Raises:
+        ValueError: for positions that are not ascending.
     """
 
     def __init__(self, layer: nn.Linear, positions: Tensor) -> None:
@@ -42,7 +45,15 @@ class SupportGradient:
         self.positions = positions
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
         self.values = torch.zeros(positions.numel(), dtype=dtype, device=positions.device, requires_grad=True)
-        self._rows, self._columns = _compressed_rows(positions, self.shape)
+        at = positions.cpu()
+        if not (at.diff() > 0).all():
+            raise ValueError("the positions of a support must be ascending")
+        # Row pointers and columns in the CSR format. Outputs and inputs without a position are left out where they are
+        # most of all: a support takes much of some matrices and little of others.
+        self._outputs, rows, height = _number_used(at // self.shape[1], self.shape[0])
+        self._inputs, self._columns, width = _number_used(at % self.shape[1], self.shape[1])
+        self._rows = functional.pad(torch.bincount(rows, minlength=height).cumsum(0), (1, 0))
+        self._size = (height, width)
 
     def compute(self, gradient: Tensor, inputs: Tensor) -> Tensor:
         """Sums over tokens of ``gradient`` (tokens, out_features) times ``inputs`` (tokens, in_features)."""
@@ -52,9 +63,9 @@ class SupportGradient:
         result = torch.zeros_like(self.values)
         for low in range(0, len(gradient), TOKEN_CHUNK):
             chunk = slice(low, low + TOKEN_CHUNK)
-            # The kernel multiplies rows that are contiguous along the tokens.
-            left, right = (operand[chunk].to(result.dtype).t().contiguous() for operand in (gradient, inputs))
-            total = torch.sparse_csr_tensor(self._rows, self._columns, result, size=self.shape, check_invariants=False)
+            left = _transpose(gradient[chunk], self._outputs, result.dtype)
+            right = _transpose(inputs[chunk], self._inputs, result.dtype)
+            total = torch.sparse_csr_tensor(self._rows, self._columns, result, size=self._size, check_invariants=False)
             result = torch.sparse.sampled_addmm(total, left, right.t()).values()
         return result
 
@@ -78,17 +89,19 @@ def has_sampled_product() -> bool:
     return product.values().tolist() == [3.0, 3.0]
 
 
-def _compressed_rows(positions: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Row pointers and columns of the positions in the CSR format, on the CPU.
+def _number_used(index: Tensor, count: int) -> tuple[Tensor | None, Tensor, int]:
+    """The distinct values of ``index``, ``index`` as places among these, and their number.
 
-    Raises:
-        ValueError: for positions that are not ascending.
+    None, ``index`` itself and ``count`` if they are more than half of all ``count`` values.
     """
-    at = positions.cpu()
-    if not (at.diff() > 0).all():
-        raise ValueError("the positions of a support must be ascending")
-    counts = torch.bincount(at // shape[1], minlength=shape[0])
-    return functional.pad(counts.cumsum(0), (1, 0)), at % shape[1]
+    used, places = index.unique(return_inverse=True)
+    return (used, places, len(used)) if 2 * len(used) <= count else (None, index, count)
+
+
+def _transpose(operand: Tensor, used: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The ``used`` columns of ``operand`` (tokens, features) as rows, as the kernel reads them."""
+    columns = operand if used is None else operand.index_select(1, used)
+    return columns.to(dtype).t().contiguous()
 
 
 @contextmanager
