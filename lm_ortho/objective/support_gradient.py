@@ -7,7 +7,7 @@ positions alone (a sampled dense-dense product, SDDMM) cost a small part of the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
@@ -119,7 +119,7 @@ def support_gradients(layers: Mapping[str, nn.Linear], positions: Mapping[str, T
     """
     has_sampled_product()  # before any thread starts
     supports = {name: SupportGradient(layer, positions[name]) for name, layer in layers.items()}
-    forwards = {
+    forwards: dict[nn.Module, Callable[..., Any]] = {
         layer: partial(_forward, layer, supports[name]) for name, layer in layers.items() if positions[name].numel()
     }
     required = {name: layer.weight.requires_grad for name, layer in layers.items()}

@@ -21,6 +21,8 @@ from lm_ortho.runtime.precision import fast_matmul, gradient_checkpointing
 from tests.objective.test_parts import assert_same, make_objective, step
 from tests.support import tiny
 from tests.support.architectures import CASES
+from tests.support.paths import REPOSITORY
+from tests.support.scripts import load_script
 
 torch.set_num_threads(1)
 
@@ -242,3 +244,13 @@ def test_the_objective_on_a_support(monkeypatch, large):
         monkeypatch.setattr("lm_ortho.objective.loss.part_budget", lambda *_: Budget(40, 20))
         assert_same(step(objective), (expected, losses))
     assert_same(step(objective), (gradients, losses))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_benchmark_of_a_step(recompute):
+    benchmark = load_script(REPOSITORY / "benchmarks/step.py")
+    for kind in benchmark.KINDS:
+        result = benchmark.measure("tiny", kind, density=0.05, steps=1, recompute=recompute, threads=1)
+        assert set(result) == {"cpu_seconds", "seconds", "before_gb", "peak_gb"}
+        assert result["peak_gb"] >= result["before_gb"] > 0
+        assert result["cpu_seconds"] > 0
