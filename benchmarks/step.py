@@ -58,12 +58,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 ROWS = {"tiny": (4, 8, 12), "embedded": (48, 96, 25), "smollm2": (24, 48, 80)}
-"""Forget rows, retain rows, and tokens of a row, of which a third (embedded) or half are the answer."""
+"""Forget rows and retain rows of a step, and tokens of a row, of which a third (embedded) or half are the answer."""
 KINDS = ("all", "support")
 
 
-def make_objective(shape: str) -> Objective:
-    """An objective of random weights and rows."""
+def make_objective(shape: str, share: float = 1.0) -> Objective:
+    """An objective of random weights and of a ``share`` of the rows, which are random, too."""
     torch.manual_seed(0)
     vocabulary = SHAPES[shape]["vocab_size"]
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8} | SHAPES[shape]
@@ -71,7 +71,7 @@ def make_objective(shape: str) -> Objective:
     layers = find_linear(model)
     for layer in layers.values():
         layer.weight.requires_grad_(True)
-    forget, retain, tokens = ROWS[shape]
+    forget, retain, tokens = (*(max(1, round(share * rows)) for rows in ROWS[shape][:2]), ROWS[shape][2])
     answer = tokens // 3 if shape == "embedded" else tokens // 2
     roles = (CONTEXT,) * (tokens - answer) + (ANSWER,) * answer
     examples = [Example(tuple(torch.randint(2, vocabulary, (tokens,)).tolist()), roles) for _ in range(forget + retain)]
@@ -107,14 +107,16 @@ def peak_memory() -> Iterator[dict[str, int]]:
         thread.join()
 
 
-def measure(shape: str, kind: str, *, density: float, steps: int, recompute: bool, threads: int) -> dict[str, float]:
+def measure(
+    shape: str, kind: str, *, density: float, steps: int, recompute: bool, threads: int, share: float = 1.0
+) -> dict[str, float]:
     """CPU and wall seconds of a step and the peak memory in gigabytes.
 
     The times are the mean over ``steps``, of more than one step after another that is not counted.
     """
     torch.set_num_threads(threads)
     with ExitStack() as stack_of_contexts:
-        objective = make_objective(shape)
+        objective = make_objective(shape, share)
         model = objective.model
         for context in (selected_logits(model), select_attention(model, ROWS[shape][2])):
             stack_of_contexts.enter_context(context)
@@ -143,10 +145,13 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="share of the rows of a step; the time is linear in it"
+    )
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    settings = {name: getattr(arguments, name) for name in ("density", "steps", "recompute", "threads")}
+    settings = {name: getattr(arguments, name) for name in ("density", "steps", "recompute", "threads", "share")}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
         results = {kind: pool.submit(measure, arguments.shape, kind, **settings).result() for kind in KINDS}

@@ -139,12 +139,14 @@ def _forward(layer: nn.Linear, support: SupportGradient, inputs: Tensor) -> Tens
     if not torch.is_grad_enabled():
         return functional.linear(inputs, layer.weight, layer.bias)
     bias = None if layer.bias is None else layer.bias.detach()
-    output: Tensor = _SupportLinear.apply(inputs, values, layer.weight.detach(), bias, support)
-    return output
+    # The function sees a matrix: it must not return a view, which a model could not write to in place (Falcon does).
+    tokens = inputs.reshape(-1, inputs.shape[-1])
+    output: Tensor = _SupportLinear.apply(tokens, values, layer.weight.detach(), bias, support)
+    return output.view(*inputs.shape[:-1], output.shape[-1])
 
 
 class _SupportLinear(torch.autograd.Function):
-    """x W^T + b whose backward pass computes the gradients of x and of the weights at the support."""
+    """x W^T + b, (tokens, out_features), whose backward pass computes the gradients of x and of W at the support."""
 
     @staticmethod
     def forward(
@@ -161,8 +163,7 @@ class _SupportLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
         inputs, weight = ctx.saved_tensors
-        tokens = [operand.reshape(-1, operand.shape[-1]) for operand in (gradient, inputs)]
-        values = ctx.support.compute(*tokens).to(inputs.device)
+        values = ctx.support.compute(gradient, inputs).to(inputs.device)
         if not ctx.needs_input_grad[0]:
             return None, values, None, None, None
         return (gradient @ weight.to(gradient.dtype)).to(ctx.input_dtype), values, None, None, None
