@@ -51,26 +51,29 @@ def optimise_codes(inputs: EditInput) -> dict[str, Tensor]:
         restore(adam.first, state["first"])
         restore(adam.second, state["second"])
     positions = {name: latent.positions for name, latent in latents.items()}
-    for step in range(first_step, inputs.steps + 1):
-        # 4. Show the model the latent weights rounded to the lattice.
-        with torch.no_grad():
-            for name, layer in inputs.layers.items():
-                latent = latents[name]
-                layer.weight.view(-1)[latent.positions] = latent.round_to_codes(low, high) * latent.scales
-        # 5. Compute the gradients on the support and pass them straight through to the latent weights.
-        gradients, forget_loss, retain_loss = objective.gradients(positions)
-        # 6. Take an Adam step and clamp the latent weights to the range of their group.
-        for name, latent in latents.items():
-            peak = LEARNING_RATE * inputs.step_units[name]
-            rate = scheduled_rate(peak, step, inputs.steps, floor=RATE_FLOOR)
-            latent.values += adam.compute_update(name, gradients[name], step=step, rate=rate)
-            latent.clamp(low, high)
-        inputs.progress("edit", step, inputs.steps, f"forget {forget_loss:.3f} retain {retain_loss:.4f}")
-        # 7. Save the state now and then, so that an interrupted edit can be resumed.
-        if inputs.resume.is_due():
-            values = {name: latent.values for name, latent in latents.items()}
-            position = {"step": step, "batches": objective.state()}
-            inputs.resume.save(STATE_NAME, {**position, "latent": values, "first": adam.first, "second": adam.second})
+    with objective.restrict_to_support(positions):
+        for step in range(first_step, inputs.steps + 1):
+            # 4. Show the model the latent weights rounded to the lattice.
+            with torch.no_grad():
+                for name, layer in inputs.layers.items():
+                    latent = latents[name]
+                    layer.weight.view(-1)[latent.positions] = latent.round_to_codes(low, high) * latent.scales
+            # 5. Compute the gradients on the support and pass them straight through to the latent weights.
+            gradients, forget_loss, retain_loss = objective.gradients()
+            # 6. Take an Adam step and clamp the latent weights to the range of their group.
+            for name, latent in latents.items():
+                peak = LEARNING_RATE * inputs.step_units[name]
+                rate = scheduled_rate(peak, step, inputs.steps, floor=RATE_FLOOR)
+                latent.values += adam.compute_update(name, gradients[name], step=step, rate=rate)
+                latent.clamp(low, high)
+            inputs.progress("edit", step, inputs.steps, f"forget {forget_loss:.3f} retain {retain_loss:.4f}")
+            # 7. Save the state now and then, so that an interrupted edit can be resumed.
+            if inputs.resume.is_due():
+                values = {name: latent.values for name, latent in latents.items()}
+                position = {"step": step, "batches": objective.state()}
+                inputs.resume.save(
+                    STATE_NAME, {**position, "latent": values, "first": adam.first, "second": adam.second}
+                )
     if inputs.steps >= first_step and retain_loss > UNUSABLE:
         log.warning(
             "edit: the retain loss ended at %.2g nats per token from the merged model; the base stream is damaged. "

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from heapq import nlargest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lm_ortho.data.encoding import CONTEXT, Example, count_tokens, pad_batch
+from lm_ortho.data.encoding import CONTEXT, Example, pad_batch
 from lm_ortho.data.logits import compute_logits
+from lm_ortho.objective.batches import Batches, part_budget, split_into_parts
 from lm_ortho.objective.distribution import Target
-from lm_ortho.objective.teacher import Teacher
+from lm_ortho.objective.position_terms import position_terms
+from lm_ortho.objective.support_gradient import support_gradients
+from lm_ortho.objective.teacher import Teacher, mask_retain_positions
 from lm_ortho.runtime.precision import fast_matmul
 from lm_ortho.runtime.threads import ParallelRunner
 
@@ -43,8 +43,6 @@ SPAN = 16
 
 The sum over a paragraph would outweigh the whole retain loss a hundred times.
 """
-_LOSS_OFFSET = 0.01
-"""Nats added to the last loss of a row, so that every row can be drawn."""
 GENTLE = Penalty(0.25, 0.0, 0.0)
 DEEPER = Penalty(0.5, 0.1, 0.3)
 
@@ -66,74 +64,53 @@ class LossWeights:
 def forget_loss(target: Target, rows: Sequence[int], logits: Tensor, penalty: Penalty) -> Tensor:
     """Forget loss per example (examples,) in nats: mean KL(target || model) over its tokens plus the penalty.
 
-    ``logits`` (examples, tokens, vocabulary) belong to the examples ``rows`` of the target, in that order.
+    ``logits`` (positions, vocabulary) are those that predict the answers of the examples ``rows`` of the target, one
+    example after the other, as ``mask_answer_positions`` selects them.
     """
-    # 1. Select the logits and true tokens of all predicted positions.
+    # 1. The target at all predicted tokens, one example after the other, as if they were one example.
     index = torch.tensor(list(rows))
-    real = target.real[index].to(logits.device)
-    width = int(real.sum(1).max())
-    real = real[:, :width]
-    positions = (target.start[index][:, None] - 1 + torch.arange(width)).clamp_max(logits.shape[1] - 1)
-    logp = logits[torch.arange(len(index))[:, None], positions].log_softmax(-1)
-    tokens = target.tokens[index, :width].to(logits.device)
-    count = real.sum(1)
-    # 2. Average KL(target || model) over the tokens of an answer.
-    loss = (target.kl(index, width, logp) * real).sum(1) / count
+    real = target.real[index] > 0
+    merged = _merge_examples(target, index, real)
+    tokens, label_logp = (values[index][real].to(logits.device) for values in (target.tokens, target.label_logp))
+    example = torch.arange(len(index))[:, None].expand_as(real)[real].to(logits.device)
+    count = real.sum(1).to(logits.device)
+
+    # 2. Compute KL(target || model) and the log-probability of the true token at every position.
+    def compute_terms(at: slice, logp: Tensor) -> Tensor:
+        kl = merged(at).kl(torch.tensor([0]), len(logp), logp[None])[0]
+        return torch.stack([kl, logp.gather(-1, tokens[at, None])[:, 0]])
+
+    kl, label = position_terms(compute_terms, logits)
+
+    def sum_by_example(values: Tensor) -> Tensor:
+        return values.new_zeros(len(index)).index_add(0, example, values)
+
+    # 3. Average the divergence over the tokens of an answer.
+    loss = sum_by_example(kl) / count
     if penalty.weight:
-        # 3. Compute the excess ex_t = log p(y_t) - log P_t(y_t) of every true token.
-        label = logp.gather(-1, tokens[..., None])[..., 0]
-        excess = (label - target.label_logp[index, :width].to(logits.device)) * real
-        # 4. Add the one-sided penalty per token and per answer.
-        per_token = (functional.relu(excess + penalty.token_margin) * real).sum(1) / count
-        per_answer = functional.relu(excess.sum(1) * (SPAN / count).clamp_max(1.0) + penalty.answer_margin)
+        # 4. Compute the excess ex_t = log p(y_t) - log P_t(y_t) of every true token.
+        excess = label - label_logp
+        # 5. Add the one-sided penalty per token and per answer.
+        per_token = sum_by_example(functional.relu(excess + penalty.token_margin)) / count
+        scale = (SPAN / count).clamp_max(1.0)
+        per_answer = functional.relu(sum_by_example(excess) * scale + penalty.answer_margin)
         loss = loss + penalty.weight * (per_token + per_answer / 4)
     return loss
 
 
-class Batches:
-    """Draws batches of row indices: one half from shuffled passes, the other half by the last loss of the rows.
+def _merge_examples(target: Target, index: Tensor, real: Tensor) -> Callable[[slice], Target]:
+    """The target at a slice of all ``real`` positions (examples, tokens) of the examples ``index``, as one example."""
+    names = ["probs", "negative_entropy", *(["ids", "remainder"] if target.ids is not None else [])]
+    values = {name: getattr(target, name)[index][real] for name in names}
+    return lambda at: replace(target, **{name: value[at][None] for name, value in values.items()})
 
-    Most rows are right most of the time; the gradient comes from the few that are not.
-    """
 
-    def __init__(self, total: int, size: int, seed: int) -> None:
-        self.size = min(size, total)
-        self._total, self._queue = total, list[int]()
-        self._random = random.Random(seed)
-        self._last_losses = [0.0] * total
-
-    def next(self) -> list[int]:
-        """The indices of the next batch, each once."""
-        # 1. Take one half from the shuffled passes.
-        half = self.size - self.size // 2
-        if len(self._queue) < half:
-            self._queue.extend(self._random.sample(range(self._total), self._total))
-        batch = list(dict.fromkeys(self._queue[:half]))
-        del self._queue[:half]
-        # 2. Draw the other half without replacement, weighted by the last loss of each row: the largest u^(1/w) are
-        #    such a draw (Efraimidis and Spirakis 2006).
-        first_half = set(batch)
-        keys = (
-            (math.log(1.0 - self._random.random()) / (loss + _LOSS_OFFSET), i)
-            for i, loss in enumerate(self._last_losses)
-        )
-        second_half = [i for _, i in nlargest(self.size, keys) if i not in first_half]
-        return batch + second_half[: self.size - len(batch)]
-
-    def state(self) -> dict[str, Any]:
-        """The state that determines the next batches, as plain values."""
-        return {"queue": list(self._queue), "draw": self._random.getstate(), "last": list(self._last_losses)}
-
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Continues from a ``state``."""
-        self._queue, self._last_losses = list(state["queue"]), list(state["last"])
-        version, internal, gauss = state["draw"]
-        self._random.setstate((version, tuple(internal), gauss))
-
-    def record_losses(self, rows: Sequence[int], losses: Sequence[float]) -> None:
-        """Records the losses of the ``rows`` of a batch."""
-        for i, loss in zip(rows, losses, strict=True):
-            self._last_losses[i] = max(0.0, loss)
+def mask_answer_positions(examples: Sequence[Example]) -> Tensor:
+    """Boolean (rows, tokens): the positions whose logits predict the answers of the ``examples``."""
+    lengths = torch.tensor([len(example.ids) for example in examples])
+    start = torch.tensor([example.start for example in examples])
+    at = torch.arange(int(lengths.max()))[None]
+    return (at >= start[:, None] - 1) & (at < lengths[:, None] - 1)
 
 
 @dataclass(frozen=True)
@@ -169,13 +146,16 @@ class Objective:
         ``forget`` and ``retain`` are the encoded rows; ``seed`` decides the order of the batches.
         """
         self.model, self.layers, self.target = model, layers, target
-        self.active_layers = list(layers)
+        self._active_layers = list(layers)
+        self._support_leaves: Mapping[str, Tensor] | None = None
         self.forget, self.retain = forget, retain
         self.penalty, self.weights = penalty, weights
         self.teacher = Teacher(model, retain)
         self._device = next(model.parameters()).device
         self._large = sum(layer.weight.numel() for layer in layers.values()) > LARGE
         self._side_by_side = ParallelRunner(self._device)
+        self._forget_positions = [len(example.ids) - example.start for example in forget]
+        self._retain_positions = [len(example.ids) - 1 for example in retain]
         is_prompt = [torch.tensor(example.roles[1:]) == CONTEXT for example in retain]
         self._token_weights = [torch.where(mask, weights.prompt, 1.0) for mask in is_prompt]
         self.restart(seed)
@@ -195,113 +175,121 @@ class Objective:
         self._forget_batches.resume(forget)
         self._retain_batches.resume(retain)
 
-    def gradients(self, positions: Mapping[str, Tensor] | None = None) -> tuple[dict[str, Tensor], float, float]:
+    def gradients(self) -> tuple[dict[str, Tensor], float, float]:
         """Gradients (out_features, in_features) by layer on the next batch, the forget and the retain loss in nats.
 
-        With ``positions`` (flat indices by layer), the gradients at these positions only.
+        Inside ``restrict_to`` those of some layers, inside ``restrict_to_support`` those at some positions.
         """
         # 1. Draw the rows of the step.
         forget, retain = self._forget_batches.next(), self._retain_batches.next()
-        # 2. Split them into parts of similar length, so that little of a part is padding.
+        # 2. Split them into parts of similar length, so that little of a part is padding and no part holds more tokens
+        #    and logits than the budget.
+        workers = 1 if self._large else self._side_by_side.count_workers()
+        budget = part_budget(self.model, self.layers, workers)
         total_weight = float(sum(self._token_weights[i].sum() for i in retain))
-        retain_parts = split_by_length(retain, self.retain)
-        forget_parts = split_by_length(forget, self.forget)
+        retain_parts = split_into_parts(retain, self.retain, self._retain_positions, budget)
+        forget_parts = split_into_parts(forget, self.forget, self._forget_positions, budget)
         jobs = [partial(self._retain_part, rows, total_weight) for rows in retain_parts]
         jobs += [partial(self._forget_part, rows, len(forget)) for rows in forget_parts]
         # 3. Run the parts, those of a large model one after the other, and sum their gradients.
-        if self._large:
-            with self._sum_in_place(positions) as gradients:
+        if self._sums_in_place:
+            with self._sum_in_place() as gradients:
                 results = [job() for job in jobs]
         else:
-            results = self._side_by_side(jobs)
-            gradients = self._sum_gradients(results, positions)
+            gradients, results = self._sum_of_parts(jobs)
         # 4. Record the loss of every row for the draw of the next batches.
         mean_retain_loss = _record(results[: len(retain_parts)], self._retain_batches)
         mean_forget_loss = _record(results[len(retain_parts) :], self._forget_batches)
         return gradients, mean_forget_loss, mean_retain_loss
 
-    def _sum_gradients(self, results: Sequence[_Part], positions: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        by_layer = zip(*(part.gradients for part in results), strict=True)
-        sums = (sum(gradients[1:], gradients[0]) for gradients in by_layer)
-        result = dict(zip(self.active_layers, sums, strict=True))
-        if positions is None:
-            return result
-        return {name: gradient.flatten()[positions[name]] for name, gradient in result.items()}
+    @property
+    def _tensors(self) -> Mapping[str, Tensor]:
+        """What gradients are computed for: the weights of the active layers, or the leaves of a support."""
+        return self._support_leaves or {name: self.layers[name].weight for name in self._active_layers}
+
+    @property
+    def _sums_in_place(self) -> bool:
+        """Whether gradients are summed in ``weight.grad``: those of all weights of a large model."""
+        return self._large and self._support_leaves is None
+
+    def _sum_of_parts(self, jobs: Sequence[Callable[[], _Part]]) -> tuple[dict[str, Tensor], list[_Part]]:
+        """The sum of the gradients of all parts, in their order, and the parts without gradients."""
+        sums, results = dict[str, Tensor](), list[_Part]()
+        for part in (job() for job in jobs) if self._large else self._side_by_side(jobs):
+            for name, gradient in zip(self._tensors, part.gradients, strict=True):
+                sums[name] = sums[name] + gradient if name in sums else gradient
+            results.append(replace(part, gradients=()))
+        return sums, results
 
     @contextmanager
-    def _sum_in_place(self, positions: Mapping[str, Tensor] | None) -> Iterator[dict[str, Tensor]]:
-        """Fills the mapping with the sum of the gradients of all backward passes inside, without a second copy of any.
-
-        With ``positions``, the full gradient of a layer is deleted as soon as those at the positions are read.
-        """
+    def _sum_in_place(self) -> Iterator[dict[str, Tensor]]:
+        """Fills the mapping with the summed gradients of all backward passes inside, without a second copy of any."""
         gradients = dict[str, Tensor]()
-        handles = []
-        for name in self.active_layers if positions is not None else ():
-            weight = self.layers[name].weight
-            gradients[name] = torch.zeros(positions[name].numel(), device=weight.device)  # type: ignore[index]
-
-            def gather(weight: Tensor, name: str = name) -> None:
-                gradients[name] += weight.grad.flatten()[positions[name]].float()  # type: ignore[index, union-attr]
-                weight.grad = None
-
-            handles.append(weight.register_post_accumulate_grad_hook(gather))
         try:
             yield gradients
-            for name in self.active_layers if positions is None else ():
-                weight = self.layers[name].weight
+            for name, weight in self._tensors.items():
                 gradients[name] = torch.zeros_like(weight) if weight.grad is None else weight.grad
         finally:
-            for handle in handles:
-                handle.remove()
             for layer in self.layers.values():
                 layer.weight.grad = None
 
     @contextmanager
     def restrict_to(self, names: Sequence[str]) -> Iterator[None]:
         """Inside, only the gradients of these layers are computed."""
-        self.active_layers = list(names)
-        active = set(names)
+        self._active_layers, active = list(names), set(names)
         for name, layer in self.layers.items():
             layer.weight.requires_grad_(name in active)
         try:
             yield
         finally:
-            self.active_layers = list(self.layers)
+            self._active_layers = list(self.layers)
             for layer in self.layers.values():
                 layer.weight.requires_grad_(True)
 
+    @contextmanager
+    def restrict_to_support(self, positions: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, only the gradients at these positions are computed, (positions,) by layer.
+
+        ``positions`` are flat ascending indices of the weights (out_features, in_features) of every layer, none of
+        some layers. Raises ``ValueError`` if they are not ascending.
+        """
+        with support_gradients(self.layers, positions) as self._support_leaves:
+            try:
+                yield
+            finally:
+                self._support_leaves = None
+
     def _compute_gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
-        weights = [self.layers[name].weight for name in self.active_layers]
-        if self._large:
+        if self._sums_in_place:
             if loss.requires_grad:
                 loss.backward()
             return ()
-        if not loss.requires_grad:  # all active layers belong to experts that no token was routed to
-            return tuple(torch.zeros_like(weight) for weight in weights)
-        return torch.autograd.grad(loss, weights, materialize_grads=True)  # zero for experts without a token
+        tensors = list(self._tensors.values())
+        if not loss.requires_grad:  # all layers with a gradient belong to experts that no token was routed to
+            return tuple(torch.zeros_like(tensor) for tensor in tensors)
+        return torch.autograd.grad(loss, tensors, materialize_grads=True)  # zero for experts without a token
 
     def _forget_part(self, rows: list[int], total: int) -> _Part:
         """The contribution of ``rows`` to the mean forget loss over ``total`` rows."""
-        with fast_matmul(self._device.type):
-            logits = compute_logits(self.model, pad_batch([self.forget[i] for i in rows], self._device)[0])
+        logits = self._compute_logits([self.forget[i] for i in rows], mask_answer_positions)
         losses = forget_loss(self.target, rows, logits, self.penalty)
         loss = losses.sum() / total
         return _Part(self._compute_gradients(loss), loss.item(), rows, losses.tolist())
 
     def _retain_part(self, rows: list[int], total_weight: float) -> _Part:
         """The contribution of ``rows`` to the weighted mean over tokens of KL(un-edited || model)."""
-        examples = [self.retain[i] for i in rows]
-        ids, _ = pad_batch(examples, self._device)
-        with fast_matmul(self._device.type):
-            logits = compute_logits(self.model, ids)
-        real = (torch.arange(ids.shape[1])[None] < (count_tokens(examples) - 1)[:, None]).to(self._device)
-        logp = logits[real].log_softmax(-1)
-        token_weights = torch.cat([self._token_weights[i] for i in rows]).to(self._device)
-        kl = self.teacher.kl(rows, logp) * token_weights
-        row = torch.arange(len(rows), device=self._device)[:, None].expand_as(real)[real]
-        row_losses = torch.zeros(len(rows), device=self._device).index_add_(0, row, kl.detach())
+        logits = self._compute_logits([self.retain[i] for i in rows], mask_retain_positions)
+        kl = position_terms(self.teacher.kl_terms(rows, logits.device), logits)[0]
+        kl = kl * torch.cat([self._token_weights[i] for i in rows]).to(self._device)
+        row = torch.arange(len(rows)).repeat_interleave(torch.tensor([self._retain_positions[i] for i in rows]))
+        row_losses = torch.zeros(len(rows), device=self._device).index_add_(0, row.to(self._device), kl.detach())
         loss = kl.sum() / total_weight
         return _Part(self._compute_gradients(self.weights.retain * loss), loss.item(), rows, row_losses.tolist())
+
+    def _compute_logits(self, examples: Sequence[Example], mask: Callable[[Sequence[Example]], Tensor]) -> Tensor:
+        """Logits (positions, vocabulary) at the mask of the padded rows."""
+        with fast_matmul(self._device.type):
+            return compute_logits(self.model, pad_batch(examples, self._device)[0], mask(examples))
 
 
 def _record(parts: Sequence[_Part], batches: Batches) -> float:
@@ -309,13 +297,3 @@ def _record(parts: Sequence[_Part], batches: Batches) -> float:
     for part in parts:
         batches.record_losses(part.rows, part.row_losses)
     return sum(part.loss for part in parts)
-
-
-def split_by_length(rows: Sequence[int], examples: Sequence[Example]) -> list[list[int]]:
-    """Splits ``rows`` into short and long ones where that leaves the least padding; one part if there is one row."""
-    order = sorted(rows, key=lambda i: len(examples[i].ids))
-    size = [len(examples[i].ids) for i in order]
-    cut = min(range(1, len(order) + 1), key=lambda at: at * size[at - 1] + (len(order) - at) * size[-1])
-    if cut == len(order):
-        cut = len(order) // 2  # all of one length: two halves can run side by side
-    return [part for part in (order[:cut], order[cut:]) if part]

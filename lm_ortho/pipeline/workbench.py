@@ -14,6 +14,7 @@ from lm_ortho.calibration.by_layer import InputMoments, LayerTensors, snapshot_w
 from lm_ortho.config import Recipe
 from lm_ortho.data.chat import ChatRow, has_chat_template
 from lm_ortho.data.encoding import encode_rows
+from lm_ortho.data.logits import selected_logits
 from lm_ortho.data.rows import Row
 from lm_ortho.edit import EDITS, EditInput
 from lm_ortho.errors import UserError
@@ -138,6 +139,7 @@ class Workbench:
         self.rehearsal_rows = self._make_rehearsal_rows() if recipe.recall else []
         self.sets.retain += encode_rows(model, self.tokenizer, self.rehearsal_rows, argument="recall")
         # 3. How passes through the model are computed.
+        self._stack.enter_context(selected_logits(model))
         self._stack.enter_context(select_attention(model, self.sets.max_tokens))
         if recipe.recompute and not is_offloaded(model):  # an offloaded model computes its blocks again anyway
             self._stack.enter_context(gradient_checkpointing(model))

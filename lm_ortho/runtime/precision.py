@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -62,12 +61,26 @@ def gradient_checkpointing(model: nn.Module) -> Iterator[None]:
     Chen et al. 2016, arXiv 1604.06174: activations take the memory of one block and of the inputs of all blocks, at the
     cost of one more forward pass. Dropout must be off.
     """
-    forwards = {
-        block: partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-        for block in transformer_blocks(model)
-    }
-    with replace_forwards(forwards):
+    with replace_forwards({block: _CheckpointedForward(block.forward) for block in transformer_blocks(model)}):
         yield
+
+
+def is_checkpointed(model: nn.Module) -> bool:
+    """Returns whether ``model`` is inside ``gradient_checkpointing``."""
+    return any(isinstance(vars(block).get("forward"), _CheckpointedForward) for block in transformer_blocks(model))
+
+
+class _CheckpointedForward:
+    """Forward of a block whose activations are computed again in the backward pass.
+
+    A block below the first one with a gradient stores nothing, and nothing of it is computed again.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self._forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -24,12 +24,17 @@ class ParallelRunner:
         """On any device but a CPU the jobs run one after the other."""
         self._max_workers = MAX_WORKERS if device.type == "cpu" else 1
 
-    def __call__(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
-        """Returns the results of the jobs, in order."""
+    def count_workers(self) -> int:
+        """The largest number of jobs that run at the same time."""
+        return max(1, min(self._max_workers, torch.get_num_threads()))
+
+    def __call__(self, jobs: Sequence[Callable[[], T]]) -> Iterator[T]:
+        """Yields the results of the jobs, in order, each as soon as it and those before it are there."""
         threads = torch.get_num_threads()
-        workers = min(self._max_workers, threads, len(jobs))
+        workers = min(self.count_workers(), len(jobs))
         if workers < 2:
-            return [job() for job in jobs]
+            yield from (job() for job in jobs)
+            return
 
         def run_in_worker(job: Callable[[], T]) -> T:
             torch.set_num_threads(threads // workers)
@@ -37,6 +42,6 @@ class ParallelRunner:
 
         try:
             with ThreadPoolExecutor(workers) as pool:
-                return list(pool.map(run_in_worker, jobs))
+                yield from pool.map(run_in_worker, jobs)
         finally:
             torch.set_num_threads(threads)
