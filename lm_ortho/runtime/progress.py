@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,6 +77,7 @@ class _Stage:
     first_step: int
     line_time: float
     lines: int = 0
+    reminder: threading.Timer | None = None
 
     def describe_time_left(self, step: int, total: int, now: float) -> str:
         """The time left in words, from the mean time of the steps since the first call."""
@@ -89,6 +91,7 @@ class ProgressLines:
     """A ``ProgressCallback`` for files and pipes: a line per stage after 5 seconds, then every 30, and at its end.
 
     Stages that take less than 5 seconds have no line, except those of a single step, which is all that they report.
+    Lines about a stage that begins with step 0 of 1 come from a thread, because nothing more is heard before its end.
     """
 
     def __init__(self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
@@ -107,19 +110,32 @@ class ProgressLines:
         if state is None:
             start = now if step == 0 else begin
             state = self._stages[stage] = _Stage(start, now, step, line_time=start)
-            if step == 0 and total == 1:  # nothing more is heard before its end
-                self._write_line(state, f"{_join(stage, text)} ...", now)
+            if step == 0 and total == 1:
+                self._set_reminder(state, stage, text)
         # 2. The end of a stage that has taken some time.
         if step >= total:
             del self._stages[stage]
+            if state.reminder is not None:
+                state.reminder.cancel()
             if now - state.start >= FIRST_LINE:
-                end = f"done in {format_duration(now - state.start)}"
+                end = f"took {format_duration(now - state.start)}"
                 self._write(_join(stage, text if total == 1 else f"{step}/{total}", end, "" if total == 1 else text))
             return
         # 3. A line now and then.
         if now - state.line_time >= (LINE_INTERVAL if state.lines else FIRST_LINE):
             left = state.describe_time_left(step, total, now)
             self._write_line(state, _join(stage, f"{step}/{total}", left, text), now)
+
+    def _set_reminder(self, state: _Stage, stage: str, text: str) -> None:
+        def remind() -> None:
+            if self._stages.get(stage) is state:
+                now = self._clock()
+                self._write_line(state, _join(stage, text, f"{format_duration(now - state.start)} so far"), now)
+                self._set_reminder(state, stage, text)
+
+        state.reminder = threading.Timer(LINE_INTERVAL if state.lines else FIRST_LINE, remind)
+        state.reminder.daemon = True
+        state.reminder.start()
 
     def _write_line(self, state: _Stage, line: str, now: float) -> None:
         self._write(line)
@@ -174,5 +190,7 @@ def track(items: Sequence[Item], stage: str, text: str = "") -> Iterator[Item]:
 def long_stage(stage: str, text: str = "") -> Iterator[None]:
     """Context of a call that may take long and reports nothing itself; its begin and its end are reported."""
     report_progress(stage, 0, 1, text)
-    yield
-    report_progress(stage, 1, 1, text)
+    try:
+        yield
+    finally:
+        report_progress(stage, 1, 1, text)

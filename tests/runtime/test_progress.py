@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 
@@ -54,7 +55,7 @@ def test_a_line_now_and_then_with_step_and_time_left(clock: Clock) -> None:
         "edit: 18/50, about 64 s left, loss 18",
         "edit: 33/50, about 34 s left, loss 33",
         "edit: 48/50, about 4 s left, loss 48",
-        "edit: 50/50, done in 2 min, loss 50",
+        "edit: 50/50, took 2 min, loss 50",
     ]
 
 
@@ -88,14 +89,48 @@ def test_a_slow_step_is_a_line_each(clock: Clock) -> None:
     assert [line.partition(",")[0] for line in lines] == ["edit: 1/3", "edit: 2/3", "edit: 3/3"]
 
 
-def test_a_call_that_reports_nothing_is_a_line_at_its_begin_and_one_at_its_end(clock: Clock) -> None:
+class Timer:
+    """A ``threading.Timer`` that waits for the fake clock."""
+
+    started: ClassVar[list[Timer]] = []
+
+    def __init__(self, seconds: float, call: Callable[[], None]) -> None:
+        self.seconds, self.call, self.is_cancelled = seconds, call, False
+
+    def start(self) -> None:
+        self.started.append(self)
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+def test_a_call_that_reports_nothing_has_lines_while_it_runs(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail_slowly() -> None:
+        with long_stage("writing", "/tmp/out"):
+            for number in (1, 2):
+                clock.now += Timer.started[number].seconds
+                Timer.started[number].call()
+            clock.now += 5
+            raise OSError("full")
+
     lines: list[str] = []
+    monkeypatch.setattr("threading.Timer", Timer)
+    Timer.started.clear()
     with show_progress(ProgressLines(lines.append, clock)):
         with long_stage("writing", "/tmp/out"):
             clock.now += 2
-        with long_stage("writing", "/tmp/out"):
-            clock.now += 70
-    assert lines == ["writing: /tmp/out ...", "writing: /tmp/out ...", "writing: /tmp/out, done in 70 s"]
+        assert Timer.started[0].is_cancelled
+        Timer.started[0].call()  # at the same time as it was cancelled
+        assert not lines
+        with pytest.raises(OSError, match="full"):
+            fail_slowly()
+        assert Timer.started[3].is_cancelled
+    assert [timer.seconds for timer in Timer.started[1:]] == [FIRST_LINE, LINE_INTERVAL, LINE_INTERVAL]
+    assert lines == [
+        "writing: /tmp/out, 5 s so far",
+        "writing: /tmp/out, 35 s so far",
+        "writing: /tmp/out, took 40 s",
+    ]
 
 
 def test_a_stage_that_ends_early_has_its_own_number_of_steps(clock: Clock) -> None:
@@ -106,7 +141,7 @@ def test_a_stage_that_ends_early_has_its_own_number_of_steps(clock: Clock) -> No
     for step in range(1, 8):
         clock.now += 1
         progress("adapter", step, 7 if step == 7 else 400, "")
-    assert lines == ["adapter: 5/400, about 7 min left", "adapter: 7/7, done in 7 s"]
+    assert lines == ["adapter: 5/400, about 7 min left", "adapter: 7/7, took 7 s"]
     assert progress._stages == {}
 
 
