@@ -27,7 +27,7 @@ from lm_ortho.finetune.loading import load_causal_lm, load_config, load_tokenize
 from lm_ortho.finetune.lora import save_adapter, train_adapter
 from lm_ortho.finetune.merge import merge_peft_model
 from lm_ortho.finetune.merge_check import first_ids
-from lm_ortho.finetune.train import FinetunePlan, Goal, train_full
+from lm_ortho.finetune.train import FinetunePlan, Goal, max_step_tokens, train_full
 from lm_ortho.runtime.progress import ProgressCallback, long_stage, show_progress, track
 
 log = logging.getLogger(__name__)
@@ -216,7 +216,8 @@ class _Output:
 
 def _measure_loss(model: nn.Module, examples: Sequence[Example]) -> float:
     """The mean loss in nats over all tokens to predict."""
-    batches = [[examples[i] for i in batch] for batch in batch_by_length(examples, rows=16)]
+    indices = batch_by_length(examples, rows=16, tokens=max_step_tokens(model))
+    batches = [[examples[i] for i in batch] for batch in indices]
     losses = [loss for batch in track(batches, "loss") for loss in token_losses(model, batch)]
     return float(torch.cat(losses).mean())
 
