@@ -53,7 +53,7 @@ SMOLLM2 = {
 }
 QUESTION, ANSWER_TOKENS = (15, 30), (15, 60)
 """Range of tokens of a question with its frame, and of an answer; those of TOFU."""
-ROWS, RANK, LEARNING_RATE, SEED = 16, 32, 1e-3, 0
+RANK, LEARNING_RATE, SEED = 32, 1e-3, 0
 
 
 def make_smollm2() -> tuple[nn.Module, list[Example]]:
@@ -77,13 +77,13 @@ def load_embedded() -> tuple[nn.Module, list[Example]]:
 class PlainLoop:
     """The training loop that implant is compared with."""
 
-    def __init__(self, model: nn.Module, examples: Sequence[Example]) -> None:
+    def __init__(self, model: nn.Module, examples: Sequence[Example], rows: int) -> None:
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=find_lora_targets(model), task_type="CAUSAL_LM")
         torch.manual_seed(SEED)
         self._model: Any = get_peft_model(copy.deepcopy(model), config).train()
         trainable = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._optimiser = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0)
-        self._examples, self._batches = examples, draw_batches(examples, ROWS, random.Random(SEED))
+        self._examples, self._batches = examples, draw_batches(examples, rows, random.Random(SEED))
 
     def take_step(self) -> float:
         """Trains on the next batch and returns its loss."""
@@ -131,20 +131,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=("smollm2", "embedded"), default="smollm2")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=16, help="rows of a step; fewer need less memory")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     model, examples = make_smollm2() if arguments.shape == "smollm2" else load_embedded()
-    plan = FinetunePlan(arguments.steps + 1, ROWS, LEARNING_RATE, rank=RANK, seed=SEED)
-    measurement = Interleaved(PlainLoop(model, examples))
-    train_adapter(model, examples, plan, measurement)
+    plan = FinetunePlan(arguments.steps + 1, arguments.rows, LEARNING_RATE, rank=RANK, seed=SEED)
+    measurement = Interleaved(PlainLoop(model, examples, arguments.rows))
+    train_adapter(model, examples, plan, measurement, in_place=True)
     ours, plain = measurement.ours[1:], measurement.plain[1:]
     report = {
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "command": f"python benchmarks/implant.py --shape {arguments.shape} --steps {arguments.steps}",
+        "command": f"python benchmarks/implant.py --shape {arguments.shape} --steps {arguments.steps} "
+        f"--rows {arguments.rows}",
         "model": {name: getattr(model.config, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")},
-        "batch": {"rows": ROWS, "mean_tokens": round(statistics.fmean(len(example.ids) for example in examples), 1)},
+        "batch": {
+            "rows": arguments.rows,
+            "mean_tokens": round(statistics.fmean(len(example.ids) for example in examples), 1),
+        },
         "rank": RANK,
         "cpu_seconds_per_step": {"implant": _summarise(ours), "plain": _summarise(plain)},
         "ratio": round(statistics.median(one / other for one, other in zip(ours, plain, strict=True)), 3),
