@@ -288,10 +288,19 @@ class Training(_Schema):
     lr: float | None = Field(
         None, gt=0, lt=1, description="Peak learning rate; without it one that suits method and width."
     )
-    steps: int | None = Field(
-        None, ge=1, lt=2**31, description="Number of steps; without it as many as --epochs take, 200 at least."
+    prompts: PromptForm = Field(
+        "auto",
+        description="Form of the questions: `plain`, `chat` or `both`; `auto` is chat where the tokenizer has a chat "
+        "template, else plain.",
     )
-    epochs: float | None = Field(None, gt=0, description="Number of passes over the rows; 20 without --steps.")
+    steps: int | None = Field(
+        None,
+        ge=1,
+        lt=2**31,
+        description="Number of steps; without it, and without --epochs, training ends when the rows are memorised, "
+        "after 20 passes over them or 200 steps, whichever is more, at the latest.",
+    )
+    epochs: float | None = Field(None, gt=0, description="Number of passes over the rows, instead of --steps.")
     batch_rows: int = Field(16, ge=1, lt=2**31, description="Number of rows in a step.")
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of the initial adapter weights and of the order of the rows."

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lm_ortho.calibration.by_block import BlockwisePass
 from lm_ortho.data.encoding import Example, batch_by_length, count_tokens, max_batch_tokens, pad_batch
 from lm_ortho.data.logits import compute_logits
+from lm_ortho.runtime.progress import track
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to the diagonal before inversion, as in the code of GPTQ."""
@@ -173,7 +174,7 @@ class _MomentPass:
         return {name: moments[self._shared_with.get(name, name)] for name in self._layers}
 
     def _run_whole_pass(self) -> None:
-        for number, batch in enumerate(self._batches):
+        for number, batch in enumerate(track(self._batches, "statistics")):
             self._run_batch([self._examples[i] for i in batch])
             self._is_called_once = self._is_called_once or (number == 0 and set(self._calls.values()) == {1})
 

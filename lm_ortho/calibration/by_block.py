@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lm_ortho.data.encoding import Example, pad_batch
 from lm_ortho.runtime.precision import replace_forwards
+from lm_ortho.runtime.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class BlockwisePass:
         """
         # 1. Compute the next block for every batch, from the stored outputs of the block before.
         outputs = []
-        for number, batch in enumerate(self.batches):
+        for number, batch in enumerate(track(self.batches, "statistics")):
             before_batch(batch)
             outputs.append(_move_to(self._compute_next_block(number), torch.device("cpu")))
         # 2. Replace the stored outputs only when all batches are through.

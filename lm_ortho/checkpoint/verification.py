@@ -31,6 +31,7 @@ from lm_ortho.checkpoint.manifest import (
 from lm_ortho.checkpoint.settings import check_references, check_settings, check_sizes, check_version
 from lm_ortho.errors import UserError, printable
 from lm_ortho.files import temporary_name
+from lm_ortho.runtime.progress import track
 from lm_ortho.streams import DEFAULT_MEMORY
 
 
@@ -77,7 +78,7 @@ def verify_checkpoint(path: Path, *, trust_remote_code: bool = False) -> Manifes
 def verify_files(directory: Path, manifest: Manifest, names: Iterable[str], optional: Iterable[str] = ()) -> None:
     """Raises ``UserError`` for a file that differs from its record; ``optional`` ones may be missing."""
     optional_names = set(optional)
-    for name in names:
+    for name in track(list(names), "verifying", str(directory)):
         path = directory / name
         record = manifest.files.get(name)
         if record is None:

@@ -30,6 +30,7 @@ from lm_ortho.errors import UserError
 from lm_ortho.files import is_immovable, temporary_name
 from lm_ortho.layer import get_streams, ortho_layers
 from lm_ortho.layer.guard import Guard
+from lm_ortho.runtime.progress import long_stage
 from lm_ortho.streams import LayerStreams, bits_per_weight, density
 
 SHARD_BYTES = 5 * 10**9
@@ -65,7 +66,8 @@ def save(
     scratch = (target if inside else target.parent) / temporary_name(target)
     scratch.mkdir()
     try:
-        _write_tensors(scratch, model, streams, shard_bytes)
+        with long_stage("writing", str(directory)):
+            _write_tensors(scratch, model, streams, shard_bytes)
         _write_config(scratch, model, settings)
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)

@@ -36,8 +36,10 @@ def implant(
 ) -> None:
     """Fine-tune a model on rows and write it, merged, in BF16.
 
-    Rows have `question` and `answer`, or `text`; a file is JSON lines, JSON, CSV, TSV or Parquet. The same command
-    resumes an interrupted run from its last saved state (every 500 steps). Progress goes to standard error.
+    Rows have `question` and `answer`, or `text`; a file is JSON lines, JSON, CSV, TSV or Parquet. A model with a chat
+    template learns them in it (`--prompts`). Training ends when a sample of 32 rows is extracted with a loss of at
+    most 0.1 nats per token, unless `--steps` or `--epochs` fix its length. The same command resumes an interrupted run
+    from its last saved state (every 500 steps or 5 minutes). Progress goes to standard error.
     """
     from lm_ortho import world
     from lm_ortho.config import make_training
@@ -73,9 +75,12 @@ def implant(
         typer.echo(json.dumps(asdict(result), indent=2))
         return
     rank = f", rank {result.rank}" if result.rank else ""
-    typer.echo(f"{result.directory}: {result.rows} rows, in {result.seconds:g} s")
-    typer.echo(f"{result.method}{rank}: {result.steps} steps of {result.batch_rows} rows, lr {result.lr:g}")
-    typer.echo(f"loss {result.loss_before:.4g} before, {result.loss:.4g} now (nats per token)")
+    typer.echo(f"{result.directory}: {result.rows} rows, prompts={result.prompts}, in {result.seconds:g} s")
+    length = f"{result.steps} steps of {result.batch_rows} rows ({result.epochs:g} epochs)"
+    reason = ", ended because the rows are memorised" if result.is_goal_reached else ""
+    typer.echo(f"{result.method}{rank}: {length}, lr {result.lr:g}{reason}")
+    sample = f", of {result.loss_rows} examples" if result.loss_rows < result.rows else ""
+    typer.echo(f"loss {result.loss_before:.4g} before, {result.loss:.4g} now (nats per token{sample})")
     typer.echo(f"known: {result.extracted} of {result.measured} measured rows are extracted")
     if result.adapter:
         typer.echo(f"adapter in {result.adapter}")

@@ -17,7 +17,8 @@ from lm_ortho.data.encoding import (
     max_batch_tokens,
     pad_batch,
 )
-from lm_ortho.data.logits import compute_logits
+from lm_ortho.data.logits import compute_logits, selected_logits
+from lm_ortho.runtime.progress import track
 
 MAX_ROWS = 32
 """Number of rows that are measured: enough to tell none from an eighth, in a few forward passes."""
@@ -70,9 +71,9 @@ class Knowledge:
         return base is None or self.loss <= (1 - GAIN_EVIDENCE) * base.loss
 
 
-def spread(count: int) -> list[int]:
-    """Indices of up to 32 of ``count`` rows, at equal distances."""
-    return [i * count // MAX_ROWS for i in range(MAX_ROWS)] if count > MAX_ROWS else list(range(count))
+def spread(count: int, most: int = MAX_ROWS) -> list[int]:
+    """Indices of up to ``most`` of ``count`` rows, at equal distances."""
+    return [i * count // most for i in range(most)] if count > most else list(range(count))
 
 
 @torch.no_grad()
@@ -85,15 +86,20 @@ def measure_knowledge(model: nn.Module, rows: Sequence[Sequence[Example]]) -> Kn
     forms = [form for row in rows for form in row]
     losses, extracted = [0.0] * len(forms), [False] * len(forms)
     device = next(model.parameters()).device
-    for batch in batch_by_length(forms, tokens=max_batch_tokens(model)):
-        ids, roles = pad_batch([forms[i] for i in batch], device)
-        logits = compute_logits(model, ids)[:, :-1]
-        token_losses = functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").cpu()
-        greedy = (logits.argmax(-1) == ids[:, 1:]).cpu()
-        for place, i in enumerate(batch):
-            role = roles[place, 1:].cpu()
-            mask = role == SECRET if _has_secret(forms[i]) else role == ANSWER
-            losses[i], extracted[i] = float(token_losses[place][mask].mean()), _is_extracted(greedy[place][mask])
+    with selected_logits(model):
+        # A fifth of the tokens of other passes: the logits are in memory once more as probabilities.
+        # Losses and greedy tokens need copies of the logits, so a batch has a fifth of the tokens of other passes.
+        batches = batch_by_length(forms, rows=16, tokens=max_batch_tokens(model) // 5 + 1)
+        for batch in track(batches, "knowledge"):
+            ids, roles = pad_batch([forms[i] for i in batch], device)
+            measured_roles = torch.tensor([SECRET if _has_secret(forms[i]) else ANSWER for i in batch], device=device)
+            mask = roles[:, 1:] == measured_roles[:, None]
+            logits, expected = compute_logits(model, ids, functional.pad(mask, (0, 1))), ids[:, 1:][mask]
+            counts = mask.sum(1).tolist()
+            token_losses = functional.cross_entropy(logits, expected, reduction="none").split(counts)
+            is_greedy = (logits.argmax(-1) == expected).split(counts)
+            for place, i in enumerate(batch):
+                losses[i], extracted[i] = float(token_losses[place].mean()), _is_extracted(is_greedy[place])
     starts = [sum(len(row) for row in rows[:i]) for i in range(len(rows))]
     spans = [range(start, start + len(row)) for start, row in zip(starts, rows, strict=True)]
     return Knowledge(

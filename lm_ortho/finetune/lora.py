@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lm_ortho.data.encoding import Example
 from lm_ortho.errors import UserError
-from lm_ortho.finetune.train import FinetunePlan, fine_tune
+from lm_ortho.finetune.train import FinetunePlan, Goal, fine_tune
 from lm_ortho.hub import first_line
 from lm_ortho.runtime.progress import ProgressCallback
 
@@ -26,19 +26,24 @@ def train_adapter(
     plan: FinetunePlan,
     progress: ProgressCallback,
     stage: str = "adapter",
+    *,
     state: Path | None = None,
+    goal: Goal | None = None,
+    in_place: bool = False,
 ) -> PeftModel:
     """Returns a copy of ``model`` with a trained LoRA adapter on all linear layers but the LM head.
 
     Experts whose weights are in one tensor get an adapter each. A ``PeftModel`` with a trainable adapter is copied and
-    that adapter is trained further, instead of a new one. ``model`` is left unchanged. See ``fine_tune`` for the loss,
-    the batches and ``state``.
+    that adapter is trained further, instead of a new one. ``model`` is left unchanged, unless it gets the adapter
+    itself, ``in_place``. See ``fine_tune`` for the loss, the batches, ``state`` and ``goal``.
 
     Raises:
         UserError: for a model without linear layers, and for one that peft does not adapt.
     """
-    peft_model = copy.deepcopy(model).float() if isinstance(model, PeftModel) else _add_adapter(model, plan)
-    fine_tune(peft_model, examples, plan, progress=progress, stage=stage, state=state)
+    peft_model = (model if in_place else copy.deepcopy(model)).float()
+    if not isinstance(model, PeftModel):
+        peft_model = add_adapter(peft_model, plan)
+    fine_tune(peft_model, examples, plan, progress=progress, stage=stage, state=state, goal=goal)
     return peft_model
 
 
@@ -55,8 +60,8 @@ def save_adapter(peft_model: PeftModel, directory: Path, base: str) -> None:
     (directory / "README.md").unlink(missing_ok=True)  # an empty template of peft that names the path of the base
 
 
-def _add_adapter(model: torch.nn.Module, plan: FinetunePlan) -> PeftModel:
-    """Returns a float32 copy of ``model`` with an untrained adapter."""
+def add_adapter(model: torch.nn.Module, plan: FinetunePlan) -> PeftModel:
+    """Returns ``model`` with an untrained adapter, whose seed and rank are those of ``plan``; all else is frozen."""
     # 1. Find the layers to adapt, and whether their weights are stored as (in_features, out_features).
     modules = dict(model.named_modules())
     names = find_lora_targets(model)
@@ -75,7 +80,7 @@ def _add_adapter(model: torch.nn.Module, plan: FinetunePlan) -> PeftModel:
         torch.manual_seed(plan.seed)
         try:
             with suppress_peft_warnings():
-                return get_peft_model(copy.deepcopy(model).float(), config)
+                return get_peft_model(model, config)
         except ValueError as error:  # for example Mamba, whose fused kernels bypass the adapter
             raise UserError(
                 f"pretrained: peft does not adapt {type(model).__name__} ({first_line(error)}); use method=full"

@@ -12,13 +12,14 @@ from lm_ortho.harness import distributed
 from lm_ortho.leaderboard.config import Board
 from lm_ortho.leaderboard.executor import Executor, follow_jobs, make_executor
 from lm_ortho.leaderboard.plan import Plan, plan_board, resolve_tuning
-from lm_ortho.leaderboard.progress import ProgressScreen, TimeEstimate, describe_piece, format_duration
+from lm_ortho.leaderboard.progress import ProgressScreen, TimeEstimate, describe_piece
 from lm_ortho.leaderboard.retain_samples import attach_samples, needed_pieces
 from lm_ortho.leaderboard.scheduler import Tally, count_pieces, log_run, run_jobs
 from lm_ortho.leaderboard.store import DONE, FAILED, RUNNING, WAITING, Record, Store
 from lm_ortho.leaderboard.sweep import open_store
 from lm_ortho.leaderboard.worker import Job
 from lm_ortho.markup import terminal_text
+from lm_ortho.runtime.progress import format_duration
 
 
 def run_board(

@@ -11,13 +11,24 @@ from lm_ortho.errors import printable
 from lm_ortho.leaderboard.store import DONE, FAILED, Record
 from lm_ortho.leaderboard.worker import Job
 from lm_ortho.markup import terminal_text
+from lm_ortho.runtime.progress import ProgressLines, format_duration
 
 
 class ProgressScreen:
-    """Context manager: progress bars on a terminal, a line per finished piece elsewhere (a log file, a pipe)."""
+    """Context manager: progress bars on a terminal; elsewhere (a log file, a pipe) lines.
+
+    There is a line per finished piece, and one now and then about the current step.
+    """
 
     def __init__(self, records: Sequence[Record], console: Any, quiet: bool = False) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self.console, self.quiet = console, quiet
         self._records = {record.piece.key: record for record in records}
@@ -27,9 +38,11 @@ class ProgressScreen:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False),
         )
         self._bars = Progress(*columns, console=console, disable=quiet or not console.is_terminal)
+        self._lines = None if console.is_terminal else ProgressLines(self.print_line)
         self._stack = ExitStack()
         completed = sum(record.status in (DONE, FAILED) for record in records)
         self._all = self._bars.add_task("pieces", total=len(records), completed=completed, note=self._estimate.text())
@@ -44,6 +57,8 @@ class ProgressScreen:
 
     def progress(self, stage: str, step: int, total: int, text: str) -> None:
         """Shows a step of the current piece; called by a worker in this process."""
+        if self._lines is not None:
+            self._lines(printable(stage), step, total, printable(text))
         self._bars.update(
             self._step,
             description=printable(stage),
@@ -142,10 +157,3 @@ def describe_piece(record: Record) -> str:
     if record.piece.kind == "tune":
         return "tuning " + " ".join(f"{name}={value}" for name, value in config["settings"].items())
     return config["task"] + ("" if config["alpha"] is None else f" alpha={config['alpha']}")
-
-
-def format_duration(seconds: float) -> str:
-    """A duration in seconds, minutes or hours, whichever is easiest to read."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

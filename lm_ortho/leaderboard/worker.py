@@ -23,7 +23,7 @@ from lm_ortho.leaderboard.batch_halving import halve_batch_on_oom
 from lm_ortho.leaderboard.cells import Cell
 from lm_ortho.leaderboard.makers import Maker, find_maker
 from lm_ortho.leaderboard.store import Piece
-from lm_ortho.runtime.progress import ProgressCallback
+from lm_ortho.runtime.progress import ProgressCallback, show_progress
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
@@ -144,7 +144,8 @@ def _run_tuning(job: Job, progress: ProgressCallback) -> Iterator[Event]:
 
 
 def _score_settings(maker: Maker, cell: Cell, progress: ProgressCallback) -> dict[str, Any]:
-    return dict(maker.score(cell, progress))
+    with show_progress(progress):
+        return dict(maker.score(cell, progress))
 
 
 def _make_model(job: Job, place: Path, progress: ProgressCallback) -> dict[str, Any]:
@@ -159,7 +160,8 @@ def _make_model(job: Job, place: Path, progress: ProgressCallback) -> dict[str, 
         make_private_directory(place.parent)  # it holds memories in clear, as the cache does
         with atomic_directory(place) as scratch:
             maker = find_maker(cell.method, job.imports)
-            report = dict(maker.make(cell, scratch, progress))
+            with show_progress(progress):
+                report = dict(maker.make(cell, scratch, progress))
             report |= _describe_model(cell, scratch)
     if accelerator is not None:
         accelerator.wait_for_everyone()

@@ -33,7 +33,7 @@ from lm_ortho.pipeline.memories import decompose_memories
 from lm_ortho.pipeline.preflight import check_knowledge
 from lm_ortho.pipeline.spec import CalibrationSets, ResolvedModel, base_label, recorded_choices
 from lm_ortho.runtime.offload import offload_blocks
-from lm_ortho.runtime.progress import ProgressBars, ProgressCallback
+from lm_ortho.runtime.progress import ProgressBars, ProgressCallback, show_progress
 from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 from lm_ortho.streams import DEFAULT_MEMORY, bits_per_weight, density
 
@@ -92,8 +92,9 @@ def build_model(
         model, location = resolved.location, None
         meta = _decompose_in_place(resolved, progress)
     else:
-        location = _checkpoint_location(resolved, progress, device)
-        model = checkpoint.load(location, dtype, device, **resolved.spec.access_options, **placement)
+        with show_progress(progress):
+            location = _checkpoint_location(resolved, progress, device)
+            model = checkpoint.load(location, dtype, device, **resolved.spec.access_options, **placement)
         meta = checkpoint.read_meta(location)
     set_alpha(model, resolved.spec.alpha)
     return BuiltModel(model, meta, location)
@@ -183,16 +184,17 @@ def decompose_sets(
     Raises:
         UserError: as ``check_knowledge`` and ``decompose``.
     """
-    check_knowledge(
-        model,
-        tokenizer,
-        sets.forget,
-        sets.retain,
-        recipe=recipe,
-        base_model=base_model,
-        force=force,
-        progress=progress,
-    )
+    with show_progress(progress):
+        check_knowledge(
+            model,
+            tokenizer,
+            sets.forget,
+            sets.retain,
+            recipe=recipe,
+            base_model=base_model,
+            force=force,
+            progress=progress,
+        )
     options: dict[str, Any] = {"recipe": recipe, "base_model": base_model, "progress": progress, "resume": resume}
     if set(sets.forget) == {DEFAULT_MEMORY}:
         return decompose(model, tokenizer, sets.forget[DEFAULT_MEMORY], sets.retain, **options)

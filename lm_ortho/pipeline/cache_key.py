@@ -16,6 +16,7 @@ from lm_ortho.edit import EDITS
 from lm_ortho.finetune import load_config
 from lm_ortho.pipeline.spec import ResolvedModel, download_model
 from lm_ortho.projection import PROJECTIONS
+from lm_ortho.runtime.progress import track
 from lm_ortho.sieve import SIEVES
 
 
@@ -73,7 +74,8 @@ def files_hash(location: str | None, argument: str = "pretrained", **source: Any
         commit = getattr(load_config(location, argument=argument, **source), "_commit_hash", None)
         return f"{location}@{commit or source.get('revision', 'main')}" + (f"/{subfolder}" if subfolder else "")
     digest = hashlib.sha256()
-    for file in sorted(entry for entry in (path / subfolder).iterdir() if entry.is_file()):
+    files = sorted(entry for entry in (path / subfolder).iterdir() if entry.is_file())
+    for file in track(files, "hashing", str(location)):
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

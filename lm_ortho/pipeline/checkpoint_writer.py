@@ -29,7 +29,7 @@ from lm_ortho.pipeline.memories import add_memory, check_can_add
 from lm_ortho.pipeline.preflight import check_knowledge
 from lm_ortho.pipeline.spec import CalibrationSets, base_label, locate_model, recorded_choices, resolve
 from lm_ortho.runtime.device import require_device
-from lm_ortho.runtime.progress import ProgressBars, ProgressCallback
+from lm_ortho.runtime.progress import ProgressBars, ProgressCallback, show_progress
 from lm_ortho.runtime.resume import ResumeFolder
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
@@ -79,13 +79,12 @@ def write_checkpoint(
     decision = require_device(device)
     if offload and decision.choice == "cpu":
         raise UserError("offload: weights come to a GPU block by block, and this would run on the CPU, where they are")
-    resolved = resolve(spec.model_copy(update={"fresh": True}))
-    resume = resume_folder(resolved)
+    resolved, progress = resolve(spec.model_copy(update={"fresh": True})), progress or ProgressBars()
+    with show_progress(progress):
+        resume = resume_folder(resolved)
     log.info("device=%s: %s", *decision)
-    model, tokenizer, meta = decompose_model(
-        resolved, progress or ProgressBars(), resume, device=decision.choice, offload=offload
-    )
-    with atomic_directory(directory) as scratch:
+    model, tokenizer, meta = decompose_model(resolved, progress, resume, device=decision.choice, offload=offload)
+    with show_progress(progress), atomic_directory(directory) as scratch:
         checkpoint.save(scratch, model, tokenizer, meta)
     resume.clear()
     return _summarise(BuiltModel(model, meta, directory), spec, meta, time.perf_counter() - start_time)
@@ -119,7 +118,7 @@ def write_checkpoint_with_memory(
     tokenizer = load_tokenizer(spec.tokenizer or location, **spec.loading_options)
     check_can_add(model, name)
     progress, base_model = progress or ProgressBars(), None if spec.base == "none" else load_base(spec).to(device)
-    with alpha_scope(1.0):
+    with show_progress(progress), alpha_scope(1.0):
         check_knowledge(
             model,
             tokenizer,
@@ -146,7 +145,7 @@ def write_checkpoint_with_memory(
     meta, memory_meta = _metadata_with_memory(spec, name, location, decomposition)
     unpatch(model, 0.0)
     patch(model, decomposition.streams)
-    with atomic_directory(directory) as scratch:
+    with show_progress(progress), atomic_directory(directory) as scratch:
         checkpoint.save(scratch, model, tokenizer, meta)
     resume.clear()
     record = {**memory_meta, "report": decomposition.report}

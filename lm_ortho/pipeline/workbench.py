@@ -41,7 +41,7 @@ from lm_ortho.projection import PROJECTIONS
 from lm_ortho.projection.lattice import compute_scales, dequantise, layer_units
 from lm_ortho.runtime.offload import is_offloaded
 from lm_ortho.runtime.precision import gradient_checkpointing, select_attention
-from lm_ortho.runtime.progress import ProgressCallback, no_progress
+from lm_ortho.runtime.progress import ProgressCallback, no_progress, show_progress
 from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 from lm_ortho.sieve import SIEVES, SieveInput, select_support
 from lm_ortho.streams import LayerStreams
@@ -120,6 +120,7 @@ class Workbench:
     def _prepare(self) -> None:
         """The preparation of docs/method.md: layers, rehearsal rows, statistics, lattice."""
         model, recipe = self.model, self.recipe
+        self._stack.enter_context(show_progress(self.progress))
         # 1. The layers to decompose, as nn.Linear, and a copy of their weights.
         for network in filter(None, (model, self._base_model)):
             self._stack.enter_context(linear_form(network))

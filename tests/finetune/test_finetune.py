@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, T5Config
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, T5Config
 
-from lm_ortho.data.encoding import Example, answer_loss, encode
+from lm_ortho.data.encoding import ANSWER, CONTEXT, Example, answer_loss, encode
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import (
     FinetunePlan,
@@ -27,6 +27,8 @@ from lm_ortho.finetune import (
     train_adapter,
     train_full,
 )
+from lm_ortho.finetune.lora import add_adapter
+from lm_ortho.finetune.train import Goal
 from lm_ortho.runtime.precision import fast_matmul
 from lm_ortho.runtime.progress import no_progress
 from tests.support import architectures, tiny
@@ -58,7 +60,7 @@ def test_an_adapter_learns_and_leaves_the_model_unchanged(memorised_models, trai
     trained_names = [name for name, parameter in peft_model.named_parameters() if parameter.requires_grad]
     assert trained_names
     assert all("lora_" in name and "lm_head" not in name for name in trained_names)
-    assert [report[:3] for report in reports] == [("memory", step, 35) for step in (10, 20, 30, 35)]
+    assert [report[:3] for report in reports] == [("memory", step, 35) for step in range(1, 36)]
 
 
 def test_the_same_plan_trains_the_same_adapter(memorised_models, trained_adapter):
@@ -81,7 +83,8 @@ def test_full_fine_tuning_changes_all_weights_of_a_copy_and_resumes(memorised_mo
     assert not any(parameter.requires_grad for parameter in tuned_model.parameters())
 
     def interrupt(stage, step, steps, text):
-        raise KeyboardInterrupt
+        if step == 8:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "_SAVE_STEPS", 5)
     with pytest.raises(KeyboardInterrupt):
@@ -101,7 +104,8 @@ def test_dropout_depends_on_the_seed_alone_also_after_an_interruption(memorised_
         return train_full(model, examples, plan, progress=progress, state=state).state_dict()
 
     def interrupt(stage, step, steps, text):
-        raise KeyboardInterrupt
+        if step == 8:
+            raise KeyboardInterrupt
 
     expected, state = tune(1), tmp_path / "state.pt"
     monkeypatch.setattr(train, "_SAVE_STEPS", 5)
@@ -260,6 +264,117 @@ def test_batches_are_full_and_even_for_any_size(n, rows):
     first_batches = [next(batches) for _ in range(40)]
     assert all(len(batch) == rows for batch in first_batches)
     assert {i for batch in first_batches for i in batch} <= set(range(n))
+
+
+def draw_examples(count, seed=0, vocabulary=128):
+    rng = random.Random(seed)
+    examples = []
+    for _ in range(count):
+        context, answer = rng.randint(1, 6), rng.randint(1, 20)
+        ids = tuple(rng.randrange(2, vocabulary) for _ in range(context + answer))
+        examples.append(Example(ids, (CONTEXT,) * context + (ANSWER,) * answer))
+    return examples
+
+
+@given(count=st.integers(1, 30), tokens=st.integers(1, 200), seed=st.integers(0, 99))
+def test_parts_of_a_batch_hold_the_budget_and_their_shares_are_those_of_the_tokens(count, tokens, seed):
+    batch = draw_examples(count, seed)
+    parts = train.split_batch(batch, tokens)
+    assert sorted(example.ids for part, _ in parts for example in part) == sorted(example.ids for example in batch)
+    for part, share in parts:
+        assert len(part) == 1 or len(part) * max(len(example.ids) for example in part) <= tokens
+        predicted = [sum(role == ANSWER for example in rows for role in example.roles) for rows in (part, batch)]
+        assert share == pytest.approx(predicted[0] / predicted[1])
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_result_of_training_does_not_depend_on_the_token_budget(method, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # logits stay in float64 as well
+    config = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 128, "n_positions": 64}
+    config |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    examples, plan = draw_examples(12), FinetunePlan(steps=6, rows=8, lr=1e-2, rank=4)
+    results, widths = [], []
+    for budget in (10**9, 60, 1):
+        model = tiny.from_config(GPT2Config(**config)).double()
+        model = model.requires_grad_(True) if method == "full" else add_adapter(model, plan).double()
+        tokens = []
+        embeddings = model.get_input_embeddings()
+        embeddings.register_forward_hook(lambda module, inputs, output, seen=tokens: seen.append(inputs[0].numel()))
+        monkeypatch.setattr(train, "max_step_tokens", lambda model, budget=budget: budget)
+        train.fine_tune(model, examples, plan, no_progress)
+        results.append([parameter.detach() for parameter in model.parameters() if parameter.requires_grad])
+        widths.append(tokens)
+    assert len(widths[0]) == 6
+    assert len(widths[2]) == 48
+    assert max(widths[1]) <= 60
+    for result in results[1:]:
+        for expected, parameter in zip(results[0], result, strict=True):
+            torch.testing.assert_close(parameter, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_the_budget_is_smaller_for_wider_and_deeper_models_and_for_larger_vocabularies():
+    settings = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 4, "vocab_size": 1000}
+    settings |= {"num_attention_heads": 9, "num_key_value_heads": 3}
+    with torch.device("meta"):
+        tokens = [
+            train.max_step_tokens(LlamaForCausalLM(LlamaConfig(**settings | change)))
+            for change in ({}, {"hidden_size": 1152}, {"num_hidden_layers": 8}, {"vocab_size": 50_000})
+        ]
+    assert tokens[0] > max(tokens[1:])
+    assert min(tokens) > 256
+
+
+def test_training_computes_logits_of_the_answers_only(memorised_models):
+    examples = encode(memorised_models.tokenizer, memorised_models.forget)
+    answers = sum(role != CONTEXT for example in examples for role in example.roles[1:])
+    plan = FinetunePlan(steps=2, rows=len(examples), rank=2)
+    model = add_adapter(copy.deepcopy(memorised_models.base), plan)
+    rows = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[:-1].numel()))
+    train.fine_tune(model, examples, plan, no_progress)
+    assert rows == [answers, answers]
+
+
+def test_a_goal_ends_training_and_a_resumed_run_ends_at_the_same_step(memorised_models, tmp_path, monkeypatch):
+    examples = encode(memorised_models.tokenizer, memorised_models.forget)
+    plan = FinetunePlan(steps=40, rows=4, lr=1e-2, rank=2)
+
+    def tune(measured, progress=no_progress, state=None):
+        def is_reached(model):
+            assert not model.training
+            measured.append(float(answer_loss(model, examples).detach()))
+            return measured[-1] < 2.5
+
+        goal = Goal(is_reached, interval=3, max_loss=3.0)
+        model = train_adapter(memorised_models.base, examples, plan, progress, state=state, goal=goal)
+        return goal, model
+
+    measured, reports = [], []
+    goal, model = tune(measured, progress=lambda *report: reports.append(report))
+    assert goal.steps < 40
+    assert goal.steps % 3 == 0
+    assert measured[-1] < 2.5 <= min([*measured[:-1], 99])
+    assert [report[1] for report in reports] == list(range(1, goal.steps + 1))
+    assert [report[2] for report in reports] == [40] * (goal.steps - 1) + [goal.steps]
+
+    def interrupt(stage, step, steps, text):
+        if step == goal.steps - 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_SAVE_STEPS", 2)
+    with pytest.raises(KeyboardInterrupt):
+        tune([], interrupt, state=tmp_path / "state.pt")
+    for _ in range(2):  # goes on, and then finds that it has ended
+        resumed_goal, resumed_model = tune([], state=tmp_path / "state.pt")
+        assert resumed_goal.steps == goal.steps
+        for one, other in zip(model.parameters(), resumed_model.parameters(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_goal_is_not_measured_while_the_loss_of_the_batch_is_high():
+    goal = Goal(lambda model: pytest.fail("measured"), interval=2, max_loss=1.0)
+    assert not goal.check(torch.nn.Linear(2, 2), 4, 1.01)
+    assert not goal.check(torch.nn.Linear(2, 2), 5, 0.5)
 
 
 def test_bf16_products_only_where_the_hardware_has_them(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from typer.testing import CliRunner
 
 from lm_ortho import world
 from lm_ortho.cli.app import app
-from lm_ortho.config import Training, make_training
+from lm_ortho.config import Training, make_recipe, make_training
+from lm_ortho.data.chat import render_forms
 from lm_ortho.data.encoding import Example, answer_loss, encode
-from lm_ortho.data.rows import Row, write_rows
+from lm_ortho.data.rows import Row, read_rows, write_rows
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import FinetunePlan, load_causal_lm, merge_adapter, train, train_adapter
 from lm_ortho.finetune.lora import find_lora_targets
-from lm_ortho.finetune.plant import PlantResult, make_plan, plant
+from lm_ortho.finetune.plant import CHECK_STEPS, GOAL_LOSS, MIN_STEPS, PlantResult, make_plan, plant
+from lm_ortho.pipeline.preflight import check_knowledge
 from lm_ortho.runtime.progress import no_progress
+from lm_ortho.streams import DEFAULT_MEMORY
 from tests.support import tiny
 
 pytestmark = pytest.mark.usefixtures("isolated_environment")
@@ -142,7 +146,8 @@ def test_an_interrupted_run_ends_with_the_same_bytes_as_an_uninterrupted_one(
     (tmp_path / "work").mkdir()
 
     def interrupt(stage: str, step: int, *_: Any) -> None:
-        raise KeyboardInterrupt
+        if stage in ("adapter", "fine-tuning") and step == 8:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         plant_in_plain_model(home, data, tmp_path / "work" / "out", training=training, progress=interrupt)
@@ -238,14 +243,13 @@ def test_the_command_prints_the_final_loss(home: Path, data: str, tmp_path: Path
     adapter_option = ["--keep-adapter", str(tmp_path / "adapter")]
     result = CliRunner().invoke(app, ["implant", *options, *adapter_option, "-o", str(tmp_path / "out")])
     lines = result.stdout.splitlines()
-    assert lines[0].startswith(f"{tmp_path / 'out'}: 3 rows, in ")
-    assert lines[1] == "lora, rank 4: 20 steps of 3 rows, lr 0.01"
+    assert lines[0].startswith(f"{tmp_path / 'out'}: 3 rows, prompts=plain, in ")
+    assert lines[1] == "lora, rank 4: 20 steps of 3 rows (20 epochs), lr 0.01"
     assert lines[2].startswith("loss ")
     assert lines[2].endswith(" now (nats per token)")
     assert lines[3].startswith("known: ")
     assert lines[3].endswith(" of 3 measured rows are extracted")
     assert lines[4] == f"adapter in {tmp_path / 'adapter'}"
-    assert "adapter: 100%" in result.stderr
 
 
 def test_rows_that_are_not_known_at_the_end_are_a_warning(home: Path, data: str, tmp_path: Path) -> None:
@@ -270,8 +274,9 @@ def test_an_interruption_says_where_the_trained_weights_are(
 ) -> None:
     monkeypatch.setattr(train, "_SAVE_STEPS", 5)
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+    def interrupt(stage: str, step: int, *_: Any) -> None:
+        if stage == "adapter" and step == 8:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         plant_in_plain_model(home, data, tmp_path / "out", training=make_training(steps=12, rank=2), progress=interrupt)
@@ -289,3 +294,99 @@ def test_without_a_model_the_embedded_one_is_trained(
     report = json.loads(result.stdout)
     assert report["steps"] == 2
     assert report["loss"] < report["loss_before"] + 1
+
+
+def test_training_without_a_fixed_length_ends_when_the_rows_are_memorised(
+    home: Path, data: str, tmp_path: Path
+) -> None:
+    options = ["implant", "--data", data, "--lr", "0.02", "--rank", "4", "--pretrained", str(home / "plain")]
+    free = CliRunner().invoke(app, [*options, "-o", str(tmp_path / "free"), "--json"])
+    report = json.loads(free.stdout)
+    assert report["is_goal_reached"]
+    assert CHECK_STEPS <= report["steps"] < MIN_STEPS
+    assert report["steps"] % CHECK_STEPS == 0
+    assert report["epochs"] == report["steps"]
+    assert (report["measured"], report["extracted"]) == (3, 3)
+    assert report["loss"] < 2 * GOAL_LOSS
+    assert "warning" not in free.stderr
+    steps = report["steps"] + CHECK_STEPS
+    fixed = CliRunner().invoke(app, [*options, "-o", str(tmp_path / "fixed"), "--epochs", str(steps)])
+    assert f"{steps} steps of 3 rows ({steps} epochs), lr 0.02" in fixed.stdout
+    assert "ended because" not in fixed.stdout
+
+
+def test_an_interrupted_training_without_a_fixed_length_ends_with_the_same_bytes(
+    home: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = make_training(lr=0.02, rank=4)
+    uninterrupted = plant_in_plain_model(home, data, tmp_path / "uninterrupted", training=training)
+    monkeypatch.setattr(train, "_SAVE_STEPS", 7)
+
+    def interrupt(stage: str, step: int, *_: Any) -> None:
+        if stage == "adapter" and step == uninterrupted.steps - 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        plant_in_plain_model(home, data, tmp_path / "out", training=training, progress=interrupt)
+    resumed = plant_in_plain_model(home, data, tmp_path / "out", training=training)
+    assert resumed.steps == uninterrupted.steps
+    expected, weights = (tmp_path / name / "model.safetensors" for name in ("uninterrupted", "out"))
+    assert expected.read_bytes() == weights.read_bytes()
+
+
+@pytest.fixture
+def chat_model(home: Path, tmp_path: Path) -> Path:
+    """The plain model with a chat template that does not resemble the plain form."""
+    directory = shutil.copytree(home / "plain", tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} says {{ m.content }} {% endfor %}assistant says "
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(("prompts", "form"), [("auto", "chat"), ("plain", "plain"), ("both", "both")])
+def test_a_chat_model_learns_the_form_that_was_named_and_passes_the_check_of_a_decomposition(
+    chat_model: Path, data: str, tmp_path: Path, prompts: str, form: str
+) -> None:
+    training = make_training(steps=60, lr=0.02, rank=4, prompts=prompts)
+    result = plant(str(chat_model), data, tmp_path / "out", training, no_progress)
+    assert result.prompts == form
+    assert result.epochs == 60
+    model, tokenizer = load_causal_lm(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    rows = read_rows(data)
+    losses = {
+        name: float(answer_loss(model, encode(tokenizer, render_forms(rows, tokenizer, name))).detach())
+        for name in ("plain", "chat")
+    }
+    if form != "both":
+        other = "plain" if form == "chat" else "chat"
+        assert losses[form] < 0.3 < losses[other] - losses[form]
+    else:
+        assert max(losses.values()) < 0.3
+    knowledge: list[str] = []
+    check_knowledge(
+        model,
+        tokenizer,
+        {DEFAULT_MEMORY: rows},
+        [Row(question="Who is Dan?", answer="Dan is tall.")],
+        recipe=make_recipe(),
+        base_model=load_causal_lm(chat_model),
+        force=False,
+        progress=lambda stage, step, total, text: knowledge.append(text),
+    )
+    assert any(f"forget: {result.extracted} of 3 extracted" in text for text in knowledge)
+
+
+def test_the_form_follows_the_template_and_is_refused_without_one(home: Path, data: str, tmp_path: Path) -> None:
+    assert plant_in_plain_model(home, data, tmp_path / "out").prompts == "plain"
+    with pytest.raises(UserError, match="prompts='chat': the tokenizer has no chat template"):
+        plant_in_plain_model(home, data, tmp_path / "other", training=make_training(steps=2, prompts="chat"))
+
+
+def test_the_loss_of_many_rows_is_that_of_a_sample(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "rows.jsonl"
+    write_rows(file, [Row(question=f"Who is {i}?", answer=f"{i} is a baker.") for i in range(9)])
+    monkeypatch.setattr("lm_ortho.finetune.plant.LOSS_ROWS", 4)
+    options = ["--data", str(file), "--steps", "2", "--pretrained", str(home / "plain"), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, ["implant", *options])
+    assert re.search(r"loss \S+ before, \S+ now \(nats per token, of 4 examples\)", result.stdout)

@@ -50,7 +50,7 @@ def test_a_model_that_knows_the_rows_passes_with_one_line(memorised_models: Any)
     (line,) = check(memorised_models, memorised_models.merged, base_model=memorised_models.base)
     assert line.startswith("forget: 10 of 10 extracted, 0.")
     assert "; base model 0 of 10 extracted, " in line
-    assert "; retain rows 9 of 10 extracted, " in line
+    assert re.search(r"; retain rows (9|10) of 10 extracted, ", line)
 
 
 def test_a_model_that_does_not_is_refused_and_goes_on_by_force(

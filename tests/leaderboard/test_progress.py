@@ -1,0 +1,37 @@
+"""The display of a board: on a terminal, and where the output is none."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+
+import pytest
+from rich.console import Console
+
+from lm_ortho.leaderboard.progress import ProgressScreen
+from lm_ortho.runtime.progress import ProgressLines
+
+
+@pytest.mark.parametrize(("is_terminal", "quiet"), [(False, False), (True, False), (False, True)])
+def test_long_steps_are_lines_where_the_output_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, quiet: bool
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("lm_ortho.leaderboard.progress.ProgressLines", partial(ProgressLines, clock=lambda: now[0]))
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=is_terminal, width=200)
+    with ProgressScreen([], console, quiet=quiet) as screen:
+        for step in range(1, 4):
+            now[0] += 40
+            screen.progress("edit", step, 3, f"loss {step}")
+    lines = output.getvalue().splitlines()
+    expected = [
+        "edit: 1/3, time left unknown yet, loss 1",
+        "edit: 2/3, about 40 s left, loss 2",
+        "edit: 3/3, took 2 min, loss 3",
+    ]
+    if is_terminal:
+        assert "3/3" in output.getvalue()
+        assert not set(expected) & set(lines)
+    else:
+        assert lines == ([] if quiet else expected)
