@@ -159,7 +159,7 @@ def test_subjects_are_swapped_inside_the_template(memorised_models):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}Answer:\n"
     turns = render_forms(memorised_models.forget[:4], tokenizer, "chat")
     examples = encode(tokenizer, turns)
-    target = swap_target(memorised_models.merged, tokenizer, turns, examples=examples, seed=0, subjects=2)
+    target = list(swap_target(memorised_models.merged, tokenizer, turns, examples=examples, seed=0, subjects=2))
     assert [len(t) for t in target] == [len(e.ids) - e.start for e in examples]
     assert all(torch.allclose(t.sum(-1), torch.ones(len(t)), atol=1e-4) for t in target)
 

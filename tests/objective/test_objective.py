@@ -103,7 +103,7 @@ def test_tokens_of_the_subject_keep_the_models_own_distribution(memorised_models
 def test_a_swapped_token_is_the_mean_over_the_same_place_of_the_other_sentences(memorised_models):
     rows = memorised_models.forget[:2]
     examples = encode(memorised_models.tokenizer, rows)
-    probs = swap_target(memorised_models.merged, memorised_models.tokenizer, rows, examples, seed=5, subjects=3)[0]
+    probs = next(swap_target(memorised_models.merged, memorised_models.tokenizer, rows, examples, seed=5, subjects=3))
     row, example = rows[0], examples[0]
     lookalikes = Lookalikes(
         memorised_models.tokenizer, memorised_models.merged.get_input_embeddings().weight, [row.subject]
