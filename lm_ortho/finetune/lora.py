@@ -37,7 +37,9 @@ def train_adapter(
     Raises:
         UserError: for a model without linear layers, and for one that peft does not adapt.
     """
-    peft_model = copy.deepcopy(model).float() if isinstance(model, PeftModel) else _add_adapter(model, plan)
+    peft_model = copy.deepcopy(model).float()
+    if not isinstance(model, PeftModel):
+        peft_model = add_adapter(peft_model, plan)
     fine_tune(peft_model, examples, plan, progress=progress, stage=stage, state=state)
     return peft_model
 
@@ -55,8 +57,8 @@ def save_adapter(peft_model: PeftModel, directory: Path, base: str) -> None:
     (directory / "README.md").unlink(missing_ok=True)  # an empty template of peft that names the path of the base
 
 
-def _add_adapter(model: torch.nn.Module, plan: FinetunePlan) -> PeftModel:
-    """Returns a float32 copy of ``model`` with an untrained adapter."""
+def add_adapter(model: torch.nn.Module, plan: FinetunePlan) -> PeftModel:
+    """Returns ``model`` with an untrained adapter, whose seed and rank are those of ``plan``; all else is frozen."""
     # 1. Find the layers to adapt, and whether their weights are stored as (in_features, out_features).
     modules = dict(model.named_modules())
     names = find_lora_targets(model)
@@ -75,7 +77,7 @@ def _add_adapter(model: torch.nn.Module, plan: FinetunePlan) -> PeftModel:
         torch.manual_seed(plan.seed)
         try:
             with suppress_peft_warnings():
-                return get_peft_model(copy.deepcopy(model).float(), config)
+                return get_peft_model(model, config)
         except ValueError as error:  # for example Mamba, whose fused kernels bypass the adapter
             raise UserError(
                 f"pretrained: peft does not adapt {type(model).__name__} ({first_line(error)}); use method=full"

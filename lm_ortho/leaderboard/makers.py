@@ -90,7 +90,7 @@ class MethodMaker:
         return {"forget": score.forget, "retain": score.retain, "total": score.total}
 
     def make(self, cell: Cell, directory: Path, progress: ProgressCallback) -> Mapping[str, Any]:
-        resume = ResumeFolder(cache.unfinished_directory(cell.key))
+        resume = ResumeFolder(cache.unfinished_directory(cell.key), cache.cache_dir())
         material = _load_material(_to_json(cell.source))
         budget = baselines.Budget(**cell.budget)
         result = self.method.make(

@@ -190,6 +190,7 @@ class Workbench:
             forget=self.sets.forget,
             retain=self.sets.retain,
             base_model=self._base_model,
+            steps=self.recipe.steps,
             seed=self.recipe.seed,
             progress=self.progress,
             resume=self._resume,

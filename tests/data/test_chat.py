@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-import lm_ortho.objective.surrogate as surrogate_module
 from lm_ortho.config import make_recipe
 from lm_ortho.data import chat
 from lm_ortho.data.chat import has_chat_template, render_forms, render_turn
@@ -18,6 +17,7 @@ from lm_ortho.data.rows import Row
 from lm_ortho.data.tokenizer import encode_with_offsets, find_added_tokens
 from lm_ortho.errors import UserError
 from lm_ortho.layer import get_dense_weights
+from lm_ortho.objective import surrogate_training
 from lm_ortho.objective.swap import swap_target
 from lm_ortho.pipeline.decomposition import decompose
 from tests.support import tiny
@@ -165,7 +165,7 @@ def test_subjects_are_swapped_inside_the_template(memorised_models):
 
 
 def test_a_chat_model_is_decomposed_in_both_forms(memorised_models, monkeypatch):
-    monkeypatch.setattr(surrogate_module, "STEPS", 2)
+    monkeypatch.setattr(surrogate_training, "BUDGET", 0.1)
     tokenizer = copy.deepcopy(memorised_models.tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}Answer:\n"
     forget, retain = memorised_models.forget[:4], memorised_models.retain[:4]
