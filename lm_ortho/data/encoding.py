@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lm_ortho.data.logits import compute_logits
+from lm_ortho.data.logits import compute_logits, selected_logits
 from lm_ortho.data.rows import Row
 from lm_ortho.data.tokenizer import check_fast, encode_with_offsets, find_added_tokens, find_end_tokens
 from lm_ortho.errors import UserError
@@ -193,14 +193,14 @@ def token_losses(model: torch.nn.Module, examples: Sequence[Example], role: int 
     """Returns the losses in nats of each example's tokens: those of ``role``, or all tokens to predict."""
     result: list[Tensor] = [torch.empty(0)] * len(examples)
     device = next(model.parameters()).device
-    for batch in batch_by_length(examples, tokens=max_batch_tokens(model)):
+    for batch in batch_by_length(examples, tokens=max(1, max_batch_tokens(model) // 4)):
         ids, roles = pad_batch([examples[i] for i in batch], device)
-        losses = functional.cross_entropy(
-            compute_logits(model, ids)[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
-        )
         mask = roles[:, 1:] != CONTEXT if role is None else roles[:, 1:] == role
-        for row, i in enumerate(batch):
-            result[i] = losses[row][mask[row]].cpu()
+        with selected_logits(model):
+            logits = compute_logits(model, ids, functional.pad(mask, (0, 1)))
+        losses = functional.cross_entropy(logits, ids[:, 1:][mask], reduction="none").cpu()
+        for i, row_losses in zip(batch, losses.split(mask.sum(1).tolist()), strict=True):
+            result[i] = row_losses
     return result
 
 

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from lm_ortho.data.encoding import Example, answer_loss, batch_by_length
+from lm_ortho.data.encoding import CONTEXT, Example, answer_loss, batch_by_length
 from lm_ortho.data.logits import selected_logits
 from lm_ortho.finetune.lora import add_adapter
 from lm_ortho.finetune.train import FinetunePlan
+from lm_ortho.objective.distribution import vocabulary_size
 from lm_ortho.objective.loss import LossWeights
 from lm_ortho.runtime.precision import fast_matmul, select_attention
 from lm_ortho.runtime.progress import ProgressCallback
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 LEARNING_RATE = 2e-3
 BATCH_TOKENS = 1024
 """Largest number of tokens of a step, padding included."""
+PART_BYTES = 2**30
+"""Bytes of activations and logits of the part of a step that goes through the model at once, unless a quarter of the
+model is more."""
 LOSS_TOLERANCE = 0.1
 """Nats per token by which the loss of the surrogate on the retain rows may exceed that of the merged model."""
 NEAR = 0.1
@@ -79,10 +83,26 @@ def measure_loss(model: torch.nn.Module, examples: Sequence[Example]) -> float:
     with selected_logits(model):
         for batch in batch_by_length(examples, rows=len(examples), tokens=BATCH_TOKENS):
             batch_examples = [examples[i] for i in batch]
-            predicted = sum(role != 0 for example in batch_examples for role in example.roles[1:])
+            predicted = _count_predicted(batch_examples)
             total += float(answer_loss(model, batch_examples)) * predicted
             count += predicted
     return total / count
+
+
+def _count_predicted(examples: Sequence[Example]) -> int:
+    return sum(role != CONTEXT for example in examples for role in example.roles[1:])
+
+
+def max_part_tokens(model: torch.nn.Module) -> int:
+    """Largest number of tokens whose activations and logits are held at the same time.
+
+    Autograd holds the input and less than two copies of the output of every layer, and three of the logits.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    linears = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
+    token_bytes = 4 * sum(layer.in_features + 2 * layer.out_features for layer in linears)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return max(1, int(max(PART_BYTES, weights / 4) / (token_bytes + 12 * vocabulary_size(model))))
 
 
 class SurrogateTraining:
@@ -100,6 +120,7 @@ class SurrogateTraining:
         self.steps = 0
         self._decay_start: int | None = None
         self._near = NEAR
+        self._part_tokens = max_part_tokens(base_model)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
 
     def run(self, progress: ProgressCallback, resume: ResumeFolder) -> None:
@@ -119,9 +140,7 @@ class SurrogateTraining:
             while not self._is_finished():
                 # 3. One step of AdamW, with the gradient norm clipped at 1.
                 optimiser.param_groups[0]["lr"] = LEARNING_RATE * self._rate()
-                with fast_matmul(device):
-                    loss = answer_loss(self.model, [self._retain[i] for i in next(batches)])
-                loss.backward()
+                self._add_gradients([self._retain[i] for i in next(batches)], device)
                 torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
                 optimiser.step()
                 optimiser.zero_grad()
@@ -133,6 +152,15 @@ class SurrogateTraining:
                 # 5. Save the state now and then.
                 if resume.is_due():
                     resume.save("training", {**self.state(), "optimiser": optimiser.state_dict()})
+
+    def _add_gradients(self, batch: Sequence[Example], device: str) -> None:
+        """Adds the gradients of the mean loss over all predicted tokens of the batch, part by part."""
+        total = _count_predicted(batch)
+        for part in batch_by_length(batch, rows=len(batch), tokens=self._part_tokens):
+            examples = [batch[i] for i in part]
+            with fast_matmul(device):
+                loss = answer_loss(self.model, examples) * (_count_predicted(examples) / total)
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def state(self) -> dict[str, Any]:
         """The adapter, and where its training is."""

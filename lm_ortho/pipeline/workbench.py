@@ -154,6 +154,7 @@ class Workbench:
             device=device_type(model),
             resume=self._resume,
         )
+        self.moments.release()
         self.quantised_weights = LayerTensors(list(self.layers), self._quantise)
         scales = self.lattice.scales or {name: compute_scales(w, 4, 64) for name, w in self.weights.items()}
         self.step_units = layer_units(scales)

@@ -222,3 +222,22 @@ def test_a_surrogate_that_does_not_know_the_retain_rows_is_a_warning(memorised_m
     options = {"retain": retain, "steps": 1, "seed": 0, "progress": no_progress}
     list(surrogate_target(memorised_models.merged, memorised_models.base, forget, **options))
     assert "surrogate: after 2 steps, as many tokens as the edit goes through" in caplog.text
+
+
+def test_a_step_in_parts_is_the_same_step(memorised_models, monkeypatch):
+    monkeypatch.setattr(surrogate_training, "BATCH_TOKENS", 200)
+    whole = train(memorised_models, dataclasses.replace(PLAN, max_steps=4))
+    monkeypatch.setattr(surrogate_training, "max_part_tokens", lambda _: 60)
+    parts = train(memorised_models, dataclasses.replace(PLAN, max_steps=4))
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    for one, other in zip(parts.state()["adapter"], whole.state()["adapter"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_the_size_of_a_part_follows_from_the_model(memorised_models, monkeypatch):
+    model = memorised_models.base
+    layers = 4 * 2 * (64 + 128 + 2 * (64 + 64) + 64 + 128 + 2 * (64 + 192) + 96 + 128)
+    monkeypatch.setattr(surrogate_training, "PART_BYTES", 50 * (layers + 12 * model.config.vocab_size))
+    assert surrogate_training.max_part_tokens(model) == 50
+    monkeypatch.setattr(surrogate_training, "PART_BYTES", 0)
+    assert surrogate_training.max_part_tokens(model) >= 1
