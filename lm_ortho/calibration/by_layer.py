@@ -17,8 +17,8 @@ MOMENT_BYTES = 2**31
 """Memory limit in bytes for the second moments that are stored at the same time."""
 
 
-KEPT_MOMENT_BYTES = 2**26
-"""Memory in bytes up to which second moments stay after their first use."""
+SMALL_MOMENT_BYTES = 2**26
+"""Memory in bytes up to which second moments stay in memory after the projection."""
 
 
 class LayerTensors(Mapping[str, Tensor]):
@@ -87,9 +87,9 @@ class InputMoments(Mapping[str, Tensor]):
         return self._moments[name]
 
     def release(self) -> None:
-        """Frees moments of more than ``KEPT_MOMENT_BYTES`` after their main use; an access computes them again."""
+        """Frees moments of more than ``SMALL_MOMENT_BYTES``; a later access computes them again."""
         sizes = {id(moment): moment.numel() * moment.element_size() for moment in self._moments.values()}
-        if sum(sizes.values()) > KEPT_MOMENT_BYTES:
+        if sum(sizes.values()) > SMALL_MOMENT_BYTES:
             self._moments = {}
 
     def _compute_group(self, name: str) -> dict[str, Tensor]:

@@ -160,7 +160,7 @@ class SurrogateTraining:
             examples = [batch[i] for i in part]
             with fast_matmul(device):
                 loss = answer_loss(self.model, examples) * (_count_predicted(examples) / total)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
     def state(self) -> dict[str, Any]:
         """The adapter, and where its training is."""
@@ -212,8 +212,8 @@ def draw_batches(examples: Sequence[Example], draw: random.Random) -> Iterator[l
 
 def _copy_without_weights(model: torch.nn.Module) -> torch.nn.Module:
     """A copy of the modules of ``model`` in float32; weights that are float32 already are those of the model itself."""
-    shared = {id(p): p for p in model.parameters() if p.dtype == torch.float32}
-    return copy.deepcopy(model, memo=dict(shared)).float()  # type: ignore[arg-type]
+    memo: dict[int, Any] = {id(p): p for p in model.parameters() if p.dtype == torch.float32}
+    return copy.deepcopy(model, memo).float()
 
 
 @contextmanager

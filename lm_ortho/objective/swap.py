@@ -87,12 +87,12 @@ def filter_recognised_names(
         positions = (t for (low, high, _), t in by_span.items() if low < end and high > begin)
         name_tokens.append(sorted(t for t in positions if t < len(example.ids)))
     # 2. Leave out the names of which a token is not the likeliest one.
-    refused = set[int]()
+    misses = set[int]()
     for i, probs in predict_tokens(model, examples, name_tokens):
         true_tokens = torch.tensor([examples[i].ids[t] for t in name_tokens[i]])
         if not torch.equal(probs.argmax(-1), true_tokens):
-            refused.add(i)
-    return [name for i, name in enumerate(names) if i not in refused]
+            misses.add(i)
+    return [name for i, name in enumerate(names) if i not in misses]
 
 
 @torch.no_grad()

@@ -132,8 +132,8 @@ def resume_folder(resolved: ResolvedModel) -> ResumeFolder:
 
     Surrogates are shared with other decompositions, unless ``fresh=true`` asks for nothing that is cached.
     """
-    shared = None if resolved.spec.fresh else cache.cache_dir()
-    return ResumeFolder(cache.unfinished_directory(decomposition_key(resolved)), shared)
+    common_folder = None if resolved.spec.fresh else cache.cache_dir()
+    return ResumeFolder(cache.unfinished_directory(decomposition_key(resolved)), common_folder)
 
 
 def decompose_model(

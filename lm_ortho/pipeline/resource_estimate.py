@@ -12,7 +12,7 @@ FULL_VOCABULARY, TOP_TOKENS = 8192, 256
 """Vocabulary size up to which whole distributions are stored, and the number of tokens stored of a larger one."""
 LARGE_MODEL_WEIGHTS = 2**25
 """Number of weights from which on gradients are accumulated in place, as in ``objective.loss``."""
-MAX_MOMENT_BYTES, KEPT_MOMENT_BYTES = 2**31, 2**26
+MAX_MOMENT_BYTES, SMALL_MOMENT_BYTES = 2**31, 2**26
 """Size of the second moments up to which those of all blocks are computed in one pass, and up to which they stay."""
 STEP_PARTS = 4
 """Parts of a step whose gradients a small model holds at the same time."""
@@ -91,7 +91,7 @@ def estimate_memory(
     moments = 4.0 * sum(width**2 for width in shape.inputs)
     if moments > MAX_MOMENT_BYTES:
         moments = moments / shape.blocks + 2 * 4.0 * shape.hidden * rows.retain * rows.tokens
-    prepared = always + lattice + (moments if moments <= KEPT_MOMENT_BYTES else 0)
+    prepared = always + lattice + (moments if moments <= SMALL_MOMENT_BYTES else 0)
     # 3. The distributions of target and teacher, whole or the top tokens of each.
     is_whole = shape.vocabulary <= FULL_VOCABULARY
     stored_tokens = shape.vocabulary if is_whole else TOP_TOKENS

@@ -12,7 +12,7 @@ import torch
 
 from lm_ortho.config import make_recipe
 from lm_ortho.data.encoding import mean_loss
-from lm_ortho.objective import surrogate_training
+from lm_ortho.objective import LossWeights, surrogate_training
 from lm_ortho.objective.surrogate import compute_key, surrogate_target
 from lm_ortho.objective.surrogate_training import (
     SurrogatePlan,
@@ -136,7 +136,7 @@ def test_the_budget_is_that_of_the_edit(memorised_models, monkeypatch):
     tokens = sum(len(retain[i].ids) for _ in range(steps) for i in next(batches))
     assert tokens == pytest.approx(edit_tokens, rel=0.1)
     many = retain * 40  # a step has some of them only
-    weights = surrogate_training.LossWeights()
+    weights = LossWeights()
     mean = sum(len(example.ids) for example in retain) / len(retain)
     edit_tokens = 20 * (sum(len(example.ids) for example in forget) + weights.retain_rows * mean)
     batches = draw_batches(many, random.Random(0))

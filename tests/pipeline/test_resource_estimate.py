@@ -45,7 +45,7 @@ def test_the_numbers_are_those_of_the_rooms():
     )
     assert resource_estimate.LARGE_MODEL_WEIGHTS == objective.LARGE
     assert resource_estimate.MAX_MOMENT_BYTES == by_layer.MOMENT_BYTES
-    assert resource_estimate.KEPT_MOMENT_BYTES == by_layer.KEPT_MOMENT_BYTES
+    assert resource_estimate.SMALL_MOMENT_BYTES == by_layer.SMALL_MOMENT_BYTES
     assert resource_estimate.ACTIVATION_BYTES == surrogate_training.PART_BYTES
     assert (resource_estimate.CHUNK_PROBABILITIES, resource_estimate.PREDICTION_TOKENS) == (
         distribution.CHUNK_PROBABILITIES,
