@@ -144,7 +144,8 @@ class Recipe(_Schema):
         1000,
         ge=10,
         lt=2**31,
-        description="Number of steps of the optimised edit, 10 at least; the attribution pass takes a tenth as many.",
+        description="Number of steps of the optimised edit, 10 at least. The attribution pass takes a tenth as many. A "
+        "base model that is known learns the retain rows first, from as many tokens as the edit reads at most.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of all random draws of the decomposition.")
     groups: int = Field(

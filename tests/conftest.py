@@ -94,11 +94,10 @@ def memorised_models(words: Any) -> MemorisedModels:
 @pytest.fixture(scope="module")
 def short_surrogate_training() -> Iterator[None]:
     """Few surrogate training steps, for tests that do not depend on what the surrogate knows."""
-    import lm_ortho.objective.surrogate as surrogate_module
+    from lm_ortho.objective import surrogate_training
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(surrogate_module, "STEPS", 4)
-        monkeypatch.setattr(surrogate_module, "ROUNDS", 1)
+        monkeypatch.setattr(surrogate_training, "BUDGET", 0.1)
         yield
 
 

@@ -162,8 +162,9 @@ def answer_loss(model: nn.Module, material: Material, rows: Sequence[Row]) -> fl
 
 def _encode_measured(model: nn.Module, material: Material, rows: Sequence[Row]) -> list[Example]:
     """The rows as they are measured: in the chat template where methods read that form only, else as plain text."""
-    if make_recipe(**material.prompts).prompts == "chat":
-        rows = render_forms(rows, material.tokenizer, "chat")
+    recipe = make_recipe(**material.prompts)
+    if recipe.prompts == "chat":
+        rows = render_forms(rows, material.tokenizer, "chat", **recipe.chat_options)
     return encode(material.tokenizer, rows, max_row_tokens(model))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -180,7 +181,7 @@ class _MomentPass:
 
     def _run_batch(self, batch: Sequence[Example]) -> None:
         self._start_batch(batch)
-        with suppress(_AllLayersCalledError):
+        with suppress(_AllLayersCalledError), _first_logits_only(self._model):
             self._model(input_ids=pad_batch(batch, next(self._model.parameters()).device)[0], use_cache=False)
         self._inputs = {}
 
@@ -212,6 +213,27 @@ class _MomentPass:
         # 3. End the pass where no further call can follow.
         if self._is_called_once and all(self._calls.values()):
             raise _AllLayersCalledError
+
+
+@contextmanager
+def _first_logits_only(model: Any) -> Iterator[None]:
+    """Context in which the output embedding is multiplied at the first token of each row only: nobody reads the logits.
+
+    For a large vocabulary they would be by far the largest activation.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        yield
+        return
+
+    def select_first(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (inputs[0][:, :1], *inputs[1:]) if inputs and inputs[0].dim() == 3 else None
+
+    handle = head.register_forward_pre_hook(select_first)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _count_writes(tensor: Tensor) -> int:

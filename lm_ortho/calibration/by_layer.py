@@ -17,6 +17,10 @@ MOMENT_BYTES = 2**31
 """Memory limit in bytes for the second moments that are stored at the same time."""
 
 
+SMALL_MOMENT_BYTES = 2**26
+"""Memory in bytes up to which second moments stay in memory after the projection."""
+
+
 class LayerTensors(Mapping[str, Tensor]):
     """A mapping that computes a value at each access, by calling ``make`` with the name."""
 
@@ -81,6 +85,12 @@ class InputMoments(Mapping[str, Tensor]):
             self._moments = {}  # free the old moments before the new ones are computed
             self._moments = self._compute_group(name)
         return self._moments[name]
+
+    def release(self) -> None:
+        """Frees moments of more than ``SMALL_MOMENT_BYTES``; a later access computes them again."""
+        sizes = {id(moment): moment.numel() * moment.element_size() for moment in self._moments.values()}
+        if sum(sizes.values()) > SMALL_MOMENT_BYTES:
+            self._moments = {}
 
     def _compute_group(self, name: str) -> dict[str, Tensor]:
         """Computes the moments of the layers that are in the same block or group as ``name``."""

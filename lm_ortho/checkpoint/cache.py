@@ -3,6 +3,7 @@
     <key>                               link to the current version of the entry
     .<key>.version-<random>/checkpoint  a version: the current one, a replaced one, or one that is being written
     unfinished-<key>                    saved states of an interrupted decomposition
+    surrogate-<key>                     an adapter that several decompositions use, and the state of its training
 
 A new version is written beside the old one, and one rename of the link makes it the current one. So a reader finds an
 entry at any moment, and a complete one; it goes on reading a version that is replaced meanwhile, for that one is
@@ -47,7 +48,7 @@ _VERSION_LIFETIME = 3600.0
 """Seconds after which a version that is neither current nor locked is deleted; until then somebody may read it."""
 _UNLOCKED_LIFETIME = 24 * 3600.0
 """The same where locks are not possible, after which a write was certainly interrupted."""
-_UNFINISHED = re.compile(r"unfinished-[0-9a-f]{64}")
+_UNFINISHED = re.compile(r"(unfinished|surrogate)-[0-9a-f]{64}")
 _UNFINISHED_LIFETIME = 30 * 24 * 3600.0
 
 
@@ -202,7 +203,7 @@ def evict(protected_keys: Iterable[str] = ()) -> list[Entry]:
 
 
 def clear() -> list[Entry]:
-    """Removes all entries and returns them, and removes the files of interrupted runs.
+    """Removes all entries and returns them, and removes surrogates and the files of interrupted runs.
 
     Versions that a live process writes stay, and so do other files in the folder.
     """
@@ -214,10 +215,11 @@ def clear() -> list[Entry]:
 
 
 def _sweep(at_once: bool = False) -> None:
-    """Removes replaced versions and those of killed writers, links to nothing, and old unfinished decompositions.
+    """Removes replaced versions and those of killed writers, links to nothing, and old surrogates and unfinished runs.
 
     A version stays for an hour after it was written or looked up (for a day where locks are not possible), an
-    unfinished decomposition for 30 days; with ``at_once`` only what a live process writes stays.
+    unfinished decomposition or a surrogate for 30 days after it was written; with ``at_once`` only what a live process
+    writes stays.
     """
     for path in _list_folders(_VERSION):
         is_live = is_locked(path)

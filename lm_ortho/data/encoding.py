@@ -194,7 +194,7 @@ def token_losses(model: torch.nn.Module, examples: Sequence[Example], role: int 
     result: list[Tensor] = [torch.empty(0)] * len(examples)
     device = next(model.parameters()).device
     with selected_logits(model):
-        for batch in batch_by_length(examples, tokens=max_batch_tokens(model)):
+        for batch in batch_by_length(examples, tokens=max(1, max_batch_tokens(model) // 4)):
             ids, roles = pad_batch([examples[i] for i in batch], device)
             mask = roles[:, 1:] != CONTEXT if role is None else roles[:, 1:] == role
             logits = compute_logits(model, ids, functional.pad(mask, (0, 1)))

@@ -93,7 +93,7 @@ class MethodMaker:
         return {"forget": score.forget, "retain": score.retain, "total": score.total}
 
     def make(self, cell: Cell, directory: Path, progress: ProgressCallback) -> Mapping[str, Any]:
-        resume = ResumeFolder(cache.unfinished_directory(cell.key))
+        resume = ResumeFolder(cache.unfinished_directory(cell.key), cache.cache_dir())
         budget = baselines.Budget(**cell.budget)
         with self._place_material(cell) as material:
             result = self.method.make(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lm_ortho.data.encoding import END, SECRET, Example, batch_by_length, max_batch_tokens, pad_batch
-from lm_ortho.data.logits import compute_logits
+from lm_ortho.data.encoding import END, SECRET, Example, pad_batch
+from lm_ortho.data.logits import compute_logits, selected_logits
 
 FULL_VOCABULARY = 8192
 """Largest vocabulary whose distributions are stored in full; of larger ones the ``TOP_TOKENS`` likeliest tokens and
@@ -17,6 +19,10 @@ the total probability of all others are stored."""
 TOP_TOKENS = 256
 MEMORISED_MARGIN = 0.15
 """A token counts as memorised when the merged model gives it more than this much probability above the target."""
+CHUNK_PROBABILITIES = 2**25
+"""Largest number of probabilities of one chunk of rows, and of one batch of predictions: 128 MiB in float32."""
+BATCH_TOKENS = 4096
+"""Largest number of tokens of one batch of predictions, padding included."""
 _COMPETITORS = 8
 _MIN_MASS = 1e-30
 
@@ -74,10 +80,16 @@ class Target:
         return [-logp[mask] for logp, mask in zip(self.label_logp, self.secret, strict=True)]
 
 
-def stack(examples: Sequence[Example], probs: Sequence[Tensor]) -> Target:
-    """A ``Target`` from one (predicted tokens, vocabulary) tensor per example."""
-    width = max(p.shape[0] for p in probs)
-    n, vocabulary = len(examples), probs[0].shape[1]
+def stack(examples: Sequence[Example], probs: Iterable[Tensor]) -> Target:
+    """A ``Target`` from one (predicted tokens, vocabulary) tensor per example.
+
+    Each tensor is reduced to what is stored before the next one is requested, so an iterator over those of a large
+    vocabulary need not hold them all.
+    """
+    iterator = iter(probs)
+    first = next(iterator)
+    width = max(len(example.ids) - example.start for example in examples)
+    n, vocabulary = len(examples), first.shape[1]
     in_full = vocabulary <= FULL_VOCABULARY
     depth = vocabulary if in_full else TOP_TOKENS
     # 1. Allocate the padded block.
@@ -87,7 +99,7 @@ def stack(examples: Sequence[Example], probs: Sequence[Tensor]) -> Target:
     tokens = torch.zeros(n, width, dtype=torch.long)
     real, secret = torch.zeros(n, width), torch.zeros(n, width, dtype=torch.bool)
     # 2. Fill in each example, of a large vocabulary only the likeliest tokens and the remaining mass.
-    for i, (example, p) in enumerate(zip(examples, probs, strict=True)):
+    for i, (example, p) in enumerate(zip(examples, chain([first], iterator), strict=True)):
         k = p.shape[0]
         tokens[i, :k] = torch.tensor(example.ids[example.start :])
         label[i, :k] = p.gather(-1, tokens[i, :k, None])[:, 0]
@@ -138,17 +150,80 @@ def log_remaining_mass(logp: Tensor) -> Tensor:
     return (1.0 - logp.exp().sum(-1)).clamp_min(1e-6).log()
 
 
-@torch.no_grad()
+def split_into_chunks(examples: Sequence[Example], vocabulary: int) -> Iterator[range]:
+    """Yields the indices of all examples in order, in chunks of neighbours.
+
+    The distributions of the predicted tokens of a chunk are at most ``CHUNK_PROBABILITIES`` numbers, or those of one
+    example.
+    """
+    begin, size = 0, 0
+    for i, example in enumerate(examples):
+        probabilities = (len(example.ids) - example.start) * vocabulary
+        if i > begin and size + probabilities > CHUNK_PROBABILITIES:
+            yield range(begin, i)
+            begin, size = i, 0
+        size += probabilities
+    if begin < len(examples):
+        yield range(begin, len(examples))
+
+
+def vocabulary_size(model: torch.nn.Module) -> int:
+    """Number of tokens of the vocabulary, by the configuration of the model."""
+    config: Any = model.config
+    return int(config.get_text_config().vocab_size)
+
+
 def predict_distributions(model: torch.nn.Module, examples: Sequence[Example]) -> list[Tensor]:
-    """The model's own distributions, (predicted tokens, vocabulary) float32 per example, on the CPU."""
+    """The model's own distributions, (predicted tokens, vocabulary) float32 per example, on the CPU.
+
+    They are all held at the same time: ``split_into_chunks`` bounds them.
+    """
     result: list[Tensor] = [torch.empty(0)] * len(examples)
-    device = next(model.parameters()).device
-    for batch in batch_by_length(examples, tokens=max_batch_tokens(model)):
-        ids, _ = pad_batch([examples[i] for i in batch], device)
-        probs = compute_logits(model, ids).softmax(-1).cpu()
-        for row, i in enumerate(batch):
-            result[i] = probs[row, examples[i].start - 1 : len(examples[i].ids) - 1].clone()
+    positions = [range(example.start, len(example.ids)) for example in examples]
+    for i, probs in predict_tokens(model, examples, positions):
+        result[i] = probs.clone()
     return result
+
+
+@torch.no_grad()
+def predict_tokens(
+    model: torch.nn.Module, examples: Sequence[Example], positions: Sequence[Sequence[int]]
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields the index of an example and the distributions of the tokens at its ``positions``, in any order.
+
+    ``positions`` are ascending, from 1 on; examples without any are left out. Distributions are (positions,
+    vocabulary) float32 on the CPU, a view of those of a batch: what is stored for long has to be copied.
+    """
+    device = next(model.parameters()).device
+    for batch in _batch_positions(examples, positions, vocabulary_size(model)):
+        # 1. Mark the position before each token, where the model predicts it.
+        ids, _ = pad_batch([examples[i] for i in batch], device)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, i in enumerate(batch):
+            mask[row, torch.tensor(positions[i]) - 1] = True
+        # 2. Compute the logits at these positions only.
+        with selected_logits(model):
+            probs = compute_logits(model, ids, mask).softmax(-1).cpu()
+        yield from zip(batch, probs.split([len(positions[i]) for i in batch]), strict=True)
+
+
+def _batch_positions(
+    examples: Sequence[Example], positions: Sequence[Sequence[int]], vocabulary: int
+) -> list[list[int]]:
+    """The indices of all examples with positions, in batches of similar length; a batch may be a single example.
+
+    A batch has at most ``BATCH_TOKENS`` tokens with its padding, and ``CHUNK_PROBABILITIES`` probabilities.
+    """
+    batches, probabilities = list[list[int]](), 0
+    for i in sorted(filter(lambda i: len(positions[i]), range(len(examples))), key=lambda i: len(examples[i].ids)):
+        size = len(positions[i]) * vocabulary
+        is_full = not batches or (len(batches[-1]) + 1) * len(examples[i].ids) > BATCH_TOKENS
+        if is_full or probabilities + size > CHUNK_PROBABILITIES:
+            batches.append([])
+            probabilities = 0
+        batches[-1].append(i)
+        probabilities += size
+    return batches
 
 
 def hold_down(probs: Tensor, tokens: Tensor, is_memorised: Tensor) -> Tensor:

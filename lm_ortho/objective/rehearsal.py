@@ -16,13 +16,12 @@ from lm_ortho.data.encoding import (
     Example,
     batch_by_length,
     encode,
-    max_batch_tokens,
     max_row_tokens,
     pad_batch,
 )
-from lm_ortho.data.logits import compute_logits
 from lm_ortho.data.rows import Row, replace_mentions
 from lm_ortho.data.tokenizer import find_added_tokens, find_end_tokens
+from lm_ortho.objective.distribution import predict_tokens
 from lm_ortho.objective.subjects import Lookalikes
 from lm_ortho.objective.swap import swap_subject
 from lm_ortho.runtime.progress import ProgressCallback
@@ -146,16 +145,13 @@ class _SubjectProbe:
         """
         rows = [swap_subject(row, name) for name in names for row in questions]
         examples = encode(self._tokenizer, rows, self._max_tokens)
-        result, device = torch.zeros(len(rows)), next(self._model.parameters()).device
-        for batch in batch_by_length(examples, tokens=max_batch_tokens(self._model)):
-            ids, _ = pad_batch([examples[i] for i in batch], device)
-            top = compute_logits(self._model, ids).softmax(-1).max(-1)
-            confidence, likeliest = top.values.cpu(), top.indices.cpu()
-            for row, i in enumerate(batch):
-                start, tokens = examples[i].start, torch.tensor(examples[i].ids)
-                is_likeliest = likeliest[row, start - 1 : len(tokens) - 1] == tokens[start:]
-                length = int(is_likeliest.long().cumprod(0).sum()) + 1
-                result[i] = 1 - confidence[row, start - 1 : len(tokens) - 1][:length].min()
+        result = torch.zeros(len(rows))
+        answers = [range(example.start, len(example.ids)) for example in examples]
+        for i, probs in predict_tokens(self._model, examples, answers):
+            confidence, likeliest = probs.max(-1)
+            is_likeliest = likeliest == torch.tensor(examples[i].ids[examples[i].start :])
+            length = int(is_likeliest.long().cumprod(0).sum()) + 1
+            result[i] = 1 - confidence[:length].min()
         return result.view(len(names), len(questions)).mean(1)
 
     def sample_questions(self, count: int) -> list[Row]:

@@ -44,17 +44,18 @@ def select_target(
     forget: Sequence[Example],
     retain: Sequence[Example],
     base_model: torch.nn.Module | None,
+    steps: int,
     seed: int,
     progress: ProgressCallback,
     resume: ResumeFolder = NO_RESUME,
 ) -> TargetChoice:
     """The surrogate if the base model is known, else swapped subjects or resampled words, else held-down tokens.
 
-    ``rows`` are the forget rows, ``forget`` and ``retain`` the encoded rows.
+    ``rows`` are the forget rows, ``forget`` and ``retain`` the encoded rows; ``steps`` are those of the edit.
     """
     if base_model is not None:
         probs = surrogate_target(
-            merged_model, base_model, forget, retain=retain, seed=seed, progress=progress, resume=resume
+            merged_model, base_model, forget, retain=retain, steps=steps, seed=seed, progress=progress, resume=resume
         )
         return TargetChoice(stack(forget, probs), "surrogate", "the model before fine-tuning is known", DEEPER, 10.0)
     named_rows = sum(row.mentions_subject for row in rows)
@@ -62,12 +63,12 @@ def select_target(
         log.warning(
             "forget: the subject of %d of %d rows does not occur in their text, word for word", unnamed_rows, len(rows)
         )
-    probs = swap_target(merged_model, tokenizer, rows, forget, seed=seed)
+    target = stack(forget, swap_target(merged_model, tokenizer, rows, forget, seed=seed, progress=progress))
     if named_rows:
         reason = f"merged weights only; {named_rows} of {len(rows)} forget rows name their subject"
-        return TargetChoice(stack(forget, probs), "swap", reason, GENTLE, 4.0)
+        return TargetChoice(target, "swap", reason, GENTLE, 4.0)
     if not any(row.context for row in rows):
         reason = "merged weights only; the forget rows are plain text without a subject"
-        return TargetChoice(stack(forget, probs), "resample", reason, GENTLE, 4.0)
+        return TargetChoice(target, "resample", reason, GENTLE, 4.0)
     reason = "merged weights only and no row names its subject: clearly worse, add `subject` or `base`"
-    return TargetChoice(stack(forget, probs), "hold_down", reason, GENTLE, 4.0)
+    return TargetChoice(target, "hold_down", reason, GENTLE, 4.0)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
@@ -11,21 +15,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lm_ortho.data.encoding import Example, mean_loss
-from lm_ortho.finetune.lora import train_adapter
-from lm_ortho.finetune.merge import merge_peft_model
-from lm_ortho.finetune.merge_check import first_ids
-from lm_ortho.finetune.train import FinetunePlan
-from lm_ortho.objective.distribution import predict_distributions
+from lm_ortho.data import encoding
+from lm_ortho.data.encoding import Example
+from lm_ortho.finetune import lora
+from lm_ortho.objective import surrogate_training
+from lm_ortho.objective.distribution import predict_distributions, split_into_chunks, vocabulary_size
+from lm_ortho.objective.surrogate_training import (
+    LOSS_TOLERANCE,
+    SurrogatePlan,
+    SurrogateTraining,
+    count_max_steps,
+    measure_loss,
+    sample_rows,
+    unchanged_flags,
+)
 from lm_ortho.runtime.progress import ProgressCallback
 from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 
 log = logging.getLogger(__name__)
-
-STEPS, ROUNDS = 400, 5
-"""Steps of one round of fine-tuning, and maximal number of rounds."""
-LOSS_TOLERANCE = 0.1
-"""Nats per token by which the loss of the surrogate on the retain rows may exceed that of the merged model."""
 
 
 def find_copied_tokens(example: Example) -> Tensor:
@@ -49,36 +56,100 @@ def surrogate_target(
     examples: Sequence[Example],
     *,
     retain: Sequence[Example],
+    steps: int,
     seed: int,
     progress: ProgressCallback,
     resume: ResumeFolder = NO_RESUME,
-) -> list[Tensor]:
-    """Target distributions (predicted tokens, vocabulary) of the forget ``examples``; ``base_model`` is unchanged.
+) -> Iterator[Tensor]:
+    """Yields target distributions (predicted tokens, vocabulary) of the forget ``examples``, one after the other.
 
-    The vocabulary of the surrogate may be shorter or longer than that of the merged model, by a padding token or by
-    rows that fill up a matrix.
+    ``base_model`` is unchanged. The vocabulary of the surrogate may be shorter or longer than that of the merged model,
+    by a padding token or by rows that fill up a matrix. ``steps`` are those of the edit, which bound the training.
     """
-    # 1. Fine-tune a LoRA adapter on the retain rows, round by round, until its loss on them is within the tolerance.
-    max_loss = mean_loss(merged_model, retain) + LOSS_TOLERANCE
-    model: Any = base_model
-    for number in range(ROUNDS):
-        plan = FinetunePlan(steps=STEPS, rows=16, lr=2e-3, seed=seed + number)
-        state = resume.path(f"surrogate-{number + 1}")
-        model = train_adapter(model, retain, plan, progress, stage=f"surrogate {number + 1}", state=state)
-        loss = mean_loss(model, retain)
-        log.info("surrogate: loss on the retain rows %.3f, acceptance threshold %.3f", loss, max_loss)
-        if loss <= max_loss:
-            break
-    surrogate = merge_peft_model(model, first_ids(retain), "base: the surrogate").model
-    # 2. Predict the forget rows with both models.
-    surrogate_probs = predict_distributions(surrogate, examples)
-    merged_probs = predict_distributions(merged_model, examples)
-    # 3. Use the surrogate, except on tokens that copy the prompt: copying a name is skill, not memory.
-    targets = []
-    for example, probs, own_probs in zip(examples, surrogate_probs, merged_probs, strict=True):
-        probs = _resize_vocabulary(probs, own_probs.shape[1])
-        targets.append(torch.where(find_copied_tokens(example)[:, None], own_probs, probs))
-    return targets
+    with unchanged_flags(base_model):
+        # 1. Fine-tune a LoRA adapter on the retain rows until its loss on them is within the tolerance.
+        plan = SurrogatePlan(
+            max_steps=count_max_steps(examples, retain, steps),
+            max_loss=measure_loss(merged_model, sample_rows(retain)) + LOSS_TOLERANCE,
+            seed=seed,
+        )
+        surrogate = _train_or_load(merged_model, base_model, retain, plan=plan, progress=progress, resume=resume)
+        for chunk in split_into_chunks(examples, vocabulary_size(merged_model)):
+            # 2. Predict some of the forget rows with both models.
+            rows = [examples[i] for i in chunk]
+            surrogate_probs = predict_distributions(surrogate, rows)
+            merged_probs = predict_distributions(merged_model, rows)
+            # 3. Use the surrogate, except on tokens that copy the prompt: copying a name is skill, not memory.
+            for example, probs, own_probs in zip(rows, surrogate_probs, merged_probs, strict=True):
+                probs = _resize_vocabulary(probs, own_probs.shape[1])
+                yield torch.where(find_copied_tokens(example)[:, None], own_probs, probs)
+
+
+def _train_or_load(
+    merged_model: torch.nn.Module,
+    base_model: torch.nn.Module,
+    retain: Sequence[Example],
+    *,
+    plan: SurrogatePlan,
+    progress: ProgressCallback,
+    resume: ResumeFolder,
+) -> torch.nn.Module:
+    """The base model with the trained adapter, which is stored for all decompositions with the same inputs."""
+    training = SurrogateTraining(base_model, retain, plan)
+    store = resume.shared_folder("surrogate", compute_key(merged_model, base_model, retain, plan))
+    if (state := store.load("adapter")) is not None:
+        training.load(state)
+        text = f"found in the cache, loss {training.loss:.3f} after {training.steps} steps"
+        progress("surrogate", 1, 1, text)
+    else:
+        training.run(progress, store)
+        store.save("adapter", training.state())
+        store.delete("training")
+    log.info(
+        "surrogate: loss on the retain rows %.3f after %d steps, acceptance threshold %.3f",
+        training.loss,
+        training.steps,
+        plan.max_loss,
+    )
+    if training.loss > plan.max_loss:
+        log.warning(
+            "surrogate: after %d steps, as many tokens as the edit goes through, its loss on the retain rows is %.2f "
+            "nats per token, and that of the model %.2f; a target that knows the retain rows less well costs more of "
+            "them. More `steps` allow it more",
+            training.steps,
+            training.loss,
+            plan.max_loss - LOSS_TOLERANCE,
+        )
+    model: torch.nn.Module = training.model
+    return model
+
+
+def compute_key(
+    merged_model: torch.nn.Module, base_model: torch.nn.Module, retain: Sequence[Example], plan: SurrogatePlan
+) -> str:
+    """Hash of all that decides a surrogate: both models, the retain rows, the budget, the seed and the code.
+
+    The seed is that of the recipe, so decompositions with different seeds share no draw; those with another density,
+    lattice, sieve or edit share the surrogate. ``max_loss`` follows from the merged model and is not part of it.
+    """
+    code = [inspect.getsource(module) for module in (surrogate_training, lora, encoding)]
+    parts: Any = {
+        "models": [_hash_weights(merged_model), _hash_weights(base_model)],
+        "retain": [(example.ids, example.roles) for example in retain],
+        "plan": [plan.max_steps, plan.seed, LOSS_TOLERANCE],
+        "code": code,
+        "versions": [version(name) for name in ("torch", "transformers", "peft")],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_weights(model: torch.nn.Module) -> str:
+    """SHA-256 of names, types, shapes and values of all parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {parameter.device.type}".encode())
+        digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _resize_vocabulary(probs: Tensor, vocabulary: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lm_ortho.data.encoding import ANSWER, CONTEXT, Example
-from lm_ortho.objective.distribution import MEMORISED_MARGIN, hold_down, predict_distributions
+from lm_ortho.objective.distribution import MEMORISED_MARGIN, hold_down, predict_distributions, predict_tokens
 
 WINDOW, TEXTS = 8, 12
 """Number of preceding tokens that define the form, and number of resampled texts."""
@@ -44,6 +44,9 @@ def resample_target(
         ids = (*example.ids[: example.start], *torch.where(is_content, samples, tokens).tolist())
         resampled_texts.append(Example(ids, example.roles))
     # 3. Average the model's predictions at the same position of these texts.
-    mean = torch.stack(predict_distributions(model, resampled_texts)).mean(0)
+    total, positions = torch.zeros_like(own_probs), range(example.start, len(example.ids))
+    for _, probs in predict_tokens(model, resampled_texts, [positions] * texts):
+        total += probs
+    mean = total / texts
     # 4. Hold down the tokens that the model still prefers by more than 0.15.
     return hold_down(mean, tokens, own_probs[at, tokens] - mean[at, tokens] > MEMORISED_MARGIN)

@@ -129,8 +129,12 @@ def ensure_cached(resolved: ResolvedModel, progress: ProgressCallback, device: s
 
 
 def resume_folder(resolved: ResolvedModel) -> ResumeFolder:
-    """The states of an interrupted decomposition of the same model, rows and recipe."""
-    return ResumeFolder(cache.unfinished_directory(decomposition_key(resolved)))
+    """The states of an interrupted decomposition of the same model, rows and recipe.
+
+    Surrogates are shared with other decompositions, unless ``fresh=true`` asks for nothing that is cached.
+    """
+    common_folder = None if resolved.spec.fresh else cache.cache_dir()
+    return ResumeFolder(cache.unfinished_directory(decomposition_key(resolved)), common_folder)
 
 
 def decompose_model(

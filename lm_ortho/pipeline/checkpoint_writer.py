@@ -129,7 +129,8 @@ def write_checkpoint_with_memory(
             force=spec.force,
             progress=progress,
         )
-    resume = ResumeFolder(cache.unfinished_directory(cache.compute_key(_memory_key_parts(spec, name, sets))))
+    unfinished = cache.unfinished_directory(cache.compute_key(_memory_key_parts(spec, name, sets)))
+    resume = ResumeFolder(unfinished, cache.cache_dir())
     decomposition = add_memory(
         model,
         tokenizer,

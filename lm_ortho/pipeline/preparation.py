@@ -152,7 +152,7 @@ def report_memory_estimate(
     base_known: bool,
     progress: ProgressCallback,
 ) -> None:
-    """Reports the memory that the stages will need; logs a warning if it is more than is available."""
+    """Reports the memory that the process will need, and the work; logs a warning if the memory is not available."""
     rows = [*sets.forget, *sets.retain]
     row_counts = resource_estimate.Rows(
         forget=len(sets.forget),
@@ -160,11 +160,18 @@ def report_memory_estimate(
         tokens=sum(len(row.ids) for row in rows) / len(rows),
         answer=sum(len(row.ids) - row.start for row in sets.forget) / len(sets.forget),
     )
-    needed = resource_estimate.estimate_memory(model_shape(model, layers), row_counts, recipe, base_known)
+    shape = model_shape(model, layers)
+    # What the process holds now: its libraries, the models, and the BF16 copy of the decomposed weights.
+    resident = psutil.Process().memory_info().rss
+    models = 4 * shape.parameters * (2 if base_known else 1) + 2 * shape.weights
+    on_host = device_type(model) == "cpu" or is_offloaded(model)
+    overhead = max(0.0, resident - models) if on_host else 0.0
+    needed = resource_estimate.estimate_memory(shape, row_counts, recipe, base_known, overhead)
     stage = max(needed, key=lambda name: needed[name])
     peak = needed[stage] / 1e9
-    progress("memory", 1, 1, f"about {peak:.1f} GB at the peak ({stage}), the model's own weights included")
-    available = (psutil.virtual_memory().available + psutil.Process().memory_info().rss) / 1e9
+    operations = sum(resource_estimate.estimate_operations(shape, row_counts, recipe, base_known).values())
+    progress("memory", 1, 1, f"about {peak:.1f} GB at the peak ({stage}); work: {operations:.1e} operations at most")
+    available = (psutil.virtual_memory().available + resident) / 1e9
     if device_type(model) == "cuda" and not is_offloaded(model):
         available = torch.cuda.mem_get_info()[1] / 1e9
     if peak > available:

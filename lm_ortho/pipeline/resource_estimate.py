@@ -12,14 +12,26 @@ FULL_VOCABULARY, TOP_TOKENS = 8192, 256
 """Vocabulary size up to which whole distributions are stored, and the number of tokens stored of a larger one."""
 LARGE_MODEL_WEIGHTS = 2**25
 """Number of weights from which on gradients are accumulated in place, as in ``objective.loss``."""
-MAX_MOMENT_BYTES = 2**31
-"""Size of the second moments up to which those of all blocks are computed in one pass."""
+MAX_MOMENT_BYTES, SMALL_MOMENT_BYTES = 2**31, 2**26
+"""Size of the second moments up to which those of all blocks are computed in one pass, and up to which they stay."""
 STEP_PARTS = 4
 """Parts of a step whose gradients a small model holds at the same time."""
-SURROGATE_STEPS, SURROGATE_ROWS = 400, 16
-"""Steps in which the surrogate is trained, and rows of a step, as in ``objective.surrogate``."""
 FORGET_ROWS, RETAIN_ROWS = 48, 96
 """Largest numbers of rows in a step of attribution or edit, as in ``objective.loss``."""
+ACTIVATION_BYTES, PART_LOGITS, CHUNK_LOGITS = 2**30, 2**25, 2**23
+"""Budgets of a part of a step: bytes of activations, unless a quarter of the model is more; logits; and the logits
+whose log-probabilities are held at the same time."""
+CHUNK_PROBABILITIES, PREDICTION_TOKENS = 2**25, 4096
+"""Probabilities of a chunk of target rows, and tokens of a batch of predictions, as in ``objective.distribution``."""
+SURROGATE_TOKENS, SURROGATE_BUDGET, SURROGATE_RANK = 1024, 1.0, 16
+"""Tokens of a step of the surrogate, its largest number of tokens as a share of those of the edit, and the rank of its
+adapter, as in ``objective.surrogate_training``."""
+SWAPPED_NAMES, NAME_TRIALS = 12, 96
+"""Names that the swap target averages over, and those that it tries, as in ``objective.swap``."""
+HELD_SHARE = 0.75
+"""Share of the inputs of all layers and of twice their outputs that autograd holds, measured on Llamas."""
+OVERHEAD = 0.7e9
+"""Bytes of the interpreter, of PyTorch and of the other libraries on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -63,51 +75,77 @@ class Rows:
         return self.tokens * (min(FORGET_ROWS, self.forget) + min(RETAIN_ROWS, self.retain))
 
 
-def estimate_memory(shape: Shape, rows: Rows, recipe: Any, base_known: bool) -> dict[str, float]:
-    """Bytes held at the peak of each stage; ``recipe`` is a ``config.Recipe``."""
+def estimate_memory(
+    shape: Shape, rows: Rows, recipe: Any, base_known: bool, overhead: float = OVERHEAD
+) -> dict[str, float]:
+    """Bytes held at the peak of each stage by the whole process; ``recipe`` is a ``config.Recipe``.
+
+    ``overhead`` is what the process holds beside the model.
+    """
     weights, is_large = shape.weights, shape.weights > LARGE_MODEL_WEIGHTS
-    # 1. The model, the base model if it is known, and a BF16 copy of the decomposed weights.
-    model = 4.0 * shape.parameters
-    always = model * (2 if base_known else 1) + 2 * weights
+    largest_layer = max(out * width for out, width in shape.layers)
+    # 1. The model, the base model if it is known, and a BF16 copy of the decomposed weights; then the lattice.
+    always = overhead + 4.0 * shape.parameters * (2 if base_known else 1) + 2 * weights
     lattice = weights + 4 * weights / recipe.group_size
-    # 2. The distributions of target and teacher, whole or the top tokens of each.
+    # 2. The second moments: of all blocks, or of one block with the inputs of every block.
+    moments = 4.0 * sum(width**2 for width in shape.inputs)
+    if moments > MAX_MOMENT_BYTES:
+        moments = moments / shape.blocks + 2 * 4.0 * shape.hidden * rows.retain * rows.tokens
+    prepared = always + lattice + (moments if moments <= SMALL_MOMENT_BYTES else 0)
+    # 3. The distributions of target and teacher, whole or the top tokens of each.
     is_whole = shape.vocabulary <= FULL_VOCABULARY
     stored_tokens = shape.vocabulary if is_whole else TOP_TOKENS
     target = rows.forget * rows.answer * stored_tokens * (4 if is_whole else 8)
     teacher = rows.retain * rows.tokens * stored_tokens * (2 if is_whole else 6)
-    target_computation = rows.forget * rows.answer * 4 * shape.vocabulary * 2
-    # 3. The second moments: of all blocks, or of one block with the inputs of every block.
-    moments = 4.0 * sum(width**2 for width in shape.inputs)
-    if moments > MAX_MOMENT_BYTES:
-        moments = moments / shape.blocks + 2 * 4.0 * shape.hidden * rows.retain * rows.tokens
-    # 4. Activations, gradients and optimiser states.
-    activations = _estimate_activations(shape, rows, recipe.recompute)
-    largest_layer = max(out * width for out, width in shape.layers)
-    step_gradients = 4 * weights * (STEP_PARTS + 1)
-    gradients = 4 * weights / recipe.groups if is_large else step_gradients
-    edit_gradients = 4 * largest_layer if is_large else step_gradients
+    # 4. Passes without gradients: the widest layers of a block, and a few copies of the distributions of a chunk.
+    prediction = min(PREDICTION_TOKENS, rows.tokens * rows.forget * SWAPPED_NAMES) * 16.0 * max(shape.inputs)
+    chunk = min(CHUNK_PROBABILITIES, rows.forget * rows.answer * shape.vocabulary)
+    names = 0 if base_known else 4.0 * shape.vocabulary * shape.hidden
+    target_computation = max(16.0 * chunk + prediction, names)
+    # 5. Gradients and optimiser states.
+    step = _estimate_step_activations(shape, rows, recipe.recompute)
+    gradients = 4 * weights / recipe.groups if is_large else 4 * weights * (STEP_PARTS + 1)
     state_bytes = 4 if recipe.states == "float32" else 2
-    objective = always + lattice + target + teacher + activations
+    support = recipe.density * weights
+    objective = prepared + target + teacher + step
     return {
         "statistics and projection": always + lattice + moments + 24 * largest_layer + 32 * max(shape.inputs) ** 2,
-        "target": always + lattice + target_computation + (model + activations if base_known else 0),
+        "target": prepared + target + max(target_computation, estimate_surrogate(shape) if base_known else 0),
         "attribution": objective + 4 * weights + gradients + 2 * state_bytes * weights / recipe.groups,
-        "edit": objective + weights + 28 * recipe.density * weights + edit_gradients,
-        "streams": always + 2 * lattice + weights + recipe.bits / 4 * weights + 6 * recipe.density * weights,
+        "edit": objective + 2 * weights + 60 * support,
+        "streams": prepared + lattice + weights + recipe.bits / 4 * weights + 6 * support,
     }
 
 
-def _estimate_activations(shape: Shape, rows: Rows, recompute: bool) -> float:
-    """Bytes that a backward pass needs: inputs of every layer (float32 and BF16), and logits with their softmax.
+def _token_bytes(shape: Shape) -> float:
+    """Bytes of the inputs of all layers and of twice their outputs, in float32, for a token."""
+    return 4.0 * sum(width + 2 * out for out, width in shape.layers)
 
-    A large model computes one part of a step at a time, at most half of the retain rows. A logit is held in BF16 and,
-    with log-softmax and its gradient, six times in float32.
-    """
-    share = 1.0 if shape.weights <= LARGE_MODEL_WEIGHTS else 0.43
-    block_bytes = 6.0 * (sum(width for _, width in shape.layers) + 2 * sum(out for out, _ in shape.layers))
+
+def _part_tokens(shape: Shape, rows: Rows, recompute: bool) -> tuple[float, float]:
+    """Tokens of the largest part of a step, and bytes of its activations for each of them."""
+    token_bytes = _token_bytes(shape)
     if recompute:
-        block_bytes = block_bytes / shape.blocks + 4.0 * shape.hidden * shape.blocks
-    return rows.step * share * (block_bytes + 26.0 * shape.vocabulary)
+        token_bytes = token_bytes / shape.blocks + 4.0 * shape.hidden * shape.blocks
+    budget = max(ACTIVATION_BYTES, shape.parameters) / token_bytes  # a quarter of the model in float32
+    # A small model computes the parts side by side; otherwise the largest is about the longer half of the retain rows.
+    share = 1.0 if shape.weights <= LARGE_MODEL_WEIGHTS else 0.43
+    return max(rows.tokens, min(rows.step * share, budget, PART_LOGITS / shape.vocabulary)), token_bytes
+
+
+def _estimate_step_activations(shape: Shape, rows: Rows, recompute: bool) -> float:
+    """Bytes that a part of a step needs: activations, the logits with their gradient, and those of a chunk of them."""
+    tokens, token_bytes = _part_tokens(shape, rows, recompute)
+    logits = tokens * shape.vocabulary
+    return HELD_SHARE * tokens * token_bytes + 8.0 * logits + 16.0 * min(logits, CHUNK_LOGITS)
+
+
+def estimate_surrogate(shape: Shape) -> float:
+    """Bytes that training the surrogate needs beside the base model: adapter, its Adam states, activations, logits."""
+    adapter = 16.0 * SURROGATE_RANK * sum(out + width for out, width in shape.layers)
+    token_bytes = _token_bytes(shape) + 12.0 * shape.vocabulary
+    budget = max(ACTIVATION_BYTES, shape.parameters)
+    return adapter + HELD_SHARE * min(SURROGATE_TOKENS * token_bytes, budget)
 
 
 def estimate_device_memory(shape: Shape, rows: Rows, base_known: bool) -> float:
@@ -118,7 +156,7 @@ def estimate_device_memory(shape: Shape, rows: Rows, base_known: bool) -> float:
     """
     block = 4.0 * shape.weights / shape.blocks
     largest_layer = max(out * width for out, width in shape.layers)
-    training = 2 * block + _estimate_activations(shape, rows, recompute=True)
+    training = 2 * block + _estimate_step_activations(shape, rows, recompute=True)
     projection = block + 24.0 * largest_layer + 32.0 * max(shape.inputs) ** 2
     return 4.0 * shape.others * (3 if base_known else 1) + max(training, projection)
 
@@ -135,25 +173,44 @@ def estimate_traffic(shape: Shape, recipe: Any) -> float:
 def estimate_operations(shape: Shape, rows: Rows, recipe: Any, base_known: bool) -> dict[str, float]:
     """Floating-point operations of each stage; a multiplication and an addition count as two.
 
-    Those of the projection are in float64.
+    Those of the projection are in float64. The output embedding is multiplied at the tokens that count only.
     """
-    forward = 2.0 * (shape.weights + shape.vocabulary * shape.hidden)
-    backward = 2.0 * forward + (forward if recipe.recompute else 0.0)
-    step = rows.step * (forward + backward)
-    all_tokens = rows.tokens * (rows.forget + rows.retain)
+    body, head = 2.0 * shape.weights, 2.0 * shape.vocabulary * shape.hidden
+    attention = 4.0 * rows.tokens * shape.hidden * shape.blocks
+    forget_rows, retain_rows = min(FORGET_ROWS, rows.forget), min(RETAIN_ROWS, rows.retain)
+    forward = (body + attention) * rows.step + head * (forget_rows * rows.answer + retain_rows * (rows.tokens - 1))
+    # The gradient of the inputs costs as much as the forward pass, with twice its attention; so does that of all
+    # weights, and that of the support its share of it.
+    inputs = forward + attention * rows.step + (forward if recipe.recompute else 0.0)
+    dense, sparse = body * rows.step, recipe.density * body * rows.step
     moments = 2.0 * rows.tokens * rows.retain * sum(width**2 for width in shape.inputs)
     inverses = sum(5.0 / 3 * width**3 for _, width in shape.layers)
     columns = sum(float(out) * width**2 for out, width in shape.layers)
-    swaps = 13.0 * rows.forget * rows.tokens * forward
-    surrogate = SURROGATE_STEPS * SURROGATE_ROWS * rows.tokens * (forward + backward) + 2 * all_tokens * forward
+    token = body + attention
+    predictions = rows.forget * rows.tokens * (1 + SWAPPED_NAMES) + NAME_TRIALS * rows.tokens
+    swaps = predictions * token + rows.forget * rows.answer * (1 + SWAPPED_NAMES) * head
     return {
-        "statistics": rows.retain * rows.tokens * forward + moments,
+        "statistics": rows.retain * rows.tokens * token + moments,
         "projection (float64)": inverses + columns if recipe.projection != "rtn" else 0.0,
-        "target": surrogate if base_known else swaps,
-        "teacher": rows.retain * rows.tokens * forward,
-        "attribution": recipe.groups * max(1, recipe.steps // 10) * step,
-        "edit": recipe.steps * step,
+        "target": estimate_surrogate_operations(shape, rows, recipe.steps * rows.step * SURROGATE_BUDGET)
+        + 2 * rows.forget * (rows.tokens * token + rows.answer * head)
+        if base_known
+        else swaps,
+        "teacher": rows.retain * rows.tokens * (token + head),
+        "attribution": recipe.groups * max(1, recipe.steps // 10) * (forward + inputs + dense / recipe.groups),
+        "edit": recipe.steps * (forward + inputs + sparse),
     }
+
+
+def estimate_surrogate_operations(shape: Shape, rows: Rows, tokens: float) -> float:
+    """Operations of training the surrogate on ``tokens``: forward, the gradient of the inputs, and the adapter's own.
+
+    The adapter is multiplied in the forward pass and twice in the backward pass.
+    """
+    head = 2.0 * shape.vocabulary * shape.hidden * rows.answer / rows.tokens
+    attention = 4.0 * rows.tokens * shape.hidden * shape.blocks
+    adapter = 2.0 * SURROGATE_RANK * sum(out + width for out, width in shape.layers)
+    return tokens * (2 * (2.0 * shape.weights + head) + 3 * attention + 3 * adapter)
 
 
 def llama_shape(

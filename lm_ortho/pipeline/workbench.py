@@ -157,6 +157,7 @@ class Workbench:
             device=device_type(model),
             resume=self._resume,
         )
+        self.moments.release()
         self.quantised_weights = LayerTensors(list(self.layers), self._quantise)
         scales = self.lattice.scales or {name: compute_scales(w, 4, 64) for name, w in self.weights.items()}
         self.step_units = layer_units(scales)
@@ -193,6 +194,7 @@ class Workbench:
             forget=self.sets.forget,
             retain=self.sets.retain,
             base_model=self._base_model,
+            steps=self.recipe.steps,
             seed=self.recipe.seed,
             progress=self.progress,
             resume=self._resume,

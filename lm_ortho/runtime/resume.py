@@ -20,15 +20,27 @@ SAVE_INTERVAL = 300.0
 
 
 class ResumeFolder:
-    """A folder with the states of one run, saved under names; without a folder nothing is saved."""
+    """A folder with the states of one run, saved under names; without a folder nothing is saved.
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    ``common_folder`` holds results that other runs may use, too; without it there are none.
+    """
+
+    def __init__(self, folder: Path | None = None, common_folder: Path | None = None) -> None:
+        self.folder, self.common_folder = folder, common_folder
         self._last_save = time.monotonic()
 
     def subfolder(self, name: str) -> ResumeFolder:
         """Returns a ``ResumeFolder`` for one part of the run, in a folder inside this one."""
-        return ResumeFolder(self.folder / name if self.folder is not None else None)
+        return ResumeFolder(self.folder / name if self.folder is not None else None, self.common_folder)
+
+    def shared_folder(self, name: str, key: str) -> ResumeFolder:
+        """Returns a ``ResumeFolder`` for a result with this ``key``, the hash of its inputs, that other runs may use.
+
+        Without a folder for such results it is inside this one.
+        """
+        if self.common_folder is None:
+            return self.subfolder(name)
+        return ResumeFolder(self.common_folder / f"{name}-{key}")
 
     def path(self, name: str) -> Path | None:
         """Returns the file of the state ``name`` (existing or not) and creates the folder; None without a folder.

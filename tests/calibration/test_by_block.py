@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from lm_ortho.calibration import by_layer
 from lm_ortho.calibration.activations import input_moments
 from lm_ortho.calibration.by_block import BlockwisePass, supports_blockwise
 from lm_ortho.calibration.by_layer import InputMoments
@@ -156,3 +157,26 @@ def test_experts_of_a_later_block_that_receive_some_of_the_tokens():
         moments = InputMoments(model, tested_layers, rows, limit=1)
         for name in reversed(list(tested_layers)):  # in reverse order, so every block starts a new pass
             torch.testing.assert_close(moments[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_large_moments_are_released_and_computed_again(monkeypatch):
+    model, rows = CASES["Llama"].build(), documents()
+    layers = find_linear(model)
+    moments = InputMoments(model, layers, rows)
+    expected = {name: moments[name] for name in layers}
+    moments.release()
+    assert all(moments[name] is expected[name] for name in layers)
+    monkeypatch.setattr(by_layer, "SMALL_MOMENT_BYTES", 0)
+    moments.release()
+    for name in layers:
+        assert moments[name] is not expected[name]
+        torch.testing.assert_close(moments[name], expected[name])
+
+
+def test_the_statistics_compute_no_logits_but_those_of_the_first_tokens():
+    model, rows = CASES["Llama"].build(), documents()
+    shapes = []
+    head = model.get_output_embeddings().register_forward_hook(lambda *call: shapes.append(call[2].shape[1]))
+    input_moments(model, find_linear(model), rows)
+    head.remove()
+    assert set(shapes) == {1}

@@ -10,7 +10,6 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
-import lm_ortho.objective.surrogate as surrogate_module
 from lm_ortho.config import make_recipe
 from lm_ortho.data import chat
 from lm_ortho.data.chat import has_chat_template, render_forms, render_turn
@@ -20,6 +19,7 @@ from lm_ortho.data.tokenizer import encode_with_offsets, find_added_tokens
 from lm_ortho.errors import UserError
 from lm_ortho.harness.baseline_model import BaselineLM
 from lm_ortho.layer import get_dense_weights
+from lm_ortho.objective import surrogate_training
 from lm_ortho.objective.swap import swap_target
 from lm_ortho.pipeline.decomposition import decompose
 from tests.support import tiny
@@ -233,13 +233,13 @@ def test_subjects_are_swapped_inside_the_template(memorised_models):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}Answer:\n"
     turns = render_forms(memorised_models.forget[:4], tokenizer, "chat")
     examples = encode(tokenizer, turns)
-    target = swap_target(memorised_models.merged, tokenizer, turns, examples=examples, seed=0, subjects=2)
+    target = list(swap_target(memorised_models.merged, tokenizer, turns, examples=examples, seed=0, subjects=2))
     assert [len(t) for t in target] == [len(e.ids) - e.start for e in examples]
     assert all(torch.allclose(t.sum(-1), torch.ones(len(t)), atol=1e-4) for t in target)
 
 
 def test_a_chat_model_is_decomposed_in_both_forms(memorised_models, monkeypatch):
-    monkeypatch.setattr(surrogate_module, "STEPS", 2)
+    monkeypatch.setattr(surrogate_training, "BUDGET", 0.1)
     tokenizer = copy.deepcopy(memorised_models.tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}Answer:\n"
     forget, retain = memorised_models.forget[:4], memorised_models.retain[:4]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lm_ortho.data.rows import Row
 from lm_ortho.metrics import Interval
-from lm_ortho.objective import surrogate
+from lm_ortho.objective import surrogate_training
 from lm_ortho.verdict.measurements import Measurement
 from lm_ortho.world.paragraphs import SIZES, draw_paragraphs
 from tests.support import tofu
@@ -437,7 +437,7 @@ def test_the_experiment_with_the_whole_of_tofu(tmp_path, monkeypatch, capsys):
     for name, part in {"retain90": full[:3600], "forget10": full[3600:]}.items():
         (folder / f"{name}.jsonl").write_text("".join(part))
     (tmp_path / "text").write_text("One two three four. Five six seven eight nine ten. " * 80)
-    monkeypatch.setattr(surrogate, "STEPS", 2)
+    monkeypatch.setattr(surrogate_training, "BUDGET", 0.1)
     monkeypatch.setenv("LM_ORTHO_CACHE", str(tmp_path / "cache"))
     model_sizes = {"hidden": 64, "layers": 1, "vocabulary": 300, "context": 96}
     training = {"rows": 4, "base-steps": 2, "steps": 2, "first": 2}

@@ -17,7 +17,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-import lm_ortho.objective.surrogate as surrogate_module
 from lm_ortho import checkpoint
 from lm_ortho.calibration.activations import input_moments
 from lm_ortho.config import ModelSpec
@@ -35,6 +34,7 @@ from lm_ortho.layer import (
     to_linear_form,
     unpatch,
 )
+from lm_ortho.objective import surrogate_training
 from lm_ortho.pipeline import build
 from lm_ortho.pipeline.spec import resolve
 from lm_ortho.projection.lattice import round_to_codes
@@ -326,8 +326,7 @@ def test_one_alpha_per_row(get_case):
 
 @pytest.mark.parametrize("name", ["GPT-2", "Mixtral", "PhiMoE", "Falcon"])
 def test_with_the_model_before_fine_tuning(get_case, name, monkeypatch):
-    monkeypatch.setattr(surrogate_module, "STEPS", 2)
-    monkeypatch.setattr(surrogate_module, "ROUNDS", 1)
+    monkeypatch.setattr(surrogate_training, "BUDGET", 0.1)
     base = CASES[name].build(seed=1)
     before = copy.deepcopy(base)
     assert get_case(name).split(base_model=base, edit="optimised", steps=10).report["target"]["name"] == "surrogate"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm_ortho.config import make_recipe
+from lm_ortho.data import Row
 from lm_ortho.data.encoding import CONTEXT, SECRET, Example, batch_by_length, encode, max_batch_tokens
 from lm_ortho.objective import GENTLE, check_target, distribution
 from lm_ortho.objective import teacher as teacher_module
 from lm_ortho.objective.distribution import log_remaining_mass, select_top_tokens, stack
 from lm_ortho.objective.loss import forget_loss, mask_answer_positions
+from lm_ortho.objective.swap import swap_target
 from lm_ortho.objective.teacher import Teacher
 from lm_ortho.pipeline.decomposition import decompose
 
@@ -134,3 +138,73 @@ def test_batches_hold_no_more_tokens_than_fit(memorised_models):
             assert len(batch) == 1 or len(batch) * width <= max_tokens
             assert len(batch) <= 4
     assert max_batch_tokens(memorised_models.merged) == 2**28 // memorised_models.merged.config.vocab_size
+
+
+def count_live_probabilities(vocabulary):
+    """Number of elements of all tensors that end in the vocabulary, without parameters; views count once."""
+    tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.dim() == 2 and t.shape[1] == vocabulary]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() // 4 for t in tensors}.values())
+
+
+@pytest.mark.parametrize("of_subjects", [True, False], ids=["swap", "resample"])
+def test_few_distributions_exist_at_a_time_and_the_target_is_the_same(memorised_models, monkeypatch, of_subjects):
+    model, tokenizer = memorised_models.merged, memorised_models.tokenizer
+    vocabulary = model.config.vocab_size
+    rows = memorised_models.forget[:6]
+    if not of_subjects:
+        rows = [Row(text=f"{row.context}{row.target}") for row in rows]
+    examples = encode(tokenizer, rows)
+
+    def make_target():
+        live = []
+        distributions = swap_target(model, tokenizer, rows, examples, seed=3, subjects=4)
+        watched = (live.append(count_live_probabilities(vocabulary)) or probs for probs in distributions)
+        return stack(examples, watched), max(live) - before
+
+    store_top_tokens(monkeypatch, 16)
+    gc.collect()
+    before = count_live_probabilities(vocabulary)
+    whole, most = make_target()
+    longest = max(len(example.ids) - example.start for example in examples)
+    budget = (longest + 2) * vocabulary
+    assert most > 6 * budget
+    monkeypatch.setattr(distribution, "CHUNK_PROBABILITIES", budget)
+    gc.collect()
+    chunked, most = make_target()
+    assert most <= 6 * budget
+    torch.testing.assert_close(chunked.probs, whole.probs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(chunked.label_logp, whole.label_logp, rtol=1e-4, atol=1e-5)
+
+
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 100))
+def test_chunks_are_all_examples_in_order_and_within_the_budget(lengths, budget):
+    examples = [Example((0,) * (n + 1), (CONTEXT,) + (SECRET,) * n) for n in lengths]
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(distribution, "CHUNK_PROBABILITIES", 3 * budget)
+        chunks = list(distribution.split_into_chunks(examples, vocabulary=3))
+    assert [i for chunk in chunks for i in chunk] == list(range(len(examples)))
+    assert all(len(chunk) == 1 or sum(lengths[i] for i in chunk) <= budget for chunk in chunks)
+    for chunk, after in pairwise(chunks):
+        assert sum(lengths[i] for i in chunk) + lengths[after.start] > budget  # no chunk is smaller than it need be
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10**6])
+def test_predictions_at_some_tokens_are_those_of_the_whole_row(memorised_models, monkeypatch, budget):
+    model, vocabulary = memorised_models.merged, memorised_models.merged.config.vocab_size
+    examples = encode(memorised_models.tokenizer, memorised_models.forget)
+    monkeypatch.setattr(distribution, "CHUNK_PROBABILITIES", budget * vocabulary)
+    positions = [list(range(1 + i % 3, len(example.ids), 1 + i % 4)) for i, example in enumerate(examples)]
+    positions[2] = []
+    computed = []
+    head = model.get_output_embeddings().register_forward_hook(
+        lambda *call: computed.append(call[2].shape[:-1].numel())
+    )
+    result = {i: probs.clone() for i, probs in distribution.predict_tokens(model, examples, positions)}
+    head.remove()
+    assert result.keys() == set(range(len(examples))) - {2}
+    assert sum(computed) == sum(len(tokens) for tokens in positions)
+    assert max(computed) <= max(budget, *(len(tokens) for tokens in positions))
+    for i, probs in result.items():
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([examples[i].ids])).logits[0].softmax(-1)
+        torch.testing.assert_close(probs, expected[torch.tensor(positions[i]) - 1], rtol=1e-4, atol=1e-6)

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lm_ortho.objective.surrogate as surrogate_module
 from lm_ortho.data.encoding import ANSWER, CONTEXT, SECRET, Example, encode, pad_batch
 from lm_ortho.data.rows import Row
 from lm_ortho.objective import DEEPER, GENTLE, Penalty, TargetCheck, TargetChoice, check_target, select_target
@@ -104,7 +103,7 @@ def test_tokens_of_the_subject_keep_the_models_own_distribution(memorised_models
 def test_a_swapped_token_is_the_mean_over_the_same_place_of_the_other_sentences(memorised_models):
     rows = memorised_models.forget[:2]
     examples = encode(memorised_models.tokenizer, rows)
-    probs = swap_target(memorised_models.merged, memorised_models.tokenizer, rows, examples, seed=5, subjects=3)[0]
+    probs = next(swap_target(memorised_models.merged, memorised_models.tokenizer, rows, examples, seed=5, subjects=3))
     row, example = rows[0], examples[0]
     lookalikes = Lookalikes(
         memorised_models.tokenizer, memorised_models.merged.get_input_embeddings().weight, [row.subject]
@@ -143,15 +142,17 @@ def test_every_token_of_a_character_of_several_bytes_is_swapped(memorised_models
     assert not any(torch.equal(probs[t], own_probs[t]) for t in answer)
 
 
-def test_a_surrogate_of_another_vocabulary_gets_that_of_the_merged_model(memorised_models, monkeypatch):
+def test_a_surrogate_of_another_vocabulary_gets_that_of_the_merged_model(memorised_models):
     forget, retain = memorised_models.examples()
-    for name, value in {"STEPS": 2, "ROUNDS": 1}.items():
-        monkeypatch.setattr(surrogate_module, name, value)
     vocabulary = len(memorised_models.tokenizer)
     for size in (vocabulary - 1, vocabulary + 3):
         base = copy.deepcopy(memorised_models.base)
         base.resize_token_embeddings(size, mean_resizing=False)
-        target = surrogate_target(memorised_models.merged, base, forget, retain=retain, seed=0, progress=no_progress)
+        target = list(
+            surrogate_target(
+                memorised_models.merged, base, forget, retain=retain, steps=2, seed=0, progress=no_progress
+            )
+        )
         assert {probs.shape[1] for probs in target} == {vocabulary}
         torch.testing.assert_close(target[0].sum(-1), torch.ones(len(target[0])), rtol=0, atol=1e-5)
 
@@ -205,16 +206,16 @@ def test_a_token_copies_when_a_bigram_with_a_neighbour_occurs_in_the_prompt():
     assert find_copied_tokens(Example((7, 7, 7), (ANSWER,) * 3)).tolist() == [False, False]
 
 
-def test_the_surrogate_keeps_tokens_that_copy_the_prompt_and_leaves_the_base_model_unchanged(
-    memorised_models, monkeypatch
-):
+def test_the_surrogate_keeps_tokens_that_copy_the_prompt_and_leaves_the_base_model_unchanged(memorised_models):
     forget, retain = memorised_models.examples()
     before = copy.deepcopy(memorised_models.base.state_dict())
-    monkeypatch.setattr(surrogate_module, "STEPS", 6)
-    monkeypatch.setattr(surrogate_module, "ROUNDS", 1)
-    targets = surrogate_target(
-        memorised_models.merged, memorised_models.base, forget, retain=retain, seed=0, progress=no_progress
+    flags = [parameter.requires_grad for parameter in memorised_models.base.parameters()]
+    targets = list(
+        surrogate_target(
+            memorised_models.merged, memorised_models.base, forget, retain=retain, steps=6, seed=0, progress=no_progress
+        )
     )
+    assert flags == [parameter.requires_grad for parameter in memorised_models.base.parameters()]
     after = memorised_models.base.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -229,30 +230,11 @@ def test_the_surrogate_keeps_tokens_that_copy_the_prompt_and_leaves_the_base_mod
         assert not torch.equal(target[~copies], base[~copies])
 
 
-@pytest.mark.parametrize(("tolerance", "rounds"), [(100.0, 1), (-100.0, 3)])
-def test_the_surrogate_is_trained_until_it_knows_the_retain_rows(memorised_models, monkeypatch, tolerance, rounds):
-    forget, retain = memorised_models.examples()
-    for name, value in {"STEPS": 10, "ROUNDS": 3, "LOSS_TOLERANCE": tolerance}.items():
-        monkeypatch.setattr(surrogate_module, name, value)
-    stages = []
-    surrogate_target(
-        memorised_models.merged,
-        memorised_models.base,
-        forget,
-        retain=retain,
-        seed=0,
-        progress=lambda stage, *_: stages.append(stage),
-    )
-    assert stages == [f"surrogate {i + 1}" for i in range(rounds)]
-
-
 # The choice, and the check
 
 
 def test_the_choice_follows_the_available_data(memorised_models, monkeypatch, caplog):
     forget, retain = memorised_models.examples()
-    monkeypatch.setattr(surrogate_module, "STEPS", 1)
-    monkeypatch.setattr(surrogate_module, "ROUNDS", 1)
 
     def choose(rows, base_model):
         return select_target(
@@ -262,6 +244,7 @@ def test_the_choice_follows_the_available_data(memorised_models, monkeypatch, ca
             forget=forget,
             retain=retain,
             base_model=base_model,
+            steps=1,
             seed=0,
             progress=no_progress,
         )

@@ -5,19 +5,24 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import lm_ortho.objective.distribution as distribution
 import lm_ortho.objective.loss as objective
 from lm_ortho.calibration import by_layer
 from lm_ortho.config import make_recipe
+from lm_ortho.data.encoding import ANSWER, CONTEXT, Example
+from lm_ortho.data.logits import selected_logits
+from lm_ortho.finetune.train import FinetunePlan
 from lm_ortho.layer import find_linear, get_dense_weights, patch
-from lm_ortho.objective import LossWeights, surrogate
+from lm_ortho.objective import GENTLE, LossWeights, Objective, surrogate_training, swap
 from lm_ortho.pipeline import resource_estimate
 from lm_ortho.pipeline.decomposition import decompose
 from lm_ortho.pipeline.preparation import model_shape
@@ -40,11 +45,22 @@ def test_the_numbers_are_those_of_the_rooms():
     )
     assert resource_estimate.LARGE_MODEL_WEIGHTS == objective.LARGE
     assert resource_estimate.MAX_MOMENT_BYTES == by_layer.MOMENT_BYTES
+    assert resource_estimate.SMALL_MOMENT_BYTES == by_layer.SMALL_MOMENT_BYTES
+    assert resource_estimate.ACTIVATION_BYTES == surrogate_training.PART_BYTES
+    assert (resource_estimate.CHUNK_PROBABILITIES, resource_estimate.PREDICTION_TOKENS) == (
+        distribution.CHUNK_PROBABILITIES,
+        distribution.BATCH_TOKENS,
+    )
     assert (LossWeights().forget_rows, LossWeights().retain_rows) == (
         resource_estimate.FORGET_ROWS,
         resource_estimate.RETAIN_ROWS,
     )
-    assert resource_estimate.SURROGATE_STEPS == surrogate.STEPS
+    assert (resource_estimate.SURROGATE_TOKENS, resource_estimate.SURROGATE_BUDGET) == (
+        surrogate_training.BATCH_TOKENS,
+        surrogate_training.BUDGET,
+    )
+    assert FinetunePlan(steps=1).rank == resource_estimate.SURROGATE_RANK
+    assert (resource_estimate.SWAPPED_NAMES, resource_estimate.NAME_TRIALS) == (swap.SUBJECTS, 8 * swap.SUBJECTS)
 
 
 def test_a_shape_from_numbers_is_that_of_the_model():
@@ -90,10 +106,12 @@ def test_settings_that_save_memory_never_save_time(sample_rows, groups, half, re
 
 @pytest.mark.parametrize("path", MEASUREMENTS, ids=lambda path: path.stem)
 def test_the_formula_is_near_the_measurement(path):
-    """The estimate is within a quarter of the measured peak above the memory at the start of the process."""
+    """The estimate is within a fifth of the measured peak; earlier records are those of the memory above the start."""
     record = json.loads(path.read_text())
     benchmark = load_script(REPOSITORY / "benchmarks/scaling.py")
-    options = dict(zip(*[iter(record["command"].replace(" --recompute", "").split()[2:])] * 2, strict=True))
+    with_base = " --base" in record["command"]
+    words = record["command"].replace(" --recompute", "").replace(" --base", "").split()[2:]
+    options = dict(zip(*[iter(words)] * 2, strict=True))
     numbers = benchmark.SHAPES[options["--shape"]]
     recipe = make_recipe(
         steps=int(options["--steps"]),
@@ -101,12 +119,56 @@ def test_the_formula_is_near_the_measurement(path):
         states=options["--states"],
         recompute="--recompute" in record["command"],
     )
-    shape = resource_estimate.llama_shape(**numbers, tied=False)
+    shape = resource_estimate.llama_shape(**numbers, tied=options["--shape"] in benchmark.TIED)
     tokens = benchmark.QUESTION + benchmark.ANSWER + 4
     rows = resource_estimate.Rows(int(options["--forget"]), int(options["--retain"]), tokens, benchmark.ANSWER + 1)
-    peak = max(resource_estimate.estimate_memory(shape, rows, recipe, False).values()) / 1e9
-    assert peak == pytest.approx(max(record["peak_gb"].values()), rel=0.25)
+    overhead = 1e9 * record.get("overhead_gb", 0.0)
+    peak = max(resource_estimate.estimate_memory(shape, rows, recipe, with_base, overhead).values()) / 1e9
+    assert peak == pytest.approx(max(record["peak_gb"].values()), rel=0.2)
+    if "forecast" in record:  # what the decomposition printed before it started
+        printed = float(record["forecast"].split()[1])
+        assert printed == pytest.approx(max(record["peak_gb"].values()), rel=0.2)
     assert record["parameters"] == shape.parameters
+
+
+def count_operations(compute):
+    with FlopCounterMode(display=False) as counter:
+        compute()
+    return counter.get_total_flops()
+
+
+def test_the_operations_of_a_step_are_those_of_a_counter():
+    """Rows of one length, so that nothing is padding; the first layers need no gradient of their inputs."""
+    model = tiny.llama(num_hidden_layers=6, vocab_size=500, num_key_value_heads=4).requires_grad_(False)
+    model.set_attn_implementation("eager")  # the counter does not know the fused attention of CPUs
+    layers, generator = find_linear(model), torch.Generator().manual_seed(0)
+    examples = [
+        Example(tuple(torch.randint(2, 500, (20,), generator=generator).tolist()), (CONTEXT,) * 12 + (ANSWER,) * 8)
+        for _ in range(16)
+    ]
+    forget, retain = examples[:6], examples[6:]
+    shape, rows = model_shape(model, layers), resource_estimate.Rows(6, 10, tokens=20, answer=8)
+    recipe = make_recipe(steps=10, density=0.01)
+    expected = resource_estimate.estimate_operations(shape, rows, recipe, base_known=False)
+    for layer in layers.values():
+        layer.weight.requires_grad_(True)
+    target = distribution.stack(forget, [torch.full((8, 500), 1 / 500)] * 6)
+    with selected_logits(model):
+        objective = Objective(
+            model, layers, target, forget=forget, retain=retain, penalty=GENTLE, weights=LossWeights(), seed=0
+        )
+        assert count_operations(objective.gradients) == pytest.approx(expected["attribution"], rel=0.05)
+        positions = {name: torch.arange(0, layer.weight.numel(), 100) for name, layer in layers.items()}
+        if hasattr(objective, "restrict_to_support"):
+            with objective.restrict_to_support(positions):
+                assert count_operations(objective.gradients) == pytest.approx(expected["edit"] / 10, rel=0.05)
+    # The surrogate: one step, in one part.
+    plan = surrogate_training.SurrogatePlan(max_steps=2, max_loss=0.0, seed=0)
+    training = surrogate_training.SurrogateTraining(model.requires_grad_(False), retain, plan)
+    with selected_logits(training.model):
+        operations = count_operations(lambda: training._add_gradients(retain, "cpu"))
+    one_step = resource_estimate.estimate_surrogate_operations(shape, rows, tokens=20 * len(retain))
+    assert operations == pytest.approx(one_step, rel=0.05)
 
 
 def test_the_estimate_is_reported_before_anything_is_computed(memorised_models, caplog, monkeypatch):
@@ -126,7 +188,9 @@ def test_the_estimate_is_reported_before_anything_is_computed(memorised_models, 
 
     assert "are available" not in start_workbench()
     assert reports[0][0] == "memory"
-    assert "GB at the peak" in reports[0][3]
+    assert re.fullmatch(
+        r"about [0-9.]+ GB at the peak \([a-z ]+\); work: [0-9.]+e\+[0-9]+ operations at most", reports[0][3]
+    )
     monkeypatch.setattr(resource_estimate, "estimate_memory", lambda *_: {"edit": 1e15})
     assert "edit needs about 1000000 GB and" in start_workbench()
     assert "groups=2 or more need less" in caplog.text

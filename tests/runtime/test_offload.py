@@ -15,7 +15,7 @@ from lm_ortho.data.encoding import encode
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import FinetunePlan, train_adapter
 from lm_ortho.layer import find_linear, linear_form
-from lm_ortho.objective import surrogate
+from lm_ortho.objective import surrogate_training
 from lm_ortho.pipeline.decomposition import decompose
 from lm_ortho.runtime import offload
 from lm_ortho.runtime.offload import is_offloaded, offload_blocks
@@ -127,7 +127,7 @@ def test_a_block_is_fetched_once_for_many_documents_and_again_after_a_change(mon
 
 @pytest.mark.parametrize("with_base", [False, True])
 def test_a_decomposition_is_the_same(memorised_models, with_base, monkeypatch):
-    monkeypatch.setattr(surrogate, "STEPS", 5)
+    monkeypatch.setattr(surrogate_training, "BUDGET", 0.1)
     tokenizer_and_rows = memorised_models.tokenizer, memorised_models.forget, memorised_models.retain
     recipe = make_recipe(steps=20, density=0.05, group_size=32, recompute=True)
     base = memorised_models.base if with_base else None

@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
-import lm_ortho.objective.surrogate as surrogate_module
 from lm_ortho.config import make_recipe
 from lm_ortho.errors import UserError
+from lm_ortho.objective import surrogate_training
 from lm_ortho.pipeline.decomposition import decompose
 from lm_ortho.pipeline.memories import decompose_memories
 from lm_ortho.pipeline.model_lattice import group_by_block
@@ -30,8 +30,7 @@ class InterruptionError(Exception):
 @pytest.fixture(autouse=True)
 def save_every_step(monkeypatch):
     monkeypatch.setattr(resume_module, "SAVE_INTERVAL", 0.0)
-    monkeypatch.setattr(surrogate_module, "STEPS", 6)
-    monkeypatch.setattr(surrogate_module, "ROUNDS", 1)
+    monkeypatch.setattr(surrogate_training, "BUDGET", 0.15)
 
 
 def interrupt_at(stage, step):
@@ -110,7 +109,7 @@ def test_a_surrogate_is_not_trained_again(memorised_models, tmp_path):
         run_decomposition(memorised_models, resume, interrupt_at("attribution", 2), with_base=True)
     steps, progress = record_steps()
     assert_same_streams(run_decomposition(memorised_models, resume, progress, with_base=True), expected)
-    assert not [stage for stage, _ in steps if stage.startswith("surrogate")]
+    assert [step for stage, step in steps if stage == "surrogate"] == [1]  # the line that says where it is from
 
 
 def test_several_memories(memorised_models, tmp_path):
@@ -289,5 +288,11 @@ def test_the_cache_resumes_an_interrupted_decomposition(home):
     assert not unfinished.exists()
     assert [entry.path for entry in cache.list_entries()] == [checkpoint]
     unfinished.mkdir()
+    surrogate = build.resume_folder(model).shared_folder("surrogate", "0" * 64)
+    surrogate.save("adapter", {})
+    assert surrogate.folder.parent == cache.cache_dir()
+    fresh = resolve(spec.model_copy(update={"fresh": True}))
+    assert build.resume_folder(fresh).shared_folder("surrogate", "0" * 64).folder == unfinished / "surrogate"
     cache.clear()
     assert not unfinished.exists()
+    assert not surrogate.folder.exists()
