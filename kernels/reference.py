@@ -35,6 +35,12 @@ class SparseOperand(NamedTuple):
     values: Tensor
 
 
+class MergedOperand(NamedTuple):
+    """W(alpha) as one dense ``(out_features, in_features)`` matrix in the dtype of ``x``."""
+
+    weight: Tensor
+
+
 def base_operand(
     qweight: Tensor,
     scales: Tensor | None,
@@ -72,6 +78,25 @@ def sparse_operand(
     rows = torch.repeat_interleave(torch.arange(shape[0], device=cols.device), rowptr.diff().long())
     csr = _csr(rowptr, cols, values, shape) if _has_csr_product(values.device) else None
     return SparseOperand(shape, csr, rows * in_features + cols, values)
+
+
+def merged_operand(
+    weight: Tensor, terms: Sequence[tuple[SparseOperand, float]], dtype: torch.dtype = torch.float32
+) -> MergedOperand:
+    """W_base plus alpha times each sparse matrix; every entry is rounded once, into ``dtype``.
+
+    ``weight`` is ``base_operand`` in the dtype of the sparse values; it is not changed.
+    """
+    result = weight.clone()
+    for sparse, alpha in terms:
+        result.view(-1).index_add_(0, sparse.flat, sparse.values, alpha=alpha)
+    return MergedOperand(result.to(dtype))
+
+
+def merged_linear(x: Tensor, merged: MergedOperand, bias: Tensor | None = None) -> Tensor:
+    """The product with ``merged_operand``, ``(..., out_features)``."""
+    record("reference.merged")
+    return functional.linear(x, merged.weight, bias)
 
 
 def dual_stream_linear(
@@ -189,9 +214,7 @@ def _merging_pays(x: Tensor, weight: Tensor, *sparse: SparseOperand) -> bool:
 
 
 def _merge(weight: Tensor, sparse: SparseOperand, alpha: float) -> Tensor:
-    result = weight.clone()
-    result.view(-1).index_add_(0, sparse.flat, sparse.values, alpha=alpha)
-    return result
+    return merged_operand(weight, [(sparse, alpha)], weight.dtype).weight
 
 
 def _sparse_product(x: Tensor, sparse: SparseOperand) -> Tensor:

@@ -125,12 +125,16 @@ class OrthoLinear(nn.Module):
         alpha = current_alpha(self.dial)
         if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
             spec = ProductSpec.from_input(x, self.out_features, self.bits, self.group_size)
-            return self._cache.multiply(self, x, alpha, spec)
+            return self._cache.trace(self, x, alpha, spec)
         bound = self._cache.products.get(x.shape)
         if bound is not None and bound.fits(self, x, alpha):
             return bound.function(x)
         spec = ProductSpec.from_input(x, self.out_features, self.bits, self.group_size)
         return self._cache.bind_and_multiply(self, x, alpha, spec)
+
+    def forget_weights(self, alpha: Alpha) -> None:
+        """Frees the dense copies of the weight that products at ``alpha`` do not read."""
+        self._cache.forget_weights(alpha)
 
     def extra_repr(self) -> str:
         counts = {name: self.get_buffer(ortho_buffers(name)[2]).numel() for name in self.memories}
