@@ -12,6 +12,7 @@ from .dispatch import REFERENCE, ProductSpec, StoredBase, StoredOrtho
 from .reference import (
     MergedOperand,
     SparseOperand,
+    base_linear,
     base_operand,
     merged_linear,
     merged_operand,
@@ -72,6 +73,8 @@ class Reference:
     ) -> Callable[[Tensor], Tensor]:
         if isinstance(base, MergedOperand):
             return lambda x: merged_linear(x, base, bias)
+        if not terms:
+            return lambda x: base_linear(x, base, bias)
         return lambda x: several_linear(x, base, terms, bias)
 
 

@@ -93,6 +93,12 @@ def merged_operand(
     return MergedOperand(result.to(dtype))
 
 
+def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product with ``base_operand`` alone, ``(..., out_features)``."""
+    record("reference.base")
+    return functional.linear(x, weight, bias)
+
+
 def merged_linear(x: Tensor, merged: MergedOperand, bias: Tensor | None = None) -> Tensor:
     """The product with ``merged_operand``, ``(..., out_features)``."""
     record("reference.merged")
@@ -141,8 +147,7 @@ def prepared_linear(
     if isinstance(alpha, Tensor):
         return _per_row(x, weight, sparse, bias, alpha)
     if alpha == 0.0:
-        record("reference.base")
-        return functional.linear(x, weight, bias)
+        return base_linear(x, weight, bias)
     if sparse is None:
         raise ValueError(f"alpha={alpha} without an ortho stream")
     if _merging_pays(x, weight, sparse):
