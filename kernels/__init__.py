@@ -5,7 +5,18 @@
 
 from .checks import MAX_FEATURES, check_codes, check_csr, check_tensor
 from .counter import calls, record, reset_calls
-from .dispatch import AUTO, KERNELS, Choice, Implementation, ProductSpec, StoredBase, StoredOrtho, choose, register
+from .dispatch import (
+    AUTO,
+    KERNELS,
+    REFERENCE,
+    Choice,
+    Implementation,
+    ProductSpec,
+    StoredBase,
+    StoredOrtho,
+    choose,
+    register,
+)
 from .gpu import Triton
 from .implementations import Cpu, Reference
 from .packing import pack_codes, packed_width, unpack_codes
@@ -15,6 +26,7 @@ __all__ = [
     "AUTO",
     "KERNELS",
     "MAX_FEATURES",
+    "REFERENCE",
     "Choice",
     "Cpu",
     "Implementation",

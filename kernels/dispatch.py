@@ -105,6 +105,13 @@ class Implementation(Protocol):
     def ortho(self, stored: StoredOrtho, dtype: torch.dtype) -> Any:
         """The operand of an ortho stream for ``x`` of ``dtype``."""
 
+    def merge(self, base: StoredBase, terms: Sequence[tuple[StoredOrtho, float]], dtype: torch.dtype) -> Any | None:
+        """The operand of W(alpha) as one matrix, which ``linear`` and ``bind`` take as ``base`` without ``terms``.
+
+        None if the implementation reads the two streams in any case. The layer keeps one such operand, that of the
+        alpha used last.
+        """
+
     def linear(
         self, x: Tensor, base: Any, terms: Sequence[tuple[Any, float | Tensor]], bias: Tensor | None, spec: ProductSpec
     ) -> Tensor:

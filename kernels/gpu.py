@@ -61,6 +61,9 @@ class Triton:
         """One 32-bit word per value."""
         return layout.ortho_words([(stored.rowptr, stored.cols, stored.vals)], stored.in_features)
 
+    def merge(self, base: StoredBase, terms: Sequence[tuple[StoredOrtho, float]], dtype: torch.dtype) -> None:
+        return None
+
     def linear(
         self,
         x: Tensor,

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from .cpu import library, op, operands
 from .dispatch import REFERENCE, ProductSpec, StoredBase, StoredOrtho
-from .reference import SparseOperand, base_operand, several_linear, sparse_operand
+from .reference import (
+    MergedOperand,
+    SparseOperand,
+    base_linear,
+    base_operand,
+    merged_linear,
+    merged_operand,
+    several_linear,
+    sparse_operand,
+)
 
 MIN_WEIGHTS = 2**20
 """The number of weights from which ``auto`` selects the CPU kernel. A smaller dense copy stays in the caches, where the
@@ -19,7 +28,7 @@ products of torch are as fast; see docs/kernels.md."""
 class Reference:
     """The reference kernel in plain PyTorch: any device, any floating dtype, differentiable.
 
-    Keeps a dense copy of the base stream in the dtype of ``x``.
+    Keeps a dense copy in the dtype of ``x``: of the base stream, and of W(alpha) where all rows have one alpha.
     """
 
     name = REFERENCE
@@ -37,24 +46,35 @@ class Reference:
     def ortho(self, stored: StoredOrtho, dtype: torch.dtype) -> SparseOperand:
         return sparse_operand(*stored, dtype)
 
+    def merge(self, base: StoredBase, terms: Sequence[tuple[StoredOrtho, float]], dtype: torch.dtype) -> MergedOperand:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        sparse_terms = [(sparse_operand(*stored, wide), alpha) for stored, alpha in terms]
+        return merged_operand(self.base(base, wide), sparse_terms, dtype)
+
     def linear(
         self,
         x: Tensor,
-        base: Tensor,
+        base: Tensor | MergedOperand,
         terms: Sequence[tuple[SparseOperand, float | Tensor]],
         bias: Tensor | None,
         spec: ProductSpec,
     ) -> Tensor:
+        if isinstance(base, MergedOperand):
+            return merged_linear(x, base, bias)
         return several_linear(x, base, terms, bias)
 
     def bind(
         self,
         x: Tensor,
-        base: Tensor,
+        base: Tensor | MergedOperand,
         terms: Sequence[tuple[SparseOperand, float]],
         bias: Tensor | None,
         spec: ProductSpec,
     ) -> Callable[[Tensor], Tensor]:
+        if isinstance(base, MergedOperand):
+            return lambda x: merged_linear(x, base, bias)
+        if not terms:
+            return lambda x: base_linear(x, base, bias)
         return lambda x: several_linear(x, base, terms, bias)
 
 
@@ -92,6 +112,9 @@ class Cpu:
 
     def ortho(self, stored: StoredOrtho, dtype: torch.dtype) -> Tensor:
         return operands.pack_sheets(stored.rowptr, stored.cols, stored.vals, stored.in_features)
+
+    def merge(self, base: StoredBase, terms: Sequence[tuple[StoredOrtho, float]], dtype: torch.dtype) -> None:
+        return None
 
     def linear(
         self,

@@ -35,6 +35,12 @@ class SparseOperand(NamedTuple):
     values: Tensor
 
 
+class MergedOperand(NamedTuple):
+    """W(alpha) as one dense ``(out_features, in_features)`` matrix in the dtype of ``x``."""
+
+    weight: Tensor
+
+
 def base_operand(
     qweight: Tensor,
     scales: Tensor | None,
@@ -72,6 +78,31 @@ def sparse_operand(
     rows = torch.repeat_interleave(torch.arange(shape[0], device=cols.device), rowptr.diff().long())
     csr = _csr(rowptr, cols, values, shape) if _has_csr_product(values.device) else None
     return SparseOperand(shape, csr, rows * in_features + cols, values)
+
+
+def merged_operand(
+    weight: Tensor, terms: Sequence[tuple[SparseOperand, float]], dtype: torch.dtype = torch.float32
+) -> MergedOperand:
+    """W_base plus alpha times each sparse matrix; every entry is rounded once, into ``dtype``.
+
+    ``weight`` is ``base_operand`` in the dtype of the sparse values; it is not changed.
+    """
+    result = weight.clone()
+    for sparse, alpha in terms:
+        result.view(-1).index_add_(0, sparse.flat, sparse.values, alpha=alpha)
+    return MergedOperand(result.to(dtype))
+
+
+def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The product with ``base_operand`` alone, ``(..., out_features)``."""
+    record("reference.base")
+    return functional.linear(x, weight, bias)
+
+
+def merged_linear(x: Tensor, merged: MergedOperand, bias: Tensor | None = None) -> Tensor:
+    """The product with ``merged_operand``, ``(..., out_features)``."""
+    record("reference.merged")
+    return functional.linear(x, merged.weight, bias)
 
 
 def dual_stream_linear(
@@ -116,8 +147,7 @@ def prepared_linear(
     if isinstance(alpha, Tensor):
         return _per_row(x, weight, sparse, bias, alpha)
     if alpha == 0.0:
-        record("reference.base")
-        return functional.linear(x, weight, bias)
+        return base_linear(x, weight, bias)
     if sparse is None:
         raise ValueError(f"alpha={alpha} without an ortho stream")
     if _merging_pays(x, weight, sparse):
@@ -189,9 +219,7 @@ def _merging_pays(x: Tensor, weight: Tensor, *sparse: SparseOperand) -> bool:
 
 
 def _merge(weight: Tensor, sparse: SparseOperand, alpha: float) -> Tensor:
-    result = weight.clone()
-    result.view(-1).index_add_(0, sparse.flat, sparse.values, alpha=alpha)
-    return result
+    return merged_operand(weight, [(sparse, alpha)], weight.dtype).weight
 
 
 def _sparse_product(x: Tensor, sparse: SparseOperand) -> Tensor:

@@ -249,6 +249,14 @@ class ModelSpec(ModelSource):
     force: bool = Field(
         False, strict=True, description="Decompose a model although nothing says that it knows the forget rows."
     )
+    held_out: str = Field(
+        "auto",
+        description="Retain rows that the calibration does not read and `retain_set` measures: `auto` (a tenth, 100 at "
+        "most, by subject, of 100 rows or more), `none`, or a file of rows.",
+    )
+    gguf_file: str | None = Field(
+        None, description="GGUF file in the directory or repository of the model, which is dequantised."
+    )
     tokenizer: Any = Field(
         None, description="Tokenizer to use instead of the one in the directory of the adapter or of the model."
     )
@@ -256,7 +264,12 @@ class ModelSpec(ModelSource):
     token: str | None = Field(None, description="Access token for the hub.")
     recipe: Recipe = Field(default_factory=lambda: Recipe.model_validate({}), description="The recipe.")
 
-    @field_validator("tokenizer", "subfolder", mode="before")
+    @field_validator("held_out", mode="before")
+    @classmethod
+    def _spell_out_no_rows(cls, held_out: Any) -> Any:
+        return "none" if held_out is None else spell_out_name(held_out)  # lm-eval parses ``held_out=none`` as None
+
+    @field_validator("tokenizer", "subfolder", "gguf_file", mode="before")
     @classmethod
     def _check_loading_place(cls, name: Any) -> Any:
         return check_place(name)
@@ -271,7 +284,8 @@ class ModelSpec(ModelSource):
     @property
     def loading_options(self) -> dict[str, Any]:
         """Keyword arguments for ``from_pretrained`` of ``pretrained``; only those that differ from the default."""
-        options = {name: getattr(self, name) for name in ("revision", "subfolder", "token", "trust_remote_code")}
+        names = ("revision", "subfolder", "token", "trust_remote_code", "gguf_file")
+        options = {name: getattr(self, name) for name in names}
         return {name: value for name, value in options.items() if value}
 
     @property

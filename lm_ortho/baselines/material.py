@@ -73,6 +73,7 @@ def material_from_files(
         forget=forget or None,
         retain=retain or None,
         tokenizer=tokenizer,
+        held_out="none",
         **hub,
     )
     resolved = resolve(spec)

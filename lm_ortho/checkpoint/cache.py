@@ -26,7 +26,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from typing import Any
 import platformdirs
 from torch import nn
 
+from lm_ortho.checkpoint.duplicate import duplicate
 from lm_ortho.checkpoint.manifest import MANIFEST_FILE, read_manifest
 from lm_ortho.checkpoint.write import USED_FILE, save
 from lm_ortho.errors import UserError
@@ -130,13 +131,48 @@ def store(
     ``description`` is one line for ``list_entries``. An existing entry is replaced in one step; of several processes
     that store one key the last one wins.
     """
+    meta = {**(meta or {}), "description": description}
+    return _store_version(key, lambda directory: save(directory, model, tokenizer, meta))
+
+
+def store_copy(key: str, checkpoint: Path, description: str = "") -> bool:
+    """Makes a copy of a checkpoint the entry of ``key``, as ``store`` does; returns whether its weights are hard links.
+
+    Raises:
+        OSError: if the cache cannot be written.
+    """
+    are_links = list[bool]()
+    meta = {**read_manifest(checkpoint).meta, "description": description}
+
+    def write(directory: Path) -> None:
+        directory.mkdir()
+        are_links.append(duplicate(checkpoint, directory, meta))
+
+    _store_version(key, write)
+    return all(are_links)
+
+
+def copy_entry(entry: Path, directory: Path) -> bool:
+    """Copies an entry, without its description, into an empty folder; returns whether the weights are hard links.
+
+    Raises:
+        UserError: for an entry that is damaged; its weights are verified when the copy is loaded.
+        OSError: if ``directory`` cannot be written.
+    """
+    meta = {name: value for name, value in read_manifest(entry).meta.items() if name != "description"}
+    return duplicate(entry, directory, meta)
+
+
+def _store_version(key: str, write: Callable[[Path], object]) -> Path:
+    """Lets ``write`` make a checkpoint, makes it the entry of ``key``, evicts old entries, and returns its folder."""
     link = entry_path(key)
     make_private_directory(link.parent)
     version = link.with_name(f".{key}.version-{uuid.uuid4().hex[:12]}")
     version.mkdir(mode=0o700)
+    path = version / _CHECKPOINT
     with lock_folder(version):
         try:
-            path = save(version / _CHECKPOINT, model, tokenizer, {**(meta or {}), "description": description})
+            write(path)
             _mark_used(path)
             path = _publish(path, link)
         except BaseException:

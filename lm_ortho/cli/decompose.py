@@ -16,7 +16,7 @@ from lm_ortho.errors import UserError
 if TYPE_CHECKING:
     from lm_ortho.pipeline.checkpoint_writer import CheckpointSummary
 
-_SOURCE = (*ModelSource.model_fields, "tokenizer", "force")
+_SOURCE = (*ModelSource.model_fields, "held_out", "gguf_file", "tokenizer", "fresh", "force")
 
 
 @with_fields(Recipe, "recipe")
@@ -38,8 +38,9 @@ def decompose(
 ) -> None:
     """Split a model into a base stream and an ortho stream and write the checkpoint.
 
-    Without any option but --out the embedded default is made again. --pretrained needs --forget and --retain.
-    Progress goes to standard error.
+    A decomposition that this command or lm_eval has made of the same model, rows and recipe is taken from the cache,
+    and a new one is stored there. Without any option but --out it is the embedded default, made anew if it is not in
+    the cache. --pretrained needs --forget and --retain. Progress goes to standard error.
     """
     from lm_ortho.pipeline.checkpoint_writer import write_checkpoint, write_checkpoint_with_memory
 
@@ -67,6 +68,8 @@ def _summary_text(summary: CheckpointSummary, memory: str | None) -> str:
             f"density {summary.density:.4g}{in_all}, of at most {recipe['density']:g}{for_each}",
             f"{summary.bits_per_weight:.3f} bits per weight: {lattice} base stream and BF16 ortho stream",
             f"target {target_text}",
+            *([f"cache: {summary.cache}"] if summary.cache else []),
+            *([f"held out: {summary.held_out}"] if summary.held_out else []),
             f"next: {summary.next}",
         ]
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from torch import nn
 from lm_ortho.config import check_place
 from lm_ortho.errors import UserError, printable
 from lm_ortho.hub import describe_hub_error, first_line
+
+log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
 
 def round_to_bf16(model: nn.Module) -> nn.Module:
@@ -24,9 +29,10 @@ def round_to_bf16(model: nn.Module) -> nn.Module:
 
 
 def load_causal_lm(pretrained: str | Path, *, argument: str = "pretrained", **hub: Any) -> nn.Module:
-    """Loads a decoder model in float32, with weights rounded to BF16 values.
+    """Loads a decoder model in float32, with weights rounded to BF16 values; one of a GGUF file is dequantised.
 
-    ``argument`` is the name of the argument in error messages. ``hub``: revision, subfolder, trust_remote_code.
+    ``argument`` is the name of the argument in error messages. ``hub``: revision, subfolder, trust_remote_code,
+    gguf_file. ``pretrained`` may be a GGUF file itself.
 
     Raises:
         UserError: with a message of one line, for a missing directory, a directory without a config, an
@@ -34,12 +40,15 @@ def load_causal_lm(pretrained: str | Path, *, argument: str = "pretrained", **hu
             another shape than in the config, or that are NaN or infinite, and without network access.
     """
     # 1. Check the configuration before anything large is read.
+    pretrained, hub = split_gguf(pretrained, hub)
     config = load_config(pretrained, argument=argument, **hub)
     check_decoder(config, f"{argument}={str(pretrained)!r}")
     if method := quantisation_method(config):
         raise UserError(
             f"{argument}={str(pretrained)!r}: weights are already packed ({method}); pass the unquantised model"
         )
+    if gguf_file := hub.get("gguf_file"):
+        log.info("%s: the weights of %s are dequantised, %s", argument, gguf_file, describe_gguf(pretrained, gguf_file))
     from transformers import AutoModelForCausalLM
 
     # 2. Load the weights.
@@ -56,6 +65,8 @@ def load_causal_lm(pretrained: str | Path, *, argument: str = "pretrained", **hu
         raise UserError(f"{argument}={str(pretrained)!r}: could not be loaded ({reason})") from None
     except Exception as error:  # safetensors has error classes of its own for damaged files
         raise UserError(f"{argument}={str(pretrained)!r}: weights are damaged ({first_line(error)})") from None
+    if gguf_file:
+        _mark_as_plain(model)
     # 3. Check that every weight came from the files and is finite.
     _check_loading_info(model, loading_info, f"{argument}={str(pretrained)!r}")
     check_finite(model, f"{argument}={str(pretrained)!r}")
@@ -99,9 +110,16 @@ def load_config(pretrained: str | Path, *, argument: str = "pretrained", **hub: 
     """Loads the configuration of a model; raises ``UserError`` as ``load_causal_lm``."""
     from transformers import AutoConfig
 
+    find_place(pretrained, argument)
+    pretrained, hub = split_gguf(pretrained, hub)
     local = find_place(pretrained, argument)
     inside = local / hub.get("subfolder", "")
-    if local.is_dir() and not (inside / "config.json").is_file():
+    gguf_file = hub.get("gguf_file")
+    if gguf_file:
+        _check_gguf(local, inside / gguf_file, f"{argument}={str(pretrained)!r}")
+    elif local.is_file():
+        raise UserError(f"{argument}={str(pretrained)!r} is a file; give the directory of the model, or a GGUF file")
+    elif local.is_dir() and not (inside / "config.json").is_file():
         folder = f"subfolder {hub['subfolder']!r}" if hub.get("subfolder") else "directory"
         if (inside / "adapter_config.json").is_file():
             raise UserError(
@@ -116,10 +134,16 @@ def load_config(pretrained: str | Path, *, argument: str = "pretrained", **hub: 
             "leave it out, or use the model's name on the hub"
         )
     try:
-        return AutoConfig.from_pretrained(expand_path(pretrained), **_without_code_prompt(hub))
+        config = AutoConfig.from_pretrained(expand_path(pretrained), **_without_code_prompt(hub))
     except Exception as error:  # hub client, JSON and configuration errors have no common base
         reason = describe_hub_error(error, pretrained, hub.get("revision"))
-        raise UserError(f"{argument}={str(pretrained)!r}: its config could not be read ({reason})") from None
+        raise UserError(
+            f"{argument}={str(pretrained)!r}: its config could not be read "
+            f"({f'{gguf_file}: ' if gguf_file else ''}{reason})"
+        ) from None
+    if gguf_file and quantisation_method(config) == "gguf":
+        del config.quantization_config  # the weights are dequantised
+    return config
 
 
 def load_tokenizer(source: str | Path, **hub: Any) -> Any:
@@ -130,6 +154,10 @@ def load_tokenizer(source: str | Path, **hub: Any) -> Any:
     """
     from transformers import AutoTokenizer
 
+    find_place(source, "tokenizer")
+    source, hub = split_gguf(source, hub)
+    if hub.get("gguf_file"):
+        _require_gguf_package()
     local = find_place(source, "tokenizer")
     if not local.is_dir() and (local.is_absolute() or str(source).startswith((".", "~"))):
         raise UserError(f"tokenizer={str(source)!r}: no such directory")
@@ -140,6 +168,52 @@ def load_tokenizer(source: str | Path, **hub: Any) -> Any:
         raise UserError(
             f"tokenizer={str(source)!r} could not be loaded ({reason}); use the directory or hub id of a tokenizer"
         ) from None
+
+
+def split_gguf(source: str | Path, hub: Mapping[str, Any]) -> tuple[str | Path, dict[str, Any]]:
+    """Returns directory and options as transformers takes them where ``source`` is a GGUF file itself."""
+    path = Path(expand_path(source))
+    if path.suffix.lower() == ".gguf" and path.is_file() and not hub.get("gguf_file"):
+        return str(path.parent), {**hub, "gguf_file": path.name}
+    return source, dict(hub)
+
+
+def _check_gguf(local: Path, file: Path, source: str) -> None:
+    """Raises ``UserError`` for a GGUF file that cannot be read; ``source`` begins the message."""
+    if local.is_dir() and not file.is_file():
+        names = sorted(path.name for path in local.glob("*.gguf"))
+        hint = f"it holds {', '.join(names[:3])}" if names else "it holds no GGUF file"
+        raise UserError(f"gguf_file={file.name!r:.80}: no such file in {source} ({hint})")
+    if file.is_file():
+        with file.open("rb") as stream:
+            if stream.read(4) != b"GGUF":
+                raise UserError(f"gguf_file={file.name!r:.80}: {source} has a file of that name that is no GGUF file")
+    _require_gguf_package()
+
+
+def _require_gguf_package() -> None:
+    if find_spec("gguf") is None:
+        raise UserError("gguf_file: reading it needs the package gguf: pip install 'lm-ortho[gguf]'")
+
+
+def describe_gguf(directory: str | Path, gguf_file: str) -> str:
+    """Returns the types of the tensors in a local GGUF file, such as Q4_1 (210), F32 (61); else a generic phrase."""
+    path = Path(expand_path(directory)) / gguf_file
+    if not path.is_file():
+        return "whatever their types are"
+    from gguf import GGUFReader
+
+    counts = Counter(tensor.tensor_type.name for tensor in GGUFReader(path).tensors)
+    return "of " + ", ".join(f"{name} ({number})" for name, number in counts.most_common(4))
+
+
+def _mark_as_plain(model: Any) -> None:
+    """Removes what transformers notes about the packed file: with it a model is neither cast nor written."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("is_quantized", "quantization_method", "hf_quantizer"):
+        if name in vars(model):
+            delattr(model, name)
 
 
 def check_decoder(config: Any, source: str) -> None:

@@ -34,7 +34,7 @@ from lm_ortho.runtime.device import MAX_BATCH_ROWS, check_batch_size, choose_dev
 
 log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
-_PACKED = ("autogptq", "gptqmodel", "gguf_file", "delta", "load_in_4bit", "load_in_8bit")
+_PACKED = ("autogptq", "gptqmodel", "delta", "load_in_4bit", "load_in_8bit")
 _LOADING = ("attn_implementation", "device_map", "local_files_only", "token", "use_safetensors")
 """Further arguments that are passed on to ``from_pretrained``."""
 
@@ -89,7 +89,11 @@ class LibOrthoLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin)
         self.kernel, self.forget, self.retain = self.spec.kernel, self.spec.forget, self.spec.retain
         self.pretrained_argument, self.tokenizer_argument = pretrained, self.spec.tokenizer
         self._resolved = resolve(self.spec)
+        self.spec = self._resolved.spec
         check_alpha(self._resolved)
+        # The calibration of a finished checkpoint is not known; ``held_out`` says what it did not read.
+        is_known = self._resolved.kind != "checkpoint" or "held_out" in self.spec.model_fields_set
+        self.held_out = self.spec.held_out if is_known else "none"
         # 2. Choose device and batch size, and connect the processes of torchrun.
         hf.register()
         decision = choose_device(device)
@@ -159,7 +163,7 @@ class LibOrthoLM(distributed.DistributedMixin, TextEncodingMixin, BatchingMixin)
         subfolder: str = "",
     ) -> None:
         """Loads the configuration with the access token, which ``HFLM`` does not pass on."""
-        options = {"revision": revision, "subfolder": subfolder, "token": self.access_token}
+        options = {"revision": revision, "subfolder": subfolder, "token": self.access_token, "gguf_file": gguf_file}
         hub_options = {name: value for name, value in options.items() if value}
         self._config = load_config(pretrained, trust_remote_code=bool(trust_remote_code), **hub_options)
 

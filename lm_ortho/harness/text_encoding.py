@@ -62,6 +62,7 @@ class TextEncodingMixin(HFLM):
                 "add_bos_token": add_bos_token,
                 "subfolder": subfolder or None,
                 "token": self.access_token,
+                "gguf_file": None if tokenizer else gguf_file,
             }
             source = load_tokenizer(source, **{name: value for name, value in options.items() if value is not None})
         elif not isinstance(source, PreTrainedTokenizerBase):

@@ -142,11 +142,13 @@ class Call:
         alpha: the alpha of the whole call.
         scope_alpha: the alpha of the scope in which the call was made, None outside any scope.
         shape: (batch, positions in the batch) of the input, or None where it was not recognised.
+        outermost: an object that the calls inside a call share with it, such as the steps of a generation.
     """
 
     alpha: Alpha
     scope_alpha: Alpha | None
     shape: tuple[int, int] | None
+    outermost: object = field(default_factory=object)
 
 
 _scope_alpha: ContextVar[Alpha | None] = ContextVar("lm_ortho_scope_alpha", default=None)
@@ -190,7 +192,9 @@ def hold_alpha(dial: Dial, shape: tuple[int, int] | None) -> Iterator[None]:
         fits = shape is None or alpha.batch in (None, shape[0])
     if not fits:
         raise UserError(f"alpha has {alpha.batch} rows but the batch has {shape[0] if shape else 0}")
-    token = _running_calls.set({**calls, dial: Call(alpha, scope_alpha, shape)})
+    is_inner = outer is not None and outer.alpha is alpha
+    call = Call(alpha, scope_alpha, shape, outer.outermost) if is_inner else Call(alpha, scope_alpha, shape)
+    token = _running_calls.set({**calls, dial: call})
     try:
         yield
     finally:
@@ -213,6 +217,11 @@ def bind_call(function: Callable[..., Any]) -> Callable[..., Any]:
             _running_calls.reset(token)
 
     return run
+
+
+def running_call(dial: Dial) -> Call | None:
+    """The call that is running now of the model whose layers share ``dial``."""
+    return _running_calls.get().get(dial)
 
 
 def current_alpha(dial: Dial) -> Alpha:

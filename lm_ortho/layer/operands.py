@@ -9,14 +9,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lm_ortho.kernels import Implementation, ProductSpec, StoredBase, StoredOrtho, choose, dispatch
-from lm_ortho.layer.alpha import Alpha, Dial, alpha_per_row
+from lm_ortho.kernels import REFERENCE, Implementation, ProductSpec, StoredBase, StoredOrtho, choose, dispatch
+from lm_ortho.layer.alpha import Alpha, Call, Dial, alpha_per_row
 from lm_ortho.streams import DEFAULT_MEMORY
 
 BASE_BUFFERS = ("qweight", "scales", "weight")
 ORTHO_BUFFERS = ("ortho_rowptr", "ortho_cols", "ortho_vals")
 _MAX_BOUND_PRODUCTS = 16
 """Shapes of ``x`` for which a product is kept ready. Prompts have many lengths; decoding has one."""
+
+
+MergeKey = tuple[str, tuple[tuple[str, float | Tensor], ...]]
+"""The name of a kernel, and the alpha of each memory that is read."""
 
 
 def ortho_buffers(memory: str) -> tuple[str, str, str]:
@@ -63,20 +67,28 @@ class OperandCache:
 
     Attributes:
         operands: (name of the kernel, memory or None for the base stream) -> operand.
+        merged: the operand of the whole weight at the alpha that was used last, where the kernel multiplies by that.
         products: shape of ``x`` -> product.
     """
 
-    __slots__ = ("operands", "products")
+    __slots__ = ("merged", "operands", "products")
 
     def __init__(self) -> None:
         self.operands: dict[tuple[str, str | None], CachedOperand] = {}
+        self.merged: tuple[MergeKey, CachedOperand] | None = None
         self.products: dict[torch.Size, BoundProduct] = {}
+
+    def trace(self, layer: StreamLayer, x: Tensor, alpha: Alpha, spec: ProductSpec) -> Tensor:
+        """``(..., out_features)``: the product of the layer with an ``x`` whose values cannot be read."""
+        kernel = choose(layer.kernel, spec).implementation
+        base = self.base_operand(layer, kernel, x.dtype)
+        return kernel.linear(x, base, self.ortho_terms(layer, kernel, x, alpha), _cast_bias(layer, x.dtype), spec)
 
     def multiply(self, layer: StreamLayer, x: Tensor, alpha: Alpha, spec: ProductSpec) -> Tensor:
         """``(..., out_features)``: the product of the layer with ``x``, without binding it."""
         kernel = choose(layer.kernel, spec).implementation
-        base = self.base_operand(layer, kernel, x.dtype)
-        return kernel.linear(x, base, self.ortho_terms(layer, kernel, x, alpha), _cast_bias(layer, x.dtype), spec)
+        base, terms = self.select_operands(layer, kernel, x, alpha)
+        return kernel.linear(x, base, terms, _cast_bias(layer, x.dtype), spec)
 
     def bind_and_multiply(self, layer: StreamLayer, x: Tensor, alpha: Alpha, spec: ProductSpec) -> Tensor:
         """The product of the layer with ``x``, kept ready for further tensors of this shape where that is possible."""
@@ -90,9 +102,8 @@ class OperandCache:
             self.products = {}  # they would keep streams alive that were replaced
         versions, epoch, kernel_name = _tensor_versions(buffers), dispatch.epoch, layer.kernel
         kernel = choose(kernel_name, spec).implementation
-        terms = self.ortho_terms(layer, kernel, x, alpha)
         with torch.inference_mode(False), torch.no_grad():
-            base = self.base_operand(layer, kernel, x.dtype)
+            base, terms = self.select_operands(layer, kernel, x, alpha)
             function = kernel.bind(x, base, terms, _cast_bias(layer, x.dtype), spec)
         if len(self.products) >= _MAX_BOUND_PRODUCTS:
             self.products = {}
@@ -108,35 +119,84 @@ class OperandCache:
         )
         return function(x)
 
+    def select_operands(
+        self, layer: StreamLayer, kernel: Implementation, x: Tensor, alpha: Alpha
+    ) -> tuple[Any, list[tuple[Any, Any]]]:
+        """What ``kernel`` multiplies ``x`` by: a base operand and ortho terms, or a merged operand without terms.
+
+        Raises:
+            UserError: as ``ortho_terms``.
+        """
+        factors = self._read_factors(layer, alpha)
+        if factors and not any(isinstance(factor, Tensor) for _, factor in factors):
+            merged = self.merged_operand(layer, kernel, x.dtype, factors)
+            if merged is not None:
+                return merged, []
+        return self.base_operand(layer, kernel, x.dtype), self.ortho_terms(layer, kernel, x, alpha)
+
+    def forget_weights(self, alpha: Alpha) -> None:
+        """Frees the dense copies that products at ``alpha`` do not read; they are made again where they are needed."""
+        self.merged, self.products = None, {}
+        if alpha.reads_ortho:
+            self.operands.pop((REFERENCE, None), None)
+
     def ortho_terms(self, layer: StreamLayer, kernel: Implementation, x: Tensor, alpha: Alpha) -> list[tuple[Any, Any]]:
         """Operands of the ortho streams that ``alpha`` reads, each with one number or one per row.
 
         Raises:
             UserError: if ``alpha`` names an unknown memory or needs an ortho stream that the layer does not have.
         """
-        terms = list[tuple[Any, float | Tensor]]()
+        return [
+            (
+                self.ortho_operand(layer, kernel, x.dtype, name),
+                alpha_per_row(layer.dial, alpha.for_memory(name), x) if isinstance(factor, Tensor) else factor,
+            )
+            for name, factor in self._read_factors(layer, alpha)
+        ]
+
+    @staticmethod
+    def _read_factors(layer: StreamLayer, alpha: Alpha) -> tuple[tuple[str, float | Tensor], ...]:
+        """The memories that ``alpha`` reads, each with its number or numbers; ``UserError`` as ``ortho_terms``."""
         if not alpha.reads_ortho:
-            return terms
+            return ()
         memories = layer.memories
         if alpha.named is not None or layer.absent or not memories:  # else there is nothing to refuse
             layer.check(alpha)
-        for name in memories:
-            part = alpha.for_memory(name)
-            if part.reads_ortho:
-                factor = part.value if part.rows is None else alpha_per_row(layer.dial, part, x)
-                terms.append((self.ortho_operand(layer, kernel, x.dtype, name), factor))
-        return terms
+        parts = ((name, alpha.for_memory(name)) for name in memories)
+        return tuple((name, part.value if part.rows is None else part.rows) for name, part in parts if part.reads_ortho)
+
+    def merged_operand(
+        self,
+        layer: StreamLayer,
+        kernel: Implementation,
+        dtype: torch.dtype,
+        factors: tuple[tuple[str, float | Tensor], ...],
+    ) -> Any | None:
+        """The weight at one alpha for each memory as ``kernel`` reads it; None if it reads the two streams."""
+        key = (kernel.name, factors)
+        tensors = _base_tensors(layer._buffers)
+        orthos = [_ortho_tensors(layer._buffers, name) for name, _ in factors]
+        sources = (*tensors, *(tensor for ortho in orthos for tensor in ortho))
+        if self.merged is not None and self.merged[0] == key and self.merged[1].fits(dtype, sources):
+            return self.merged[1].value
+        terms = [
+            (StoredOrtho(*ortho, layer.in_features), float(factor))
+            for ortho, (_, factor) in zip(orthos, factors, strict=True)
+        ]
+        with torch.inference_mode(False), torch.no_grad():
+            value = kernel.merge(_stored_base(layer), terms, dtype)
+        if value is not None:
+            self.merged = key, CachedOperand(value, dtype, sources, _tensor_versions(sources))
+            self.products = {}  # they would keep the previous operand alive
+        return value
 
     def base_operand(self, layer: StreamLayer, kernel: Implementation, dtype: torch.dtype) -> Any:
         """The base stream as ``kernel`` reads it for ``x`` of ``dtype``."""
-        buffers = layer._buffers
-        tensors = (buffers.get("qweight"), buffers.get("scales"), buffers.get("weight"))
+        tensors = _base_tensors(layer._buffers)
         operand = self.operands.get((kernel.name, None))
         if operand is not None and operand.fits(dtype, tensors):
             return operand.value
-        codes = tensors[0] if tensors[2] is None else tensors[2]
-        assert codes is not None
-        stored = StoredBase(codes, tensors[1], layer.bits, layer.group_size, layer.in_features)
+        stored = _stored_base(layer)
         return self._store((kernel.name, None), lambda: kernel.base(stored, dtype), dtype, tensors)
 
     def ortho_operand(self, layer: StreamLayer, kernel: Implementation, dtype: torch.dtype, memory: str) -> Any:
@@ -162,6 +222,17 @@ class OperandCache:
         self.operands[key] = CachedOperand(value, dtype, sources, _tensor_versions(sources))
         self.products = {}  # they would keep the previous operand alive
         return value
+
+
+def _base_tensors(buffers: Mapping[str, Tensor | None]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return buffers.get("qweight"), buffers.get("scales"), buffers.get("weight")
+
+
+def _stored_base(layer: StreamLayer) -> StoredBase:
+    codes, scales, weight = _base_tensors(layer._buffers)
+    stored = codes if weight is None else weight
+    assert stored is not None
+    return StoredBase(stored, scales, layer.bits, layer.group_size, layer.in_features)
 
 
 def _ortho_tensors(buffers: Mapping[str, Tensor | None], memory: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,11 +280,16 @@ class CachedOperand:
         return dtype == self.dtype
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BoundProduct:
     """A product as a function of ``x`` alone, valid for one shape of ``x`` as long as nothing else has changed.
 
-    Writes that autograd does not see (``tensor.data``) go unnoticed, as for operands.
+    Writes that autograd does not see (``tensor.data``) go unnoticed, as for operands. Streams are looked at once in a
+    call of the model: like alpha, they do not change in the middle of one. Looking at every step of a generation took
+    a tenth of its time, because these objects have left the caches whenever a layer has read its weights through them.
+
+    Attributes:
+        checked_in: ``Call.outermost`` of the call in which the streams were looked at last.
     """
 
     alpha: Alpha
@@ -224,25 +300,28 @@ class BoundProduct:
     buffers: tuple[Tensor | None, ...]
     versions: tuple[tuple[Tensor, int], ...]
     function: Callable[[Tensor], Tensor]
+    checked_in: object | None = None
 
-    def fits(self, layer: StreamLayer, x: Tensor, alpha: Alpha) -> bool:
+    def fits(self, layer: StreamLayer, x: Tensor, alpha: Alpha, call: Call | None) -> bool:
         """Whether the product is that of ``layer`` with ``x`` at ``alpha`` now; the shape of ``x`` is not checked."""
-        current_buffers = layer._buffers
         if (
             alpha is not self.alpha
             or x.dtype is not self.dtype
             or x.device != self.device
-            or layer.kernel != self.kernel
-            or dispatch.epoch != self.epoch
-            or len(current_buffers) != len(self.buffers)
             or (x.requires_grad and torch.is_grad_enabled())
             or torch.is_autocast_enabled(self.device.type)
         ):
             return False
+        if call is not None and call.outermost is self.checked_in:
+            return True
+        current_buffers = layer._buffers
+        if layer.kernel != self.kernel or dispatch.epoch != self.epoch or len(current_buffers) != len(self.buffers):
+            return False
         for buffer, current in zip(self.buffers, current_buffers.values(), strict=True):
             if buffer is not current:
                 return False
-        for buffer, version in self.versions:  # noqa: SIM110
+        for buffer, version in self.versions:
             if buffer._version != version:
                 return False
+        self.checked_in = None if call is None else call.outermost
         return True

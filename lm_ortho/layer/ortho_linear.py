@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lm_ortho.errors import UserError
 from lm_ortho.kernels import AUTO, ProductSpec
-from lm_ortho.layer.alpha import Alpha, Dial, current_alpha
+from lm_ortho.layer.alpha import Alpha, Dial, current_alpha, running_call
 from lm_ortho.layer.buffers import build_streams, list_memories, select_incoming
 from lm_ortho.layer.operands import BASE_BUFFERS, ORTHO_BUFFERS, OperandCache, ortho_buffers
 from lm_ortho.streams import DEFAULT_MEMORY, BaseStream, LayerStreams, OrthoStream
@@ -122,15 +122,20 @@ class OrthoLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., out_features)`` in the dtype of ``x`` (..., in_features)."""
-        alpha = current_alpha(self.dial)
+        call = running_call(self.dial)
+        alpha = current_alpha(self.dial) if call is None else call.alpha
         if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
             spec = ProductSpec.from_input(x, self.out_features, self.bits, self.group_size)
-            return self._cache.multiply(self, x, alpha, spec)
+            return self._cache.trace(self, x, alpha, spec)
         bound = self._cache.products.get(x.shape)
-        if bound is not None and bound.fits(self, x, alpha):
+        if bound is not None and bound.fits(self, x, alpha, call):
             return bound.function(x)
         spec = ProductSpec.from_input(x, self.out_features, self.bits, self.group_size)
         return self._cache.bind_and_multiply(self, x, alpha, spec)
+
+    def forget_weights(self, alpha: Alpha) -> None:
+        """Frees the dense copies of the weight that products at ``alpha`` do not read."""
+        self._cache.forget_weights(alpha)
 
     def extra_repr(self) -> str:
         counts = {name: self.get_buffer(ortho_buffers(name)[2]).numel() for name in self.memories}

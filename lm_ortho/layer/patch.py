@@ -135,8 +135,12 @@ def set_alpha(model: nn.Module, alpha: float | Mapping[str, float]) -> None:
     layers = _require_layers(model).values()
     for layer in layers:
         layer.check(checked_alpha)
+    is_change = any(layer.dial.default.to_numbers() != checked_alpha.to_numbers() for layer in layers)
     for dial in {layer.dial for layer in layers}:
         dial.default = checked_alpha
+    if is_change:  # one dense copy of the weights at a time, not one for each alpha
+        for layer in layers:
+            layer.forget_weights(checked_alpha)
 
 
 def get_alpha(model: nn.Module) -> float | Tensor | dict[str, float | Tensor]:

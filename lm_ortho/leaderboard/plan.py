@@ -234,7 +234,7 @@ def _hash_model(model: Model) -> str:
     if model.pretrained is None:
         weights = [files_hash(str(world.get_path(name))) for name in ("base", "memory", "never_saw")]
         return digest([weights, code_hash(*METHOD_CODE), versions()])
-    spec = make_spec(**model.model_dump(exclude={"never_saw"}))
+    spec = make_spec(**model.model_dump(exclude={"never_saw"}), held_out="none")
     resolved = resolve(spec)
     if resolved.kind != "model":
         raise UserError(

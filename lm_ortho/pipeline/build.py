@@ -21,7 +21,8 @@ import lm_ortho
 from lm_ortho import checkpoint
 from lm_ortho.checkpoint import cache
 from lm_ortho.checkpoint.manifest import read_manifest
-from lm_ortho.config import Recipe
+from lm_ortho.config import ModelSpec, Recipe
+from lm_ortho.data.held_out import describe_split
 from lm_ortho.errors import UserError
 from lm_ortho.files import WRITE_ERRORS, describe_write_error
 from lm_ortho.finetune import round_to_bf16
@@ -109,6 +110,7 @@ def _checkpoint_location(resolved: ResolvedModel, progress: ProgressCallback, de
 def ensure_cached(resolved: ResolvedModel, progress: ProgressCallback, device: str = "cpu") -> Path:
     """The directory of the decomposition of a model: found in the cache, or made on ``device`` and stored there."""
     spec, key = resolved.spec, decomposition_key(resolved)
+    log_held_out(resolved)
     entry = None if spec.fresh else cache.lookup(key)
     if entry is not None:
         log.info("decomposition: found in the cache, %s", entry)
@@ -116,9 +118,8 @@ def ensure_cached(resolved: ResolvedModel, progress: ProgressCallback, device: s
     log.info("decomposition: made now (%s)", "fresh=true" if spec.fresh else "not in the cache")
     resume = resume_folder(resolved)
     model, tokenizer, meta = decompose_model(resolved, progress, resume, device=device)
-    description = f"{spec.pretrained or 'embedded model'}, {spec.recipe.sieve} {spec.recipe.density:g}"
     try:
-        path = cache.store(key, model, tokenizer, meta, description=description)
+        path = cache.store(key, model, tokenizer, meta, description=describe_entry(spec))
     except WRITE_ERRORS as error:
         raise UserError(
             f"cache: {cache.cache_dir()} cannot be written ({describe_write_error(error)}); "
@@ -126,6 +127,17 @@ def ensure_cached(resolved: ResolvedModel, progress: ProgressCallback, device: s
         ) from None
     resume.clear()
     return path
+
+
+def describe_entry(spec: ModelSpec) -> str:
+    """The line about a decomposition in the list of the cache."""
+    return f"{spec.pretrained or 'embedded model'}, {spec.recipe.sieve} {spec.recipe.density:g}"
+
+
+def log_held_out(resolved: ResolvedModel) -> None:
+    """Logs one line about the retain rows of the user that the calibration does not read."""
+    if resolved.spec.retain:
+        log.info("held out: %s", describe_split(resolved.retain_split, resolved.spec.held_out))
 
 
 def resume_folder(resolved: ResolvedModel) -> ResumeFolder:
@@ -213,6 +225,7 @@ def _decompose_in_place(resolved: ResolvedModel, progress: ProgressCallback) -> 
     model, spec = resolved.location, resolved.spec
     if ortho_layers(model):
         return {}
+    log_held_out(resolved)
     device = next(model.parameters()).device
     decomposition = decompose_sets(
         round_to_bf16(copy.deepcopy(model).float()),

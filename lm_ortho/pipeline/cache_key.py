@@ -14,6 +14,7 @@ from lm_ortho.data.rows import Row
 from lm_ortho.data.tokenizer import describe_vocabulary
 from lm_ortho.edit import EDITS
 from lm_ortho.finetune import load_config
+from lm_ortho.finetune.loading import split_gguf
 from lm_ortho.pipeline.spec import ResolvedModel, download_model
 from lm_ortho.projection import PROJECTIONS
 from lm_ortho.runtime.progress import track
@@ -69,12 +70,16 @@ def files_hash(location: str | None, argument: str = "pretrained", **source: Any
     """Hash of the files of a model or adapter: of the content of a directory, of the commit on the hub."""
     if location is None:
         return ""
-    path, subfolder = Path(location).expanduser(), source.get("subfolder", "")
+    location, source = split_gguf(location, source)
+    path, subfolder, gguf_file = Path(location).expanduser(), source.get("subfolder", ""), source.get("gguf_file")
     if not path.is_dir():
         commit = getattr(load_config(location, argument=argument, **source), "_commit_hash", None)
-        return f"{location}@{commit or source.get('revision', 'main')}" + (f"/{subfolder}" if subfolder else "")
+        return f"{location}@{commit or source.get('revision', 'main')}" + "".join(
+            f"/{part}" for part in (subfolder, gguf_file) if part
+        )
     digest = hashlib.sha256()
     files = sorted(entry for entry in (path / subfolder).iterdir() if entry.is_file())
+    files = [path / subfolder / gguf_file] if gguf_file else files
     for file in track(files, "hashing", str(location)):
         digest.update(file.name.encode())
         with file.open("rb") as stream:

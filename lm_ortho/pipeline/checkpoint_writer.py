@@ -15,14 +15,16 @@ import torch
 import lm_ortho
 from lm_ortho import checkpoint
 from lm_ortho.checkpoint import cache
+from lm_ortho.checkpoint.verification import verify_checkpoint
 from lm_ortho.config import ModelSpec, format_model_args
 from lm_ortho.data import read_rows
+from lm_ortho.data.held_out import describe_split, split_retain_rows
 from lm_ortho.errors import UserError
-from lm_ortho.files import atomic_directory, check_output_directory
+from lm_ortho.files import WRITE_ERRORS, atomic_directory, check_output_directory, describe_write_error
 from lm_ortho.finetune import load_tokenizer
 from lm_ortho.layer import alpha_scope, get_streams, ortho_layers, patch, unpatch
-from lm_ortho.pipeline.build import BuiltModel, decompose_model, resume_folder
-from lm_ortho.pipeline.cache_key import files_hash, rows_hash, tokenizer_hash
+from lm_ortho.pipeline.build import BuiltModel, decompose_model, describe_entry, log_held_out, resume_folder
+from lm_ortho.pipeline.cache_key import decomposition_key, files_hash, rows_hash, tokenizer_hash
 from lm_ortho.pipeline.decomposition import Decomposition
 from lm_ortho.pipeline.loading import load_base
 from lm_ortho.pipeline.memories import add_memory, check_can_add
@@ -39,7 +41,11 @@ _LATTICE_KEYS = {"bits", "group_size", "projection", "targets"}
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """The summary of a written checkpoint. ``target`` is None if the recipe needs none; ``recipe`` has all keys."""
+    """The summary of a written checkpoint. ``target`` is None if the recipe needs none; ``recipe`` has all keys.
+
+    ``cache`` says where the decomposition came from or went to, ``held_out`` which retain rows ``next`` measures; each
+    is one line, or empty.
+    """
 
     directory: str
     layers: int
@@ -51,6 +57,8 @@ class CheckpointSummary:
     recipe: Mapping[str, Any]
     checkpoint: str
     seconds: float
+    cache: str
+    held_out: str
     next: str
     memories: tuple[str, ...]
 
@@ -63,9 +71,11 @@ def write_checkpoint(
     device: str | None = None,
     offload: bool = False,
 ) -> CheckpointSummary:
-    """Decomposes a model and writes the checkpoint; ignores shipped and cached ones, and resumes an interrupted run.
+    """Writes the decomposition of a model: that of the cache, or one that is made now and stored there as well.
 
-    ``device`` None is a GPU if there is one. With ``offload`` it holds one block of the model at a time.
+    ``lm_eval`` with the same model args reads the same entry. ``spec.fresh`` makes it again in any case; a shipped
+    decomposition is never taken. An interrupted run resumes. ``device`` None is a GPU if there is one. With ``offload``
+    it holds one block of the model at a time.
 
     Raises:
         UserError: for a bad ``spec`` or an occupied ``directory``, before anything is computed or written.
@@ -81,13 +91,45 @@ def write_checkpoint(
         raise UserError("offload: weights come to a GPU block by block, and this would run on the CPU, where they are")
     resolved, progress = resolve(spec.model_copy(update={"fresh": True})), progress or ProgressBars()
     with show_progress(progress):
+        key = decomposition_key(resolved)
+        log_held_out(resolved)
+        entry = None if spec.fresh else cache.lookup(key)
+        built = None if entry is None else _take_entry(entry, directory, spec)
+    cache_line = "taken from the cache, where lm_eval finds it, too; --fresh makes it again"
+    if built is None:
         resume = resume_folder(resolved)
-    log.info("device=%s: %s", *decision)
-    model, tokenizer, meta = decompose_model(resolved, progress, resume, device=decision.choice, offload=offload)
-    with show_progress(progress), atomic_directory(directory) as scratch:
-        checkpoint.save(scratch, model, tokenizer, meta)
-    resume.clear()
-    return _summarise(BuiltModel(model, meta, directory), spec, meta, time.perf_counter() - start_time)
+        log.info("device=%s: %s", *decision)
+        model, tokenizer, meta = decompose_model(resolved, progress, resume, device=decision.choice, offload=offload)
+        with show_progress(progress), atomic_directory(directory) as scratch:
+            checkpoint.save(scratch, model, tokenizer, meta)
+        resume.clear()
+        built, cache_line = BuiltModel(model, meta, directory), _store_in_cache(key, directory, spec)
+    held_out = describe_split(resolved.retain_split, spec.held_out) if spec.retain else ""
+    next_line = lm_eval_line(directory, spec, measures_held_out=bool(resolved.retain_split.held_out))
+    seconds = time.perf_counter() - start_time
+    return _summarise(built, built.meta, seconds, cache_line=cache_line, held_out=held_out, next_line=next_line)
+
+
+def _take_entry(entry: Path, directory: Path, spec: ModelSpec) -> BuiltModel | None:
+    """The decomposition of a cache entry, copied to ``directory`` and verified; None for a damaged one."""
+    try:
+        verify_checkpoint(entry, trust_remote_code=spec.trust_remote_code)
+    except UserError as error:
+        log.warning("decomposition: made now, because the cache entry is damaged (%s)", error)
+        return None
+    with atomic_directory(directory) as scratch:
+        cache.copy_entry(entry, scratch)
+        model = checkpoint.load(scratch, **spec.access_options)
+        return BuiltModel(model, checkpoint.read_meta(scratch), directory)
+
+
+def _store_in_cache(key: str, directory: Path, spec: ModelSpec) -> str:
+    """Stores a written checkpoint in the cache, if that can be written; returns a line about it."""
+    try:
+        are_links = cache.store_copy(key, directory, describe_entry(spec))
+    except WRITE_ERRORS as error:
+        return f"not stored in {cache.cache_dir()} ({describe_write_error(error)}); lm_eval would make it again"
+    return "stored for lm_eval, too" + (", as links to the same weights" if are_links else ", as a second copy")
 
 
 def write_checkpoint_with_memory(
@@ -111,7 +153,11 @@ def write_checkpoint_with_memory(
     _check_memory_spec(spec, location)
     if spec.base == "auto":
         spec = spec.model_copy(update={"base": "none"})
-    sets = CalibrationSets({name: read_rows(spec.forget or "")}, read_rows(spec.retain or "", "retain"))
+    forget_rows = read_rows(spec.forget or "")
+    split = split_retain_rows(read_rows(spec.retain or "", "retain"), spec.held_out)
+    sets = CalibrationSets({name: forget_rows}, split.calibration)
+    held_out = describe_split(split, spec.held_out)
+    log.info("held out: %s", held_out)
     # 2. Load the checkpoint, and decompose it for the new memory.
     device = require_device(device).choice
     model = checkpoint.load(location, device=device, trust_remote_code=spec.trust_remote_code)
@@ -150,7 +196,9 @@ def write_checkpoint_with_memory(
         checkpoint.save(scratch, model, tokenizer, meta)
     resume.clear()
     record = {**memory_meta, "report": decomposition.report}
-    return _summarise(BuiltModel(model, meta, directory), spec, record, time.perf_counter() - start_time)
+    next_line = lm_eval_line(directory, spec, measures_held_out=bool(split.held_out))
+    built, seconds = BuiltModel(model, meta, directory), time.perf_counter() - start_time
+    return _summarise(built, record, seconds, cache_line="", held_out=held_out, next_line=next_line)
 
 
 def _check_memory_spec(spec: ModelSpec, location: str) -> None:
@@ -205,7 +253,9 @@ def _metadata_with_memory(
     return {**recorded, "added": {**recorded.get("added", {}), name: memory_meta}}, memory_meta
 
 
-def _summarise(built: BuiltModel, spec: ModelSpec, record: Mapping[str, Any], seconds: float) -> CheckpointSummary:
+def _summarise(
+    built: BuiltModel, record: Mapping[str, Any], seconds: float, *, cache_line: str, held_out: str, next_line: str
+) -> CheckpointSummary:
     """The summary of a written checkpoint; ``record`` has recipe, base and report of this decomposition."""
     model: torch.nn.Module = built.model
     streams, info = get_streams(model), built.info()
@@ -220,15 +270,22 @@ def _summarise(built: BuiltModel, spec: ModelSpec, record: Mapping[str, Any], se
         recipe=record["recipe"],
         checkpoint=info["checkpoint"],
         seconds=round(seconds, 1),
-        next=lm_eval_line(Path(str(built.location)), spec),
+        cache=cache_line,
+        held_out=held_out,
+        next=next_line,
         memories=next(iter(ortho_layers(model).values())).memories,
     )
 
 
-def lm_eval_line(directory: Path, spec: ModelSpec) -> str:
-    """The ``lm_eval`` command that measures the checkpoint at alpha=0 on its own rows, quoted for a shell."""
+def lm_eval_line(directory: Path, spec: ModelSpec, *, measures_held_out: bool = False) -> str:
+    """The ``lm_eval`` command that measures the checkpoint at alpha=0, quoted for a shell.
+
+    It measures forgetting on the forget rows, and what stays on the retain rows that were held out, if there are any.
+    """
     args: dict[str, Any] = {"pretrained": str(directory)}
     args |= {name: path for name in ("forget", "retain") if (path := getattr(spec, name))}
+    if spec.retain and measures_held_out:
+        args["held_out"] = spec.held_out
     if spec.trust_remote_code:
         args["trust_remote_code"] = True
     args["alpha"] = 0

@@ -13,10 +13,11 @@ from torch import nn
 
 from lm_ortho import checkpoint, world
 from lm_ortho.config import ModelSpec, Recipe, make_recipe
+from lm_ortho.data.held_out import RetainSplit, split_retain_rows
 from lm_ortho.data.rows import Row, drop_forget_rows, read_forget_sets, read_rows
 from lm_ortho.errors import UserError
 from lm_ortho.finetune.adapter import find_adapter, find_adapter_tokenizer, load_adapter_config
-from lm_ortho.finetune.loading import check_decoder, expand_path, load_config, quantisation_method
+from lm_ortho.finetune.loading import check_decoder, expand_path, load_config, quantisation_method, split_gguf
 from lm_ortho.hub import describe_hub_error
 from lm_ortho.layer import ortho_layers
 from lm_ortho.pipeline.decomposition import check_recipe
@@ -88,13 +89,26 @@ class ResolvedModel:
         """
         from lm_ortho.world import corpus
 
-        forget, retain = self.spec.forget, self.spec.retain
+        forget = self.spec.forget
         sets = CalibrationSets(
             read_forget_sets(forget) if forget else {DEFAULT_MEMORY: corpus.make_forget_rows()},
-            read_rows(retain, "retain") if retain else corpus.make_calibration_rows(),
+            self.retain_split.calibration,
         )
         drop_forget_rows((row for rows in sets.forget.values() for row in rows), sets.retain)
         return sets
+
+    @cached_property
+    def retain_split(self) -> RetainSplit:
+        """The retain rows of the calibration, and those that are held out of it for evaluation.
+
+        Of the rows of the embedded world none are taken away: it has retain rows that no calibration reads.
+        """
+        from lm_ortho.world import corpus, people
+
+        if self.spec.retain:
+            return split_retain_rows(read_rows(self.spec.retain, "retain"), self.spec.held_out)
+        held_out = people.make_rows("retain") if self.spec.held_out == "auto" else self.spec.held_out
+        return split_retain_rows(corpus.make_calibration_rows(), held_out)
 
 
 def resolve(spec: ModelSpec) -> ResolvedModel:
@@ -104,6 +118,10 @@ def resolve(spec: ModelSpec) -> ResolvedModel:
         UserError: names the argument at fault.
     """
     check_recipe(spec.recipe, base_known=True)
+    if spec.pretrained is not None:
+        directory, options = split_gguf(spec.pretrained, {})
+        if options:  # a GGUF file in the place of its directory
+            spec = spec.model_copy(update={"pretrained": str(directory), **options})
     resolved = _resolve_kind(spec)
     if resolved.kind != "checkpoint":
         is_merged_here = spec.peft is not None or resolved.kind == "embedded"
@@ -170,8 +188,8 @@ def locate_model(pretrained: str) -> str:
     path = Path(location)
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise UserError(f"pretrained={pretrained!r} is an adapter; give it as peft=, and its model as pretrained=")
-    if path.is_file():
-        raise UserError(f"pretrained={pretrained!r} is a file; give the directory of the model")
+    if path.is_file() and path.suffix.lower() != ".gguf":
+        raise UserError(f"pretrained={pretrained!r} is a file; give the directory of the model, or a GGUF file")
     return location
 
 
@@ -228,7 +246,7 @@ def _refuse_recipe(spec: ModelSpec, reason: str) -> None:
 
 
 def _check_base(spec: ModelSpec) -> None:
-    if spec.base.startswith((".", "~", "/")) and not Path(spec.base).expanduser().is_dir():
+    if spec.base.startswith((".", "~", "/")) and not Path(split_gguf(spec.base, {})[0]).expanduser().is_dir():
         raise UserError(f"base={spec.base!r}: no such directory; or use auto, none")
 
 

@@ -15,14 +15,16 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lm_ortho import checkpoint
+from lm_ortho.checkpoint import cache
 from lm_ortho.cli.app import app
 from lm_ortho.config import ModelSpec, Recipe, make_recipe
-from lm_ortho.data import read_rows, write_rows
+from lm_ortho.data import Row, read_rows, write_rows
 from lm_ortho.errors import UserError
 from lm_ortho.harness.model import LibOrthoLM
+from lm_ortho.harness.tasks import datasets
 from lm_ortho.layer import get_streams
-from lm_ortho.pipeline import checkpoint_writer
-from lm_ortho.pipeline.spec import ResolvedModel
+from lm_ortho.pipeline import build, checkpoint_writer
+from lm_ortho.pipeline.spec import CalibrationSets, ResolvedModel
 
 pytestmark = pytest.mark.usefixtures("isolated_environment")
 runner = CliRunner()
@@ -36,8 +38,12 @@ def own_model_options(home: Path) -> list[str]:
     return [*FAST_RECIPE, "--force", *(part for option, name in files.items() for part in (option, str(home / name)))]
 
 
-def run(*arguments: str) -> Any:
-    return runner.invoke(app, ["decompose", *arguments])
+def unfinished_folders(tmp_path: Path) -> list[str]:
+    return [path.name for path in (tmp_path / "cache").iterdir() if path.name.startswith("unfinished-")]
+
+
+def run(*arguments: str, **options: Any) -> Any:
+    return runner.invoke(app, ["decompose", *arguments], **options)
 
 
 def refusal(*arguments: str) -> str:
@@ -68,10 +74,13 @@ def test_your_own_model_becomes_a_checkpoint(own_model_options: list[str], tmp_p
     assert lines[1] == "density 0.01999, of at most 0.02"
     assert "bits per weight: INT4" in lines[2]
     assert lines[3] == "target none (the recipe needs none)"
-    assert lines[4].startswith("next: lm_eval --model libortho --model_args pretrained=")
+    assert lines[4] == "cache: stored for lm_eval, too, as links to the same weights"
+    assert lines[5].startswith("held out: none of 3 retain rows, which are fewer than 100;")
+    assert lines[6].startswith("next: lm_eval --model libortho --model_args pretrained=")
+    assert "held_out" not in lines[6]
     assert "statistics" in result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"cache", "out"}
-    assert not list((tmp_path / "cache").iterdir()), "the states for resuming an interrupted run are deleted"
+    assert unfinished_folders(tmp_path) == [], "the states for resuming an interrupted run are deleted"
 
 
 def test_json_reports_density_and_target(own_model_options: list[str], tmp_path: Path) -> None:
@@ -120,7 +129,7 @@ def test_nothing_is_left_of_an_interrupted_run(
     assert again.exit_code == 0
     assert "statistics" in again.stderr
     assert "projection" not in again.stderr, "every block is read from the stored states"
-    assert not list((tmp_path / "cache").iterdir())
+    assert unfinished_folders(tmp_path) == []
 
 
 def test_without_options_the_embedded_model_is_decomposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +173,140 @@ def test_your_own_model_needs_both_sets_and_plain_weights(
         str(home / "decomposed") if part == str(home / "plain") else part for part in own_model_options
     ]
     assert "is decomposed already" in refusal(*arguments_with_checkpoint, *out)
+
+
+# --- one cache for this command and lm_eval
+
+
+def read_files(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.name != ".last_used"}
+
+
+def forbid_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("build", "checkpoint_writer"):
+        monkeypatch.setattr(
+            f"lm_ortho.pipeline.{module}.decompose_model", lambda *_, **__: pytest.fail("made it again")
+        )
+
+
+def test_lm_eval_finds_what_decompose_has_made_and_the_other_way_round(
+    own_model_options: list[str], home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, fresh = (tmp_path / name for name in ("first", "second", "fresh"))
+    assert run(*own_model_options, "-o", str(first)).exit_code == 0
+    with monkeypatch.context() as patch:
+        forbid_work(patch)
+        files = {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
+        recipe = {"sieve": "magnitude", "projection": "rtn", "edit": "zero", "density": 0.02, "group_size": 16}
+        lm = LibOrthoLM(str(home / "plain"), **recipe, **files, force=True, device="cpu")
+        assert lm.get_model_info()["density"] == pytest.approx(0.02, abs=1e-3)
+        result = run(*own_model_options, "-o", str(second))
+        assert result.exit_code == 0, result.exception
+        assert "\ncache: taken from the cache" in result.stdout
+    assert read_files(second) == read_files(first)
+    for name in ("base.safetensors", "ortho.safetensors"):
+        links = [(directory / name).stat().st_nlink for directory in (first, second)]
+        assert links == [3, 3], "one copy of the weights: two checkpoints and the entry"
+    assert (first / "config.json").stat().st_nlink == 1, "what a user may edit is no link"
+    with monkeypatch.context() as patch:
+        forbid_work(patch)
+        with pytest.raises(pytest.fail.Exception, match="made it again"):
+            run(*own_model_options, "--fresh", "-o", str(fresh), catch_exceptions=False)
+
+
+def test_a_damaged_entry_is_made_again_and_nothing_of_it_is_written(
+    own_model_options: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run(*own_model_options, "-o", str(tmp_path / "first")).exit_code == 0
+    (entry,) = cache.list_entries()
+    weights = entry.path / "base.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.unlink()  # it is a link to that of the first checkpoint
+    weights.write_bytes(content)
+    result = run(*own_model_options, "-o", str(tmp_path / "second"))
+    assert result.exit_code == 0, result.exception
+    assert "statistics" in result.stderr
+    assert "the cache entry is damaged" in caplog.text
+    assert read_files(tmp_path / "second") == read_files(tmp_path / "first")
+    checkpoint.load(cache.list_entries()[0].path)
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(
+    own_model_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cache, "store_copy", refuse)
+    result = run(*own_model_options, "-o", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.exception
+    assert (
+        f"cache: not stored in {tmp_path / 'cache'} (Permission denied); lm_eval would make it again" in result.stdout
+    )
+
+
+def test_without_hard_links_the_entry_is_a_copy(
+    own_model_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", refuse)
+    assert "as a second copy" in run(*own_model_options, "-o", str(tmp_path / "out")).stdout
+    result = run(*own_model_options, "-o", str(tmp_path / "again"))
+    assert "taken from the cache" in result.stdout
+    assert read_files(tmp_path / "again") == read_files(tmp_path / "out")
+
+
+# --- retain rows that are measured
+
+
+def test_the_next_command_measures_rows_that_the_calibration_did_not_read(
+    own_model_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [Row(question=f"Where is town {n}?", answer=f"It is in {n}.", subject=f"town {n}") for n in range(120)]
+    write_rows(tmp_path / "many.jsonl", rows)
+    calibrations: list[list[Row]] = []
+    decompose_sets = build.decompose_sets
+
+    def record(model: Any, tokenizer: Any, sets: CalibrationSets, **options: Any) -> Any:
+        calibrations.append(sets.retain)
+        return decompose_sets(model, tokenizer, sets, **options)
+
+    monkeypatch.setattr(build, "decompose_sets", record)
+    options = [*own_model_options, "--retain", str(tmp_path / "many.jsonl")]
+    result = run(*options, "-o", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.exception
+    assert "held out: 12 of 120 retain rows, which the calibration does not read; held_out=none" in result.stdout
+    words = shlex.split(result.stdout.splitlines()[-1])
+    model_args = simple_parse_args_string(words[words.index("--model_args") + 1])
+    assert model_args["held_out"] == "auto"
+    measured_rows = datasets.user_rows("retain", model_args)
+    assert len(measured_rows) == 12
+    assert sorted(map(repr, (*measured_rows, *calibrations[0]))) == sorted(map(repr, rows))
+    assert len(datasets.user_rows("retain", {"pretrained": "x", "retain": model_args["retain"]})) == 120
+
+    # Without the option the model that was made knows what it did not read; rows of --metadata are all measured.
+    plain_args = {"pretrained": options[options.index("--pretrained") + 1], "retain": str(tmp_path / "many.jsonl")}
+    lm = LibOrthoLM(
+        **plain_args, forget=options[options.index("--forget") + 1], sieve="magnitude", projection="rtn", edit="zero",
+        density=0.02, group_size=16, force=True, device="cpu",
+    )  # fmt: skip
+    assert len(calibrations) == 1, "taken from the cache"
+    assert datasets.user_rows("retain", plain_args) == measured_rows
+    write_rows(tmp_path / "others.jsonl", rows[:110])
+    assert len(datasets.user_rows("retain", {**plain_args, "retain": str(tmp_path / "others.jsonl")})) == 110
+    del lm
+
+    every_row = run(*options, "--held-out", "none", "-o", str(tmp_path / "all"))
+    assert "held out: none; the calibration reads all 120 retain rows" in every_row.stdout
+    assert len(calibrations[1]) == 120
+    write_rows(tmp_path / "own.jsonl", rows[:5])
+    own = run(*options, "--held-out", str(tmp_path / "own.jsonl"), "-o", str(tmp_path / "own"))
+    assert f"held_out={tmp_path}/own.jsonl" in own.stdout
+    assert calibrations[2] == rows[5:]
+    assert datasets.user_rows("retain", {**model_args, "held_out": str(tmp_path / "own.jsonl")}) == rows[:5]
 
 
 # --- several memories

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from lm_ortho.errors import UserError
-from lm_ortho.layer import alpha_scope, get_alpha, patch, set_alpha
+from lm_ortho.layer import alpha_scope, get_alpha, ortho_layers, patch, set_alpha
 from tests.support import tiny
 from tests.support.tiny import logits_at, standalone_layer, unpatched_model
 
@@ -290,6 +290,19 @@ def test_a_generation_keeps_its_alpha(model):
     set_alpha(model, 1.0)
     assert torch.equal(generate(model, CallbackDuringGeneration(lambda: set_alpha(model, 0.0))), generated_ids)
     assert get_alpha(model) == 0.0
+
+
+def test_a_generation_keeps_its_streams(model):
+    """Like alpha, a stream that is written to during a generation changes the next one, and not this one."""
+
+    def negate_values():
+        for layer in ortho_layers(model).values():
+            layer.ortho_vals.neg_()
+
+    with alpha_scope(1.0):
+        generated_ids = generate(model)
+        assert torch.equal(generate(model, CallbackDuringGeneration(negate_values)), generated_ids)
+        assert not torch.equal(generate(model), generated_ids)
 
 
 def test_a_model_called_inside_its_own_generation(model):

@@ -397,3 +397,18 @@ def test_a_dense_copy_has_the_weights_of_alpha_and_does_not_change_the_model(alp
     for name, layer in streams.items():
         assert torch.equal(dense_copy.state_dict()[f"{name}.weight"], layer.to_dense(alpha, torch.float32))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_keeps_one_dense_copy_of_its_weights(model):
+    """Evaluations change alpha by ``set_alpha``; each alpha must not leave its weights behind."""
+
+    def count_copies():
+        caches = [layer._cache for layer in ortho_layers(model).values()]
+        tensors = [operand.value for cache in caches for operand in cache.operands.values()]
+        merged = [cache.merged for cache in caches if cache.merged is not None]
+        return len([tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]), len(merged)
+
+    for alpha, copies in ((0.0, (14, 0)), (1.0, (0, 14)), (0.5, (0, 14)), (0.0, (14, 0))):
+        set_alpha(model, alpha)
+        tiny.logits(model)
+        assert count_copies() == copies

@@ -166,14 +166,20 @@ def test_a_repeated_product_is_counted_and_returns_new_memory(kernel):
 
 def test_operands_are_freed_with_their_source_tensors():
     layer = make_layer("reference")
-    with torch.no_grad(), alpha_scope(1.0):
-        for rows in (1, 2):
-            layer(torch.randn(rows, WIDTH).bfloat16())
-        references = weakref.ref(layer._cache.operands["reference", None].value)
+    references = []
+    with torch.no_grad():
+        for alpha in (0.0, 1.0):
+            with alpha_scope(alpha):
+                for rows in (1, 2):
+                    layer(torch.randn(rows, WIDTH).bfloat16())
+        references = [weakref.ref(layer._cache.operands["reference", None].value)]
+        references.append(weakref.ref(layer._cache.merged[1].value.weight))
         layer.scales.mul_(2)
-        layer(torch.randn(3, WIDTH).bfloat16())
+        for alpha in (0.0, 1.0):
+            with alpha_scope(alpha):
+                layer(torch.randn(3, WIDTH).bfloat16())
         gc.collect()
-    assert references() is None
+    assert [reference() for reference in references] == [None, None]
 
 
 def test_streams_that_were_replaced_are_not_kept_alive():
@@ -195,3 +201,40 @@ def test_the_number_of_bound_products_is_limited():
         for rows in range(1, 60):
             layer(torch.randn(rows, WIDTH).bfloat16())
     assert len(layer._cache.products) <= 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_is_that_of_the_exported_weight_for_any_number_of_rows(dtype):
+    """A sparse product for every call took a sixth longer, and in BF16 a third, than ``hf`` with that weight."""
+    layer = make_layer("reference", bias=torch.randn(96), density=0.1)
+    for alpha in (1.0, 0.3):
+        weight, bias = layer.streams().to_dense(alpha, dtype), layer.bias.to(dtype)
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-5}
+        for x in (torch.randn(1, WIDTH).to(dtype), torch.randn(200, WIDTH).to(dtype)):
+            with torch.no_grad(), alpha_scope(alpha):
+                expected = torch.nn.functional.linear(x, weight, bias)
+                torch.testing.assert_close(layer(x), expected, **tolerance)
+
+
+def test_the_weight_is_merged_once_for_an_alpha_and_again_after_a_change():
+    layer = make_layer("reference", density=0.1)
+    merge, merge_count = kernels.Reference.merge, 0
+
+    def count_merges(*arguments):
+        nonlocal merge_count
+        merge_count += 1
+        return merge(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(kernels.Reference, "merge", count_merges)
+        for expected_count, alpha in ((1, 0.5), (2, 1.0)):
+            for rows in (1, 7, 300):
+                for _ in range(2):
+                    with alpha_scope(alpha):
+                        layer(torch.randn(rows, WIDTH))
+            assert merge_count == expected_count
+        layer.ortho_vals.mul_(2)
+        x = torch.randn(1, WIDTH)
+        with alpha_scope(1.0):
+            torch.testing.assert_close(layer(x), x @ layer.streams().to_dense(1.0).T)
+    assert merge_count == 3

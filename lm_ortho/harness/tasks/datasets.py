@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import datasets
 
+from lm_ortho.data.held_out import describe_split, split_retain_rows
 from lm_ortho.data.rows import Row, read_forget_sets
 from lm_ortho.errors import UserError
 from lm_ortho.harness import tokens
 from lm_ortho.world import people, reasoning, stories
+
+log = logging.getLogger(f"lm_eval.{__name__}")  # lm-eval shows its own loggers only
 
 Splits = dict[str, datasets.Dataset]
 
@@ -84,7 +88,8 @@ def user_rows(argument: str, metadata: Mapping[str, Any]) -> list[Row]:
     """
     spec = metadata.get(argument) or _get_argument_of_newest_model(argument, metadata)
     if spec:
-        return [row for rows in read_forget_sets(spec, argument).values() for row in rows]
+        rows = [row for rows in read_forget_sets(spec, argument).values() for row in rows]
+        return rows if argument != "retain" else _select_held_out(rows, spec, metadata)
     lm = tokens.newest_model()
     pretrained = metadata.get("pretrained") if lm is None else lm.pretrained_argument
     if metadata.get("pretrained") is None and pretrained is None:
@@ -93,6 +98,23 @@ def user_rows(argument: str, metadata: Mapping[str, Any]) -> list[Row]:
         f"{argument}: the {argument}_set task needs rows: pass --metadata {argument}=rows.jsonl, or "
         f"{argument}=rows.jsonl in the model args of libortho"
     )
+
+
+def _select_held_out(rows: list[Row], spec: str, metadata: Mapping[str, Any]) -> list[Row]:
+    """Returns the retain rows that no calibration read, by ``held_out`` of the metadata or of the newest model.
+
+    Without either, and where nothing is held out, these are all rows: rows that ``--metadata retain=`` names replace
+    those of the model args.
+    """
+    lm = tokens.newest_model()
+    if "held_out" in metadata:
+        held_out = "none" if metadata["held_out"] is None else str(metadata["held_out"])
+    else:
+        held_out = lm.held_out if lm is not None and lm.retain == spec else "none"
+    split = split_retain_rows(rows, held_out)
+    if split.held_out:
+        log.info("retain_set: %s", describe_split(split, held_out))
+    return split.held_out or rows
 
 
 def user_set(argument: str, **metadata: Any) -> Splits:
