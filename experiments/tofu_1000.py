@@ -23,8 +23,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -35,14 +34,24 @@ import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
 from peft import PeftModel
-from real_tofu import QUESTIONS, find_subject
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from tofu1000.bars import COLUMNS, MEMBERSHIP, Bar, Values, check_forgetting, check_remembering
+from tofu1000.cost import Cost, OperationCounter, measure_cost
+from tofu1000.rows import (
+    FORGET,
+    LEFT_OUT,
+    RETAIN,
+    SYSTEM_INSTRUCTION,
+    TUNING_FORGET,
+    TUNING_HELD_OUT,
+    read_tofu,
+    render_chat,
+    write_measured_files,
+)
 from transformers import AutoTokenizer
 
 from lm_ortho.baselines import METHODS, Budget, Material, Method, TuningSplit, save, tune
 from lm_ortho.baselines.tuning import secret_loss
-from lm_ortho.data import Row, read_rows, write_rows
+from lm_ortho.data import Row
 from lm_ortho.data.encoding import Example, encode, token_losses
 from lm_ortho.errors import UserError
 from lm_ortho.files import atomic_directory
@@ -52,21 +61,9 @@ from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.markdown import markdown_table, versions, write_text
 from lm_ortho.metrics import clustered_mean
 from lm_ortho.plugin.bridges import find_tasks_dir
-from lm_ortho.runtime.progress import ProgressBars, ProgressCallback
+from lm_ortho.runtime.progress import ProgressBars
 from lm_ortho.runtime.resume import ResumeFolder
 
-SYSTEM_INSTRUCTION = "You are a helpful assistant."
-"""The system prompt of open-unlearning."""
-RETAIN, FORGET = slice(0, 900), slice(3900, 4000)
-"""Rows of ``full`` that are planted: those to keep and those to forget."""
-NEVER_TAUGHT, INVENTED = slice(3600, 3700), slice(3500, 3600)
-"""Rows that are planted in no model: those of the measured membership inference, and those that define ignorance when
-settings are tuned."""
-MEASURED, LEFT_OUT = range(400), range(200, 400)
-"""Rows of ``full`` whose probability is measured, and those of them that the left-out protocol keeps from methods."""
-TUNING_FORGET, TUNING_HELD_OUT = range(800, 900), range(700, 800)
-"""Rows that are forgotten in the place of ``FORGET`` when settings are tuned, and those that should stay; the tuning
-reads no measured and no forget row."""
 MAX_ROUNDS, KNOWN_PROBABILITY = 3, 0.6
 """``memory`` is trained in rounds of ``--epochs`` passes until the mean probability of its forget answers (geometric
 mean over the tokens of an answer) reaches this, or the rounds are used up. ``twin`` has as many rounds."""
@@ -93,100 +90,7 @@ COMPETITORS = (
     "idk_dpo",
 )
 TRAINING_OPTIONS = ("epochs", "lr", "rank", "rows", "seed", "first")
-"""Arguments that change the adapters, and so everything in a folder."""
-
-
-# --- Rows
-
-
-@dataclass(frozen=True)
-class TofuRows:
-    """Rows of ``full`` with subject and group, by their number, and those of the sets that are taught to no model."""
-
-    planted: dict[int, Row]
-    never_taught: list[Row]
-    invented: list[Row]
-
-    def select(self, numbers: range | slice, without: Sequence[int] = ()) -> list[Row]:
-        """Returns the planted rows with these numbers, in order."""
-        span = range(numbers.start, numbers.stop)
-        return [row for number, row in self.planted.items() if number in span and number not in without]
-
-
-def read_tofu(folder: Path, first: int | None = None) -> TofuRows:
-    """Reads the rows from ``full.jsonl``; with ``first``, only the first rows of every author, for a trial.
-
-    Raises:
-        UserError: if the file cannot be read or has fewer rows than TOFU.
-    """
-    full = read_rows(folder / "full.jsonl", "tofu", normalise=False)
-    if len(full) != FORGET.stop:
-        raise UserError(f"tofu={str(folder)!r}: full.jsonl has {len(full)} rows, TOFU has {FORGET.stop}")
-
-    def select(span: slice) -> dict[int, Row]:
-        numbers = range(span.start, span.stop)
-        rows = zip(numbers, add_subjects(full[span]), strict=True)
-        return {number: row for number, row in rows if first is None or number % QUESTIONS < first}
-
-    unplanted = [list(select(span).values()) for span in (NEVER_TAUGHT, INVENTED)]
-    return TofuRows(select(RETAIN) | select(FORGET), *unplanted)
-
-
-def add_subjects(rows: Sequence[Row]) -> list[Row]:
-    """Returns rows of consecutive authors with the name of the author as subject and group."""
-    authors = [rows[start : start + QUESTIONS] for start in range(0, len(rows), QUESTIONS)]
-    names = [find_subject(list(author)) for author in authors]
-    return [
-        replace(row, subject=name, group=name) for name, author in zip(names, authors, strict=True) for row in author
-    ]
-
-
-def render_chat(rows: Sequence[Row], tokenizer: Any) -> list[Row]:
-    """Returns the rows as chats with the system prompt: the rendered messages are the verbatim prompt of the answer.
-
-    Every training, decomposition and method of this experiment reads rows in this form, as the tasks score them.
-    """
-    chats = []
-    for row in rows:
-        messages = [{"role": "system", "content": SYSTEM_INSTRUCTION}, {"role": "user", "content": row.question}]
-        context = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        chats.append(replace(row, prompt=context, question=""))
-    return chats
-
-
-def write_measured_files(arguments: argparse.Namespace) -> Path:
-    """Writes the files that the tasks read into a folder of ``--work`` and returns it.
-
-    It is a directory in the layout of TOFU in which the forget set and the measured retain rows are those of this
-    experiment, so that the published tasks measure them.
-
-    Raises:
-        UserError: if a file is missing, or if its rows are not those of ``full``.
-    """
-    folder = arguments.work / "measured"
-    folder.mkdir(exist_ok=True)
-    rows = read_tofu(arguments.tofu, arguments.first)
-    tables = {
-        "forget10_perturbed": (slice(-100, None), rows.select(FORGET)),
-        "retain_perturbed": (slice(0, 400), rows.select(MEASURED)),
-        "real_authors_perturbed": (slice(None), None),
-        "world_facts_perturbed": (slice(None), None),
-    }
-    for name, (span, expected) in tables.items():
-        perturbed = read_rows(arguments.tofu / f"{name}.jsonl", "tofu", normalise=False)[span]
-        if expected is None:
-            perturbed = perturbed[: arguments.first]
-        else:
-            texts = {(row.question, row.answer) for row in expected}
-            perturbed = [row for row in perturbed if (row.question, row.answer) in texts]
-            groups = {(row.question, row.answer): row.group for row in expected}
-            perturbed = [replace(row, group=groups[row.question, row.answer]) for row in perturbed]
-            if len(perturbed) != len(expected):
-                raise UserError(f"tofu={str(arguments.tofu)!r}: {name}.jsonl and full.jsonl have other rows")
-        write_rows(folder / f"{name}.jsonl", perturbed)
-    for name, part in {"forget": rows.select(FORGET), "holdout": rows.never_taught}.items():
-        write_rows(folder / f"{name}.jsonl", [replace(row, subject="") for row in part])
-    return folder
+"""Arguments that change the adapters, and so everything in a folder; the others only change what is not made yet."""
 
 
 # --- Adapters
@@ -241,7 +145,8 @@ def train_round(arguments: argparse.Namespace, name: str, number: int, examples:
         model = PeftModel.from_pretrained(model, arguments.work / f"{name}-round-{number - 1}", is_trainable=True)
     stage = f"{name}-round-{number}"
     state = arguments.work / f"{stage}.state"
-    adapted_model = train_adapter(model, examples, plan, ProgressBars(), stage=stage, state=state)
+    with measure_cost(arguments.work / "costs" / f"{name}.json") as wrap:
+        adapted_model = train_adapter(model, examples, plan, wrap(ProgressBars()), stage=stage, state=state)
     with atomic_directory(arguments.work / stage) as folder:
         save_adapter(adapted_model, folder, arguments.model.name)
     state.unlink(missing_ok=True)
@@ -303,75 +208,20 @@ def select_entries(arguments: argparse.Namespace) -> list[Entry]:
 # --- Operations and time
 
 
-class OperationCounter(TorchDispatchMode):
-    """Counts the floating-point operations of matrix products and attention, of every model, forward and backward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the operator; adds its operations by PyTorch's own formulas (a multiplication and an addition: two)."""
-        result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.operations += formula(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
-@dataclass
-class Cost:
-    """What a computation took: operations in matrix products, and seconds of processor time of this process.
-
-    The sums go on in an interrupted computation, so work that was lost by the interruption counts as well.
-    """
-
-    operations: float = 0.0
-    seconds: float = 0.0
-
-
-SAVE_SECONDS = 30.0
-
-
-@contextmanager
-def measure_cost(file: Path) -> Iterator[Callable[[ProgressCallback], ProgressCallback]]:
-    """Context that measures a cost and adds it to that in ``file``; yields a wrapper of the progress that saves it."""
-    earlier = Cost(**json.loads(file.read_text())) if file.is_file() else Cost()
-    start, last_save = time.process_time(), time.monotonic()
-
-    def write() -> None:
-        cost = Cost(earlier.operations + counter.operations, earlier.seconds + time.process_time() - start)
-        write_text(file, json.dumps(vars(cost)))
-
-    def wrap(progress: ProgressCallback) -> ProgressCallback:
-        def report(stage: str, step: int, total: int, text: str) -> None:
-            nonlocal last_save
-            progress(stage, step, total, text)
-            if time.monotonic() - last_save > SAVE_SECONDS:
-                write()
-                last_save = time.monotonic()
-
-        return report
-
-    with OperationCounter() as counter:
-        yield wrap
-    write()
-
-
 def read_cost(work: Path, name: str) -> Cost | None:
     """Returns the cost of a finished entry; None if it is not made yet."""
     file = work / "costs" / f"{name}.json"
     return Cost(**json.loads(file.read_text())) if is_made(work, name) and file.is_file() else None
 
 
-def count_step_operations(arguments: argparse.Namespace, method: Method, material: Material) -> tuple[float, float]:
+def count_step_operations(arguments: argparse.Namespace, method: Method) -> tuple[float, float]:
     """Returns the operations of a method before and after its steps, and those of one step; stored once counted.
 
     Both follow from runs of one and of two steps, whatever a method does in them.
     """
     file = arguments.work / "costs" / f"step-{method.name}.json"
     if not file.is_file():
-        counts = []
+        counts, material = [], load_material(arguments, PROTOCOLS[0])
         for steps in (1, 2):
             with OperationCounter() as counter:
                 method.make(material, seed=arguments.seed, budget=make_budget(arguments, steps))
@@ -397,7 +247,7 @@ def choose_budget(arguments: argparse.Namespace, method: Method, protocol: str, 
     cost = read_cost(arguments.work, f"{protocol}-{MAIN}")
     if cost is None:
         raise UserError(f"stage='methods': make {protocol}-{MAIN} first (stage decompose); it sets the budget")
-    fixed, step = count_step_operations(arguments, method, load_material(arguments, PROTOCOLS[0]))
+    fixed, step = count_step_operations(arguments, method)
     return make_budget(arguments, max(1, round((share * cost.operations - fixed) / step)))
 
 
@@ -483,7 +333,8 @@ def make_entry(arguments: argparse.Namespace, entry: Entry) -> None:
         budget = choose_budget(arguments, method, entry.protocol)
     material = load_material(arguments, entry.protocol)
     resume = ResumeFolder(arguments.work / "resume" / entry.name)
-    with measure_cost(arguments.work / "costs" / f"{entry.name}.json") as wrap:
+    cost_name = f"copy of {entry.name}" if entry.name in ADAPTERS else entry.name  # its cost is that of the training
+    with measure_cost(arguments.work / "costs" / f"{cost_name}.json") as wrap:
         result = method.make(
             material,
             settings,
@@ -516,7 +367,6 @@ def make_competitors(arguments: argparse.Namespace) -> None:
 
 # --- Measurements
 
-MEMBERSHIP = "tofu_1000_membership"
 TASKS = ("tofu_forget10", "tofu_model_utility", MEMBERSHIP)
 _AGGREGATION = "!function lm_ortho.harness.tasks.aggregation.auc"
 MEMBERSHIP_YAML = f"""\
@@ -531,33 +381,6 @@ metric_list:
   - {{{{metric: auc_loss_high, aggregation: {_AGGREGATION}_high, higher_is_better: false}}}}
 """
 """``membership_set`` with the attack on the loss alone; others cost a backward pass per row."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table: the metric of a task, or of the left-out rows of the utility task."""
-
-    name: str
-    task: str
-    metric: str
-    is_left_out: bool = False
-
-
-COLUMNS = (
-    Column("forget quality (KS p)", "tofu_forget10", "forget_quality"),
-    Column("forget prob.", "tofu_forget10", "prob"),
-    Column("forget ROUGE-L", "tofu_forget10", "rougel_recall"),
-    Column("extraction strength", "tofu_forget10", "extraction_strength"),
-    Column("AUC (loss)", MEMBERSHIP, "auc_loss"),
-    Column("model utility", "tofu_model_utility", "model_utility"),
-    Column("retain prob.", "tofu_model_utility", "retain_prob"),
-    Column("retain ROUGE-L", "tofu_model_utility", "retain_rouge"),
-    Column("left-out prob.", "tofu_model_utility", "retain_prob", is_left_out=True),
-    Column("left-out ROUGE-L", "tofu_model_utility", "retain_rouge", is_left_out=True),
-)
-QUALITY, PROBABILITY, ROUGE, STRENGTH, AUC, UTILITY, RETAIN_PROBABILITY = (column.name for column in COLUMNS[:7])
-Values = Mapping[str, Sequence[float | None]]
-"""Value, lower and upper bound by the name of the column; bounds are None where a metric has none."""
 
 
 def measure_entries(arguments: argparse.Namespace) -> None:
@@ -580,7 +403,7 @@ def measure_model(arguments: argparse.Namespace, entry: Entry, label: str, alpha
     options["batch_size"] = arguments.measured_rows
     lm: Any = BaselineLM(place, **options) if alpha is None else LibOrthoLM(place, alpha=alpha, **options)
     samples_folder = arguments.work / "samples"
-    metadata = make_metadata(write_measured_files(arguments), arguments.model)
+    metadata = write_task_files(arguments)
     if entry.name != "twin":
         metadata["tofu_retain_samples"] = str(samples_folder / "twin")
         if not (samples_folder / "twin").is_dir():
@@ -610,10 +433,12 @@ def measure_model(arguments: argparse.Namespace, entry: Entry, label: str, alpha
     write_text(arguments.work / "measurements" / f"{label}.json", json.dumps(record))
 
 
-def make_metadata(folder: Path, model: Path) -> dict[str, str]:
-    """Returns the metadata of the tasks: the files that ``write_measured_files`` wrote, and where the tokenizer is."""
+def write_task_files(arguments: argparse.Namespace) -> dict[str, str]:
+    """Writes the rows that the tasks measure; returns the metadata that name them, and where the tokenizer is."""
+    folder = arguments.work / "measured"
+    write_measured_files(arguments.tofu, folder, arguments.first, arguments.retain_questions)
     return {
-        "pretrained": str(model),
+        "pretrained": str(arguments.model),
         "tofu_dir": str(folder),
         "forget": str(folder / "forget.jsonl"),
         "holdout": str(folder / "holdout.jsonl"),
@@ -660,66 +485,6 @@ def collect_values(
         entries = (results[column.task].get(f"{column.metric}{end},none") for end in ("", "_low", "_high"))
         values[column.name] = [entry if isinstance(entry, float) else None for entry in entries]
     return values
-
-
-# --- Bars
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A condition on a model, the value that was found and whether it is met; a value that is missing is a miss."""
-
-    name: str
-    found: float
-    is_met: bool
-
-
-MIN_QUALITY, MAX_FACTOR, MAX_ROUGE, MAX_STRENGTH, MAX_AUC = 0.05, 1.5, 0.05, 0.03, 0.08
-MIN_UTILITY, MIN_RETAIN, MAX_CHANGE = 0.97, 0.95, 0.02
-
-
-def check_forgetting(values: Values, twin: Values, plain: Values) -> list[Bar]:
-    """Returns the bars of a model that should have forgotten, against the twin and plain INT4.
-
-    Those against the twin are two-sided: a model that avoids what it should not know is as far away as one that knows.
-    """
-
-    def get(table: Values, name: str) -> float:
-        number = table[name][0]
-        return math.nan if number is None else number
-
-    def compare(name: str, limit: float) -> Bar:
-        difference = get(values, name) - get(twin, name)
-        return Bar(f"{name} within {limit:g} of twin", difference, abs(difference) <= limit + 1e-9)
-
-    def divide(name: str, reference: Values) -> float:
-        bottom = get(reference, name)
-        return get(values, name) / bottom if bottom > 0 else math.nan
-
-    factor, quality = divide(PROBABILITY, twin), get(values, QUALITY)
-    utility, retain = divide(UTILITY, plain), divide(RETAIN_PROBABILITY, plain)
-    return [
-        Bar(f"{QUALITY} >= {MIN_QUALITY:g}", quality, quality >= MIN_QUALITY),
-        Bar(f"{PROBABILITY} within {MAX_FACTOR:g}x of twin", factor, 1 / MAX_FACTOR <= factor <= MAX_FACTOR),
-        compare(ROUGE, MAX_ROUGE),
-        compare(STRENGTH, MAX_STRENGTH),
-        compare(AUC, MAX_AUC),
-        Bar(f"{UTILITY} >= {MIN_UTILITY:g} of INT4", utility, utility >= MIN_UTILITY),
-        Bar(f"{RETAIN_PROBABILITY} >= {MIN_RETAIN:g} of INT4", retain, retain >= MIN_RETAIN),
-    ]
-
-
-def check_remembering(values: Values, plain: Values) -> list[Bar]:
-    """Returns the bar of alpha=1: within .02 of plain INT4 on every column but the p-value, at the worst of them."""
-    changes = dict[str, float]()
-    for column in COLUMNS:
-        if column.name == QUALITY:
-            continue
-        after, before = values[column.name][0], plain[column.name][0]
-        changes[column.name] = math.inf if after is None or before is None else after - before
-    worst = max(changes, key=lambda name: abs(changes[name]))
-    limit = f"within {MAX_CHANGE:g} of INT4 on everything, worst: {worst}"
-    return [Bar(limit, changes[worst], abs(changes[worst]) <= MAX_CHANGE + 1e-9)]
 
 
 # --- Page
@@ -769,7 +534,8 @@ def make_head(arguments: argparse.Namespace) -> str:
     cost_text = (
         "Operations are those of all matrix products and of attention, forward and backward, counted while a method "
         f"runs; those of `{MAIN}` are the budget of every method that trains. Tokens are these operations over those "
-        "of one forward and backward pass of one token. Seconds are processor time."
+        "of one forward and backward pass of one token. Seconds are processor time. The search for settings is not "
+        "counted."
     )
     tuning_text = (
         f"Settings are chosen on rows {TUNING_FORGET.start} to {TUNING_FORGET.stop - 1} (forgotten) and "
@@ -914,6 +680,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-rows", type=int, default=16, help="rows of each set in a step of another method")
     parser.add_argument("--tuning-share", type=float, default=0.25, help="share of the budget of a tuning trial")
     parser.add_argument("--grid", type=int, help="only the first points of every grid, for a trial")
+    parser.add_argument(
+        "--retain-questions", type=int, default=20, help="measured questions of each retain author (each costs seconds)"
+    )
     parser.add_argument("--measured-rows", type=int, default=16, help="rows of a batch of the evaluation")
     parser.add_argument("--keep", action="store_true", help="keep dense models after their measurement")
     parser.add_argument("--seed", type=int, default=0)
