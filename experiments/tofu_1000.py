@@ -56,6 +56,7 @@ from lm_ortho.data.encoding import Example, encode, token_losses
 from lm_ortho.errors import UserError
 from lm_ortho.files import atomic_directory
 from lm_ortho.finetune import FinetunePlan, load_causal_lm, merge_adapter, save_adapter, train_adapter
+from lm_ortho.finetune.lora import suppress_peft_warnings
 from lm_ortho.harness.baseline_model import BaselineLM
 from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.markdown import markdown_table, versions, write_text
@@ -142,13 +143,14 @@ def train_round(arguments: argparse.Namespace, name: str, number: int, examples:
     plan = FinetunePlan(steps, arguments.rows, arguments.lr, rank=arguments.rank, seed=arguments.seed + number - 1)
     model: Any = load_causal_lm(arguments.model)
     if number > 1:
-        model = PeftModel.from_pretrained(model, arguments.work / f"{name}-round-{number - 1}", is_trainable=True)
+        with suppress_peft_warnings():
+            model = PeftModel.from_pretrained(model, arguments.work / f"{name}-round-{number - 1}", is_trainable=True)
     stage = f"{name}-round-{number}"
     state = arguments.work / f"{stage}.state"
     with measure_cost(arguments.work / "costs" / f"{name}.json") as wrap:
         adapted_model = train_adapter(model, examples, plan, wrap(ProgressBars()), stage=stage, state=state)
     with atomic_directory(arguments.work / stage) as folder:
-        save_adapter(adapted_model, folder, arguments.model.name)
+        save_adapter(adapted_model, folder, str(arguments.model))
     state.unlink(missing_ok=True)
 
 

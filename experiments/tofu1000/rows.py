@@ -70,12 +70,17 @@ def add_subjects(rows: Sequence[Row]) -> list[Row]:
 
 @dataclass(frozen=True)
 class RenderedRow(Row):
-    """A row whose prompt is a rendered chat: the answer follows without a space, unlike that of a written prompt."""
+    """A row whose prompt is a rendered chat, which is used as it is; the answer is all that is to be predicted."""
+
+    @property
+    def context(self) -> str:
+        """The rendered messages, with the white space at their end."""
+        return self.prompt
 
     @property
     def target(self) -> str:
-        """The white space at the end of the prompt and the answer."""
-        return self.prompt[len(self.context) :] + self.answer
+        """The answer."""
+        return self.answer
 
 
 def render_chat(rows: Sequence[Row], tokenizer: Any) -> list[Row]:
@@ -83,7 +88,7 @@ def render_chat(rows: Sequence[Row], tokenizer: Any) -> list[Row]:
 
     Every training, decomposition and method of this experiment reads rows in this form, as the tasks score them.
     """
-    chats = []
+    chats = list[Row]()
     for row in rows:
         messages = [{"role": "system", "content": SYSTEM_INSTRUCTION}, {"role": "user", "content": row.question}]
         context = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -95,7 +100,7 @@ def write_measured_files(tofu: Path, folder: Path, first: int | None = None, que
     """Writes the files that the tasks read.
 
     It is a directory in the layout of TOFU in which the forget set and the measured retain rows are those of this
-    experiment, so that the published tasks measure them. Of the retain rows only the first ``questions`` of every author
+    experiment, so that the published tasks measure them. Of the retain rows, the first ``questions`` of every author
     are measured.
 
     Raises:

@@ -96,11 +96,11 @@ def test_the_chat_has_the_system_prompt_and_ends_with_the_answer(rows, tofu_fold
     tokenizer.chat_template = TEMPLATE + f"{{{{ {end!r} }}}}"
     row = rows.read_tofu(tofu_folder, 1).planted[0]
     (chat,) = rows.render_chat([row], tokenizer)
-    text = f"<system>{rows.SYSTEM_INSTRUCTION}<user>{row.question}<bot>"
-    assert (chat.context, chat.target) == (text, end + row.answer)
+    text = f"<system>{rows.SYSTEM_INSTRUCTION}<user>{row.question}<bot>{end}"
+    assert (chat.context, chat.target) == (text, row.answer)
     assert chat.subject == row.subject
     changed = replace(chat, answer="No.")
-    assert changed.context + changed.target == f"{text}{end}No.", "methods replace answers"
+    assert changed.context + changed.target == f"{text}No.", "methods replace answers"
 
 
 def test_the_measured_files_have_the_rows_of_full(rows, tofu_folder, tmp_path):
