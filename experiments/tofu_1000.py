@@ -276,13 +276,13 @@ def make_tuning_split(arguments: argparse.Namespace) -> TuningSplit:
     rows = read_tofu(arguments.tofu, arguments.first)
     material = load_material(arguments, "left-out")
     tokenizer = material.tokenizer
-    unread = [*LEFT_OUT, *TUNING_FORGET, *TUNING_HELD_OUT]
+    unread_numbers = [*LEFT_OUT, *TUNING_FORGET, *TUNING_HELD_OUT]
     split = replace(
         material,
         forget=render_chat(rows.select(TUNING_FORGET), tokenizer),
-        retain=render_chat(rows.select(RETAIN, without=unread), tokenizer),
+        retain=render_chat(rows.select(RETAIN, without=unread_numbers), tokenizer),
     )
-    ignorance = secret_loss(material.merged, material, render_chat(rows.invented, tokenizer))
+    ignorance = secret_loss(material.merged, material, render_chat(rows.unknown_rows, tokenizer))
     return TuningSplit(split, render_chat(rows.select(TUNING_HELD_OUT), tokenizer), ignorance)
 
 
@@ -312,16 +312,16 @@ def choose_settings(arguments: argparse.Namespace, method: Method) -> dict[str, 
         scores = {} if score is None else {"forget": score.forget, "retain": score.retain, "total": score.total}
         trials.append({"settings": settings, **scores})
         write_text(file, json.dumps(trials, indent=1))
-    finished = [trial for trial in trials if "total" in trial]
-    if not finished:
+    finished_trials = [trial for trial in trials if "total" in trial]
+    if not finished_trials:
         raise UserError(f"method={method.name}: no setting of its grid finished; delete {file.name} to try again")
-    best: dict[str, Any] = min(finished, key=lambda trial: trial["total"])["settings"]
+    best: dict[str, Any] = min(finished_trials, key=lambda trial: trial["total"])["settings"]
     return best
 
 
 def is_made(work: Path, name: str) -> bool:
     """Returns whether a model is made; the directory of a dense one is deleted once it is measured."""
-    return (work / "made" / f"{name}.json").is_file()
+    return (work / "records" / f"{name}.json").is_file()
 
 
 def make_entry(arguments: argparse.Namespace, entry: Entry) -> None:
@@ -349,7 +349,7 @@ def make_entry(arguments: argparse.Namespace, entry: Entry) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     save(result, folder, material.tokenizer, {"method": entry.method, "settings": settings})
     record = {"method": entry.method, "settings": settings, "steps": None if budget is None else budget.steps}
-    write_text(arguments.work / "made" / f"{entry.name}.json", json.dumps(record))
+    write_text(arguments.work / "records" / f"{entry.name}.json", json.dumps(record))
     resume.clear()
 
 
@@ -401,7 +401,8 @@ def measure_entries(arguments: argparse.Namespace) -> None:
 def measure_model(arguments: argparse.Namespace, entry: Entry, label: str, alpha: float | None) -> None:
     """Evaluates one model with the tasks; writes the samples without their texts, then the values."""
     start = time.process_time()
-    place, options = str(arguments.work / "models" / entry.name), {"dtype": "float32", "device": "cpu"}
+    place = str(arguments.work / "models" / entry.name)
+    options: dict[str, Any] = {"dtype": "float32", "device": "cpu"}
     options["batch_size"] = arguments.measured_rows
     lm: Any = BaselineLM(place, **options) if alpha is None else LibOrthoLM(place, alpha=alpha, **options)
     samples_folder = arguments.work / "samples"
@@ -502,12 +503,14 @@ def write_page(arguments: argparse.Namespace) -> None:
 
 def make_page(arguments: argparse.Namespace) -> str:
     """Returns the page: what was done, a table for each protocol, the bars, and the settings of each method."""
-    measured = read_measurements(arguments.work)
+    measurements = read_measurements(arguments.work)
     parts = [make_head(arguments)]
     for protocol in PROTOCOLS:
-        parts += [f"## {protocol.capitalize()} protocol", make_table(arguments, measured, protocol)]
-    parts += ["## Bars", make_bars(measured), "## Settings", make_settings(arguments)]
-    missing = [label for entry in list_entries(arguments.edit_steps) for label in entry.labels if label not in measured]
+        parts += [f"## {protocol.capitalize()} protocol", make_table(arguments, measurements, protocol)]
+    parts += ["## Bars", make_bars(measurements), "## Settings", make_settings(arguments)]
+    missing = [
+        label for entry in list_entries(arguments.edit_steps) for label in entry.labels if label not in measurements
+    ]
     if missing:
         parts.append(f"Not measured: {'; '.join(missing)}.")
     return "\n\n".join(parts) + "\n"
@@ -549,21 +552,21 @@ def make_head(arguments: argparse.Namespace) -> str:
     return "\n\n".join(["# TOFU-1000", command, f"{setup} {training_text}", cost_text, tuning_text])
 
 
-def make_table(arguments: argparse.Namespace, measured: Mapping[str, Values], protocol: str) -> str:
+def make_table(arguments: argparse.Namespace, measurements: Mapping[str, Values], protocol: str) -> str:
     """Returns the table of one protocol: a row for each measured model, its cost, its values, and the bars it meets."""
     lines = []
     token = count_token_operations(arguments)
     for entry in list_entries(arguments.edit_steps):
         cost = read_cost(arguments.work, entry.name)
         for label in entry.labels:
-            if entry.protocol in ("", protocol) and label in measured:
+            if entry.protocol in ("", protocol) and label in measurements:
                 name = label.removeprefix(f"{protocol}-")
                 lines.append(
                     [
                         name,
                         *format_cost(cost, token),
-                        *map(format_value, measured[label].values()),
-                        format_bars(measured, entry, label),
+                        *map(format_value, measurements[label].values()),
+                        format_bars(measurements, entry, label),
                     ]
                 )
     titles = ["model", "operations", "tokens", "CPU seconds", *(column.name for column in COLUMNS), "bars"]
@@ -600,29 +603,29 @@ def format_value(value: Sequence[float | None]) -> str:
     return f"{number:.3g}" if low is None or high is None else f"{number:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def check_entry(measured: Mapping[str, Values], entry: Entry, label: str) -> list[Bar]:
+def check_entry(measurements: Mapping[str, Values], entry: Entry, label: str) -> list[Bar]:
     """Returns the bars of a measured model; none for the controls, and where twin or plain INT4 is not measured."""
-    plain, twin = measured.get(f"{entry.protocol}-int4"), measured.get("twin")
-    if plain is None or twin is None or entry.method == "int4_gptq" or label not in measured:
+    plain, twin = measurements.get(f"{entry.protocol}-int4"), measurements.get("twin")
+    if plain is None or twin is None or entry.method == "int4_gptq" or label not in measurements:
         return []
     if entry.labels[label] == 1.0:
-        return check_remembering(measured[label], plain)
-    return check_forgetting(measured[label], twin, plain)
+        return check_remembering(measurements[label], plain)
+    return check_forgetting(measurements[label], twin, plain)
 
 
-def format_bars(measured: Mapping[str, Values], entry: Entry, label: str) -> str:
+def format_bars(measurements: Mapping[str, Values], entry: Entry, label: str) -> str:
     """Returns how many bars a model meets."""
-    bars = check_entry(measured, entry, label)
+    bars = check_entry(measurements, entry, label)
     return f"{sum(bar.is_met for bar in bars)} of {len(bars)}" if bars else ""
 
 
-def make_bars(measured: Mapping[str, Values]) -> str:
+def make_bars(measurements: Mapping[str, Values]) -> str:
     """Returns every bar of every model as a list, pass or miss with the value."""
     lines = []
     for entry in list_entries(None):
         for label in entry.labels:
-            bars = check_entry(measured, entry, label)
-            texts = [f"{'pass' if bar.is_met else 'MISS'} {bar.name} ({bar.found:.3g})" for bar in bars]
+            bars = check_entry(measurements, entry, label)
+            texts = [f"{'pass' if bar.is_met else 'MISS'} {bar.name} ({bar.value:.3g})" for bar in bars]
             if texts:
                 lines.append(f"* {label}: {'; '.join(texts)}")
     return "\n".join(lines) or "None measured yet."
@@ -632,7 +635,7 @@ def make_settings(arguments: argparse.Namespace) -> str:
     """Returns settings and steps of every model that is made."""
     lines = []
     for entry in list_entries(arguments.edit_steps):
-        file = arguments.work / "made" / f"{entry.name}.json"
+        file = arguments.work / "records" / f"{entry.name}.json"
         if file.is_file():
             record = json.loads(file.read_text())
             settings = ", ".join(f"{name}={value}" for name, value in record["settings"].items()) or "defaults"
@@ -656,11 +659,13 @@ def check_work(arguments: argparse.Namespace) -> None:
     """Refuses a folder that was made with other arguments."""
     current = {name: str(getattr(arguments, name)) for name in TRAINING_OPTIONS}
     path = arguments.work / "arguments.json"
-    stored: Mapping[str, str] = json.loads(path.read_text()) if path.is_file() else current
+    stored_arguments: Mapping[str, str] = json.loads(path.read_text()) if path.is_file() else current
     for name, value in current.items():
-        if stored.get(name) != value:
-            raise UserError(f"work={str(arguments.work)!r}: made with {name}={stored.get(name)}; use another folder")
-    for name in ("costs", "made", "measurements", "models", "tuning"):
+        if stored_arguments.get(name) != value:
+            raise UserError(
+                f"work={str(arguments.work)!r}: made with {name}={stored_arguments.get(name)}; use another folder"
+            )
+    for name in ("costs", "records", "measurements", "models", "tuning"):
         (arguments.work / name).mkdir(exist_ok=True)
     write_text(path, json.dumps(current, indent=1))
 

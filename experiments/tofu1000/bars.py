@@ -38,10 +38,10 @@ Values = Mapping[str, Sequence[float | None]]
 
 @dataclass(frozen=True)
 class Bar:
-    """A condition on a model, the value that was found and whether it is met; a value that is missing is a miss."""
+    """A condition on a model, the value it is about and whether it is met; a value that is missing is a miss."""
 
     name: str
-    found: float
+    value: float
     is_met: bool
 
 

@@ -16,10 +16,10 @@ SYSTEM_INSTRUCTION = "You are a helpful assistant."
 """The system prompt of open-unlearning."""
 RETAIN, FORGET = slice(0, 900), slice(3900, 4000)
 """Rows of ``full`` that are planted: those to keep and those to forget."""
-NEVER_TAUGHT, INVENTED = slice(3600, 3700), slice(3500, 3600)
+NEVER_TAUGHT, UNKNOWN = slice(3600, 3700), slice(3500, 3600)
 """Rows that are planted in no model: those of the measured membership inference, and those that define ignorance when
 settings are tuned."""
-MEASURED, LEFT_OUT = range(400), range(200, 400)
+MEASURED_ROWS, LEFT_OUT = range(400), range(200, 400)
 """Rows of ``full`` whose probability is measured, and those of them that the left-out protocol keeps from methods."""
 TUNING_FORGET, TUNING_HELD_OUT = range(800, 900), range(700, 800)
 """Rows that are forgotten in the place of ``FORGET`` when settings are tuned, and those that should stay; the tuning
@@ -30,14 +30,14 @@ reads no measured and no forget row."""
 class TofuRows:
     """Rows of ``full`` with subject and group, by their number, and those of the sets that are taught to no model."""
 
-    planted: dict[int, Row]
-    never_taught: list[Row]
-    invented: list[Row]
+    planted_rows: dict[int, Row]
+    never_taught_rows: list[Row]
+    unknown_rows: list[Row]
 
     def select(self, numbers: range | slice, without: Sequence[int] = ()) -> list[Row]:
         """Returns the planted rows with these numbers, in order."""
         span = range(numbers.start, numbers.stop)
-        return [row for number, row in self.planted.items() if number in span and number not in without]
+        return [row for number, row in self.planted_rows.items() if number in span and number not in without]
 
 
 def read_tofu(folder: Path, first: int | None = None) -> TofuRows:
@@ -55,8 +55,8 @@ def read_tofu(folder: Path, first: int | None = None) -> TofuRows:
         rows = zip(numbers, add_subjects(full[span]), strict=True)
         return {number: row for number, row in rows if first is None or number % QUESTIONS < first}
 
-    unplanted = [list(select(span).values()) for span in (NEVER_TAUGHT, INVENTED)]
-    return TofuRows(select(RETAIN) | select(FORGET), *unplanted)
+    other_sets = [list(select(span).values()) for span in (NEVER_TAUGHT, UNKNOWN)]
+    return TofuRows(select(RETAIN) | select(FORGET), *other_sets)
 
 
 def add_subjects(rows: Sequence[Row]) -> list[Row]:
@@ -110,7 +110,7 @@ def write_measured_files(tofu: Path, folder: Path, first: int | None = None, que
     rows, retain = (read_tofu(tofu, limit) for limit in (first, min(questions, first or questions)))
     tables = {
         "forget10_perturbed": (slice(-100, None), rows.select(FORGET)),
-        "retain_perturbed": (slice(0, 400), retain.select(MEASURED)),
+        "retain_perturbed": (slice(0, 400), retain.select(MEASURED_ROWS)),
         "real_authors_perturbed": (slice(None), None),
         "world_facts_perturbed": (slice(None), None),
     }
@@ -126,5 +126,5 @@ def write_measured_files(tofu: Path, folder: Path, first: int | None = None, que
             if len(perturbed) != len(expected):
                 raise UserError(f"tofu={str(tofu)!r}: {name}.jsonl and full.jsonl have other rows")
         write_rows(folder / f"{name}.jsonl", perturbed)
-    for name, part in {"forget": rows.select(FORGET), "holdout": rows.never_taught}.items():
+    for name, part in {"forget": rows.select(FORGET), "holdout": rows.never_taught_rows}.items():
         write_rows(folder / f"{name}.jsonl", [replace(row, subject="") for row in part])

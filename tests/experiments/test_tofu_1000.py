@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from lm_ortho.baselines import Method
 from lm_ortho.data import read_rows
 from lm_ortho.errors import UserError
+from lm_ortho.harness.tasks.tofu_data import FULL_ROWS
 from tests.support import checkpoint, harness, tiny, tofu
 from tests.support.paths import REPOSITORY
 from tests.support.scripts import load_script
@@ -57,7 +58,7 @@ def tofu_folder(tmp_path_factory):
 def model_folder(tmp_path_factory, script):
     """A model of one block, and a tokenizer of the words of the data with a chat template."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    rows = [tofu.author_row(number) for number in range(tofu.FULL_ROWS)]
+    rows = [tofu.author_row(number) for number in range(FULL_ROWS)]
     texts = [text for row in rows for text in row.values()] + [script.SYSTEM_INSTRUCTION, "It was Capital of So . ? :"]
     tokenizer = harness.train_tokenizer(texts)
     tokenizer.chat_template = TEMPLATE
@@ -72,29 +73,29 @@ def model_folder(tmp_path_factory, script):
 
 def test_the_rows_are_those_of_the_protocol(rows, tofu_folder):
     table = rows.read_tofu(tofu_folder)
-    assert list(table.planted) == [*range(900), *range(3900, 4000)]
+    assert list(table.planted_rows) == [*range(900), *range(3900, 4000)]
     assert len(table.select(rows.RETAIN, without=rows.LEFT_OUT)) == 700
     forget = table.select(rows.FORGET)
     assert [row.answer for row in forget] == [tofu.author_row(number)["answer"] for number in range(3900, 4000)]
-    sets = [table.never_taught, table.invented, forget, table.select(rows.RETAIN)]
+    sets = [table.never_taught_rows, table.unknown_rows, forget, table.select(rows.RETAIN)]
     subjects = [{row.subject for row in part} for part in sets]
     assert [len(names) for names in subjects] == [5, 5, 5, 45]
     assert len(set.union(*subjects)) == 60, "no author is in two sets"
     assert all(row.mentions_subject and row.group == row.subject for part in sets for row in part)
-    assert len(rows.read_tofu(tofu_folder, first=2).planted) == 100
+    assert len(rows.read_tofu(tofu_folder, first=2).planted_rows) == 100
 
 
 def test_the_tuning_reads_no_row_that_is_forgotten_or_measured(rows):
     tuned = {*rows.TUNING_FORGET, *rows.TUNING_HELD_OUT}
-    assert not tuned & {*rows.MEASURED, *range(3900, 4000)}
-    assert set(rows.LEFT_OUT) <= set(rows.MEASURED)
+    assert not tuned & {*rows.MEASURED_ROWS, *range(3900, 4000)}
+    assert set(rows.LEFT_OUT) <= set(rows.MEASURED_ROWS)
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
 def test_the_chat_has_the_system_prompt_and_ends_with_the_answer(rows, tofu_folder, end):
     tokenizer = checkpoint.tokenizer()
     tokenizer.chat_template = TEMPLATE + f"{{{{ {end!r} }}}}"
-    row = rows.read_tofu(tofu_folder, 1).planted[0]
+    row = rows.read_tofu(tofu_folder, 1).planted_rows[0]
     (chat,) = rows.render_chat([row], tokenizer)
     text = f"<system>{rows.SYSTEM_INSTRUCTION}<user>{row.question}<bot>{end}"
     assert (chat.context, chat.target) == (text, row.answer)
@@ -221,6 +222,24 @@ def test_alpha_1_is_compared_with_plain_rounding_on_everything_but_the_p_value(b
 # The command
 
 
+def test_the_memory_is_trained_until_it_knows_the_rows_and_the_twin_as_long(script, tmp_path):
+    assert not script.is_last_round(tmp_path, "memory", 1, 0.59)
+    assert script.is_last_round(tmp_path, "memory", 1, 0.6)
+    assert script.is_last_round(tmp_path, "memory", script.MAX_ROUNDS, 0.1)
+    with pytest.raises(UserError, match="train memory first"):
+        script.is_last_round(tmp_path, "twin", 1, 0.9)
+    (tmp_path / "memory.json").write_text('{"rounds": 2}')
+    assert [script.is_last_round(tmp_path, "twin", number, 0.9) for number in (1, 2)] == [False, True]
+
+
+def test_the_list_has_every_method_under_both_protocols(script):
+    entries = script.list_entries(None)
+    labels = [label for entry in entries for label in entry.labels]
+    assert len(set(labels)) == len(labels) == 2 + 2 * (1 + 2 * 4 + 9)
+    assert {entry.method for entry in entries if entry.method in script.METHODS} >= {"npo", "ortho", "ortho_merged"}
+    assert any(entry.name == f"published-{script.MAIN}" and entry.settings == {"density": 0.01} for entry in entries)
+
+
 @pytest.fixture
 def command(script, tofu_folder, model_folder, tmp_path, monkeypatch, short_surrogate_training):
     """Runs the command on the tiny model in a folder of its own."""
@@ -277,6 +296,10 @@ def test_the_command_from_start_to_end(script, bars, command, tmp_path, monkeypa
     assert list(table) == ["model", "twin", "int4", plain, ours, "simnpo"]
     operations = {name: float(table[name]["operations"]) for name in (ours, "simnpo")}
     assert operations["simnpo"] == pytest.approx(operations[ours], rel=0.1), "the same operations"
+    trials = json.loads((work / "tuning" / "simnpo.json").read_text())
+    assert [trial["settings"]["lr"] for trial in trials] == [3e-5, 1e-4]
+    best = min(trials, key=lambda trial: trial["total"])["settings"]
+    assert json.loads((work / "records" / "published-simnpo.json").read_text())["settings"] == best
     assert table[ours]["bars"].endswith(" of 7")
     assert table[plain]["bars"] == "1 of 1"
     probability = float(table["twin"][bars.PROBABILITY].split(" ")[0])
