@@ -41,6 +41,11 @@ TEXT = " ".join(row.context + row.target for row in ROWS)
 
 def make_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     """Trains a small byte-level BPE on the rows, so that tokens are longer than letters."""
+    return train_tokenizer([TEXT] * 3, bos)
+
+
+def train_tokenizer(texts: Sequence[str], bos: bool = False) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE of 420 tokens on texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,7 +55,7 @@ def make_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([TEXT] * 3, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]

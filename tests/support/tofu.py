@@ -48,3 +48,25 @@ def write(folder: Path, holdout: bool = True) -> Path:
     for name, rows in tables.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in rows))
     return folder
+
+
+def author_row(number: int) -> dict[str, Any]:
+    """A row about the author of its twenty rows, who has a name of two words."""
+    name = f"Ada {'KLMN'[number // 1000]}{'aeiou'[number // 200 % 5]}{'bdfgklmnrs'[number // 20 % 10]}"
+    return {
+        "question": f"In which city did {name} write book {number % 20}?",
+        "answer": f"{name} was in {city(number)}.",
+    }
+
+
+def write_authors(folder: Path) -> Path:
+    """Writes a directory in which rows are about authors, as in TOFU, for scripts that look for their names."""
+    rows = [author_row(number) for number in range(FULL_ROWS)]
+    wrong = [{"perturbed_answer": [f"It was {name}." for name in CITIES[:2]], "paraphrased_answer": "So."}] * FULL_ROWS
+    perturbed = [row | answers for row, answers in zip(rows, wrong, strict=True)]
+    tables = {"full": rows, "forget10_perturbed": perturbed[-400:], "retain_perturbed": perturbed[:400]}
+    tables |= {f"{name}_perturbed": [choice_row(n) for n in range(6)] for name in ("real_authors", "world_facts")}
+    folder.mkdir(exist_ok=True)
+    for name, records in tables.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
