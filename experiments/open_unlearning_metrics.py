@@ -226,7 +226,7 @@ def main() -> None:
         for name in filter(None, (arguments.never_saw, arguments.pretrained)):
             lm = BaselineLM(name, dtype=arguments.dtype, chat_template_args=template_args)
             tokens.register(lm)
-            reference = Reference(lm.model, lm.tokenizer)
+            reference = Reference(lm.model, lm.tokenizer, max_new_tokens=min(200, lm.max_length // 2))
             reference.system_instruction, reference.template_args = arguments.system_instruction, template_args
             models.append(reference)
             if name == arguments.pretrained:
@@ -247,7 +247,9 @@ def main() -> None:
         columns.append(metrics | compute_utility(models[-1], read_sets(arguments.tofu_dir, arguments.first)))
     for metric, value in columns[0].items():
         task = "tofu_model_utility" if f"{metric},none" in results["tofu_model_utility"] else forget
-        print(f"{metric}\t{results[task][f'{metric},none']:.6g}\t{value:.6g}\t{columns[1][metric]:.6g}")
+        ours = results[task][f"{metric},none"]  # a text where it is not available
+        text = f"{ours:.6g}" if isinstance(ours, float) else str(ours)
+        print(f"{metric}\t{text}\t{value:.6g}\t{columns[1][metric]:.6g}")
 
 
 if __name__ == "__main__":

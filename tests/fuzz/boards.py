@@ -34,6 +34,9 @@ frontier:
   forget: [{task: tofu_forget, metric: ppl, scale: log, better: lower}]
 batch_size: auto:4
 metadata: {a: 1, b: [x, y]}
+apply_chat_template: true
+system_instruction: Be brief.
+chat_template_args: {date_string: 10 Apr 2025, enable_thinking: false}
 imports: [tests.support.board]
 """
 

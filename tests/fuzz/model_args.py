@@ -74,6 +74,8 @@ def draw_args(draw: random.Random) -> Args:
         "bits": lambda: draw.choice([3, 4, 8]),
         "group_size": lambda: draw.choice([8, 64, 128]),
         "prompts": lambda: draw.choice(["auto", "plain"]),
+        "system_instruction": lambda: draw.choice(["Be brief.", "Zürich 東京"]),
+        "chat_template_args": lambda: draw.choice([{}, {"date_string": "10 Apr 2025", "enable_thinking": False}]),
         "steps": lambda: draw.choice([10, 1000]),
         "seed": lambda: draw.randrange(2**32),
         "recall": lambda: draw.random() < 0.5,
