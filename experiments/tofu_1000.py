@@ -437,8 +437,19 @@ def measure_model(arguments: argparse.Namespace, entry: Entry, label: str, alpha
 
 
 def write_task_files(arguments: argparse.Namespace) -> dict[str, str]:
-    """Writes the rows that the tasks measure; returns the metadata that name them, and where the tokenizer is."""
-    folder = arguments.work / "measured"
+    """Writes the rows that the tasks measure; returns the metadata that name them, and where the tokenizer is.
+
+    Raises:
+        UserError: if other rows of the table were measured on other rows.
+    """
+    folder, file = arguments.work / "measured", arguments.work / "measured.json"
+    questions = json.loads(file.read_text()) if file.is_file() else arguments.retain_questions
+    if questions != arguments.retain_questions:
+        raise UserError(
+            f"retain_questions={arguments.retain_questions}: this folder has measurements with {questions}; use the "
+            f"same number, or delete measurements/, samples/ and {file.name} in it"
+        )
+    write_text(file, json.dumps(questions))
     write_measured_files(arguments.tofu, folder, arguments.first, arguments.retain_questions)
     return {
         "pretrained": str(arguments.model),
@@ -548,7 +559,10 @@ def make_head(arguments: argparse.Namespace) -> str:
         f"here, each trial with {arguments.tuning_share:g} of the budget; ours has its default settings."
     )
     command = f"`python experiments/tofu_1000.py {' '.join(sys.argv[1:])}`"
-    setup = f"{arguments.model.name}; {versions()}; one thread; seed {arguments.seed}."
+    setup = (
+        f"{arguments.model.name}; {versions()}; one thread; seed {arguments.seed}; "
+        f"{arguments.retain_questions} questions of each measured retain author."
+    )
     return "\n\n".join(["# TOFU-1000", command, f"{setup} {training_text}", cost_text, tuning_text])
 
 
@@ -657,7 +671,8 @@ STAGES: dict[str, Callable[[argparse.Namespace], None]] = {
 
 def check_work(arguments: argparse.Namespace) -> None:
     """Refuses a folder that was made with other arguments."""
-    current = {name: str(getattr(arguments, name)) for name in TRAINING_OPTIONS}
+    values = {name: getattr(arguments, name) for name in TRAINING_OPTIONS}
+    current = {name: str(value) if value is None else f"{value:g}" for name, value in values.items()}
     path = arguments.work / "arguments.json"
     stored_arguments: Mapping[str, str] = json.loads(path.read_text()) if path.is_file() else current
     for name, value in current.items():

@@ -232,6 +232,26 @@ def test_the_memory_is_trained_until_it_knows_the_rows_and_the_twin_as_long(scri
     assert [script.is_last_round(tmp_path, "twin", number, 0.9) for number in (1, 2)] == [False, True]
 
 
+def test_a_folder_belongs_to_the_arguments_of_its_training(script, tmp_path):
+    def check(*options):
+        paths = ("--model", "m", "--tofu", "t", "--work", str(tmp_path))
+        script.check_work(script.make_parser().parse_args([*paths, *options]))
+
+    check()
+    check("--epochs", "6", "--lr", "0.001", "--edit-steps", "20")
+    for option, text in {"--epochs": "7", "--first": "3"}.items():
+        with pytest.raises(UserError, match=f"made with {option[2:]}=.*; use another folder"):
+            check(option, text)
+
+
+def test_all_models_are_measured_on_the_same_rows(script, tofu_folder, tmp_path):
+    paths = ("--model", "m", "--tofu", str(tofu_folder), "--work", str(tmp_path))
+    script.write_task_files(script.make_parser().parse_args([*paths, "--retain-questions", "2"]))
+    assert len(read_rows(tmp_path / "measured" / "retain_perturbed.jsonl")) == 40
+    with pytest.raises(UserError, match=r"retain_questions=20: this folder has measurements with 2; use the same"):
+        script.write_task_files(script.make_parser().parse_args(paths))
+
+
 def test_the_list_has_every_method_under_both_protocols(script):
     entries = script.list_entries(None)
     labels = [label for entry in entries for label in entry.labels]
@@ -320,6 +340,3 @@ def test_the_command_from_start_to_end(script, bars, command, tmp_path, monkeypa
     answers = {row.answer for row in script.load_material(arguments, "left-out").retain}
     assert not left_out & answers
     assert left_out <= {row.answer for row in script.load_material(arguments, "published").retain}
-    # 6. Other training arguments need another folder.
-    with pytest.raises(SystemExit, match=r"made with lr=0.001; use another folder"):
-        command("--lr", "0.5")
