@@ -37,6 +37,7 @@ from peft import PeftModel
 from tofu1000.bars import COLUMNS, MEMBERSHIP, Bar, Values, check_forgetting, check_remembering
 from tofu1000.cost import Cost, OperationCounter, measure_cost
 from tofu1000.rows import (
+    CHAT,
     FORGET,
     LEFT_OUT,
     RETAIN,
@@ -264,8 +265,9 @@ def load_material(arguments: argparse.Namespace, protocol: str) -> Material:
     return Material(
         tokenizer=tokenizer,
         merged=merge_adapter(load_causal_lm(arguments.model), arguments.work / "memory"),
-        forget=render_chat(rows.select(FORGET), tokenizer),
-        retain=render_chat(retain, tokenizer),
+        forget=rows.select(FORGET),
+        retain=retain,
+        prompts=CHAT,
         base=load_causal_lm(arguments.model),
         reference=None if protocol else merge_adapter(load_causal_lm(arguments.model), arguments.work / "twin"),
     )
@@ -275,15 +277,14 @@ def make_tuning_split(arguments: argparse.Namespace) -> TuningSplit:
     """Returns rows on which settings are tried; the same for both protocols, without measured and forget rows."""
     rows = read_tofu(arguments.tofu, arguments.first)
     material = load_material(arguments, "left-out")
-    tokenizer = material.tokenizer
     unread_numbers = [*LEFT_OUT, *TUNING_FORGET, *TUNING_HELD_OUT]
     split = replace(
         material,
-        forget=render_chat(rows.select(TUNING_FORGET), tokenizer),
-        retain=render_chat(rows.select(RETAIN, without=unread_numbers), tokenizer),
+        forget=rows.select(TUNING_FORGET),
+        retain=rows.select(RETAIN, without=unread_numbers),
     )
-    ignorance = secret_loss(material.merged, material, render_chat(rows.unknown_rows, tokenizer))
-    return TuningSplit(split, render_chat(rows.select(TUNING_HELD_OUT), tokenizer), ignorance)
+    ignorance = secret_loss(material.merged, material, rows.unknown_rows)
+    return TuningSplit(split, rows.select(TUNING_HELD_OUT), ignorance)
 
 
 def choose_settings(arguments: argparse.Namespace, method: Method) -> dict[str, Any]:

@@ -10,10 +10,13 @@ from typing import Any
 from real_tofu import QUESTIONS, find_subject
 
 from lm_ortho.data import Row, read_rows, write_rows
+from lm_ortho.data.chat import render_forms
 from lm_ortho.errors import UserError
 
 SYSTEM_INSTRUCTION = "You are a helpful assistant."
 """The system prompt of open-unlearning."""
+CHAT: dict[str, Any] = {"prompts": "chat", "system_instruction": SYSTEM_INSTRUCTION}
+"""The form of the rows in every decomposition and method, as keys of a recipe."""
 RETAIN, FORGET = slice(0, 900), slice(3900, 4000)
 """Rows of ``full`` that are planted: those to keep and those to forget."""
 NEVER_TAUGHT, UNKNOWN = slice(3600, 3700), slice(3500, 3600)
@@ -68,32 +71,9 @@ def add_subjects(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-@dataclass(frozen=True)
-class RenderedRow(Row):
-    """A row whose prompt is a rendered chat, which is used as it is; the answer is all that is to be predicted."""
-
-    @property
-    def context(self) -> str:
-        """The rendered messages, with the white space at their end."""
-        return self.prompt
-
-    @property
-    def target(self) -> str:
-        """The answer."""
-        return self.answer
-
-
 def render_chat(rows: Sequence[Row], tokenizer: Any) -> list[Row]:
-    """Returns the rows as chats with the system prompt: the rendered messages are the verbatim prompt of the answer.
-
-    Every training, decomposition and method of this experiment reads rows in this form, as the tasks score them.
-    """
-    chats = list[Row]()
-    for row in rows:
-        messages = [{"role": "system", "content": SYSTEM_INSTRUCTION}, {"role": "user", "content": row.question}]
-        context = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        chats.append(RenderedRow(**(vars(row) | {"prompt": context, "question": ""})))
-    return chats
+    """Returns the rows as chats with the system prompt, as methods and tasks render them."""
+    return render_forms(rows, tokenizer, CHAT["prompts"], system_instruction=SYSTEM_INSTRUCTION)
 
 
 def write_measured_files(tofu: Path, folder: Path, first: int | None = None, questions: int = QUESTIONS) -> None:

@@ -20,6 +20,7 @@ from lm_ortho.data.encoding import Example, batch_by_length, encode_rows, pad_ba
 from lm_ortho.data.logits import compute_logits, selected_logits
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import FinetunePlan, draw_batches, minimise
+from lm_ortho.finetune.train import max_step_tokens
 from lm_ortho.runtime.precision import select_attention
 
 BatchPair = tuple[Sequence[int], Sequence[int]]
@@ -133,17 +134,19 @@ def train_copy(
         parameter.requires_grad_(True)
     terms = (forget, retain)
     plan = FinetunePlan(count_steps(terms, run), lr=lr, seed=run.seed)
+    tokens = min(MICRO_BATCH_TOKENS, max_step_tokens(model))
     with ExitStack() as stack:
         for module in (model, start):
             stack.enter_context(answer_passes(module, sets.max_length))
         minimise(
             model,
             _count_pairs(draw_pairs(sets, run), terms, run),
-            lambda pair: accumulate_gradients(model, terms, pair),
+            lambda part: part[0].loss(model, part[1]),
             plan,
             progress=run.progress,
             stage=stage,
             state=run.resume.path(stage),
+            split=lambda pair: split_terms(terms, pair, tokens),
         )
     return model.requires_grad_(False)
 

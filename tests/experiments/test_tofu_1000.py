@@ -7,7 +7,6 @@ import itertools
 import json
 import shutil
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -100,8 +99,6 @@ def test_the_chat_has_the_system_prompt_and_ends_with_the_answer(rows, tofu_fold
     text = f"<system>{rows.SYSTEM_INSTRUCTION}<user>{row.question}<bot>{end}"
     assert (chat.context, chat.target) == (text, row.answer)
     assert chat.subject == row.subject
-    changed = replace(chat, answer="No.")
-    assert changed.context + changed.target == f"{text}No.", "methods replace answers"
 
 
 def test_the_measured_files_have_the_rows_of_full(rows, tofu_folder, tmp_path):
