@@ -165,4 +165,5 @@ def test_an_interrupted_adapter_ends_like_an_uninterrupted_one(short_adapters, e
     later_round = [("memory 2", step, 8) for step in range(1, 9)] if stage == "memory 1" else []
     assert reports == [(stage, 7, 8), (stage, 8, 8), *later_round]
     whole, halves = (place / name / "memory" / "adapter_model.safetensors" for name in ("whole", "halves"))
-    assert whole.read_bytes() == halves.read_bytes()
+    is_equal = whole.read_bytes() == halves.read_bytes()  # pytest would take minutes to compare them
+    assert is_equal
