@@ -163,8 +163,9 @@ def minimise(
     optimiser = torch.optim.AdamW(parameters, lr=plan.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     completed_steps, is_finished = _load_state(state, parameters, optimiser)
     last_save, last_step = time.monotonic(), completed_steps if is_finished else plan.steps
+    steps = range(0 if is_finished else plan.steps)  # a finished run needs no batches, and may have no rows
     with selected_logits(model):
-        for step, batch in zip(range(last_step), batches, strict=False):
+        for step, batch in zip(steps, batches, strict=False):
             # 2. Draw and skip the batches of completed steps, so that the following ones are the same.
             if step < completed_steps:
                 continue

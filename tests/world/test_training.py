@@ -124,7 +124,9 @@ def test_an_adapter_is_saved_without_paths_of_this_machine(short_adapters, embed
         work=place / "work",
         progress=lambda *step: reports.append(step),
     )
-    assert [step[:3] for step in reports] == [("never_saw 1", 8, 8), ("never_saw 2", 8, 8)]
+    assert [step[:3] for step in reports] == [
+        (stage, step, 8) for stage in ("never_saw 1", "never_saw 2") for step in range(1, 9)
+    ]
     assert sorted(p.name for p in place.iterdir()) == ["base", "never_saw", "work"]
     assert not list((place / "work").iterdir())
     for path in (place / "never_saw").rglob("*"):
@@ -150,8 +152,8 @@ def test_an_interrupted_adapter_ends_like_an_uninterrupted_one(short_adapters, e
             progress=progress,
         )
 
-    def interrupt(current_stage, *_):
-        if current_stage == stage:
+    def interrupt(current_stage, step, *_):
+        if (current_stage, step) == (stage, 8):
             raise KeyboardInterrupt
 
     make("whole", lambda *_: None)
@@ -160,6 +162,8 @@ def test_an_interrupted_adapter_ends_like_an_uninterrupted_one(short_adapters, e
     last = {"memory 1": "memory_0.pt", "memory 2": "memory_1.pt"}[stage]
     assert torch.load(place / "halves" / "work" / last, weights_only=True)["steps"] == 6
     make("halves", lambda *step: reports.append(step[:3]))
-    assert reports == [("memory 1", 8, 8), ("memory 2", 8, 8)][int(stage[-1]) - 1 :]
+    later_round = [("memory 2", step, 8) for step in range(1, 9)] if stage == "memory 1" else []
+    assert reports == [(stage, 7, 8), (stage, 8, 8), *later_round]
     whole, halves = (place / name / "memory" / "adapter_model.safetensors" for name in ("whole", "halves"))
-    assert whole.read_bytes() == halves.read_bytes()
+    is_equal = whole.read_bytes() == halves.read_bytes()  # pytest would take minutes to compare them
+    assert is_equal
