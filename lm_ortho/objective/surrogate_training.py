@@ -147,7 +147,8 @@ class SurrogateTraining:
                 self.steps += 1
                 # 4. Measure the loss now and then, and begin the decay where it is near the threshold.
                 self._measure()
-                text = f"loss {self.loss:.3f}, stops at {self.plan.max_loss:.3f}"
+                loss = "" if math.isnan(self.loss) else f"loss {self.loss:.3f}, "  # not measured yet
+                text = f"{loss}stops at {self.plan.max_loss:.3f}"
                 progress("surrogate", self.steps, self.steps if self._is_finished() else self.plan.max_steps, text)
                 # 5. Save the state now and then.
                 if resume.is_due():
