@@ -144,10 +144,6 @@ class OrthoLinear(nn.Module):
         spec = ProductSpec.from_input(x, self.out_features, self.bits, self.group_size)
         return self._cache.bind_and_multiply(self, x, alpha, spec)
 
-    def forget_weights(self, alpha: Alpha) -> None:
-        """Frees the dense copies of the weight that products at ``alpha`` do not read."""
-        self._cache.forget_weights(alpha)
-
     def extra_repr(self) -> str:
         counts = {name: self.get_buffer(ortho_buffers(name)[2]).numel() for name in self.memories}
         nnz = "+".join(f"{n}" if name == DEFAULT_MEMORY else f"{name}:{n}" for name, n in counts.items()) or "none"
