@@ -5,8 +5,8 @@
     python benchmarks/evaluation.py --pretrained DIR --rows 8 --out benchmarks/results/DATE-evaluation-own.json
 
 Without ``--pretrained`` the embedded model is exported at alpha=0 as a plain checkpoint for ``hf``, and both models run
-``--tasks`` from the building of requests to the metrics. With it the linear layers of a model of yours are rounded to
-4 bits with random values on 1 % of the weights (time does not depend on what they are), and both models run requests
+``--tasks`` from the building of requests to the metrics. With it the linear layers of a model of yours become random
+ones of 4 bits with values on 1 % of the weights (time does not depend on what they are), and both models run requests
 like those of TOFU for each alpha: log-likelihoods of a right and five wrong answers to each question, and greedy
 completions of 32 tokens. Both run with the same batch size, alternately, after one warm-up each, in one thread.
 Processor time is reported beside the time, for machines that are shared.
@@ -30,8 +30,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from benchmarks.end_to_end import make_random_streams
 from lm_ortho import checkpoint, world
+from lm_ortho.bench.problem import Problem, Shape
 from lm_ortho.checkpoint.export import export
 from lm_ortho.dial import format_alpha
 from lm_ortho.finetune import load_causal_lm, load_tokenizer
@@ -39,6 +39,7 @@ from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.layer import find_linear, patch
 from lm_ortho.markdown import versions, write_text
 from lm_ortho.plugin.bridges import find_tasks_dir
+from lm_ortho.streams import LayerStreams
 from lm_ortho.world import people
 
 Models = dict[str, Callable[[], Any]]
@@ -100,11 +101,10 @@ def _medians(times: Iterable[Seconds]) -> dict[str, float]:
 
 
 def decompose_at_random(pretrained: str, directory: Path) -> None:
-    """Writes a checkpoint of the model with random ortho streams at a density of 1 %."""
-    torch.manual_seed(0)
+    """Writes a checkpoint of a model of this form, with random streams at a density of 1 %."""
     model = load_causal_lm(pretrained)
-    layers = find_linear(model)
-    patch(model, {name: make_random_streams(layer.weight.detach(), 0.01) for name, layer in layers.items()})
+    problems = {name: Problem(Shape(*layer.weight.shape)) for name, layer in find_linear(model).items()}
+    patch(model, {name: LayerStreams(problem.base, problem.make_ortho(0.01)) for name, problem in problems.items()})
     checkpoint.save(directory, model, load_tokenizer(pretrained), {})
 
 

@@ -12,8 +12,8 @@ from .dispatch import REFERENCE, ProductSpec, StoredBase, StoredOrtho
 from .reference import (
     MergedOperand,
     SparseOperand,
-    base_linear,
     base_operand,
+    bind_dense,
     merged_linear,
     merged_operand,
     several_linear,
@@ -72,9 +72,9 @@ class Reference:
         spec: ProductSpec,
     ) -> Callable[[Tensor], Tensor]:
         if isinstance(base, MergedOperand):
-            return lambda x: merged_linear(x, base, bias)
+            return bind_dense(base.weight, bias, "reference.merged")
         if not terms:
-            return lambda x: base_linear(x, base, bias)
+            return bind_dense(base, bias, "reference.base")
         return lambda x: several_linear(x, base, terms, bias)
 
 

@@ -6,7 +6,7 @@ y = x W_base^T + bias + alpha * (x W_ortho^T)
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -93,10 +93,14 @@ def merged_operand(
     return MergedOperand(result.to(dtype))
 
 
-def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The product with ``base_operand`` alone, ``(..., out_features)``."""
-    record("reference.base")
-    return functional.linear(x, weight, bias)
+def bind_dense(weight: Tensor, bias: Tensor | None, path: str) -> Callable[[Tensor], Tensor]:
+    """The product with a dense matrix as a function of ``x`` alone, counted under ``path``."""
+
+    def multiply(x: Tensor) -> Tensor:
+        record(path)
+        return functional.linear(x, weight, bias)
+
+    return multiply
 
 
 def merged_linear(x: Tensor, merged: MergedOperand, bias: Tensor | None = None) -> Tensor:
@@ -147,7 +151,8 @@ def prepared_linear(
     if isinstance(alpha, Tensor):
         return _per_row(x, weight, sparse, bias, alpha)
     if alpha == 0.0:
-        return base_linear(x, weight, bias)
+        record("reference.base")
+        return functional.linear(x, weight, bias)
     if sparse is None:
         raise ValueError(f"alpha={alpha} without an ortho stream")
     if _merging_pays(x, weight, sparse):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from lm_ortho.data.row import Row
 from lm_ortho.data.rows import read_rows
@@ -16,6 +17,10 @@ MOST_ROWS = 100
 """Largest number of rows that are held out: intervals become narrower slowly, and the calibration needs the others."""
 FEWEST_RETAIN_ROWS = 100
 """Smallest number of retain rows of which any are held out; with fewer each one counts more in the calibration."""
+
+
+GroupName = tuple[str, str]
+"""``group`` or ``text``, and the group or text itself."""
 
 
 class RetainSplit(NamedTuple):
@@ -67,21 +72,18 @@ def describe_split(split: RetainSplit, held_out: str | Sequence[Row]) -> str:
     return f"none of {total} retain rows, which are {reason}; held_out=FILE names rows that calibration does not read"
 
 
-def _group_name(row: Row) -> tuple[Literal["group", "text"], str]:
+def _group_name(row: Row) -> GroupName:
     """What rows that stay together have in common."""
     group = row.group or row.subject
     return ("group", group) if group else ("text", row.context or row.target)
 
 
-def _draw_groups(rows: Sequence[Row]) -> set[tuple[str, str]]:
+def _draw_groups(rows: Sequence[Row]) -> set[GroupName]:
     """The names of the groups that are held out, in the order of their hashes as long as they fit."""
     if len(rows) < FEWEST_RETAIN_ROWS:
         return set()
-    sizes: dict[tuple[str, str], int] = {}
-    for row in rows:
-        name = _group_name(row)
-        sizes[name] = sizes.get(name, 0) + 1
-    missing, drawn = min(MOST_ROWS, int(SHARE * len(rows))), set[tuple[str, str]]()
+    sizes = Counter(_group_name(row) for row in rows)
+    missing, drawn = min(MOST_ROWS, int(SHARE * len(rows))), set[GroupName]()
     for name in sorted(sizes, key=lambda name: hashlib.sha256("\0".join(name).encode()).digest()):
         if sizes[name] <= missing:
             drawn.add(name)

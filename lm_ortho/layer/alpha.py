@@ -192,8 +192,9 @@ def hold_alpha(dial: Dial, shape: tuple[int, int] | None) -> Iterator[None]:
         fits = shape is None or alpha.batch in (None, shape[0])
     if not fits:
         raise UserError(f"alpha has {alpha.batch} rows but the batch has {shape[0] if shape else 0}")
-    is_inner = outer is not None and outer.alpha is alpha
-    call = Call(alpha, scope_alpha, shape, outer.outermost) if is_inner else Call(alpha, scope_alpha, shape)
+    call = Call(alpha, scope_alpha, shape)
+    if outer is not None and outer.alpha is alpha:
+        call = Call(alpha, scope_alpha, shape, outer.outermost)
     token = _running_calls.set({**calls, dial: call})
     try:
         yield

@@ -140,7 +140,7 @@ def set_alpha(model: nn.Module, alpha: float | Mapping[str, float]) -> None:
         dial.default = checked_alpha
     if is_change:  # one dense copy of the weights at a time, not one for each alpha
         for layer in layers:
-            layer.forget_weights(checked_alpha)
+            layer._cache.forget_weights(checked_alpha)
 
 
 def get_alpha(model: nn.Module) -> float | Tensor | dict[str, float | Tensor]:

@@ -70,8 +70,8 @@ def files_hash(location: str | None, argument: str = "pretrained", **source: Any
     """Hash of the files of a model or adapter: of the content of a directory, of the commit on the hub."""
     if location is None:
         return ""
-    location, source = split_gguf(location, source)
-    path, subfolder, gguf_file = Path(location).expanduser(), source.get("subfolder", ""), source.get("gguf_file")
+    place, source = split_gguf(location, source)
+    path, subfolder, gguf_file = Path(place).expanduser(), source.get("subfolder", ""), source.get("gguf_file")
     if not path.is_dir():
         commit = getattr(load_config(location, argument=argument, **source), "_commit_hash", None)
         return f"{location}@{commit or source.get('revision', 'main')}" + "".join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,7 @@ def test_what_cannot_be_read_is_one_line(packed, tmp_path: Path, monkeypatch: py
             call()
         assert "\n" not in str(error.value)
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    for call in (load_config, load_tokenizer, load_causal_lm):
+    loaders: tuple[Callable[[Path], Any], ...] = (load_config, load_tokenizer, load_causal_lm)
+    for load in loaders:
         with pytest.raises(UserError, match=r"needs the package gguf: pip install 'lm-ortho\[gguf\]'"):
-            call(path)
+            load(path)

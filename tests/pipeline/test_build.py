@@ -314,7 +314,7 @@ BAD: list[tuple[str, str, Change]] = [
     ("kernel", "kernel='fast' is unknown", lambda t, h, o: {**o, "kernel": "fast"}),
     ("dtype", "dtype='float3' is unknown", lambda t, h, o: {**o, "dtype": "float3"}),
     ("fresh", "fresh='maybe'", lambda t, h, o: {**o, "fresh": "maybe"}),
-    ("gguf", "gguf_file: packed", lambda t, h, o: {**o, "gguf_file": "x.gguf"}),
+    ("gguf", "gguf_file='x.gguf': no such file in", lambda t, h, o: {**o, "gguf_file": "x.gguf"}),
     ("peft", "peft=.*: no adapter_config.json", lambda t, h, o: {**o, "peft": make_empty_directory(t / "peft")}),
 ]
 

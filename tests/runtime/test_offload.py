@@ -10,13 +10,16 @@ from torch import nn
 
 from lm_ortho.calibration.activations import input_moments
 from lm_ortho.calibration.by_layer import InputMoments
-from lm_ortho.config import make_recipe
+from lm_ortho.config import make_recipe, make_spec
 from lm_ortho.data.encoding import encode
+from lm_ortho.data.logits import compute_logits, selected_logits
 from lm_ortho.errors import UserError
 from lm_ortho.finetune import FinetunePlan, train_adapter
-from lm_ortho.layer import find_linear, linear_form
+from lm_ortho.layer import find_linear, get_streams, linear_form
 from lm_ortho.objective import surrogate_training
+from lm_ortho.pipeline import build
 from lm_ortho.pipeline.decomposition import decompose
+from lm_ortho.pipeline.spec import resolve
 from lm_ortho.runtime import offload
 from lm_ortho.runtime.offload import is_offloaded, offload_blocks
 from lm_ortho.runtime.precision import transformer_blocks
@@ -52,6 +55,55 @@ def test_the_same_logits_and_gradients(name):
         torch.testing.assert_close(offloaded_gradients[key], gradient, rtol=1e-5, atol=1e-8)
     assert not is_offloaded(model)
     assert all("forward" not in vars(block) for block in transformer_blocks(model))
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2"])
+def test_logits_at_a_mask_and_their_gradients_are_the_same(name):
+    """The output embedding is outside the blocks: it computes on the device, at the positions of the mask only."""
+    model = CASES[name].build()
+    mask = torch.rand(IDS.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+
+    def masked_logits_and_gradients():
+        logits = compute_logits(model, IDS, mask)
+        logits.square().mean().backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad(set_to_none=True)
+        return logits.detach(), gradients
+
+    with linear_form(model):
+        whole_logits, expected_gradients = masked_logits_and_gradients()
+        with offload_blocks(model, "cpu"), selected_logits(model):
+            logits, gradients = masked_logits_and_gradients()
+    assert logits.shape == (int(mask.sum()), whole_logits.shape[-1])
+    torch.testing.assert_close(logits, whole_logits, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == expected_gradients.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Gemma 2", "GPT-NeoX"])
+def test_everything_that_a_pass_reads_is_on_the_device(name, monkeypatch):
+    """On another device than the CPU a tensor that stayed there would raise; the device ``meta`` needs no hardware."""
+    model = CASES[name].build()
+
+    def move_to_meta(tensors, device):  # ``data`` of a parameter cannot be set to a tensor of this device
+        for module in tensors._modules:
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(parameter.to(device))
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                module._buffers[name] = buffer.to(device)
+
+    monkeypatch.setattr(offload._NonBlockTensors, "move_to", move_to_meta)
+    monkeypatch.setattr(offload._NonBlockTensors, "move_back", lambda self: None)  # nothing comes back from ``meta``
+    # transformers would read whether positions start again inside a row.
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
+    with linear_form(model), offload_blocks(model, "meta"), torch.no_grad():
+        for block in transformer_blocks(model):
+            assert {p.device.type for p in block.parameters()} == {"cpu"}
+        logits = compute_logits(model, IDS.to("meta"))
+    assert logits.device.type == "meta"
+    assert logits.shape[:2] == IDS.shape
 
 
 def test_recomputation_draws_the_same_dropout_mask():
@@ -143,6 +195,31 @@ def test_a_decomposition_is_the_same(memorised_models, with_base, monkeypatch):
     for name, streams in expected.streams.items():
         equal_codes = result.streams[name].base.codes() == streams.base.codes()
         assert equal_codes.float().mean() > 0.999, name
+
+
+def test_the_command_offloads_both_models(home):
+    """``lm-ortho decompose --offload``, with blocks that are fetched to the CPU in the place of a GPU."""
+    files = {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
+    recipe = {"sieve": "residual", "projection": "rtn", "edit": "w0", "density": 0.02, "group_size": 16}
+    plain = str(home / "plain")
+    resolved = resolve(make_spec(recipe, pretrained=plain, base=plain, force=True, **files))
+    offloaded_models = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def record(model, device):
+            offloaded_models.append(model)
+            return offload_blocks(model, device)
+
+        patch.setattr(build, "offload_blocks", record)
+        expected, _, expected_meta = build.decompose_model(resolved, no_progress, device="cpu")
+        assert not offloaded_models
+        model, _, meta = build.decompose_model(resolved, no_progress, device="cpu", offload=True)
+    assert len(offloaded_models) == 2
+    assert not any(is_offloaded(network) for network in offloaded_models)
+    assert meta == expected_meta
+    for name, streams in get_streams(expected).items():
+        for part, tensor in streams.tensors().items():
+            assert torch.equal(get_streams(model)[name].tensors()[part], tensor), (name, part)
 
 
 def test_an_adapter_is_trained_on_a_copy(memorised_models):
