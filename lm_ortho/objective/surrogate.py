@@ -21,12 +21,10 @@ from lm_ortho.finetune import lora
 from lm_ortho.objective import surrogate_training
 from lm_ortho.objective.distribution import predict_distributions, split_into_chunks, vocabulary_size
 from lm_ortho.objective.surrogate_training import (
-    LOSS_TOLERANCE,
     SurrogatePlan,
     SurrogateTraining,
     count_max_steps,
-    measure_loss,
-    sample_rows,
+    make_plan,
     unchanged_flags,
 )
 from lm_ortho.runtime.progress import ProgressCallback
@@ -68,11 +66,8 @@ def surrogate_target(
     """
     with unchanged_flags(base_model):
         # 1. Fine-tune a LoRA adapter on the retain rows until its loss on them is within the tolerance.
-        plan = SurrogatePlan(
-            max_steps=count_max_steps(examples, retain, steps),
-            max_loss=measure_loss(merged_model, sample_rows(retain)) + LOSS_TOLERANCE,
-            seed=seed,
-        )
+        max_steps = count_max_steps(examples, retain, steps)
+        plan = make_plan(merged_model, base_model, retain, max_steps=max_steps, seed=seed)
         surrogate = _train_or_load(merged_model, base_model, retain, plan=plan, progress=progress, resume=resume)
         for chunk in split_into_chunks(examples, vocabulary_size(merged_model)):
             # 2. Predict some of the forget rows with both models.
@@ -118,7 +113,7 @@ def _train_or_load(
             "them. More `steps` allow it more",
             training.steps,
             training.loss,
-            plan.max_loss - LOSS_TOLERANCE,
+            plan.max_loss - plan.tolerance,
         )
     model: torch.nn.Module = training.model
     return model
@@ -136,7 +131,7 @@ def compute_key(
     parts: Any = {
         "models": [_hash_weights(merged_model), _hash_weights(base_model)],
         "retain": [(example.ids, example.roles) for example in retain],
-        "plan": [plan.max_steps, plan.seed, LOSS_TOLERANCE],
+        "plan": [plan.max_steps, plan.seed],
         "code": code,
         "versions": [version(name) for name in ("torch", "transformers", "peft")],
     }

@@ -36,10 +36,10 @@ BATCH_TOKENS = 1024
 PART_BYTES = 2**30
 """Bytes of activations and logits of the part of a step that goes through the model at once, unless a quarter of the
 model is more."""
-LOSS_TOLERANCE = 0.1
-"""Nats per token by which the loss of the surrogate on the retain rows may exceed that of the merged model."""
-NEAR = 0.1
-"""Nats per token above the threshold at which the learning rate begins to decay."""
+LOSS_TOLERANCE, GAP_SHARE = 0.1, 0.1
+"""The loss of the surrogate on the retain rows may exceed that of the merged model by so many nats per token, but by no
+more than this share of the excess of the base model. Where the base model is within a few hundredths, because most
+retain rows are text that it knows, the absolute tolerance would stop before the others are learnt."""
 CHECK_STEPS, SAMPLE_ROWS = 20, 128
 """Steps between two measurements of the loss, and number of retain rows that it is measured on."""
 DECAY_STEPS = 40
@@ -52,11 +52,24 @@ BUDGET = 1.0
 
 @dataclass(frozen=True)
 class SurrogatePlan:
-    """How long a surrogate may train, up to which loss (nats per token), and the seed of its draws."""
+    """How long a surrogate may train, up to which loss (nats per token), and the seed of its draws.
+
+    The learning rate begins to decay at ``tolerance`` above ``max_loss``.
+    """
 
     max_steps: int
     max_loss: float
+    tolerance: float
     seed: int
+
+
+def make_plan(
+    merged_model: torch.nn.Module, base_model: torch.nn.Module, retain: Sequence[Example], *, max_steps: int, seed: int
+) -> SurrogatePlan:
+    """The plan with the loss at which both models allow to stop."""
+    merged_loss, base_loss = (measure_loss(model, sample_rows(retain)) for model in (merged_model, base_model))
+    tolerance = min(LOSS_TOLERANCE, GAP_SHARE * max(0.0, base_loss - merged_loss))
+    return SurrogatePlan(max_steps, max_loss=merged_loss + tolerance, tolerance=tolerance, seed=seed)
 
 
 def count_max_steps(forget: Sequence[Example], retain: Sequence[Example], edit_steps: int) -> int:
@@ -119,7 +132,7 @@ class SurrogateTraining:
         """Loss on the sample of the retain rows at the last measurement."""
         self.steps = 0
         self._decay_start: int | None = None
-        self._near = NEAR
+        self._near = plan.tolerance
         self._part_tokens = max_part_tokens(base_model)
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
 
