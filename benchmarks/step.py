@@ -92,7 +92,8 @@ def make_objective(shape: str, share: float = 1.0) -> Objective:
 def peak_memory() -> Iterator[dict[str, int]]:
     """Yields the resident bytes before, and after the context also the largest during it."""
     process, is_running = psutil.Process(), threading.Event()
-    memory = {"before": process.memory_info().rss, "peak": 0}
+    resident = process.memory_info().rss
+    memory = {"before": resident, "peak": resident}
 
     def sample() -> None:
         while not is_running.wait(0.02):

@@ -235,7 +235,7 @@ def test_a_folder_belongs_to_the_arguments_of_its_training(script, tmp_path):
         script.check_work(script.make_parser().parse_args([*paths, *options]))
 
     check()
-    check("--epochs", "6", "--lr", "0.001", "--edit-steps", "20")
+    check(*"--epochs 6 --lr 0.001 --edit-steps 20".split())
     for option, text in {"--epochs": "7", "--first": "3"}.items():
         with pytest.raises(UserError, match=f"made with {option[2:]}=.*; use another folder"):
             check(option, text)
