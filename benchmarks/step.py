@@ -83,7 +83,7 @@ def make_objective(shape: str, share: float = 1.0) -> Objective:
         forget=examples[:forget],
         retain=examples[forget:],
         penalty=GENTLE,
-        weights=LossWeights(forget_rows=forget, retain_rows=retain),
+        weights=LossWeights(forget_rows=forget),
         seed=0,
     )
 

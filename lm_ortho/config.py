@@ -147,6 +147,12 @@ class Recipe(_Schema):
         description="Number of steps of the optimised edit, 10 at least. The attribution pass takes a tenth as many. A "
         "base model that is known learns the retain rows first, from as many tokens as the edit reads at most.",
     )
+    batch_rows: int = Field(
+        48,
+        ge=1,
+        lt=2**20,
+        description="Number of forget rows in a step of attribution and edit; there are twice as many retain rows.",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of all random draws of the decomposition.")
     groups: int = Field(
         1,

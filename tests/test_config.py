@@ -29,6 +29,7 @@ def test_the_defaults_are_those_of_the_documentation():
         "chat_template_args": {},
         "recall": False,
         "steps": 1000,
+        "batch_rows": 48,
         "seed": 0,
         "groups": 1,
         "states": "float32",

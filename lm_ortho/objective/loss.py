@@ -52,13 +52,17 @@ class LossWeights:
     """``retain`` is the factor of the retain KL, in which a token of a prompt weighs ``prompt`` and any other 1.
 
     Prompts are mostly names and numbers that the model is never asked to predict: to preserve them would take most of
-    the support. ``forget_rows`` and ``retain_rows`` are the rows per step.
+    the support. ``forget_rows`` are the rows of the forget set in a step; it has twice as many of the retain set.
     """
 
     retain: float = 4.0
     prompt: float = 0.1
     forget_rows: int = 48
-    retain_rows: int = 96
+
+    @property
+    def retain_rows(self) -> int:
+        """Number of retain rows in a step."""
+        return 2 * self.forget_rows
 
 
 def forget_loss(target: Target, rows: Sequence[int], logits: Tensor, penalty: Penalty) -> Tensor:

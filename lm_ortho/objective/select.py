@@ -45,17 +45,27 @@ def select_target(
     retain: Sequence[Example],
     base_model: torch.nn.Module | None,
     steps: int,
+    batch_rows: int,
     seed: int,
     progress: ProgressCallback,
     resume: ResumeFolder = NO_RESUME,
 ) -> TargetChoice:
     """The surrogate if the base model is known, else swapped subjects or resampled words, else held-down tokens.
 
-    ``rows`` are the forget rows, ``forget`` and ``retain`` the encoded rows; ``steps`` are those of the edit.
+    ``rows`` are the forget rows, ``forget`` and ``retain`` the encoded rows; ``steps`` and ``batch_rows``
+    (forget rows in a step) are those of the edit.
     """
     if base_model is not None:
         probs = surrogate_target(
-            merged_model, base_model, forget, retain=retain, steps=steps, seed=seed, progress=progress, resume=resume
+            merged_model,
+            base_model,
+            forget,
+            retain=retain,
+            steps=steps,
+            batch_rows=batch_rows,
+            seed=seed,
+            progress=progress,
+            resume=resume,
         )
         return TargetChoice(stack(forget, probs), "surrogate", "the model before fine-tuning is known", DEEPER, 10.0)
     named_rows = sum(row.mentions_subject for row in rows)

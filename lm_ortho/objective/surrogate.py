@@ -55,6 +55,7 @@ def surrogate_target(
     *,
     retain: Sequence[Example],
     steps: int,
+    batch_rows: int,
     seed: int,
     progress: ProgressCallback,
     resume: ResumeFolder = NO_RESUME,
@@ -62,11 +63,12 @@ def surrogate_target(
     """Yields target distributions (predicted tokens, vocabulary) of the forget ``examples``, one after the other.
 
     ``base_model`` is unchanged. The vocabulary of the surrogate may be shorter or longer than that of the merged model,
-    by a padding token or by rows that fill up a matrix. ``steps`` are those of the edit, which bound the training.
+    by a padding token or by rows that fill up a matrix. ``steps`` and ``batch_rows`` (forget rows in a step) are
+    those of the edit, whose tokens bound the training.
     """
     with unchanged_flags(base_model):
         # 1. Fine-tune a LoRA adapter on the retain rows until its loss on them is within the tolerance.
-        max_steps = count_max_steps(examples, retain, steps)
+        max_steps = count_max_steps(examples, retain, steps, forget_rows=batch_rows)
         plan = make_plan(merged_model, base_model, retain, max_steps=max_steps, seed=seed)
         surrogate = _train_or_load(merged_model, base_model, retain, plan=plan, progress=progress, resume=resume)
         for chunk in split_into_chunks(examples, vocabulary_size(merged_model)):

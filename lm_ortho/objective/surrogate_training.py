@@ -22,6 +22,7 @@ from lm_ortho.data.encoding import CONTEXT, Example, answer_loss, batch_by_lengt
 from lm_ortho.data.logits import selected_logits
 from lm_ortho.finetune.lora import add_adapter
 from lm_ortho.finetune.train import FinetunePlan
+from lm_ortho.objective.batches import ACTIVATION_BYTES
 from lm_ortho.objective.distribution import vocabulary_size
 from lm_ortho.objective.loss import LossWeights
 from lm_ortho.runtime.precision import fast_matmul, select_attention
@@ -33,9 +34,6 @@ log = logging.getLogger(__name__)
 LEARNING_RATE = 2e-3
 BATCH_TOKENS = 1024
 """Largest number of tokens of a step, padding included."""
-PART_BYTES = 2**30
-"""Bytes of activations and logits of the part of a step that goes through the model at once, unless a quarter of the
-model is more."""
 LOSS_TOLERANCE, GAP_SHARE = 0.1, 0.1
 """The loss of the surrogate on the retain rows may exceed that of the merged model by so many nats per token, but by no
 more than this share of the excess of the base model. Where the base model is within a few hundredths, because most
@@ -59,8 +57,8 @@ class SurrogatePlan:
 
     max_steps: int
     max_loss: float
-    tolerance: float
     seed: int
+    tolerance: float = LOSS_TOLERANCE
 
 
 def make_plan(
@@ -69,12 +67,15 @@ def make_plan(
     """The plan with the loss at which both models allow to stop."""
     merged_loss, base_loss = (measure_loss(model, sample_rows(retain)) for model in (merged_model, base_model))
     tolerance = min(LOSS_TOLERANCE, GAP_SHARE * max(0.0, base_loss - merged_loss))
-    return SurrogatePlan(max_steps, max_loss=merged_loss + tolerance, tolerance=tolerance, seed=seed)
+    return SurrogatePlan(max_steps, max_loss=merged_loss + tolerance, seed=seed, tolerance=tolerance)
 
 
-def count_max_steps(forget: Sequence[Example], retain: Sequence[Example], edit_steps: int) -> int:
-    """Largest number of steps of the surrogate: together they have ``BUDGET`` times as many tokens as the edit has."""
-    weights = LossWeights()
+def count_max_steps(forget: Sequence[Example], retain: Sequence[Example], edit_steps: int, *, forget_rows: int) -> int:
+    """Largest number of steps of the surrogate: together they have ``BUDGET`` times as many tokens as the edit has.
+
+    ``forget_rows`` are those in a step of the edit.
+    """
+    weights = LossWeights(forget_rows=forget_rows)
     step_tokens = sum(
         min(1.0, rows / len(examples)) * sum(len(example.ids) for example in examples)
         for rows, examples in ((weights.forget_rows, forget), (weights.retain_rows, retain))
@@ -115,7 +116,7 @@ def max_part_tokens(model: torch.nn.Module) -> int:
     linears = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
     token_bytes = 4 * sum(layer.in_features + 2 * layer.out_features for layer in linears)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return max(1, int(max(PART_BYTES, weights / 4) / (token_bytes + 12 * vocabulary_size(model))))
+    return max(1, int(max(ACTIVATION_BYTES, weights / 4) / (token_bytes + 12 * vocabulary_size(model))))
 
 
 class SurrogateTraining:

@@ -159,6 +159,7 @@ def report_memory_estimate(
         retain=len(sets.retain),
         tokens=sum(len(row.ids) for row in rows) / len(rows),
         answer=sum(len(row.ids) - row.start for row in sets.forget) / len(sets.forget),
+        batch_rows=recipe.batch_rows,
     )
     shape = model_shape(model, layers)
     # What the process holds now: its libraries, the models, and the BF16 copy of the decomposed weights.

@@ -16,8 +16,8 @@ MAX_MOMENT_BYTES, SMALL_MOMENT_BYTES = 2**31, 2**26
 """Size of the second moments up to which those of all blocks are computed in one pass, and up to which they stay."""
 STEP_PARTS = 4
 """Parts of a step whose gradients a small model holds at the same time."""
-FORGET_ROWS, RETAIN_ROWS = 48, 96
-"""Largest numbers of rows in a step of attribution or edit, as in ``objective.loss``."""
+FORGET_ROWS = 48
+"""Largest number of forget rows in a step of attribution or edit by default; there are twice as many retain rows."""
 ACTIVATION_BYTES, PART_LOGITS, CHUNK_LOGITS = 2**30, 2**25, 2**23
 """Budgets of a part of a step: bytes of activations, unless a quarter of the model is more; logits; and the logits
 whose log-probabilities are held at the same time."""
@@ -68,11 +68,17 @@ class Rows:
     retain: int
     tokens: float
     answer: float
+    batch_rows: int = FORGET_ROWS
+
+    @property
+    def step_rows(self) -> tuple[int, int]:
+        """Numbers of forget and of retain rows in one step of attribution or edit."""
+        return min(self.batch_rows, self.forget), min(2 * self.batch_rows, self.retain)
 
     @property
     def step(self) -> float:
         """Mean number of tokens in one step of attribution or edit."""
-        return self.tokens * (min(FORGET_ROWS, self.forget) + min(RETAIN_ROWS, self.retain))
+        return self.tokens * sum(self.step_rows)
 
 
 def estimate_memory(
@@ -177,7 +183,7 @@ def estimate_operations(shape: Shape, rows: Rows, recipe: Any, base_known: bool)
     """
     body, head = 2.0 * shape.weights, 2.0 * shape.vocabulary * shape.hidden
     attention = 4.0 * rows.tokens * shape.hidden * shape.blocks
-    forget_rows, retain_rows = min(FORGET_ROWS, rows.forget), min(RETAIN_ROWS, rows.retain)
+    forget_rows, retain_rows = rows.step_rows
     forward = (body + attention) * rows.step + head * (forget_rows * rows.answer + retain_rows * (rows.tokens - 1))
     # The gradient of the inputs costs as much as the forward pass, with twice its attention; so does that of all
     # weights, and that of the support its share of it.

@@ -195,6 +195,7 @@ class Workbench:
             retain=self.sets.retain,
             base_model=self._base_model,
             steps=self.recipe.steps,
+            batch_rows=self.recipe.batch_rows,
             seed=self.recipe.seed,
             progress=self.progress,
             resume=self._resume,
@@ -214,7 +215,7 @@ class Workbench:
             self.sets.forget,
             self.sets.retain,
             penalty=choice.penalty,
-            weights=LossWeights(retain=choice.retain),
+            weights=LossWeights(retain=choice.retain, forget_rows=self.recipe.batch_rows),
             seed=self.recipe.seed,
         )
 

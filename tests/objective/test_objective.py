@@ -150,7 +150,14 @@ def test_a_surrogate_of_another_vocabulary_gets_that_of_the_merged_model(memoris
         base.resize_token_embeddings(size, mean_resizing=False)
         target = list(
             surrogate_target(
-                memorised_models.merged, base, forget, retain=retain, steps=2, seed=0, progress=no_progress
+                memorised_models.merged,
+                base,
+                forget,
+                retain=retain,
+                steps=2,
+                batch_rows=48,
+                seed=0,
+                progress=no_progress,
             )
         )
         assert {probs.shape[1] for probs in target} == {vocabulary}
@@ -212,7 +219,14 @@ def test_the_surrogate_keeps_tokens_that_copy_the_prompt_and_leaves_the_base_mod
     flags = [parameter.requires_grad for parameter in memorised_models.base.parameters()]
     targets = list(
         surrogate_target(
-            memorised_models.merged, memorised_models.base, forget, retain=retain, steps=6, seed=0, progress=no_progress
+            memorised_models.merged,
+            memorised_models.base,
+            forget,
+            retain=retain,
+            steps=6,
+            batch_rows=48,
+            seed=0,
+            progress=no_progress,
         )
     )
     assert flags == [parameter.requires_grad for parameter in memorised_models.base.parameters()]
@@ -245,6 +259,7 @@ def test_the_choice_follows_the_available_data(memorised_models, monkeypatch, ca
             retain=retain,
             base_model=base_model,
             steps=1,
+            batch_rows=48,
             seed=0,
             progress=no_progress,
         )

@@ -19,6 +19,7 @@ from lm_ortho.objective.surrogate_training import (
     SurrogateTraining,
     count_max_steps,
     draw_batches,
+    make_plan,
     measure_loss,
 )
 from lm_ortho.pipeline.decomposition import decompose
@@ -80,9 +81,9 @@ def test_it_ends_with_its_budget_at_a_rate_of_zero(memorised_models, monkeypatch
 
 def test_a_decay_that_began_too_early_is_followed_by_another_one(memorised_models, monkeypatch):
     short_phases(monkeypatch)
-    monkeypatch.setattr(surrogate_training, "NEAR", 4.0)  # begins at once, and ends far from the threshold
     before = measure_loss(memorised_models.base, memorised_models.examples()[1])
-    training = train(memorised_models, SurrogatePlan(max_steps=300, max_loss=before - 0.3, seed=0))
+    plan = SurrogatePlan(max_steps=300, max_loss=before - 0.3, seed=0, tolerance=4.0)
+    training = train(memorised_models, plan)  # the decay begins at once, and ends far from the threshold
     assert training._near < 4.0
     assert training.loss <= before - 0.3
     assert training.steps < 300
@@ -131,7 +132,7 @@ def test_the_budget_is_that_of_the_edit(memorised_models, monkeypatch):
     forget, retain = memorised_models.examples()
     monkeypatch.setattr(surrogate_training, "BATCH_TOKENS", 60)
     edit_tokens = 20 * sum(len(example.ids) for example in [*forget, *retain])  # all rows are in every step
-    steps = count_max_steps(forget, retain, 20)
+    steps = count_max_steps(forget, retain, 20, forget_rows=48)
     batches = draw_batches(retain, random.Random(0))
     tokens = sum(len(retain[i].ids) for _ in range(steps) for i in next(batches))
     assert tokens == pytest.approx(edit_tokens, rel=0.1)
@@ -140,10 +141,12 @@ def test_the_budget_is_that_of_the_edit(memorised_models, monkeypatch):
     mean = sum(len(example.ids) for example in retain) / len(retain)
     edit_tokens = 20 * (sum(len(example.ids) for example in forget) + weights.retain_rows * mean)
     batches = draw_batches(many, random.Random(0))
-    tokens = sum(len(many[i].ids) for _ in range(count_max_steps(forget, many, 20)) for i in next(batches))
+    tokens = sum(
+        len(many[i].ids) for _ in range(count_max_steps(forget, many, 20, forget_rows=48)) for i in next(batches)
+    )
     assert tokens == pytest.approx(edit_tokens, rel=0.1)
     monkeypatch.setattr(surrogate_training, "BUDGET", 0.0)
-    assert count_max_steps(forget, retain, 20) == 1
+    assert count_max_steps(forget, retain, 20, forget_rows=48) == 1
 
 
 def test_batches_are_whole_passes_within_the_budget(memorised_models, monkeypatch):
@@ -213,13 +216,11 @@ def test_the_key_changes_with_everything_that_decides_a_surrogate(memorised_mode
     assert len(set(keys)) == len(keys)
     assert key(base=copy.deepcopy(base), retain=list(retain)) == keys[0]
     assert key(plan=dataclasses.replace(PLAN, max_loss=7.0)) == keys[0]  # follows from the merged model
-    monkeypatch.setattr("lm_ortho.objective.surrogate.LOSS_TOLERANCE", 0.2)
-    assert key() != keys[0]
 
 
 def test_a_surrogate_that_does_not_know_the_retain_rows_is_a_warning(memorised_models, caplog):
     forget, retain = memorised_models.examples()
-    options = {"retain": retain, "steps": 1, "seed": 0, "progress": no_progress}
+    options = {"retain": retain, "steps": 1, "batch_rows": 48, "seed": 0, "progress": no_progress}
     list(surrogate_target(memorised_models.merged, memorised_models.base, forget, **options))
     assert "surrogate: after 2 steps, as many tokens as the edit goes through" in caplog.text
 
@@ -237,7 +238,19 @@ def test_a_step_in_parts_is_the_same_step(memorised_models, monkeypatch):
 def test_the_size_of_a_part_follows_from_the_model(memorised_models, monkeypatch):
     model = memorised_models.base
     layers = 4 * 2 * (64 + 128 + 2 * (64 + 64) + 64 + 128 + 2 * (64 + 192) + 96 + 128)
-    monkeypatch.setattr(surrogate_training, "PART_BYTES", 50 * (layers + 12 * model.config.vocab_size))
+    monkeypatch.setattr(surrogate_training, "ACTIVATION_BYTES", 50 * (layers + 12 * model.config.vocab_size))
     assert surrogate_training.max_part_tokens(model) == 50
-    monkeypatch.setattr(surrogate_training, "PART_BYTES", 0)
+    monkeypatch.setattr(surrogate_training, "ACTIVATION_BYTES", 0)
     assert surrogate_training.max_part_tokens(model) >= 1
+
+
+def test_the_tolerance_is_at_most_a_tenth_of_what_the_base_model_lacks(memorised_models, monkeypatch):
+    _, retain = memorised_models.examples()
+    merged, base = memorised_models.merged, memorised_models.base
+    losses = {id(merged): 1.0}
+    monkeypatch.setattr(surrogate_training, "measure_loss", lambda model, examples: losses[id(model)])
+    for base_loss, tolerance in ((9.0, 0.1), (1.5, 0.05), (1.0, 0.0), (0.8, 0.0)):
+        losses[id(base)] = base_loss
+        plan = make_plan(merged, base, retain, max_steps=7, seed=3)
+        assert plan == SurrogatePlan(7, max_loss=pytest.approx(1.0 + tolerance), seed=3, tolerance=plan.tolerance)
+        assert plan.tolerance == pytest.approx(tolerance)

@@ -14,6 +14,7 @@ from lm_ortho.data.rows import Row
 from lm_ortho.edit import EDITS
 from lm_ortho.errors import UserError
 from lm_ortho.layer import find_linear, patch, set_alpha
+from lm_ortho.objective.batches import Batches
 from lm_ortho.pipeline.decomposition import decompose
 from lm_ortho.projection import PROJECTIONS
 from lm_ortho.sieve import SIEVES
@@ -134,7 +135,7 @@ def test_the_model_is_restored(memorised_models):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert list(dict.fromkeys(stages)) == ["memory", "statistics", "projection", "attribution", "edit"]
+    assert list(dict.fromkeys(stages)) == ["memory", "statistics", "projection", "target", "attribution", "edit"]
 
 
 def test_the_model_is_restored_after_a_failure(memorised_models, monkeypatch):
@@ -189,6 +190,21 @@ def test_the_oracle_requires_the_w0_edit(memorised_models):
         memorised_models, sieve="oracle", edit="w0", base_model=memorised_models.base, density=0.02, group_size=32
     )
     assert decomposition.report["support"] == int(0.02 * decomposition.report["weights"])
+
+
+def test_a_step_has_the_rows_of_the_recipe(memorised_models, monkeypatch):
+    sizes = []
+    draw = Batches.next
+
+    def record(batches):
+        rows = draw(batches)
+        sizes.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(Batches, "next", record)
+    split(memorised_models, batch_rows=2)
+    assert sizes == [2, 4] * (len(sizes) // 2)
+    assert len(sizes) > 10
 
 
 def test_targets_choose_the_layers(memorised_models):

@@ -22,7 +22,7 @@ from lm_ortho.data.encoding import ANSWER, CONTEXT, Example
 from lm_ortho.data.logits import selected_logits
 from lm_ortho.finetune.train import FinetunePlan
 from lm_ortho.layer import find_linear, get_dense_weights, patch
-from lm_ortho.objective import GENTLE, LossWeights, Objective, surrogate_training, swap
+from lm_ortho.objective import GENTLE, LossWeights, Objective, batches, position_terms, surrogate_training, swap
 from lm_ortho.pipeline import resource_estimate
 from lm_ortho.pipeline.decomposition import decompose
 from lm_ortho.pipeline.preparation import model_shape
@@ -46,14 +46,16 @@ def test_the_numbers_are_those_of_the_rooms():
     assert resource_estimate.LARGE_MODEL_WEIGHTS == objective.LARGE
     assert resource_estimate.MAX_MOMENT_BYTES == by_layer.MOMENT_BYTES
     assert resource_estimate.SMALL_MOMENT_BYTES == by_layer.SMALL_MOMENT_BYTES
-    assert resource_estimate.ACTIVATION_BYTES == surrogate_training.PART_BYTES
     assert (resource_estimate.CHUNK_PROBABILITIES, resource_estimate.PREDICTION_TOKENS) == (
         distribution.CHUNK_PROBABILITIES,
         distribution.BATCH_TOKENS,
     )
-    assert (LossWeights().forget_rows, LossWeights().retain_rows) == (
-        resource_estimate.FORGET_ROWS,
-        resource_estimate.RETAIN_ROWS,
+    assert LossWeights().forget_rows == make_recipe().batch_rows == resource_estimate.FORGET_ROWS
+    assert resource_estimate.Rows(600, 3300, 25, 8).step_rows == (48, LossWeights().retain_rows)
+    assert resource_estimate.ACTIVATION_BYTES == batches.ACTIVATION_BYTES
+    assert (resource_estimate.PART_LOGITS, resource_estimate.CHUNK_LOGITS) == (
+        batches.LOGITS,
+        position_terms.CHUNK_LOGITS,
     )
     assert (resource_estimate.SURROGATE_TOKENS, resource_estimate.SURROGATE_BUDGET) == (
         surrogate_training.BATCH_TOKENS,
