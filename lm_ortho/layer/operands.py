@@ -98,7 +98,7 @@ class OperandCache:
             return self.multiply(layer, x, alpha, spec)
         # Read before the operands are made: a change from here on is noticed by the next call.
         buffers = tuple(layer._buffers.values())
-        if any(not _are_identical(product.buffers, buffers) for product in self.products.values()):
+        if any(not _are_identical(product.buffers, buffers) for product in list(self.products.values())):
             self.products = {}  # they would keep streams alive that were replaced
         versions, epoch, kernel_name = _tensor_versions(buffers), dispatch.epoch, layer.kernel
         kernel = choose(kernel_name, spec).implementation
@@ -177,8 +177,9 @@ class OperandCache:
         tensors = _base_tensors(layer._buffers)
         orthos = [_ortho_tensors(layer._buffers, name) for name, _ in factors]
         sources = (*tensors, *(tensor for ortho in orthos for tensor in ortho))
-        if self.merged is not None and self.merged[0] == key and self.merged[1].fits(dtype, sources):
-            return self.merged[1].value
+        merged = self.merged  # read once: another thread may replace it by that of its own alpha at any moment
+        if merged is not None and merged[0] == key and merged[1].fits(dtype, sources):
+            return merged[1].value
         terms = [
             (StoredOrtho(*ortho, layer.in_features), float(factor))
             for ortho, (_, factor) in zip(orthos, factors, strict=True)

@@ -12,7 +12,7 @@ import torch
 
 from lm_ortho import kernels
 from lm_ortho.kernels import cpu, dispatch
-from lm_ortho.layer import OrthoLinear, alpha_scope
+from lm_ortho.layer import OrthoLinear, alpha_scope, operands
 from lm_ortho.streams import OrthoStream
 from tests.support import tiny
 
@@ -238,3 +238,23 @@ def test_the_weight_is_merged_once_for_an_alpha_and_again_after_a_change():
         with alpha_scope(1.0):
             torch.testing.assert_close(layer(x), x @ layer.streams().to_dense(1.0).T)
     assert merge_count == 3
+
+
+def test_the_merged_weight_of_another_thread_is_never_returned(monkeypatch):
+    """A thread with another alpha may replace the merged weight between the check of it and its use."""
+    layer, x = make_layer("reference", density=0.1), torch.randn(3, WIDTH)
+    replaced, fits = [], operands.CachedOperand.fits
+
+    def replace_after_check(operand, dtype, sources):
+        result = fits(operand, dtype, sources)
+        if not replaced and layer._cache.merged is not None:
+            replaced.append(True)
+            with alpha_scope(1.0):
+                layer(torch.randn(5, WIDTH))
+        return result
+
+    with torch.no_grad(), alpha_scope(0.5):
+        layer(torch.randn(2, WIDTH))
+        monkeypatch.setattr(operands.CachedOperand, "fits", replace_after_check)
+        torch.testing.assert_close(layer(x), x @ layer.streams().to_dense(0.5).T)
+    assert replaced
