@@ -214,7 +214,7 @@ class Sampler:
                     clean_answer(self.tokenizer.decode(tokens, skip_special_tokens=True), len(tokens) < new_tokens)
                     for tokens in generated
                 ]
-                yield numbers[i], texts, len(prompts[i]) + sum(map(len, generated))
+                yield numbers[i], texts, self.count * len(prompts[i]) + sum(map(len, generated))
 
 
 def _cut(tokens: list[int], end: Sequence[int]) -> list[int]:

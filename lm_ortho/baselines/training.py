@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from pydantic import Field
@@ -135,12 +136,13 @@ def train_copy(
     terms = (forget, retain)
     plan = FinetunePlan(count_steps(terms, run), lr=lr, seed=run.seed)
     tokens = min(MICRO_BATCH_TOKENS, max_step_tokens(model))
+    _count_pairs(islice(draw_pairs(sets, run), plan.steps), terms, run)
     with ExitStack() as stack:
         for module in (model, start):
             stack.enter_context(answer_passes(module, sets.max_length))
         minimise(
             model,
-            _count_pairs(draw_pairs(sets, run), terms, run),
+            draw_pairs(sets, run),
             lambda part: part[0].loss(model, part[1]),
             plan,
             progress=run.progress,
@@ -177,12 +179,11 @@ def count_steps(terms: Sequence[Term | None], run: Run) -> int:
     return steps
 
 
-def _count_pairs(pairs: Iterator[BatchPair], terms: Sequence[Term | None], run: Run) -> Iterator[BatchPair]:
-    """The same pairs; the tokens of each are added to those of the run, also for the steps that a resumed run skips."""
+def _count_pairs(pairs: Iterable[BatchPair], terms: Sequence[Term | None], run: Run) -> None:
+    """Adds the tokens of the pairs of all steps to those of the run, also of the steps that a resumed run skips."""
     for pair in pairs:
         for term, rows in zip(terms, pair, strict=True):
             run.tokens.add(sum(term.count_tokens(row) for row in rows) if term is not None else 0)
-        yield pair
 
 
 @contextmanager

@@ -464,6 +464,11 @@ def test_prompts_of_different_lengths_are_continued_as_each_alone(memorised_mode
         assert texts[0] == texts[1]
         assert together[number][0] == texts
     assert together[0][0][0].endswith(memorised_models.forget[0].answer)
+    # Each of the two answers has the tokens of the prompt and its own go through the model.
+    one_sampler = replace(sampler, count=1)
+    for number, row in enumerate(rows):
+        ((_, _, tokens),) = one_sampler.sample([row], [number])
+        assert together[number][1] == 2 * tokens
     # a prompt that is longer than the model's positions loses its beginning
     long = replace(memorised_models.forget[0], question=f"{'who ' * 150}{memorised_models.forget[0].question}")
     ((_, texts, _),) = sampler.sample([long], [0])
