@@ -87,7 +87,6 @@ def measure_knowledge(model: nn.Module, rows: Sequence[Sequence[Example]]) -> Kn
     losses, extracted = [0.0] * len(forms), [False] * len(forms)
     device = next(model.parameters()).device
     with selected_logits(model):
-        # A fifth of the tokens of other passes: the logits are in memory once more as probabilities.
         # Losses and greedy tokens need copies of the logits, so a batch has a fifth of the tokens of other passes.
         batches = batch_by_length(forms, rows=16, tokens=max_batch_tokens(model) // 5 + 1)
         for batch in track(batches, "knowledge"):

@@ -284,7 +284,8 @@ def _state_file(
     rows, so an interruption logs where it is.
     """
     is_fixed = bool(training.steps or training.epochs)
-    digest = hashlib.sha256(repr((plan, training.method, is_fixed, [example.ids for example in examples])).encode())
+    rows = [(example.ids, example.roles) for example in examples]
+    digest = hashlib.sha256(repr((plan, training.method, is_fixed, rows)).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().flatten()[:256].cpu().numpy().tobytes())

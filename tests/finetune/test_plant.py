@@ -169,6 +169,12 @@ def test_a_run_does_not_resume_from_the_state_of_another_one(
         with pytest.raises(pytest.fail.Exception, match="enough"):
             plant_in_plain_model(home, data, tmp_path / "out", training=make_training(steps=5, rank=2, seed=seed))
     assert len(list(tmp_path.glob(".out.training-*.pt"))) == 2
+    # The same text without a border between question and answer trains other tokens.
+    write_rows(tmp_path / "other.jsonl", [Row(text=row.context + row.target) for row in read_rows(data)])
+    training = make_training(steps=5, rank=2)
+    with pytest.raises(pytest.fail.Exception, match="enough"):
+        plant_in_plain_model(home, str(tmp_path / "other.jsonl"), tmp_path / "out", training=training)
+    assert len(list(tmp_path.glob(".out.training-*.pt"))) == 3
 
 
 def test_default_steps_and_rate_depend_on_data_and_model() -> None:
