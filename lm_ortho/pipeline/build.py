@@ -116,7 +116,7 @@ def ensure_cached(resolved: ResolvedModel, progress: ProgressCallback, device: s
         log.info("decomposition: found in the cache, %s", entry)
         return entry
     log.info("decomposition: made now (%s)", "fresh=true" if spec.fresh else "not in the cache")
-    resume = resume_folder(resolved)
+    resume = resume_folder(resolved, fresh=spec.fresh)
     model, tokenizer, meta = decompose_model(resolved, progress, resume, device=device)
     try:
         path = cache.store(key, model, tokenizer, meta, description=describe_entry(spec))
@@ -140,12 +140,13 @@ def log_held_out(resolved: ResolvedModel) -> None:
         log.info("held out: %s", describe_split(resolved.retain_split, resolved.spec.held_out))
 
 
-def resume_folder(resolved: ResolvedModel) -> ResumeFolder:
+def resume_folder(resolved: ResolvedModel, *, fresh: bool) -> ResumeFolder:
     """The states of an interrupted decomposition of the same model, rows and recipe.
 
-    Surrogates are shared with other decompositions, unless ``fresh=true`` asks for nothing that is cached.
+    Surrogates are shared with other decompositions, unless the user asks for nothing that is cached: ``fresh``. That
+    of ``resolved.spec`` may only leave out a shipped decomposition.
     """
-    common_folder = None if resolved.spec.fresh else cache.cache_dir()
+    common_folder = None if fresh else cache.cache_dir()
     return ResumeFolder(cache.unfinished_directory(decomposition_key(resolved)), common_folder)
 
 

@@ -97,7 +97,7 @@ def write_checkpoint(
         built = None if entry is None else _take_entry(entry, directory, spec)
     cache_line = "taken from the cache, where lm_eval finds it, too; --fresh makes it again"
     if built is None:
-        resume = resume_folder(resolved)
+        resume = resume_folder(resolved, fresh=spec.fresh)
         log.info("device=%s: %s", *decision)
         model, tokenizer, meta = decompose_model(resolved, progress, resume, device=decision.choice, offload=offload)
         with show_progress(progress), atomic_directory(directory) as scratch:

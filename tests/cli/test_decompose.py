@@ -25,6 +25,7 @@ from lm_ortho.harness.tasks import datasets
 from lm_ortho.layer import get_streams
 from lm_ortho.pipeline import build, checkpoint_writer
 from lm_ortho.pipeline.spec import CalibrationSets, ResolvedModel
+from lm_ortho.runtime.resume import ResumeFolder
 
 pytestmark = pytest.mark.usefixtures("isolated_environment")
 runner = CliRunner()
@@ -212,6 +213,21 @@ def test_lm_eval_finds_what_decompose_has_made_and_the_other_way_round(
         forbid_work(patch)
         with pytest.raises(pytest.fail.Exception, match="made it again"):
             run(*own_model_options, "--fresh", "-o", str(fresh), catch_exceptions=False)
+
+
+def test_surrogates_are_shared_unless_everything_is_made_again(
+    own_model_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = []
+
+    def record(_: Any, __: Any, resume: ResumeFolder, **___: Any) -> None:
+        folders.append(resume.common_folder)
+        raise UserError("enough")
+
+    monkeypatch.setattr(checkpoint_writer, "decompose_model", record)
+    for options in ([], ["--fresh"]):
+        assert refusal(*own_model_options, *options, "-o", str(tmp_path / "out")) == "enough"
+    assert folders == [cache.cache_dir(), None]
 
 
 def test_a_damaged_entry_is_made_again_and_nothing_of_it_is_written(

@@ -217,6 +217,12 @@ def test_the_key_changes_with_everything_that_decides_a_surrogate(memorised_mode
     assert key(base=copy.deepcopy(base), retain=list(retain)) == keys[0]
     assert key(plan=dataclasses.replace(PLAN, max_loss=7.0)) == keys[0]  # follows from the merged model
 
+    class FinetunePlan:
+        """Another rank of the adapter."""
+
+    monkeypatch.setattr("lm_ortho.objective.surrogate.FinetunePlan", FinetunePlan)
+    assert key() != keys[0]
+
 
 def test_a_surrogate_that_does_not_know_the_retain_rows_is_a_warning(memorised_models, caplog):
     forget, retain = memorised_models.examples()

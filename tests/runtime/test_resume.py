@@ -288,11 +288,13 @@ def test_the_cache_resumes_an_interrupted_decomposition(home):
     assert not unfinished.exists()
     assert [entry.path for entry in cache.list_entries()] == [checkpoint]
     unfinished.mkdir()
-    surrogate = build.resume_folder(model).shared_folder("surrogate", "0" * 64)
+    surrogate = build.resume_folder(model, fresh=False).shared_folder("surrogate", "0" * 64)
     surrogate.save("adapter", {})
     assert surrogate.folder.parent == cache.cache_dir()
     fresh = resolve(spec.model_copy(update={"fresh": True}))
-    assert build.resume_folder(fresh).shared_folder("surrogate", "0" * 64).folder == unfinished / "surrogate"
+    assert (
+        build.resume_folder(fresh, fresh=True).shared_folder("surrogate", "0" * 64).folder == unfinished / "surrogate"
+    )
     cache.clear()
     assert not unfinished.exists()
     assert not surrogate.folder.exists()
