@@ -21,6 +21,8 @@ FORGET_ROWS = 48
 ACTIVATION_BYTES, PART_LOGITS, CHUNK_LOGITS = 2**30, 2**25, 2**23
 """Budgets of a part of a step: bytes of activations, unless a quarter of the model is more; logits; and the logits
 whose log-probabilities are held at the same time."""
+OFFLOADED_BUDGETS = 8
+"""Factor of these budgets for an offloaded model."""
 CHUNK_PROBABILITIES, PREDICTION_TOKENS = 2**25, 4096
 """Probabilities of a chunk of target rows, and tokens of a batch of predictions, as in ``objective.distribution``."""
 SURROGATE_TOKENS, SURROGATE_BUDGET, SURROGATE_RANK = 1024, 1.0, 16
@@ -128,20 +130,23 @@ def _token_bytes(shape: Shape) -> float:
     return 4.0 * sum(width + 2 * out for out, width in shape.layers)
 
 
-def _part_tokens(shape: Shape, rows: Rows, recompute: bool) -> tuple[float, float]:
+def _part_tokens(shape: Shape, rows: Rows, recompute: bool, budgets: int = 1) -> tuple[float, float]:
     """Tokens of the largest part of a step, and bytes of its activations for each of them."""
     token_bytes = _token_bytes(shape)
     if recompute:
         token_bytes = token_bytes / shape.blocks + 4.0 * shape.hidden * shape.blocks
-    budget = max(ACTIVATION_BYTES, shape.parameters) / token_bytes  # a quarter of the model in float32
+    budget = budgets * max(ACTIVATION_BYTES, shape.parameters) / token_bytes  # a quarter of the model in float32
     # A small model computes the parts side by side; otherwise the largest is about the longer half of the retain rows.
     share = 1.0 if shape.weights <= LARGE_MODEL_WEIGHTS else 0.43
-    return max(rows.tokens, min(rows.step * share, budget, PART_LOGITS / shape.vocabulary)), token_bytes
+    return max(rows.tokens, min(rows.step * share, budget, budgets * PART_LOGITS / shape.vocabulary)), token_bytes
 
 
-def _estimate_step_activations(shape: Shape, rows: Rows, recompute: bool) -> float:
-    """Bytes that a part of a step needs: activations, the logits with their gradient, and those of a chunk of them."""
-    tokens, token_bytes = _part_tokens(shape, rows, recompute)
+def _estimate_step_activations(shape: Shape, rows: Rows, recompute: bool, budgets: int = 1) -> float:
+    """Bytes that a part of a step needs: activations, the logits with their gradient, and those of a chunk of them.
+
+    ``budgets`` is the factor of the largest part of a step.
+    """
+    tokens, token_bytes = _part_tokens(shape, rows, recompute, budgets)
     logits = tokens * shape.vocabulary
     return HELD_SHARE * tokens * token_bytes + 8.0 * logits + 16.0 * min(logits, CHUNK_LOGITS)
 
@@ -162,7 +167,7 @@ def estimate_device_memory(shape: Shape, rows: Rows, base_known: bool) -> float:
     """
     block = 4.0 * shape.weights / shape.blocks
     largest_layer = max(out * width for out, width in shape.layers)
-    training = 2 * block + _estimate_step_activations(shape, rows, recompute=True)
+    training = 2 * block + _estimate_step_activations(shape, rows, recompute=True, budgets=OFFLOADED_BUDGETS)
     projection = block + 24.0 * largest_layer + 32.0 * max(shape.inputs) ** 2
     return 4.0 * shape.others * (3 if base_known else 1) + max(training, projection)
 

@@ -57,6 +57,7 @@ def test_the_numbers_are_those_of_the_rooms():
         batches.LOGITS,
         position_terms.CHUNK_LOGITS,
     )
+    assert resource_estimate.OFFLOADED_BUDGETS == batches.OFFLOADED
     assert (resource_estimate.SURROGATE_TOKENS, resource_estimate.SURROGATE_BUDGET) == (
         surrogate_training.BATCH_TOKENS,
         surrogate_training.BUDGET,
@@ -196,6 +197,16 @@ def test_the_estimate_is_reported_before_anything_is_computed(memorised_models, 
     monkeypatch.setattr(resource_estimate, "estimate_memory", lambda *_: {"edit": 1e15})
     assert "edit needs about 1000000 GB and" in start_workbench()
     assert "groups=2 or more need less" in caplog.text
+
+
+def test_an_offloaded_model_needs_memory_for_its_larger_parts():
+    """With a large vocabulary, the logits of a part are most of what is on the device."""
+    shape = resource_estimate.llama_shape(
+        hidden=256, intermediate=512, blocks=4, vocabulary=100_000, heads=4, kv_heads=2, tied=True
+    )
+    rows = resource_estimate.Rows(600, 3300, tokens=100, answer=50)
+    logits = batches.OFFLOADED * batches.LOGITS  # fewer than those of all tokens of a step
+    assert resource_estimate.estimate_device_memory(shape, rows, base_known=False) > 8 * logits
 
 
 def test_the_table_of_the_page_is_that_of_the_script():
