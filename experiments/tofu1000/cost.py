@@ -10,11 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lm_ortho.markdown import write_text
 from lm_ortho.runtime.progress import ProgressCallback
+
+_aten = torch.ops.aten
+
+
+def _count_sampled_product(pattern: Any, left: Any, *_: Any, **__: Any) -> int:
+    """Returns the operations of a product that is computed at the positions of a sparse ``pattern`` only."""
+    return 2 * int(pattern.values().numel()) * int(left.shape[-1])
+
+
+FORMULAS: dict[Any, Any] = {
+    **flop_registry,
+    # PyTorch has formulas for its attention on GPUs only, and none for sampled products.
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+    _aten.sparse_sampled_addmm: _count_sampled_product,
+}
 
 
 class OperationCounter(TorchDispatchMode):
@@ -25,9 +44,9 @@ class OperationCounter(TorchDispatchMode):
         self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the operator; adds its operations by PyTorch's own formulas (a multiplication and an addition: two)."""
+        """Calls the operator; adds its operations by ``FORMULAS`` (a multiplication and an addition: two)."""
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.operations += formula(*args, **(kwargs or {}), out_val=result)
         return result

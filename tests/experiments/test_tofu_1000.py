@@ -16,6 +16,7 @@ from lm_ortho.baselines import Method
 from lm_ortho.data import read_rows
 from lm_ortho.errors import UserError
 from lm_ortho.harness.tasks.tofu_data import FULL_ROWS
+from lm_ortho.objective.support_gradient import SupportGradient, has_sampled_product
 from tests.support import checkpoint, harness, tiny, tofu
 from tests.support.paths import REPOSITORY
 from tests.support.scripts import load_script
@@ -132,6 +133,18 @@ def test_operations_are_two_for_each_weight_and_token_and_six_with_the_backward_
     attention = 2 * 2 * 2 * 8 * 64 * ids.numel()  # two products of 8 keys with a width of 64 in each of two blocks
     assert forward.operations == pytest.approx(2 * weights * ids.numel(), abs=attention)
     assert both.operations == pytest.approx(6 * weights * ids.numel(), abs=4 * attention)
+
+
+def test_fused_attention_and_sampled_products_are_counted(cost):
+    query = torch.randn(1, 2, 16, 8, requires_grad=True)
+    with cost.OperationCounter() as attention:
+        torch.nn.functional.scaled_dot_product_attention(query, query, query).sum().backward()
+    assert attention.operations == (2 + 5) * 2 * query.numel() * 16  # two products forward and five backward
+    support = SupportGradient(torch.nn.Linear(64, 64), torch.arange(0, 4096, 256))
+    if has_sampled_product():
+        with cost.OperationCounter() as sampled:
+            support.compute(torch.randn(100, 64), torch.randn(100, 64))
+        assert sampled.operations == 2 * 16 * 100
 
 
 def test_the_cost_of_an_interrupted_computation_goes_on(cost, tmp_path, monkeypatch):
