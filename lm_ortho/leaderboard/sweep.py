@@ -196,7 +196,9 @@ def _check_chat(sweep: Sweep, args: Mapping[str, Any]) -> None:
 def _build_metadata(sweep: Sweep) -> dict[str, Any]:
     """The metadata of the tasks, with what they read of the model args, as ``lm_eval --model_args`` adds them."""
     rows = {name: sweep.model_args[name] for name in ("forget", "retain") if sweep.model_args.get(name)}
-    names = ("pretrained", "tokenizer") if rows and sweep.model_args.get("pretrained") else ()
+    names = ["pretrained", "tokenizer"] if rows and sweep.model_args.get("pretrained") else []
+    if "retain" in rows and "retain" not in sweep.metadata:
+        names.append("held_out")  # it selects the rows that are measured
     model = {name: sweep.model_args[name] for name in names if sweep.model_args.get(name)}
     return {**model, **rows, **sweep.metadata}
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lm_ortho.cli.app import app
+from lm_ortho.data.rows import Row, write_rows
 from lm_ortho.errors import UserError
 from lm_ortho.harness.model import LibOrthoLM
 from lm_ortho.harness.tasks.samples import read_samples
@@ -92,6 +93,16 @@ def test_the_chat_is_part_of_the_key_and_of_the_command(home: Path, tmp_path: Pa
         assert ("10 Apr 2025" in command[4]) == bool(template_args)
     plain, _ = plan_sweep(make_sweep(home, model_args=args), tmp_path)
     assert len(keys | {piece.key for piece in plain}) == 4 * len(plain)
+
+
+def test_the_rows_that_are_held_out_are_part_of_the_key(home: Path, tmp_path: Path) -> None:
+    args, file = make_sweep(home).model_args, tmp_path / "rows.jsonl"
+    keys = set()
+    for held_out, content in ((None, "a"), ("auto", "a"), (str(file), "a"), (str(file), "b")):
+        write_rows(file, [Row(question="Who?", answer=content)])
+        pieces, _ = plan_sweep(make_sweep(home, model_args={**args, "held_out": held_out}), tmp_path)
+        keys |= {piece.key for piece in pieces}
+    assert len(keys) == 4 * len(pieces)
 
 
 def test_the_tasks_that_need_rows_are_those_of_the_yaml_files() -> None:

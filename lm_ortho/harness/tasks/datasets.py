@@ -104,7 +104,7 @@ def _select_held_out(rows: list[Row], spec: str, metadata: Mapping[str, Any]) ->
     """Returns the retain rows that no calibration read, by ``held_out`` of the metadata or of the newest model.
 
     Without either, and where nothing is held out, these are all rows: rows that ``--metadata retain=`` names replace
-    those of the model args.
+    those of the model args. Rows that are also forget rows are left out, as a decomposition leaves them out.
     """
     lm = tokens.newest_model()
     if "held_out" in metadata:
@@ -114,7 +114,11 @@ def _select_held_out(rows: list[Row], spec: str, metadata: Mapping[str, Any]) ->
     split = split_retain_rows(rows, held_out)
     if split.held_out:
         log.info("retain_set: %s", describe_split(split, held_out))
-    return split.held_out or rows
+    measured = split.held_out or rows
+    forget = metadata.get("forget") or _get_argument_of_newest_model("forget", metadata)
+    forget_sets = read_forget_sets(forget) if forget else {}
+    forget_texts = {(row.context, row.target) for forget_rows in forget_sets.values() for row in forget_rows}
+    return [row for row in measured if (row.context, row.target) not in forget_texts] or measured
 
 
 def user_set(argument: str, **metadata: Any) -> Splits:

@@ -232,6 +232,20 @@ def test_user_sets_read_the_users_files(tmp_path: Path) -> None:
         manager(forget=str(path)).load(["forget_set"])
 
 
+@pytest.mark.parametrize("held_out", ["auto", None])
+def test_a_retain_row_that_is_also_a_forget_row_is_not_measured(tmp_path: Path, held_out: str | None) -> None:
+    """A decomposition leaves it out of the retain set, too."""
+    rows = [Row(question=f"Who is {number}?", answer=f"Number {number}.") for number in range(200)]
+    sets = {"forget": rows[:100], "retain": rows}
+    arguments = {name: str(tmp_path / f"{name}.jsonl") for name in sets}
+    for name, part in sets.items():
+        write_rows(Path(arguments[name]), part)
+    task = manager(pretrained="x", held_out=held_out, **arguments).load(["retain_set"])["tasks"]["retain_set"]
+    questions = {doc["question"] for doc in task.eval_docs}
+    assert questions
+    assert not questions & {row.question for row in rows[:100]}
+
+
 def test_user_sets_are_the_embedded_ones_for_the_embedded_model() -> None:
     user_sets = manager(alpha=0).load(["forget_set", "retain_set"])["tasks"]
     assert len(user_sets["forget_set"].eval_docs) == len(people.make_rows("forget"))
