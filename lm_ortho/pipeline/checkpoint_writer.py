@@ -176,7 +176,7 @@ def write_checkpoint_with_memory(
             progress=progress,
         )
     unfinished = cache.unfinished_directory(cache.compute_key(_memory_key_parts(spec, name, sets)))
-    resume = ResumeFolder(unfinished, cache.cache_dir())
+    resume = ResumeFolder(unfinished, None if spec.fresh else cache.cache_dir())
     decomposition = add_memory(
         model,
         tokenizer,
