@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import lm_ortho
 from lm_ortho import checkpoint
 from lm_ortho.checkpoint import cache
 from lm_ortho.checkpoint.manifest import read_manifest
+from lm_ortho.checkpoint.verification import verify_checkpoint
 from lm_ortho.config import ModelSpec, Recipe
 from lm_ortho.data.held_out import describe_split
 from lm_ortho.errors import UserError
@@ -95,10 +96,28 @@ def build_model(
     else:
         with show_progress(progress):
             location = _checkpoint_location(resolved, progress, device)
-            model = checkpoint.load(location, dtype, device, **resolved.spec.access_options, **placement)
+            options = {**resolved.spec.access_options, **placement}
+            try:
+                model = checkpoint.load(location, dtype, device, **options)
+            except UserError as error:
+                if resolved.kind == "checkpoint" or not _is_damaged(location, resolved.spec):
+                    raise
+                log.warning("decomposition: made again, because the cache entry is damaged (%s)", error)
+                fresh_spec = resolved.spec.model_copy(update={"fresh": True})
+                location = ensure_cached(replace(resolved, spec=fresh_spec), progress, device)
+                model = checkpoint.load(location, dtype, device, **options)
         meta = checkpoint.read_meta(location)
     set_alpha(model, resolved.spec.alpha)
     return BuiltModel(model, meta, location)
+
+
+def _is_damaged(entry: Path, spec: ModelSpec) -> bool:
+    """Whether files of a cache entry were changed: weights may be links to those of a checkpoint of the user."""
+    try:
+        verify_checkpoint(entry, trust_remote_code=spec.trust_remote_code)
+    except UserError:
+        return True
+    return False
 
 
 def _checkpoint_location(resolved: ResolvedModel, progress: ProgressCallback, device: str) -> Path:

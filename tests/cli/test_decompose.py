@@ -248,6 +248,26 @@ def test_a_damaged_entry_is_made_again_and_nothing_of_it_is_written(
     checkpoint.load(cache.list_entries()[0].path)
 
 
+def test_lm_eval_makes_a_decomposition_again_whose_weights_were_changed_in_place(
+    own_model_options: list[str], home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The weights of the written checkpoint and of the entry are one file."""
+    assert run(*own_model_options, "-o", str(tmp_path / "first")).exit_code == 0
+    with (tmp_path / "first" / "base.safetensors").open("r+b") as file:
+        content = file.read()
+        file.seek(len(content) - 1)
+        file.write(bytes([content[-1] ^ 1]))
+    files = {name: str(home / f"{name}.jsonl") for name in ("forget", "retain")}
+    recipe = {"sieve": "magnitude", "projection": "rtn", "edit": "zero", "density": 0.02, "group_size": 16}
+    lm = LibOrthoLM(str(home / "plain"), **recipe, **files, force=True, device="cpu")
+    assert lm.get_model_info()["density"] == pytest.approx(0.02, abs=1e-3)
+    assert "made again, because the cache entry is damaged" in caplog.text
+    (entry,) = cache.list_entries()
+    checkpoint.load(entry.path)
+    with pytest.raises(UserError, match="was changed after it was written"):
+        checkpoint.load(tmp_path / "first")
+
+
 def test_a_cache_that_cannot_be_written_is_one_line(
     own_model_options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
