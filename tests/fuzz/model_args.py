@@ -218,7 +218,7 @@ def _pass_on(args: Args, way: str) -> Mapping[str, Any]:
     """The args as the package gets them: from Python, from ``--model_args a=1,b=2``, or from JSON."""
     if way == "mapping":
         return args
-    if way == "json":
+    if way == "json" or isinstance(args.get("chat_template_args"), Mapping):  # a mapping cannot be written as a=1,b=2
         plain = {name: value for name, value in args.items() if not isinstance(value, (bytes, complex))}
         text = json.dumps(plain, default=str)
         return json.loads(text, parse_int=_parse_int)
