@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ from tests.support.harness import ROWS, make_model
 pytestmark = pytest.mark.usefixtures("isolated_environment")
 CHAT = {"apply_chat_template": True, "system_instruction": SYSTEM, "chat_template_args": DATE}
 TASK = "tofu_forget01"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def real_makers() -> Iterator[None]:
+    """The methods of the package, also after other tests have registered tiny ones under their names."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("never_saw", "unedited"):
+            patch.delitem(makers.MAKERS._entries, name, raising=False)
+        yield
 
 
 @pytest.fixture(scope="module")
