@@ -110,7 +110,7 @@ def _select_held_out(rows: list[Row], spec: str, metadata: Mapping[str, Any]) ->
     if "held_out" in metadata:
         held_out = "none" if metadata["held_out"] is None else str(metadata["held_out"])
     else:
-        held_out = lm.held_out if getattr(lm, "retain", None) == spec else "none"
+        held_out = lm.held_out if lm is not None and getattr(lm, "retain", None) == spec else "none"
     split = split_retain_rows(rows, held_out)
     if split.held_out:
         log.info("retain_set: %s", describe_split(split, held_out))
