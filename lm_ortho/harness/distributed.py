@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -32,7 +33,16 @@ def make_accelerator(device: str) -> Any:
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     timeout = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
+    atexit.register(_leave_group)
     return Accelerator(cpu=device.startswith("cpu"), kwargs_handlers=[timeout])
+
+
+def _leave_group() -> None:
+    """Ends the connection while the interpreter is whole; threads of it that outlive that can abort the process."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def broadcast(value: Any) -> Any:

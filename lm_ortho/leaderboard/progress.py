@@ -79,6 +79,7 @@ class ProgressScreen:
 
     def on_done(self, job: Job, key: str, seconds: float, notes: Iterable[str]) -> None:
         """Counts a finished piece and prints it with its notes."""
+        self._drop_lines(job)
         self._estimate.add(key, seconds)
         self._bars.update(self._all, advance=1, note=self._estimate.text())
         self.print_line(f"{job.label}: {self._describe(key)}, {seconds:.1f} s ({self._estimate.text()})")
@@ -87,9 +88,15 @@ class ProgressScreen:
 
     def on_failure(self, job: Job, key: str, error: str) -> None:
         """Counts a failed piece and prints the first line of its error."""
+        self._drop_lines(job)
         self._estimate.drop(key)
         self._bars.update(self._all, advance=1, note=self._estimate.text())
         self.print_line(f"{job.label}: {self._describe(key)} FAILED: {(error.splitlines() or ['?'])[0]}")
+
+    def _drop_lines(self, job: Job) -> None:
+        """Ends the reminders about a piece, whose end has a line of its own."""
+        if self._lines is not None:
+            self._lines.drop(printable(job.label))
 
     def _describe(self, key: str) -> str:
         return describe_piece(self._records[key]) if key in self._records else "piece"

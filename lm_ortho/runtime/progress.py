@@ -126,6 +126,12 @@ class ProgressLines:
             left = state.describe_time_left(step, total, now)
             self._write_line(state, _join(stage, f"{step}/{total}", left, text), now)
 
+    def drop(self, stage: str) -> None:
+        """Ends a stage without a line, also one that fails; nothing happens if it has not begun."""
+        state = self._stages.pop(stage, None)
+        if state is not None and state.reminder is not None:
+            state.reminder.cancel()
+
     def _set_reminder(self, state: _Stage, stage: str, text: str) -> None:
         def remind() -> None:
             if self._stages.get(stage) is state:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+import threading
+import time
 from functools import partial
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from rich.console import Console
 
+from lm_ortho.leaderboard.worker import Job
 from lm_ortho.leaderboard.progress import ProgressScreen
 from lm_ortho.runtime.progress import ProgressLines
 
@@ -35,3 +40,22 @@ def test_long_steps_are_lines_where_the_output_is_no_terminal(
         assert not set(expected) & set(lines)
     else:
         assert lines == ([] if quiet else expected)
+
+
+@pytest.mark.parametrize("end", ["on_done", "on_failure"])
+def test_a_piece_that_has_ended_is_not_reported_any_more(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr("lm_ortho.runtime.progress.FIRST_LINE", 0.02)
+    output, job = io.StringIO(), cast(Job, SimpleNamespace(label="tiny seed=0"))
+    with ProgressScreen([], Console(file=output, width=200)) as screen:
+        screen.progress(job.label, 0, 1, "retain_set")
+        timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+        assert timers
+        if end == "on_done":
+            screen.on_done(job, "key", 0.1, [])
+        else:
+            screen.on_failure(job, "key", "a reason")
+        for timer in timers:
+            timer.join(5)
+        text = output.getvalue()
+        time.sleep(0.1)
+    assert output.getvalue() == text
