@@ -12,8 +12,8 @@ from typing import cast
 import pytest
 from rich.console import Console
 
-from lm_ortho.leaderboard.worker import Job
 from lm_ortho.leaderboard.progress import ProgressScreen
+from lm_ortho.leaderboard.worker import Job
 from lm_ortho.runtime.progress import ProgressLines
 
 
