@@ -18,7 +18,7 @@ from torch.nn import functional
 from lm_ortho.data import encoding
 from lm_ortho.data.encoding import Example
 from lm_ortho.finetune import lora
-from lm_ortho.finetune.train import FinetunePlan
+from lm_ortho.finetune.train import FinetunePlan, split_batch
 from lm_ortho.objective import surrogate_training
 from lm_ortho.objective.distribution import predict_distributions, split_into_chunks, vocabulary_size
 from lm_ortho.objective.surrogate_training import (
@@ -130,7 +130,7 @@ def compute_key(
     The seed is that of the recipe, so decompositions with different seeds share no draw; those with another density,
     lattice, sieve or edit share the surrogate. ``max_loss`` follows from the merged model and is not part of it.
     """
-    code = [inspect.getsource(part) for part in (surrogate_training, lora, encoding, FinetunePlan)]
+    code = [inspect.getsource(part) for part in (surrogate_training, lora, encoding, FinetunePlan, split_batch)]
     parts: Any = {
         "models": [_hash_weights(merged_model), _hash_weights(base_model)],
         "retain": [(example.ids, example.roles) for example in retain],

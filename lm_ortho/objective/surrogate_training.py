@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from lm_ortho.data.encoding import CONTEXT, Example, answer_loss, batch_by_length
+from lm_ortho.data.encoding import Example, answer_loss, batch_by_length
 from lm_ortho.data.logits import selected_logits
 from lm_ortho.finetune.lora import add_adapter
-from lm_ortho.finetune.train import FinetunePlan
+from lm_ortho.finetune.train import FinetunePlan, split_batch
 from lm_ortho.objective.batches import ACTIVATION_BYTES
 from lm_ortho.objective.distribution import vocabulary_size
 from lm_ortho.objective.loss import LossWeights
@@ -93,18 +93,8 @@ def sample_rows(retain: Sequence[Example]) -> list[Example]:
 @torch.no_grad()
 def measure_loss(model: torch.nn.Module, examples: Sequence[Example]) -> float:
     """Mean loss in nats over all tokens to predict."""
-    total, count = 0.0, 0
     with selected_logits(model):
-        for batch in batch_by_length(examples, rows=len(examples), tokens=BATCH_TOKENS):
-            batch_examples = [examples[i] for i in batch]
-            predicted = _count_predicted(batch_examples)
-            total += float(answer_loss(model, batch_examples)) * predicted
-            count += predicted
-    return total / count
-
-
-def _count_predicted(examples: Sequence[Example]) -> int:
-    return sum(role != CONTEXT for example in examples for role in example.roles[1:])
+        return sum(share * float(answer_loss(model, part)) for part, share in split_batch(examples, BATCH_TOKENS))
 
 
 def max_part_tokens(model: torch.nn.Module) -> int:
@@ -170,11 +160,9 @@ class SurrogateTraining:
 
     def _add_gradients(self, batch: Sequence[Example], device: str) -> None:
         """Adds the gradients of the mean loss over all predicted tokens of the batch, part by part."""
-        total = _count_predicted(batch)
-        for part in batch_by_length(batch, rows=len(batch), tokens=self._part_tokens):
-            examples = [batch[i] for i in part]
+        for part, share in split_batch(batch, self._part_tokens):
             with fast_matmul(device):
-                loss = answer_loss(self.model, examples) * (_count_predicted(examples) / total)
+                loss = answer_loss(self.model, part) * share
             loss.backward()
 
     def state(self) -> dict[str, Any]:
