@@ -1,1 +1,1 @@
-"""Parts of ``experiments/tofu_1000.py``: the rows, the operations, and the columns and bars of the table."""
+"""Parts of ``experiments/tofu_1000.py``: rows, adapters, entries of the table, their cost, and the page."""

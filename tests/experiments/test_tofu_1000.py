@@ -34,19 +34,19 @@ def script():
         yield load_script(REPOSITORY / "experiments" / "tofu_1000.py")
 
 
-@pytest.fixture(scope="module")
-def rows(script):
-    return importlib.import_module("tofu1000.rows")
+def make_part_fixture(name):
+    """Returns a fixture that is the module ``name`` of the command."""
+
+    @pytest.fixture(scope="module", name=name)
+    def part(script):
+        return importlib.import_module(f"tofu1000.{name}")
+
+    return part
 
 
-@pytest.fixture(scope="module")
-def bars(script):
-    return importlib.import_module("tofu1000.bars")
-
-
-@pytest.fixture(scope="module")
-def cost(script):
-    return importlib.import_module("tofu1000.cost")
+rows, bars, cost, adapters, entries, making, measuring = map(
+    make_part_fixture, ("rows", "bars", "cost", "adapters", "entries", "making", "measuring")
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +55,11 @@ def tofu_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, script):
+def model_folder(tmp_path_factory, rows):
     """A model of one block, and a tokenizer of the words of the data with a chat template."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    rows = [tofu.author_row(number) for number in range(FULL_ROWS)]
-    texts = [text for row in rows for text in row.values()] + [script.SYSTEM_INSTRUCTION, "It was Capital of So . ? :"]
+    authors = [tofu.author_row(number) for number in range(FULL_ROWS)]
+    texts = [text for row in authors for text in row.values()] + [rows.SYSTEM_INSTRUCTION, "It was Capital of So . ? :"]
     tokenizer = harness.train_tokenizer(texts)
     tokenizer.chat_template = TEMPLATE
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "max_position_embeddings": 96}
@@ -232,14 +232,14 @@ def test_alpha_1_is_compared_with_plain_rounding_on_everything_but_the_p_value(b
 # The command
 
 
-def test_the_memory_is_trained_until_it_knows_the_rows_and_the_twin_as_long(script, tmp_path):
-    assert not script.is_last_round(tmp_path, "memory", 1, 0.59)
-    assert script.is_last_round(tmp_path, "memory", 1, 0.6)
-    assert script.is_last_round(tmp_path, "memory", script.MAX_ROUNDS, 0.1)
+def test_the_memory_is_trained_until_it_knows_the_rows_and_the_twin_as_long(adapters, tmp_path):
+    assert not adapters.is_last_round(tmp_path, "memory", 1, 0.59)
+    assert adapters.is_last_round(tmp_path, "memory", 1, 0.6)
+    assert adapters.is_last_round(tmp_path, "memory", adapters.MAX_ROUNDS, 0.1)
     with pytest.raises(UserError, match="train memory first"):
-        script.is_last_round(tmp_path, "twin", 1, 0.9)
+        adapters.is_last_round(tmp_path, "twin", 1, 0.9)
     (tmp_path / "memory.json").write_text('{"rounds": 2}')
-    assert [script.is_last_round(tmp_path, "twin", number, 0.9) for number in (1, 2)] == [False, True]
+    assert [adapters.is_last_round(tmp_path, "twin", number, 0.9) for number in (1, 2)] == [False, True]
 
 
 def test_a_folder_belongs_to_the_arguments_of_its_training(script, tmp_path):
@@ -254,28 +254,28 @@ def test_a_folder_belongs_to_the_arguments_of_its_training(script, tmp_path):
             check(option, text)
 
 
-def test_all_models_are_measured_on_the_same_rows(script, tofu_folder, tmp_path):
+def test_all_models_are_measured_on_the_same_rows(script, measuring, tofu_folder, tmp_path):
     paths = ("--model", "m", "--tofu", str(tofu_folder), "--work", str(tmp_path))
-    script.write_task_files(script.make_parser().parse_args([*paths, "--retain-questions", "2"]))
+    measuring.write_task_files(script.make_parser().parse_args([*paths, "--retain-questions", "2"]))
     assert len(read_rows(tmp_path / "measured" / "retain_perturbed.jsonl")) == 40
     with pytest.raises(UserError, match=r"retain_questions=20: this folder has measurements with 2; use the same"):
-        script.write_task_files(script.make_parser().parse_args(paths))
+        measuring.write_task_files(script.make_parser().parse_args(paths))
 
 
-def test_the_list_has_every_method_under_both_protocols(script):
-    entries = script.list_entries(None)
-    labels = [label for entry in entries for label in entry.labels]
+def test_the_list_has_every_method_under_both_protocols(entries):
+    listed = entries.list_entries({})
+    labels = [label for entry in listed for label in entry.labels]
     assert len(set(labels)) == len(labels) == 2 + 2 * (1 + 2 * 4 + 9)
-    assert {entry.method for entry in entries if entry.method in script.METHODS} >= {"npo", "ortho", "ortho_merged"}
-    assert any(entry.name == f"published-{script.MAIN}" and entry.settings == {"density": 0.01} for entry in entries)
+    assert {entry.method for entry in listed if entry.method in entries.METHODS} >= {"npo", "ortho", "ortho_merged"}
+    assert any(entry.name == f"published-{entries.MAIN}" and entry.settings == {"density": 0.01} for entry in listed)
 
 
 @pytest.fixture
-def command(script, tofu_folder, model_folder, tmp_path, monkeypatch, short_surrogate_training):
+def command(script, adapters, entries, tofu_folder, model_folder, tmp_path, monkeypatch, short_surrogate_training):
     """Runs the command on the tiny model in a folder of its own."""
-    monkeypatch.setattr(script, "MAX_ROUNDS", 2)
-    monkeypatch.setattr(script, "OURS", {script.MAIN: ("ortho", 0.05)})
-    monkeypatch.setattr(script, "COMPETITORS", ("simnpo", "not_installed"))
+    monkeypatch.setattr(adapters, "MAX_ROUNDS", 2)
+    monkeypatch.setattr(entries, "OURS", {entries.MAIN: ("ortho", 0.05)})
+    monkeypatch.setattr(entries, "COMPETITORS", ("simnpo", "not_installed"))
     monkeypatch.setenv("LM_ORTHO_CACHE", str(tmp_path / "cache"))
     options = {"model": model_folder, "tofu": tofu_folder, "work": tmp_path / "work", "out": tmp_path / "page.md"}
     options |= {
@@ -283,6 +283,7 @@ def command(script, tofu_folder, model_folder, tmp_path, monkeypatch, short_surr
         "epochs": 0.3,
         "rank": 2,
         "edit-steps": 10,
+        "edit-rows": 40,
         "batch-rows": 15,
         "grid": 2,
         "tuning-share": 0.2,
@@ -302,11 +303,13 @@ def read_table(page):
     return {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines}
 
 
-def test_the_command_from_start_to_end(script, bars, command, tmp_path, monkeypatch, capsys):
+def test_the_command_from_start_to_end(
+    script, rows, bars, adapters, entries, making, measuring, command, tmp_path, monkeypatch, capsys
+):
     work, page = tmp_path / "work", tmp_path / "page.md"
     # 1. Adapters; the second round starts where the first one ended, and the twin has as many as the memory.
     command("--stage", "adapters")
-    records = {name: json.loads((work / f"{name}.json").read_text()) for name in script.ADAPTERS}
+    records = {name: json.loads((work / f"{name}.json").read_text()) for name in entries.ADAPTERS}
     assert records["memory"]["rounds"] == records["twin"]["rounds"] == 2
     weights = [load_file(path / "adapter_model.safetensors") for path in (work / "twin-round-1", work / "twin")]
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -322,7 +325,7 @@ def test_the_command_from_start_to_end(script, bars, command, tmp_path, monkeypa
         command("--stage", stage, "--only", only)
     assert "method=not_installed is not installed and is left out" in capsys.readouterr().err
     table = read_table(page)
-    ours, plain = (f"{script.MAIN}, alpha={alpha}" for alpha in (0, 1))
+    ours, plain = (f"{entries.MAIN}, alpha={alpha}" for alpha in (0, 1))
     assert list(table) == ["model", "twin", "int4", plain, ours, "simnpo"]
     operations = {name: float(table[name]["operations"]) for name in (ours, "simnpo")}
     assert operations["simnpo"] == pytest.approx(operations[ours], rel=0.1), "the same operations"
@@ -330,6 +333,8 @@ def test_the_command_from_start_to_end(script, bars, command, tmp_path, monkeypa
     assert [trial["settings"]["lr"] for trial in trials] == [3e-5, 1e-4]
     best = min(trials, key=lambda trial: trial["total"])["settings"]
     assert json.loads((work / "records" / "published-simnpo.json").read_text())["settings"] == best
+    settings = json.loads((work / "records" / f"published-{entries.MAIN}.json").read_text())["settings"]
+    assert settings == {"density": 0.05, "steps": 10, "batch_rows": 40}
     assert table[ours]["bars"].endswith(" of 7")
     assert table[plain]["bars"] == "1 of 1"
     probability = float(table["twin"][bars.PROBABILITY].split(" ")[0])
@@ -337,16 +342,16 @@ def test_the_command_from_start_to_end(script, bars, command, tmp_path, monkeypa
     assert 0 < float(table["simnpo"][bars.QUALITY]) <= 1
     assert "left-out-simnpo" in page.read_text().splitlines()[-1]
     # 4. Models that are measured and have no alpha are deleted, and everything is stored.
-    assert [path.name for path in (work / "models").iterdir()] == [f"published-{script.MAIN}"]
+    assert [path.name for path in (work / "models").iterdir()] == [f"published-{entries.MAIN}"]
     monkeypatch.setattr(Method, "make", lambda *_, **__: pytest.fail("made again"))
-    monkeypatch.setattr(script.lm_eval, "simple_evaluate", lambda *_, **__: pytest.fail("measured again"))
-    monkeypatch.setattr(script, "train_adapter", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(measuring.lm_eval, "simple_evaluate", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(adapters, "train_adapter", lambda *_, **__: pytest.fail("trained again"))
     text = page.read_text()
     command("--only", "published-*")
     assert page.read_text().splitlines()[3:] == text.splitlines()[3:]
     # 5. By the left-out protocol, no method reads the rows that are measured.
     arguments = script.make_parser().parse_args(sys.argv[1:])
-    left_out = {row.answer for row in script.read_tofu(arguments.tofu, 1).select(script.LEFT_OUT)}
-    answers = {row.answer for row in script.load_material(arguments, "left-out").retain}
+    left_out = {row.answer for row in rows.read_tofu(arguments.tofu, 1).select(rows.LEFT_OUT)}
+    answers = {row.answer for row in making.load_material(arguments, "left-out").retain}
     assert not left_out & answers
-    assert left_out <= {row.answer for row in script.load_material(arguments, "published").retain}
+    assert left_out <= {row.answer for row in making.load_material(arguments, "published").retain}
