@@ -83,12 +83,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--measured-rows", type=int, default=16, help="rows of a batch of the evaluation")
     parser.add_argument("--keep", action="store_true", help="keep dense models after their measurement")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="threads of PyTorch; run several commands beside one another with one each",
+    )
     return parser
 
 
 def main() -> None:
     arguments = make_parser().parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     arguments.work.mkdir(parents=True, exist_ok=True)
     try:
         check_work(arguments)

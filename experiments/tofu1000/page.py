@@ -81,7 +81,7 @@ def make_head(arguments: argparse.Namespace) -> str:
     )
     command = f"`python experiments/tofu_1000.py {' '.join(sys.argv[1:])}`"
     setup = (
-        f"{arguments.model.name}; {versions()}; one thread; seed {arguments.seed}; "
+        f"{arguments.model.name}; {versions()}; seed {arguments.seed}; "
         f"{arguments.retain_questions} questions of each measured retain author."
     )
     return "\n\n".join(["# TOFU-1000", command, f"{setup} {training_text}", cost_text, tuning_text])
