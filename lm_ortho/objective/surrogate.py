@@ -133,6 +133,7 @@ def compute_key(
     code = [inspect.getsource(part) for part in (surrogate_training, lora, encoding, FinetunePlan, split_batch)]
     parts: Any = {
         "models": [_hash_weights(merged_model), _hash_weights(base_model)],
+        "configurations": [_read_configuration(merged_model), _read_configuration(base_model)],
         "retain": [(example.ids, example.roles) for example in retain],
         "plan": [plan.max_steps, plan.seed],
         "code": code,
@@ -148,6 +149,14 @@ def _hash_weights(model: torch.nn.Module) -> str:
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {parameter.device.type}".encode())
         digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _read_configuration(model: torch.nn.Module) -> dict[str, Any]:
+    """The configuration of a model without its place: equal weights compute other things with other constants."""
+    config: Any = model.config
+    places = {"_name_or_path", "transformers_version"}
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {name: value for name, value in values.items() if name not in places}
 
 
 def _resize_vocabulary(probs: Tensor, vocabulary: int) -> Tensor:

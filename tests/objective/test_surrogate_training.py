@@ -202,19 +202,24 @@ def test_the_key_changes_with_everything_that_decides_a_surrogate(memorised_mode
     changed = copy.deepcopy(base)
     with torch.no_grad():
         next(changed.parameters()).view(-1)[-1] += 1
+    other_base = copy.deepcopy(base)
+    other_base.config.rms_norm_eps *= 2
     first = retain[0]
     another_row = dataclasses.replace(first, ids=(*first.ids[:-1], first.ids[-1] - 1))
     keys = [
         key(),
         key(merged=changed),
         key(base=changed),
+        key(base=other_base),
         key(retain=retain[1:]),
         key(retain=[another_row, *retain[1:]]),
         key(plan=dataclasses.replace(PLAN, seed=1)),
         key(plan=dataclasses.replace(PLAN, max_steps=31)),
     ]
     assert len(set(keys)) == len(keys)
-    assert key(base=copy.deepcopy(base), retain=list(retain)) == keys[0]
+    same_base = copy.deepcopy(base)
+    same_base.config._name_or_path = "elsewhere"
+    assert key(base=same_base, retain=list(retain)) == keys[0]
     assert key(plan=dataclasses.replace(PLAN, max_loss=7.0)) == keys[0]  # follows from the merged model
 
     class FinetunePlan:
