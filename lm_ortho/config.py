@@ -115,7 +115,7 @@ class Recipe(_Schema):
     """
 
     density: float = Field(
-        0.01, gt=0, le=0.5, description="Largest share of the decomposed weights that a memory may move to its stream."
+        0.02, gt=0, le=0.5, description="Largest share of the decomposed weights that a memory may move to its stream."
     )
     sieve: str = Field("attribution", description="How the weights of the ortho stream are selected.")
     projection: str = Field("gptq", description="How the other weights are rounded to the lattice.")
@@ -141,14 +141,14 @@ class Recipe(_Schema):
         False, description="Look for further subjects that the model knows, and retain what it says about them."
     )
     steps: int = Field(
-        1000,
+        800,
         ge=10,
         lt=2**31,
         description="Number of steps of the optimised edit, 10 at least. The attribution pass takes a tenth as many. A "
         "base model that is known learns the retain rows first, from as many tokens as the edit reads at most.",
     )
     batch_rows: int = Field(
-        48,
+        12,
         ge=1,
         lt=2**20,
         description="Number of forget rows in a step of attribution and edit; there are twice as many retain rows.",

@@ -80,7 +80,7 @@ def make_offload_row(name: str, shape: resource_estimate.Shape, steps: int) -> l
     host = resource_estimate.estimate_memory(shape, ROWS, recipe, base_known=False)
     stage = max(host, key=lambda name: host[name])
     computation = sum(resource_estimate.estimate_operations(shape, ROWS, recipe, base_known=False).values()) / GPU
-    transfer = resource_estimate.estimate_traffic(shape, recipe) / LINK
+    transfer = resource_estimate.estimate_traffic(shape, ROWS, recipe) / LINK
     gpu = resource_estimate.estimate_device_memory(shape, ROWS, base_known=False)
     return [
         f"{name}, `--offload`, `{format_settings(LEAN)},steps={steps}`",
@@ -103,7 +103,7 @@ def make_table() -> str:
     for name, shape in MODELS.items():
         rows.append(make_estimated_row(name, shape, make_recipe(), "as it is"))
         rows.append(make_estimated_row(name, shape, make_recipe(**LEAN), f"`{format_settings(LEAN)}`"))
-    for steps in (1000, 200):
+    for steps in (800, 200):
         rows.append(make_offload_row("Llama-3-70B", MODELS["Llama-3-70B"], steps))
     return markdown_table(["model", "parameters", "peak memory", "time"], rows)
 

@@ -17,7 +17,7 @@ from lm_ortho.registry import Registry
 
 def test_the_defaults_are_those_of_the_documentation():
     assert make_recipe().model_dump() == {
-        "density": 0.01,
+        "density": 0.02,
         "sieve": "attribution",
         "projection": "gptq",
         "edit": "optimised",
@@ -28,8 +28,8 @@ def test_the_defaults_are_those_of_the_documentation():
         "system_instruction": "",
         "chat_template_args": {},
         "recall": False,
-        "steps": 1000,
-        "batch_rows": 48,
+        "steps": 800,
+        "batch_rows": 12,
         "seed": 0,
         "groups": 1,
         "states": "float32",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lm_ortho.edit.input_metric import InputMetric
 from lm_ortho.objective import Objective
 from lm_ortho.registry import Registry
 from lm_ortho.runtime.progress import ProgressCallback
@@ -27,6 +28,8 @@ class EditInput:
         support: Boolean mask of the positions whose codes the edit may change.
         other_supports: Boolean mask of the positions of other memories (possibly empty). They stay on while this one
             is edited: the model has the merged weights there.
+        metrics: Returns the coordinates of each layer's support (``InputMetric``). They are computed at the present
+            weights of the model, so call it before these are moved, and only if needed.
         bits: Bits per code.
         group_size: Weights per scale, along in_features.
         step_units: The length in which the learning rate of a layer is given (``projection.lattice.layer_units``).
@@ -46,6 +49,7 @@ class EditInput:
     scales: Mapping[str, Tensor]
     support: Mapping[str, Tensor]
     other_supports: Mapping[str, Tensor]
+    metrics: Callable[[], Mapping[str, InputMetric]]
     bits: int
     group_size: int
     step_units: Mapping[str, float]

@@ -15,7 +15,7 @@ from lm_ortho.streams import code_range
 
 log = logging.getLogger(__name__)
 
-LEARNING_RATE = 0.2
+LEARNING_RATE = 0.25
 """Peak learning rate, in the step unit of the layer (``lattice.layer_units``)."""
 RATE_FLOOR = 0.05
 """Factor below which the linear decay of the learning rate does not go."""
@@ -32,13 +32,15 @@ def optimise_codes(inputs: EditInput) -> dict[str, Tensor]:
 
     A latent weight per position starts at W; the forward pass sees it rounded to its code, and its gradient is
     computed as if it had not been rounded (Bengio et al. 2013, arXiv 1308.3432). Latent weights stay within the
-    range of their group.
+    range of their group. Adam works in the coordinates of ``InputMetric``.
     """
     low, high = code_range(inputs.bits)
     objective = inputs.objective()
-    # 1. Set the weights off the support to the codes of the projection, and to W on the supports of other memories.
+    # 1. The coordinates, from the inputs that the layers have while all weights are W.
+    metrics = inputs.metrics()
+    # 2. Set the weights off the support to the codes of the projection, and to W on the supports of other memories;
+    #    start the latent weights on the support at W.
     _set_frozen_weights(inputs)
-    # 2. Start the latent weights on the support at W.
     latents = {name: _start_latent(inputs, name) for name in inputs.layers}
     adam = Adam({name: latent.values for name, latent in latents.items()}, epsilon=EPSILON)
     # 3. Resume an interrupted edit.
@@ -60,11 +62,13 @@ def optimise_codes(inputs: EditInput) -> dict[str, Tensor]:
                     layer.weight.view(-1)[latent.positions] = latent.round_to_codes(low, high) * latent.scales
             # 5. Compute the gradients on the support and pass them straight through to the latent weights.
             gradients, forget_loss, retain_loss = objective.gradients()
-            # 6. Take an Adam step and clamp the latent weights to the range of their group.
+            # 6. Take an Adam step in the coordinates and clamp the latent weights to the range of their group.
             for name, latent in latents.items():
                 peak = LEARNING_RATE * inputs.step_units[name]
                 rate = scheduled_rate(peak, step, inputs.steps, floor=RATE_FLOOR)
-                latent.values += adam.compute_update(name, gradients[name], step=step, rate=rate)
+                gradient = metrics[name].rotate(gradients[name])
+                update = adam.compute_update(name, gradient, step=step, rate=rate) * metrics[name].step_lengths
+                latent.values += metrics[name].rotate_back(update)
                 latent.clamp(low, high)
             inputs.progress("edit", step, inputs.steps, f"forget {forget_loss:.3f} retain {retain_loss:.4f}")
             # 7. Save the state now and then, so that an interrupted edit can be resumed.

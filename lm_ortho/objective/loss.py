@@ -57,7 +57,7 @@ class LossWeights:
 
     retain: float = 4.0
     prompt: float = 0.1
-    forget_rows: int = 48
+    forget_rows: int = 12
 
     @property
     def retain_rows(self) -> int:

@@ -63,13 +63,6 @@ class Teacher:
 
         return compute_top_kl
 
-    def kl(self, rows: Sequence[int], logp: Tensor) -> Tensor:
-        """KL(teacher || model) in nats, (tokens,), for all tokens of ``rows``, one row after the other.
-
-        ``logp`` (tokens, vocabulary) is that of the model.
-        """
-        return self.kl_terms(rows, logp.device)(slice(0, len(logp)), logp)[0]
-
 
 def mask_retain_positions(examples: Sequence[Example]) -> Tensor:
     """Boolean (rows, tokens): the positions that have a next token, which are those with a teacher distribution."""

@@ -5,6 +5,7 @@ The formulas are explained in docs/scaling.md, with measurements beside them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ MAX_MOMENT_BYTES, SMALL_MOMENT_BYTES = 2**31, 2**26
 """Size of the second moments up to which those of all blocks are computed in one pass, and up to which they stay."""
 STEP_PARTS = 4
 """Parts of a step whose gradients a small model holds at the same time."""
-FORGET_ROWS = 48
+FORGET_ROWS = 12
 """Largest number of forget rows in a step of attribution or edit by default; there are twice as many retain rows."""
 ACTIVATION_BYTES, PART_LOGITS, CHUNK_LOGITS = 2**30, 2**25, 2**23
 """Budgets of a part of a step: bytes of activations, unless a quarter of the model is more; logits; and the logits
@@ -30,6 +31,8 @@ SURROGATE_TOKENS, SURROGATE_BUDGET, SURROGATE_RANK = 1024, 1.0, 16
 adapter, as in ``objective.surrogate_training``."""
 SWAPPED_NAMES, NAME_TRIALS = 12, 96
 """Names that the swap target averages over, and those that it tries, as in ``objective.swap``."""
+BASIS_POSITIONS = 64
+"""Mean width of the bases of the edit (``edit.input_metric``, at most 128), for each position of the support."""
 HELD_SHARE = 0.75
 """Share of the inputs of all layers and of twice their outputs that autograd holds, measured on Llamas."""
 OVERHEAD = 0.7e9
@@ -116,11 +119,14 @@ def estimate_memory(
     state_bytes = 4 if recipe.states == "float32" else 2
     support = recipe.density * weights
     objective = prepared + target + teacher + step
+    # 6. The bases of the edit; the moments that they are made from are released before the first step.
+    bases = 4.0 * BASIS_POSITIONS * support
+    edit = prepared + target + teacher + max(step, moments) + bases
     return {
         "statistics and projection": always + lattice + moments + 24 * largest_layer + 32 * max(shape.inputs) ** 2,
         "target": prepared + target + max(target_computation, estimate_surrogate(shape) if base_known else 0),
         "attribution": objective + 4 * weights + gradients + 2 * state_bytes * weights / recipe.groups,
-        "edit": objective + 2 * weights + 60 * support,
+        "edit": edit + 2 * weights + 60 * support,
         "streams": prepared + lattice + weights + recipe.bits / 4 * weights + 6 * support,
     }
 
@@ -172,13 +178,15 @@ def estimate_device_memory(shape: Shape, rows: Rows, base_known: bool) -> float:
     return 4.0 * shape.others * (3 if base_known else 1) + max(training, projection)
 
 
-def estimate_traffic(shape: Shape, recipe: Any) -> float:
+def estimate_traffic(shape: Shape, rows: Rows, recipe: Any) -> float:
     """Bytes moved between host and device for attribution and edit of an offloaded model.
 
-    In a step the weights are moved twice for each of the parts, and their gradients once.
+    In a step the weights are moved twice for each of the parts, and their gradients once. A step has the short and the
+    long rows of either set, or as many parts as keep its activations and logits within the budgets.
     """
     steps = recipe.steps + recipe.groups * max(1, recipe.steps // 10)
-    return 3.0 * STEP_PARTS * steps * 4 * shape.weights
+    part_tokens, _ = _part_tokens(shape, rows, recompute=True, budgets=OFFLOADED_BUDGETS)
+    return 3.0 * max(STEP_PARTS, math.ceil(rows.step / part_tokens)) * steps * 4 * shape.weights
 
 
 def estimate_operations(shape: Shape, rows: Rows, recipe: Any, base_known: bool) -> dict[str, float]:
@@ -198,10 +206,12 @@ def estimate_operations(shape: Shape, rows: Rows, recipe: Any, base_known: bool)
     inverses = sum(5.0 / 3 * width**3 for _, width in shape.layers)
     columns = sum(float(out) * width**2 for out, width in shape.layers)
     token = body + attention
+    statistics = rows.retain * rows.tokens * token + moments
+    is_stored = 4.0 * sum(width**2 for width in shape.inputs) <= SMALL_MOMENT_BYTES
     predictions = rows.forget * rows.tokens * (1 + SWAPPED_NAMES) + NAME_TRIALS * rows.tokens
     swaps = predictions * token + rows.forget * rows.answer * (1 + SWAPPED_NAMES) * head
     return {
-        "statistics": rows.retain * rows.tokens * token + moments,
+        "statistics": statistics if is_stored else 2 * statistics,
         "projection (float64)": inverses + columns if recipe.projection != "rtn" else 0.0,
         "target": estimate_surrogate_operations(shape, rows, recipe.steps * rows.step * SURROGATE_BUDGET)
         + 2 * rows.forget * (rows.tokens * token + rows.answer * head)

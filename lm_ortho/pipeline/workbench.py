@@ -17,6 +17,7 @@ from lm_ortho.data.encoding import encode_rows
 from lm_ortho.data.logits import selected_logits
 from lm_ortho.data.rows import Row
 from lm_ortho.edit import EDITS, EditInput
+from lm_ortho.edit.input_metric import InputMetric
 from lm_ortho.errors import UserError
 from lm_ortho.layer.linear_form import linear_form
 from lm_ortho.objective import (
@@ -273,6 +274,7 @@ class Workbench:
             scales=self.lattice.scales,
             support=support,
             other_supports=self._other_supports,
+            metrics=lambda: _compute_metrics(self.layers, self.moments, support),
             bits=self.recipe.bits,
             group_size=self.recipe.group_size,
             step_units=self.step_units,
@@ -317,6 +319,17 @@ class Workbench:
             if recipe.bits != 16
             else 0.0,
         }
+
+
+def _compute_metrics(
+    layers: Mapping[str, nn.Linear], moments: InputMoments, support: Mapping[str, Tensor]
+) -> dict[str, InputMetric]:
+    """The coordinates in which the edit moves the weights of the support."""
+    metrics = {
+        name: InputMetric(support[name], moments[name].to(layer.weight.device)) for name, layer in layers.items()
+    }
+    moments.release()
+    return metrics
 
 
 def _mask(positions: Tensor, shape: torch.Size) -> Tensor:

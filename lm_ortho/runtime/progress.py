@@ -182,14 +182,23 @@ def report_progress(stage: str, step: int, total: int, text: str = "") -> None:
 
 
 def track(items: Sequence[Item], stage: str, text: str = "") -> Iterator[Item]:
-    """Yields ``items`` and reports after the work on each one; see ``report_progress``."""
-    total = len(items)
-    if total > 1:
-        report_progress(stage, 0, total, text)
-    for number, item in enumerate(items, 1):
-        yield item
-        if total > 1:
-            report_progress(stage, number, total, text)
+    """Yields ``items`` and reports after the work on each one; see ``report_progress``.
+
+    The stage ends early if the work on an item raises, or if no further item is asked for.
+    """
+    total, finished = len(items), 0
+    if total <= 1:
+        yield from items
+        return
+    report_progress(stage, 0, total, text)
+    try:
+        for item in items:
+            yield item
+            finished += 1
+            report_progress(stage, finished, total, text)
+    finally:
+        if finished < total:
+            report_progress(stage, finished, finished, text)
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def test_the_shipped_default(tmp_path: Path) -> None:
     page = tmp_path / "page.svg"
     output = runner.invoke(app, ["inspect", str(world.get_path("decomposed")), "--out", str(page)]).stdout
     assert "28 layers, 5,324,800 weights, 4 bits, groups of 64" in output
-    assert "density 1.0000%" in output
+    assert "density 2.0000%" in output
     assert page.read_text().count("self_attn.v_proj") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["page.svg"]
 

@@ -365,7 +365,7 @@ def test_a_memory_is_added_to_a_finished_checkpoint(own_model_options: list[str]
     text_run = run(
         "--pretrained", str(first), "--add", "later", "--force", *sets, "--edit", "zero", "-o", str(tmp_path / "text")
     )
-    assert "of at most 0.01 for later\n" in text_run.stdout
+    assert "of at most 0.02 for later\n" in text_run.stdout
     assert checkpoint.list_memories(both) == ["memory", "later"]
     assert (both / "ortho.safetensors").read_bytes() == (first / "ortho.safetensors").read_bytes()
     assert checkpoint.read_meta(both)["added"]["later"]["recipe"]["sieve"] == "residual"
@@ -376,7 +376,7 @@ def test_a_memory_is_added_to_a_finished_checkpoint(own_model_options: list[str]
     inspection = runner.invoke(app, ["inspect", str(both), "--json"])
     assert set(json.loads(inspection.stdout)["memories"]) == {"memory", "later"}
     assert "memory 1.9" in (output := runner.invoke(app, ["inspect", str(both)]).stdout)
-    assert "later 0.9" in output, "the density of the default recipe"
+    assert "later 1.9" in output, "the density of the default recipe"
 
     plain = runner.invoke(app, ["export", str(both), str(tmp_path / "plain"), "--alpha", "later:1", "--json"])
     assert json.loads(plain.stdout)["alpha"] == {"later": 1.0}

@@ -7,7 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from lm_ortho.calibration.activations import input_moments
 from lm_ortho.edit import EDITS, EditInput
+from lm_ortho.edit.input_metric import InputMetric
 from lm_ortho.errors import UserError
 from lm_ortho.layer import find_linear
 from lm_ortho.projection.lattice import compute_scales, dequantise, layer_units, round_to_codes
@@ -29,15 +31,19 @@ def draw_supports(weights, density):
 @pytest.fixture
 def inputs(forgetting_setup, memorised_models):
     codes, scales = make_lattice(forgetting_setup.weights)
+    support = draw_supports(forgetting_setup.weights, 0.2)
+    model, layers = forgetting_setup.model, forgetting_setup.layers
+    moments = input_moments(model, layers, memorised_models.examples()[1])
     return EditInput(
-        model=forgetting_setup.model,
-        layers=forgetting_setup.layers,
+        model=model,
+        layers=layers,
         weights=forgetting_setup.weights,
         base_weights={name: layer.weight.detach() for name, layer in find_linear(memorised_models.base).items()},
         codes=codes,
         scales=scales,
-        support=draw_supports(forgetting_setup.weights, 0.2),
+        support=support,
         other_supports={},
+        metrics=lambda: {name: InputMetric(support[name], moments[name]) for name in layers},
         bits=4,
         group_size=32,
         step_units=layer_units(scales),
@@ -138,7 +144,8 @@ def test_a_damaged_base_stream_is_a_warning(inputs, caplog, monkeypatch):
     assert "the base stream is damaged" not in caplog.text
     monkeypatch.setattr("lm_ortho.edit.optimised.LEARNING_RATE", 50.0)
     full_support = {name: torch.ones_like(mask) for name, mask in inputs.support.items()}
-    EDITS.get("optimised")(dataclasses.replace(inputs, support=full_support))
+    metrics = {name: InputMetric(mask, torch.eye(mask.shape[1])) for name, mask in full_support.items()}
+    EDITS.get("optimised")(dataclasses.replace(inputs, support=full_support, metrics=lambda: metrics))
     assert "edit: the retain loss ended at " in caplog.text
     assert " nats per token" in caplog.text
     assert "the base stream is damaged" in caplog.text

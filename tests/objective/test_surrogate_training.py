@@ -137,7 +137,7 @@ def test_the_budget_is_that_of_the_edit(memorised_models, monkeypatch):
     tokens = sum(len(retain[i].ids) for _ in range(steps) for i in next(batches))
     assert tokens == pytest.approx(edit_tokens, rel=0.1)
     many = retain * 40  # a step has some of them only
-    weights = LossWeights()
+    weights = LossWeights(forget_rows=48)
     mean = sum(len(example.ids) for example in retain) / len(retain)
     edit_tokens = 20 * (sum(len(example.ids) for example in forget) + weights.retain_rows * mean)
     batches = draw_batches(many, random.Random(0))

@@ -105,7 +105,7 @@ def test_the_default_is_the_shipped_decomposition(package_weights: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"fresh": True}, {"base": "none"}, {"recipe": {"density": 0.02}}, {"recipe": {"seed": 1}}], ids=str
+    "arguments", [{"fresh": True}, {"base": "none"}, {"recipe": {"density": 0.01}}, {"recipe": {"seed": 1}}], ids=str
 )
 def test_other_arguments_decompose_the_embedded_model(package_weights: Path, arguments: dict[str, Any]) -> None:
     source = resolve(ModelSpec(**arguments))
@@ -119,7 +119,7 @@ def test_other_arguments_decompose_the_embedded_model(package_weights: Path, arg
 
 
 def test_naming_a_default_changes_nothing(package_weights: Path) -> None:
-    assert resolve(ModelSpec(recipe={"density": 0.01, "sieve": "attribution"})).kind == "checkpoint"
+    assert resolve(ModelSpec(recipe={"density": 0.02, "sieve": "attribution"})).kind == "checkpoint"
 
 
 def test_without_the_shipped_decomposition(package_weights: Path) -> None:

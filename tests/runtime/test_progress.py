@@ -197,6 +197,19 @@ def test_tracked_items_are_reported_to_the_innermost_display() -> None:
     assert inner == [("inner", 1, 1, item) for item in "xyz"]
 
 
+def test_a_stage_of_items_ends_where_the_work_on_one_fails() -> None:
+    reports: list[tuple[Any, ...]] = []
+
+    def work() -> None:
+        for item in track("xyz", "hashing", "files"):
+            if item == "y":
+                raise ValueError("broken")
+
+    with show_progress(lambda *report: reports.append(report)), pytest.raises(ValueError, match="broken"):
+        work()
+    assert reports == [("hashing", 0, 3, "files"), ("hashing", 1, 3, "files"), ("hashing", 1, 1, "files")]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5399, "90 min"), (5400, "1.5 h")]
 )
