@@ -375,9 +375,11 @@ def test_a_model_object_of_another_dtype(get_case, dtype):
     model = copy.deepcopy(get_case("Mixtral").plain).to(dtype)
     patch(model, get_case("Mixtral").optimised.streams)
     assert compute_logits_at(model, 1.0).dtype == dtype
-    torch.testing.assert_close(
-        compute_logits_at(model, 0.0).float(), compute_logits_at(get_case("Mixtral").patched, 0.0), rtol=0.3, atol=0.3
-    )
+    # Rounding may turn a tie of the router and send a token to another expert, so the usual token counts.
+    exact, other = (compute_logits_at(get_case("Mixtral").patched, alpha) for alpha in (0.0, 1.0))
+    error = (compute_logits_at(model, 0.0).float() - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert error.median() < 0.02
+    assert error.mean() < 0.1 * (other - exact).norm(dim=-1).div(exact.norm(dim=-1)).mean()
     unpatch(model)
     assert class_names(model) == class_names(get_case("Mixtral").before)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
