@@ -64,6 +64,11 @@ class Shape:
         """Number of all weights."""
         return self.weights + self.others
 
+    @property
+    def moment_bytes(self) -> float:
+        """Bytes of the second moments of all layer inputs."""
+        return 4.0 * sum(width**2 for width in self.inputs)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -99,7 +104,7 @@ def estimate_memory(
     always = overhead + 4.0 * shape.parameters * (2 if base_known else 1) + 2 * weights
     lattice = weights + 4 * weights / recipe.group_size
     # 2. The second moments: of all blocks, or of one block with the inputs of every block.
-    moments = 4.0 * sum(width**2 for width in shape.inputs)
+    moments = shape.moment_bytes
     if moments > MAX_MOMENT_BYTES:
         moments = moments / shape.blocks + 2 * 4.0 * shape.hidden * rows.retain * rows.tokens
     prepared = always + lattice + (moments if moments <= SMALL_MOMENT_BYTES else 0)
@@ -202,16 +207,15 @@ def estimate_operations(shape: Shape, rows: Rows, recipe: Any, base_known: bool)
     # weights, and that of the support its share of it.
     inputs = forward + attention * rows.step + (forward if recipe.recompute else 0.0)
     dense, sparse = body * rows.step, recipe.density * body * rows.step
-    moments = 2.0 * rows.tokens * rows.retain * sum(width**2 for width in shape.inputs)
+    moments = 0.5 * rows.tokens * rows.retain * shape.moment_bytes
     inverses = sum(5.0 / 3 * width**3 for _, width in shape.layers)
     columns = sum(float(out) * width**2 for out, width in shape.layers)
     token = body + attention
     statistics = rows.retain * rows.tokens * token + moments
-    is_stored = 4.0 * sum(width**2 for width in shape.inputs) <= SMALL_MOMENT_BYTES
     predictions = rows.forget * rows.tokens * (1 + SWAPPED_NAMES) + NAME_TRIALS * rows.tokens
     swaps = predictions * token + rows.forget * rows.answer * (1 + SWAPPED_NAMES) * head
     return {
-        "statistics": statistics if is_stored else 2 * statistics,
+        "statistics": statistics if shape.moment_bytes <= SMALL_MOMENT_BYTES else 2 * statistics,
         "projection (float64)": inverses + columns if recipe.projection != "rtn" else 0.0,
         "target": estimate_surrogate_operations(shape, rows, recipe.steps * rows.step * SURROGATE_BUDGET)
         + 2 * rows.forget * (rows.tokens * token + rows.answer * head)
