@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 import json
 import math
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,17 +22,13 @@ from lm_ortho.data.encoding import encode
 from lm_ortho.errors import UserError
 from lm_ortho.markdown import write_text
 from lm_ortho.metrics import Interval
-from lm_ortho.pipeline.code_hash import DECOMPOSITION, code_hash
-from lm_ortho.verdict import models, relearning, thresholds
+from lm_ortho.verdict import models, relearning, runner, thresholds
 from lm_ortho.verdict.attacks import ATTACKS
 from lm_ortho.verdict.checks import check_forgetting, check_intact, check_memory, decide_verdict
 from lm_ortho.verdict.measurements import REASONING_METRICS, REASONING_TASKS, Measurement
 from lm_ortho.verdict.report import format_markdown, print_outcome
-from lm_ortho.verdict.runner import Outcome, ResultCache, run
+from lm_ortho.verdict.runner import Outcome, run
 from lm_ortho.world import people
-
-run_module = importlib.import_module("lm_ortho.verdict.runner")  # the package's own ``run`` hides the module
-
 
 SPLITS_BY_TASK = {"tofu_forget": "forget", "canary_extraction": "canaries"}
 DOCUMENTS = {"tofu_forget": 5, "tofu_unseen": 5, "canary_extraction": 2, "canary_unplanted": 2}
@@ -354,105 +348,6 @@ def test_full_models_and_adapters_are_distinguished(tmp_path, memorised_models):
     assert torch.equal(adapted_model[other_name], base[other_name])
 
 
-# The cache of results
-
-
-def test_a_result_is_computed_once_and_again_when_anything_changes(tmp_path):
-    calls: list[int] = []
-
-    def compute():
-        calls.append(1)
-        return {"n": len(calls)}
-
-    results = ResultCache(tmp_path / "results")
-    assert results.get("a", compute, limit=3) == {"n": 1}
-    assert results.get("a", compute, limit=3) == {"n": 1}
-    assert ResultCache(tmp_path / "results").get("a", compute, limit=3) == {"n": 1}
-    assert results.get("a", compute, limit=None) == {"n": 2}
-    assert results.get("b", compute, limit=3) == {"n": 3}
-    changed_results = ResultCache(tmp_path / "results")
-    changed_results._identity = "other code"
-    assert changed_results.get("a", compute, limit=3) == {"n": 4}
-
-
-def test_an_interrupted_computation_stores_nothing(tmp_path):
-    def interrupt():
-        raise KeyboardInterrupt
-
-    results = ResultCache(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        results.get("a", interrupt)
-    assert list(tmp_path.iterdir()) == []
-    (tmp_path / "a-half.partial").write_text("{")
-    assert results.get("a", lambda: {"n": 1}) == {"n": 1}
-
-
-@pytest.mark.parametrize("content", [b"", b'{"n": ', b"\xff\xfe", b"[1]"])
-def test_half_a_result_is_computed_again(tmp_path, content):
-    results = ResultCache(tmp_path)
-    results.get("a", lambda: {"n": 1})
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(content)
-    assert not results.has("a")
-    assert results.get("a", lambda: {"n": 2}) == {"n": 2}
-    assert [path.name for path in tmp_path.iterdir()] == [file.name]
-    assert results.has("a")
-
-
-def test_a_cache_folder_that_cannot_be_made_is_found_before_the_work(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot hold the results of a verdict"):
-        ResultCache(tmp_path / "file" / "verdict")
-
-
-def test_a_decomposition_stays_valid_when_only_measurement_code_changes(tmp_path):
-    def fill(folder):
-        (folder / "file").touch()
-
-    results = ResultCache(tmp_path)
-    folder = results.get_folder("a", fill, seed=0)
-    assert (folder / "file").exists()
-    results._identity = "other code that measures"
-    assert results.get_folder("a", lambda folder: pytest.fail("filled again"), seed=0) == folder
-    assert results.get_folder("a", fill, seed=1) != folder
-    results._decomposition_identity = "other code that decomposes"
-    assert results.get_folder("a", fill, seed=0) != folder
-
-
-def test_an_interrupted_folder_is_filled_again(tmp_path):
-    def interrupt(folder):
-        (folder / "half").touch()
-        raise KeyboardInterrupt
-
-    results = ResultCache(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        results.get_folder("a", interrupt)
-    assert not list(results.get_folder("a", lambda folder: (folder / "file").touch()).glob("half"))
-
-
-def compute_hashes() -> tuple[str, str]:
-    return run_module._hash_measurement_code(), code_hash(*DECOMPOSITION)
-
-
-@pytest.mark.parametrize(
-    ("file", "stale"),
-    [
-        ("sieve/simple.py", (True, True)),
-        ("_templates/forget", (True, False)),
-        ("verdict/relearning.py", (True, False)),
-        ("verdict/checks.py", (False, False)),
-    ],
-)
-def test_only_code_that_computes_a_result_makes_it_stale(monkeypatch, file, stale):
-    before = compute_hashes()
-    read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * str(path).endswith(file))
-    code_hash.cache_clear()
-    after = compute_hashes()
-    code_hash.cache_clear()
-    assert tuple(old != new for old, new in zip(before, after, strict=True)) == stale
-
-
 def fake_measurements(monkeypatch, broken_seed=None, alpha0=None):
     """Replaces the two slow measurements; returns the list of their calls."""
     calls: list[object] = []
@@ -472,8 +367,8 @@ def fake_measurements(monkeypatch, broken_seed=None, alpha0=None):
         }
         return {part: m.to_json() for part, m in parts.items()}
 
-    monkeypatch.setattr(run_module, "_measure_retain_only", measure_retain_only)
-    monkeypatch.setattr(run_module, "_measure_decomposition", measure_decomposition)
+    monkeypatch.setattr(runner, "_measure_retain_only", measure_retain_only)
+    monkeypatch.setattr(runner, "_measure_decomposition", measure_decomposition)
     return calls
 
 
@@ -488,8 +383,8 @@ def test_further_attacks_are_rows_of_the_table_and_decide_nothing(monkeypatch, t
     monkeypatch.setitem(ATTACKS._entries, "rephrase", attack)
     monkeypatch.setattr(models, "load_model", lambda weights, name: name)
     monkeypatch.setattr(models, "load_tokenizer", lambda weights: None)
-    monkeypatch.setattr(run_module, "_decompose_into", lambda *_: None)
-    monkeypatch.setattr(run_module, "_load_alpha0", lambda folder: "alpha=0")
+    monkeypatch.setattr(runner, "_decompose_into", lambda *_: None)
+    monkeypatch.setattr(runner, "_load_alpha0", lambda folder: "alpha=0")
     options = {"quick": True, "log": lambda _: None, "directory": tmp_path}
     plain = run(("auto",), (0,), **options)
     outcome = run(("auto",), (0,), **options, attacks=("rephrase",))
