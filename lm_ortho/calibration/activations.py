@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -143,7 +144,7 @@ class _MomentPass:
         self._share_inputs, self._is_called_once = share_inputs, False
         self._sums: dict[str, Tensor] = {}
         self._shared_with: dict[str, str] = {}
-        self._inputs: dict[str, tuple[Tensor, int]] = {}
+        self._inputs: dict[str, _InputRecord] = {}
         self._calls: dict[str, int] = {}
         self._token_mask: Tensor | None = None
 
@@ -204,7 +205,7 @@ class _MomentPass:
                 self._shared_with[name] = first_match
         # 2. Add x x^T, or check that the input is still the same as that of the other layer.
         if name not in self._shared_with:
-            self._inputs[name] = layer_input, _count_writes(layer_input)
+            self._inputs[name] = weakref.ref(layer_input), _count_writes(layer_input)
             x = _remove_padding(layer_input.reshape(-1, layer_input.shape[-1]).float(), self._token_mask)
             product = (x.T @ x).cpu()
             self._sums[name] = self._sums[name] + product if name in self._sums else product
@@ -241,8 +242,13 @@ def _count_writes(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _is_same_input(record: tuple[Tensor, int] | None, layer_input: Tensor) -> bool:
-    return record is not None and record[0] is layer_input and record[1] == _count_writes(layer_input)
+_InputRecord = tuple["weakref.ref[Tensor]", int]
+"""An input and its number of writes. The reference does not keep it: the inputs of all layers are far larger than what
+a forward pass holds at any time, and two layers share an input only while it exists."""
+
+
+def _is_same_input(record: _InputRecord | None, layer_input: Tensor) -> bool:
+    return record is not None and record[0]() is layer_input and record[1] == _count_writes(layer_input)
 
 
 def _remove_padding(x: Tensor, token_mask: Tensor | None) -> Tensor:

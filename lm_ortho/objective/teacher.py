@@ -12,6 +12,7 @@ from lm_ortho.data.logits import compute_logits
 from lm_ortho.objective.batches import logit_positions
 from lm_ortho.objective.distribution import FULL_VOCABULARY, TOP_TOKENS, log_remaining_mass, select_top_tokens
 from lm_ortho.objective.position_terms import Terms
+from lm_ortho.runtime.progress import track
 
 
 class Teacher:
@@ -29,7 +30,8 @@ class Teacher:
     @torch.no_grad()
     def _record(self, model: nn.Module, examples: Sequence[Example]) -> None:
         device = next(model.parameters()).device
-        for batch in batch_by_length(examples, tokens=logit_positions(model)):
+        batches = batch_by_length(examples, tokens=logit_positions(model))
+        for batch in track(batches, "teacher", "predictions for the retain rows"):
             rows = [examples[i] for i in batch]
             ids, _ = pad_batch(rows, device)
             logp = compute_logits(model, ids, mask_retain_positions(rows)).log_softmax(-1)
