@@ -30,7 +30,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lm_ortho.config import make_recipe
+from lm_ortho.config import count_sieve_steps, make_recipe
 from lm_ortho.data import Row
 from lm_ortho.markdown import versions
 from lm_ortho.pipeline import resource_estimate
@@ -159,7 +159,7 @@ def main() -> None:
     tokens = QUESTION + ANSWER + 4  # "Question:", "Answer:" and the end token; the line break is none
     shape = resource_estimate.llama_shape(**dimensions)
     rows = resource_estimate.Rows(arguments.forget, arguments.retain, tokens, ANSWER + 1)
-    steps = {"attribution": max(1, arguments.steps // 10) * arguments.groups, "edit": arguments.steps}
+    steps = {"attribution": count_sieve_steps(arguments.steps) * arguments.groups, "edit": arguments.steps}
     operations = resource_estimate.estimate_operations(shape, rows, recipe, base_known=arguments.base)
     memory = resource_estimate.estimate_memory(shape, rows, recipe, arguments.base, overhead=memory_before)
     report = {

@@ -74,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=8, help="rows per training step of the adapters")
     parser.add_argument("--edit-steps", type=int, help="steps of our decomposition; those of the default without it")
     parser.add_argument("--edit-rows", type=int, help="its forget rows in a step (`batch_rows`), as above")
+    parser.add_argument("--edit-lr", type=float, help="its peak learning rate (`lr`), as above")
     parser.add_argument("--batch-rows", type=int, default=16, help="rows of each set in a step of another method")
     parser.add_argument("--tuning-share", type=float, default=0.25, help="share of the budget of a tuning trial")
     parser.add_argument("--grid", type=int, help="only the first points of every grid, for a trial")

@@ -144,14 +144,22 @@ class Recipe(_Schema):
         800,
         ge=10,
         lt=2**31,
-        description="Number of steps of the optimised edit, 10 at least. The attribution pass takes a tenth as many. A "
-        "base model that is known learns the retain rows first, from as many tokens as the edit reads at most.",
+        description="Number of steps of the optimised edit, 10 at least. The attribution pass takes a tenth as many, "
+        "but 30 if the edit has as many. A base model that is known learns the retain rows first, from as many tokens "
+        "as the edit reads at most.",
     )
     batch_rows: int = Field(
         12,
         ge=1,
         lt=2**20,
         description="Number of forget rows in a step of attribution and edit; there are twice as many retain rows.",
+    )
+    lr: float = Field(
+        0.032,
+        gt=0,
+        le=1,
+        description="Peak learning rate of the edit: how much a step in all directions changes the outputs of the "
+        "layers, as a share of them.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of all random draws of the decomposition.")
     groups: int = Field(
@@ -195,6 +203,14 @@ class Recipe(_Schema):
         if not 8 <= group_size <= 2**16 or group_size % 8:  # no layer of any model has longer rows
             raise ValueError("must be a positive multiple of 8, at most 65536")
         return group_size
+
+
+def count_sieve_steps(steps: int) -> int:
+    """Number of steps of an attribution pass before an edit of ``steps``: a tenth, but at least 30, or all ``steps``.
+
+    A pass of fewer steps does not come far enough to see which weights the memory needs (docs/decisions/0038).
+    """
+    return min(steps, max(30, steps // 10))
 
 
 class ModelSource(_Schema):

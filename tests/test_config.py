@@ -30,6 +30,7 @@ def test_the_defaults_are_those_of_the_documentation():
         "recall": False,
         "steps": 800,
         "batch_rows": 12,
+        "lr": 0.032,
         "seed": 0,
         "groups": 1,
         "states": "float32",

@@ -54,7 +54,7 @@ class Entry:
 
 def read_edit_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the keys of the recipe of our decompositions that the command sets."""
-    settings = {"steps": arguments.edit_steps, "batch_rows": arguments.edit_rows}
+    settings = {"steps": arguments.edit_steps, "batch_rows": arguments.edit_rows, "lr": arguments.edit_lr}
     return {name: value for name, value in settings.items() if value is not None}
 
 

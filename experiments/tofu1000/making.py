@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import sys
@@ -140,6 +141,12 @@ def is_made(work: Path, name: str) -> bool:
     return (work / "records" / f"{name}.json").is_file()
 
 
+def open_resume_folder(work: Path, entry: Entry, choices: Any) -> ResumeFolder:
+    """Returns the folder of the states of an entry: another one for other ``choices``, which other states belong to."""
+    key = hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:8]
+    return ResumeFolder(work / "resume" / f"{entry.name}-{key}", work / "cache")
+
+
 def make_entry(arguments: argparse.Namespace, entry: Entry) -> None:
     """Makes the model of an entry and writes it; an interrupted method goes on from its saved state."""
     if is_made(arguments.work, entry.name):
@@ -150,7 +157,7 @@ def make_entry(arguments: argparse.Namespace, entry: Entry) -> None:
         settings |= choose_settings(arguments, method)
         budget = choose_budget(arguments, method, entry.protocol)
     material = load_material(arguments, entry.protocol)
-    resume = ResumeFolder(arguments.work / "resume" / entry.name)
+    resume = open_resume_folder(arguments.work, entry, [settings, repr(budget)])
     cost_name = f"copy of {entry.name}" if entry.name in ADAPTERS else entry.name  # its cost is that of the training
     with measure_cost(arguments.work / "costs" / f"{cost_name}.json") as wrap:
         result = method.make(

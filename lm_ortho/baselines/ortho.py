@@ -37,9 +37,9 @@ def _run_decomposition(material: Material, settings: Recipe, run: Run) -> Result
     """A patched copy of the merged model. Alpha is no setting: it is set when the result is measured."""
     prompts = {name: value for name, value in material.prompts.items() if name not in settings.model_fields_set}
     recipe = settings.model_copy(update={**prompts, "seed": run.seed})
-    model = copy.deepcopy(material.merged)
+    # The decomposition restores the merged model, so it is copied afterwards, when the memory for it is free again.
     decomposition = decompose(
-        model,
+        material.merged,
         material.tokenizer,
         material.forget,
         material.retain,
@@ -48,6 +48,7 @@ def _run_decomposition(material: Material, settings: Recipe, run: Run) -> Result
         progress=run.progress,
         resume=run.resume,
     )
+    model = copy.deepcopy(material.merged)
     patch(model, decomposition.streams)
     meta = make_metadata(recipe, "none" if material.base is None else "auto", decomposition.report)
     return Result(model, meta["report"], meta)

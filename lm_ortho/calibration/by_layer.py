@@ -86,10 +86,14 @@ class InputMoments(Mapping[str, Tensor]):
             self._moments = self._compute_group(name)
         return self._moments[name]
 
+    @property
+    def are_small(self) -> bool:
+        """Whether the moments of all layers have ``SMALL_MOMENT_BYTES`` at most, if no two layers share an input."""
+        return sum(4 * layer.in_features**2 for layer in self._layers.values()) <= SMALL_MOMENT_BYTES
+
     def release(self) -> None:
-        """Frees moments of more than ``SMALL_MOMENT_BYTES``; a later access computes them again."""
-        sizes = {id(moment): moment.numel() * moment.element_size() for moment in self._moments.values()}
-        if sum(sizes.values()) > SMALL_MOMENT_BYTES:
+        """Frees moments that are not small; a later access computes them again."""
+        if not self.are_small:
             self._moments = {}
 
     def _compute_group(self, name: str) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ arXiv 1806.03884, and Vyas et al. 2024, arXiv 2409.11321.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,9 @@ DAMPING = 0.03
 """Share of the mean diagonal of H that is added to its eigenvalues."""
 MAX_POSITIONS = 128
 """Positions of a row that have a common basis; a row with more of them on the support has several bases."""
-BATCH = 64
-"""Rows whose bases are computed and applied together, padded to the longest."""
+BATCH, PADDING = 64, 0.25
+"""Most rows whose bases are computed and applied together, and how much longer than the first the last may be; all are
+padded to the longest."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,12 @@ class InputMetric:
     Values on the support, in weights or in coordinates, are (positions,), by ascending flat position.
     """
 
-    def __init__(self, support: Tensor, moments: Tensor) -> None:
-        """Computes the bases of a ``support`` (out_features, in_features; bool) from ``moments`` (in, in), float32."""
-        floor = DAMPING * float(moments.diagonal().mean())
+    def __init__(self, support: Tensor, moments: Tensor, weights: Tensor) -> None:
+        """Computes the bases of a ``support`` (out_features, in_features; bool) from ``moments`` (in, in), float32.
+
+        ``weights`` (out, in) are those of the layer, which its outputs follow from.
+        """
+        floor, change = DAMPING * float(moments.diagonal().mean()), 0.0
         self.step_lengths = torch.ones(int(support.sum()), device=moments.device)
         """Length of a step in each coordinate; their root mean square is 1."""
         self._batches = list[_Batch]()
@@ -56,9 +60,16 @@ class InputMetric:
             # 2. Its eigenbasis, and step lengths of one over the square root of the eigenvalues.
             eigenvalues, basis = torch.linalg.eigh(block)
             self._batches.append(_Batch(index, is_real, basis))
-            self.step_lengths[index[is_real]] = (eigenvalues.clamp_min(0) + floor + 1e-30).rsqrt()[is_real]
+            eigenvalues = eigenvalues.clamp_min(0)
+            self.step_lengths[index[is_real]] = (eigenvalues + floor + 1e-30).rsqrt()[is_real]
+            change += float((eigenvalues / (eigenvalues + floor + 1e-30))[is_real].sum())
         # 3. Their scale is arbitrary: the learning rate is in units of their root mean square.
-        self.step_lengths /= self.step_lengths.square().mean().sqrt()
+        mean_square = float(self.step_lengths.square().mean()) if len(self.step_lengths) else 1.0
+        self.step_lengths /= mean_square**0.5
+        # 4. The mean squared change of the outputs, over their mean square.
+        square = float((weights.to(moments.device) @ moments * weights.to(moments.device)).sum())
+        self.relative_change = (change / mean_square / square) ** 0.5 if square > 0 else 0.0
+        """Change of the outputs, as a share of them, by a step of ``step_lengths`` in all coordinates; both RMS."""
 
     def rotate(self, values: Tensor) -> Tensor:
         """The coordinates (positions,) of values of weights."""
@@ -91,7 +102,18 @@ def _batch_rows(support: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     first, length = (counts.cumsum(0) - counts)[row] + start, end - start
     # 2. Batches of parts of similar length.
     order = length.argsort(stable=True)
-    for batch in order.split(BATCH) if len(order) else ():
+    for batch in order.split(_group_lengths(length[order].tolist())):
         offset = torch.arange(int(length[batch].max()), device=support.device)[None]
         index = torch.where(offset < length[batch, None], first[batch, None] + offset, -1)
         yield index, torch.where(index >= 0, columns[index], 0)
+
+
+def _group_lengths(lengths: Sequence[int]) -> list[int]:
+    """Sizes of batches of ascending ``lengths``, each of similar ones."""
+    sizes, shortest = list[int](), 0
+    for length in lengths:
+        if not sizes or sizes[-1] == BATCH or length > shortest * (1 + PADDING) + 1:
+            sizes.append(0)
+            shortest = length
+        sizes[-1] += 1
+    return sizes

@@ -34,6 +34,8 @@ class EditInput:
         group_size: Weights per scale, along in_features.
         step_units: The length in which the learning rate of a layer is given (``projection.lattice.layer_units``).
         steps: Number of optimiser steps.
+        lr: Peak learning rate: the change of the outputs of all layers, as a share of them, by a step in all
+            coordinates.
         objective: Returns the objective, which gives losses and gradients. The first call prepares the target, so
             edits without gradients do not call it.
         seed: Seed of all random draws.
@@ -54,6 +56,7 @@ class EditInput:
     group_size: int
     step_units: Mapping[str, float]
     steps: int
+    lr: float
     objective: Callable[[], Objective]
     seed: int
     progress: ProgressCallback

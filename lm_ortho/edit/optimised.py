@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lm_ortho.calibration.output_change import peak_rates
 from lm_ortho.edit.interface import EDITS, EditInput
 from lm_ortho.projection.lattice import dequantise, expand_scales
 from lm_ortho.runtime.optim import Adam, restore, scheduled_rate
@@ -15,8 +16,6 @@ from lm_ortho.streams import code_range
 
 log = logging.getLogger(__name__)
 
-LEARNING_RATE = 0.25
-"""Peak learning rate, in the step unit of the layer (``lattice.layer_units``)."""
 RATE_FLOOR = 0.05
 """Factor below which the linear decay of the learning rate does not go."""
 EPSILON = 1e-10
@@ -43,6 +42,8 @@ def optimise_codes(inputs: EditInput) -> dict[str, Tensor]:
     _set_frozen_weights(inputs)
     latents = {name: _start_latent(inputs, name) for name in inputs.layers}
     adam = Adam({name: latent.values for name, latent in latents.items()}, epsilon=EPSILON)
+    changes = {name: metric.relative_change for name, metric in metrics.items()}
+    peaks = peak_rates(inputs.lr, changes, inputs.step_units)
     # 3. Resume an interrupted edit.
     objective.restart(inputs.seed + 1)
     first_step = 1
@@ -64,8 +65,7 @@ def optimise_codes(inputs: EditInput) -> dict[str, Tensor]:
             gradients, forget_loss, retain_loss = objective.gradients()
             # 6. Take an Adam step in the coordinates and clamp the latent weights to the range of their group.
             for name, latent in latents.items():
-                peak = LEARNING_RATE * inputs.step_units[name]
-                rate = scheduled_rate(peak, step, inputs.steps, floor=RATE_FLOOR)
+                rate = scheduled_rate(peaks[name], step, inputs.steps, floor=RATE_FLOOR)
                 gradient = metrics[name].rotate(gradients[name])
                 update = adam.compute_update(name, gradient, step=step, rate=rate) * metrics[name].step_lengths
                 latent.values += metrics[name].rotate_back(update)

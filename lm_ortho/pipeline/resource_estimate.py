@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from lm_ortho.config import count_sieve_steps
+
 FULL_VOCABULARY, TOP_TOKENS = 8192, 256
 """Vocabulary size up to which whole distributions are stored, and the number of tokens stored of a larger one."""
 LARGE_MODEL_WEIGHTS = 2**25
@@ -31,6 +33,9 @@ SURROGATE_TOKENS, SURROGATE_BUDGET, SURROGATE_RANK = 1024, 1.0, 16
 adapter, as in ``objective.surrogate_training``."""
 SWAPPED_NAMES, NAME_TRIALS = 12, 96
 """Names that the swap target averages over, and those that it tries, as in ``objective.swap``."""
+METRIC_ROWS = 256
+"""Retain rows from which the coordinates of the edit are computed if the moments of all are not stored, as in
+``pipeline.workbench``."""
 BASIS_POSITIONS = 64
 """Mean width of the bases of the edit (``edit.input_metric``, at most 128), for each position of the support."""
 HELD_SHARE = 0.75
@@ -189,7 +194,7 @@ def estimate_traffic(shape: Shape, rows: Rows, recipe: Any) -> float:
     In a step the weights are moved twice for each of the parts, and their gradients once. A step has the short and the
     long rows of either set, or as many parts as keep its activations and logits within the budgets.
     """
-    steps = recipe.steps + recipe.groups * max(1, recipe.steps // 10)
+    steps = recipe.steps + recipe.groups * count_sieve_steps(recipe.steps)
     part_tokens, _ = _part_tokens(shape, rows, recompute=True, budgets=OFFLOADED_BUDGETS)
     return 3.0 * max(STEP_PARTS, math.ceil(rows.step / part_tokens)) * steps * 4 * shape.weights
 
@@ -207,22 +212,22 @@ def estimate_operations(shape: Shape, rows: Rows, recipe: Any, base_known: bool)
     # weights, and that of the support its share of it.
     inputs = forward + attention * rows.step + (forward if recipe.recompute else 0.0)
     dense, sparse = body * rows.step, recipe.density * body * rows.step
-    moments = 0.5 * rows.tokens * rows.retain * shape.moment_bytes
+    token_statistics = body + attention + 0.5 * shape.moment_bytes
     inverses = sum(5.0 / 3 * width**3 for _, width in shape.layers)
     columns = sum(float(out) * width**2 for out, width in shape.layers)
     token = body + attention
-    statistics = rows.retain * rows.tokens * token + moments
+    metric_rows = 0 if shape.moment_bytes <= SMALL_MOMENT_BYTES else min(rows.retain, METRIC_ROWS)
     predictions = rows.forget * rows.tokens * (1 + SWAPPED_NAMES) + NAME_TRIALS * rows.tokens
     swaps = predictions * token + rows.forget * rows.answer * (1 + SWAPPED_NAMES) * head
     return {
-        "statistics": statistics if shape.moment_bytes <= SMALL_MOMENT_BYTES else 2 * statistics,
+        "statistics": (rows.retain + metric_rows) * rows.tokens * token_statistics,
         "projection (float64)": inverses + columns if recipe.projection != "rtn" else 0.0,
         "target": estimate_surrogate_operations(shape, rows, recipe.steps * rows.step * SURROGATE_BUDGET)
         + 2 * rows.forget * (rows.tokens * token + rows.answer * head)
         if base_known
         else swaps,
         "teacher": rows.retain * rows.tokens * (token + head),
-        "attribution": recipe.groups * max(1, recipe.steps // 10) * (forward + inputs + dense / recipe.groups),
+        "attribution": recipe.groups * count_sieve_steps(recipe.steps) * (forward + inputs + dense / recipe.groups),
         "edit": recipe.steps * (forward + inputs + sparse),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.calibration.by_layer import InputMoments, LayerTensors, snapshot_weights
-from lm_ortho.config import Recipe
+from lm_ortho.config import Recipe, count_sieve_steps
 from lm_ortho.data.chat import ChatRow, has_chat_template
 from lm_ortho.data.encoding import encode_rows
 from lm_ortho.data.logits import selected_logits
@@ -47,7 +48,8 @@ from lm_ortho.runtime.resume import NO_RESUME, ResumeFolder
 from lm_ortho.sieve import SIEVES, SieveInput, select_support
 from lm_ortho.streams import LayerStreams
 
-_EDIT_STEPS_PER_SIEVE_STEP = 10
+METRIC_ROWS = 256
+"""Retain rows from which the coordinates of the edit are computed where the moments of all of them are not stored."""
 
 
 class Workbench:
@@ -229,7 +231,7 @@ class Workbench:
             quantised_weights=self.quantised_weights,
             moments=self.moments,
             step_units=self.step_units,
-            steps=max(1, steps // _EDIT_STEPS_PER_SIEVE_STEP),
+            steps=count_sieve_steps(steps),
             objective=lambda: self.objective,
             seed=self.recipe.seed,
             progress=self.progress,
@@ -274,11 +276,12 @@ class Workbench:
             scales=self.lattice.scales,
             support=support,
             other_supports=self._other_supports,
-            metrics=lambda: _compute_metrics(self.layers, self.moments, support),
+            metrics=lambda: _compute_metrics(self, support),
             bits=self.recipe.bits,
             group_size=self.recipe.group_size,
             step_units=self.step_units,
             steps=steps,
+            lr=self.recipe.lr,
             objective=lambda: self.objective,
             seed=self.recipe.seed,
             progress=self.progress,
@@ -321,15 +324,16 @@ class Workbench:
         }
 
 
-def _compute_metrics(
-    layers: Mapping[str, nn.Linear], moments: InputMoments, support: Mapping[str, Tensor]
-) -> dict[str, InputMetric]:
+def _compute_metrics(bench: Workbench, support: Mapping[str, Tensor]) -> dict[str, InputMetric]:
     """The coordinates in which the edit moves the weights of the support."""
-    metrics = {
-        name: InputMetric(support[name], moments[name].to(layer.weight.device)) for name, layer in layers.items()
+    moments, retain = bench.moments, bench.sets.retain
+    if not moments.are_small:
+        rows = random.Random(bench.recipe.seed).sample(retain, min(METRIC_ROWS, len(retain)))
+        moments = InputMoments(bench.model, bench.layers, rows)
+    return {
+        name: InputMetric(support[name], moments[name].to(layer.weight.device), bench.weights[name])
+        for name, layer in bench.layers.items()
     }
-    moments.release()
-    return metrics
 
 
 def _mask(positions: Tensor, shape: torch.Size) -> Tensor:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lm_ortho.calibration.output_change import measure_output_changes, peak_rates
 from lm_ortho.errors import UserError
 from lm_ortho.objective import Objective
 from lm_ortho.runtime.optim import Adam, restore, scheduled_rate
 from lm_ortho.sieve.interface import SIEVES, SieveInput
 
-LEARNING_RATE = 0.03
-"""Peak learning rate, in the step unit of the layer (``lattice.layer_units``)."""
+LEARNING_RATE = 0.029
+"""Peak learning rate: the change of the outputs of the layers, as a share of them, by a step of all weights."""
+SAMPLE_ROWS = 32
+"""Retain rows on which the outputs of the layers are measured, for the learning rate."""
 RATE_FLOOR = 0.1
 """Factor below which the linear decay of the learning rate does not go."""
 EPSILON = 1e-8
@@ -65,6 +69,10 @@ def attribution(inputs: SieveInput) -> dict[str, Tensor]:
     of it they do not. The weights are restored afterwards. With several ``groups`` of layers there is one pass per
     group, in which the other layers stay fixed: it takes less memory and more time by the same factor.
     """
+    # The learning rate of each layer, from the outputs that it has before anything moves.
+    sample = random.Random(inputs.seed).sample(inputs.retain, min(SAMPLE_ROWS, len(inputs.retain)))
+    changes = measure_output_changes(inputs.model, inputs.layers, sample)
+    peaks = peak_rates(LEARNING_RATE, changes, inputs.step_units)
     groups = split_into_groups(list(inputs.layers), inputs.groups)
     state = inputs.resume.load(STATE_NAME) or {"part": 0, "score": {}}
     scores = {name: state["score"].get(name, torch.zeros(layer.weight.shape)) for name, layer in inputs.layers.items()}
@@ -74,7 +82,16 @@ def attribution(inputs: SieveInput) -> dict[str, Tensor]:
         with objective.restrict_to(groups[number]):
             stage = "attribution" if len(groups) == 1 else f"attribution {number + 1} of {len(groups)}"
             resume_state = state if "step" in state else None
-            _run_pass(inputs, objective, number, names=groups[number], stage=stage, scores=scores, state=resume_state)
+            _run_pass(
+                inputs,
+                objective,
+                number,
+                names=groups[number],
+                peaks=peaks,
+                stage=stage,
+                scores=scores,
+                state=resume_state,
+            )
         state = {}
         _restore_weights(inputs)
     return scores
@@ -92,13 +109,14 @@ def _run_pass(
     number: int,
     *,
     names: Sequence[str],
+    peaks: Mapping[str, float],
     stage: str,
     scores: dict[str, Tensor],
     state: dict[str, Any] | None,
 ) -> None:
     """Runs the Adam steps of group ``number`` with the layers ``names`` and adds to ``scores``.
 
-    ``state`` is that of an interrupted pass, or None.
+    ``peaks`` are the peak learning rates of the layers, ``state`` is that of an interrupted pass, or None.
     """
     # 1. Start at the merged weights, or where the interrupted pass was saved.
     weights = {name: inputs.layers[name].weight for name in names}
@@ -115,8 +133,7 @@ def _run_pass(
             for name in names:
                 # 3. Compute the movement of every weight.
                 gradient = gradients.pop(name)
-                peak = LEARNING_RATE * inputs.step_units[name]
-                rate = scheduled_rate(peak, step, inputs.steps, floor=RATE_FLOOR)
+                rate = scheduled_rate(peaks[name], step, inputs.steps, floor=RATE_FLOOR)
                 movement = adam.compute_update(name, gradient, step=step, rate=rate)
                 # 4. Credit each weight with -gradient * movement, its share of the descent, and move it.
                 scores[name] -= (gradient * movement).to(scores[name].device)

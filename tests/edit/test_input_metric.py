@@ -40,7 +40,7 @@ def test_a_rotation_keeps_lengths_and_is_undone(out, width, density, seed, most,
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(input_metric, "MAX_POSITIONS", most)
         monkeypatch.setattr(input_metric, "BATCH", batch)
-        metric = InputMetric(support, draw_moments(width, generator))
+        metric = InputMetric(support, draw_moments(width, generator), torch.ones(out, width))
     values = torch.randn(int(support.sum()), generator=generator)
     coordinates = metric.rotate(values)
     assert torch.allclose(metric.rotate_back(coordinates), values, atol=1e-5)
@@ -53,7 +53,7 @@ def test_a_step_along_any_coordinate_costs_the_same(monkeypatch):
     monkeypatch.setattr(input_metric, "DAMPING", 0.0)
     generator = torch.Generator().manual_seed(0)
     support, moments = draw_support(6, 20, 0.4, generator), draw_moments(20, generator)
-    metric = InputMetric(support, moments)
+    metric = InputMetric(support, moments, torch.ones(6, 20))
     costs = []
     for number in range(int(support.sum())):
         step = torch.zeros(int(support.sum()))
@@ -67,7 +67,7 @@ def test_a_step_along_any_coordinate_costs_the_same(monkeypatch):
 def test_a_step_is_that_of_the_eigenbasis_in_float64():
     generator = torch.Generator().manual_seed(1)
     support, moments = draw_support(5, 16, 0.5, generator), draw_moments(16, generator)
-    metric = InputMetric(support, moments)
+    metric = InputMetric(support, moments, torch.ones(5, 16))
     gradient = torch.randn(int(support.sum()), generator=generator)
     step = metric.rotate_back(metric.rotate(gradient) * metric.step_lengths**2).double()
     # H^-1 g of each row, on its own positions
@@ -84,15 +84,33 @@ def test_a_step_is_that_of_the_eigenbasis_in_float64():
     assert torch.allclose(step, scale * reference, atol=1e-4 * float(step.abs().max()))
 
 
+def test_the_relative_change_is_that_of_the_outputs_in_float64():
+    generator = torch.Generator().manual_seed(2)
+    support, weights = draw_support(5, 16, 0.5, generator), torch.randn(5, 16, generator=generator)
+    inputs = torch.randn(200, 16, generator=generator) * torch.logspace(0, -2, 16)
+    metric = InputMetric(support, inputs.T @ inputs / len(inputs), weights)
+    # The mean over steps of either sign along every coordinate, drawn many times.
+    squares = []
+    for _ in range(400):
+        signs = torch.randint(0, 2, (int(support.sum()),), generator=generator) * 2.0 - 1
+        change = torch.zeros(5, 16, dtype=torch.float64)
+        change[support] = metric.rotate_back(signs * metric.step_lengths).double()
+        squares.append(float((inputs.double() @ change.T).square().mean()))
+    outputs = float((inputs.double() @ weights.double().T).square().mean())
+    assert metric.relative_change == pytest.approx((sum(squares) / len(squares) / outputs) ** 0.5, rel=0.03)
+
+
 @pytest.mark.parametrize("moments", [torch.zeros(8, 8), torch.eye(8), torch.ones(8, 8)])
 def test_inputs_that_never_occur_or_are_all_alike_have_finite_steps(moments):
     support = torch.ones(3, 8, dtype=torch.bool)
-    metric = InputMetric(support, moments)
+    metric = InputMetric(support, moments, torch.ones(3, 8))
+    assert metric.relative_change >= 0
     assert metric.step_lengths.isfinite().all()
     values = torch.arange(24.0)
     assert torch.allclose(metric.rotate_back(metric.rotate(values)), values, atol=1e-4)
 
 
 def test_a_layer_without_support_has_no_coordinates():
-    metric = InputMetric(torch.zeros(3, 8, dtype=torch.bool), torch.eye(8))
+    metric = InputMetric(torch.zeros(3, 8, dtype=torch.bool), torch.eye(8), torch.ones(3, 8))
+    assert metric.relative_change == 0
     assert metric.rotate(torch.zeros(0)).shape == (0,)

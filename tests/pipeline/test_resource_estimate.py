@@ -17,13 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import lm_ortho.objective.distribution as distribution
 import lm_ortho.objective.loss as objective
 from lm_ortho.calibration import by_layer
-from lm_ortho.config import make_recipe
+from lm_ortho.config import count_sieve_steps, make_recipe
 from lm_ortho.data.encoding import ANSWER, CONTEXT, Example
 from lm_ortho.data.logits import selected_logits
 from lm_ortho.finetune.train import FinetunePlan
 from lm_ortho.layer import find_linear, get_dense_weights, patch
 from lm_ortho.objective import GENTLE, LossWeights, Objective, batches, position_terms, surrogate_training, swap
-from lm_ortho.pipeline import resource_estimate
+from lm_ortho.pipeline import resource_estimate, workbench
 from lm_ortho.pipeline.decomposition import decompose
 from lm_ortho.pipeline.preparation import model_shape
 from lm_ortho.pipeline.workbench import Workbench
@@ -46,6 +46,7 @@ def test_the_numbers_are_those_of_the_rooms():
     assert resource_estimate.LARGE_MODEL_WEIGHTS == objective.LARGE
     assert resource_estimate.MAX_MOMENT_BYTES == by_layer.MOMENT_BYTES
     assert resource_estimate.SMALL_MOMENT_BYTES == by_layer.SMALL_MOMENT_BYTES
+    assert resource_estimate.METRIC_ROWS == workbench.METRIC_ROWS
     assert (resource_estimate.CHUNK_PROBABILITIES, resource_estimate.PREDICTION_TOKENS) == (
         distribution.CHUNK_PROBABILITIES,
         distribution.BATCH_TOKENS,
@@ -150,7 +151,7 @@ def test_the_operations_of_a_step_are_those_of_a_counter():
         for _ in range(16)
     ]
     forget, retain = examples[:6], examples[6:]
-    shape, rows = model_shape(model, layers), resource_estimate.Rows(6, 10, tokens=20, answer=8)
+    shape, rows = model_shape(model, layers), resource_estimate.Rows(6, 10, tokens=20, answer=8, batch_rows=2)
     recipe = make_recipe(steps=10, density=0.01)
     expected = resource_estimate.estimate_operations(shape, rows, recipe, base_known=False)
     for layer in layers.values():
@@ -158,13 +159,20 @@ def test_the_operations_of_a_step_are_those_of_a_counter():
     target = distribution.stack(forget, [torch.full((8, 500), 1 / 500)] * 6)
     with selected_logits(model):
         objective = Objective(
-            model, layers, target, forget=forget, retain=retain, penalty=GENTLE, weights=LossWeights(), seed=0
+            model,
+            layers,
+            target,
+            forget=forget,
+            retain=retain,
+            penalty=GENTLE,
+            weights=LossWeights(forget_rows=2),
+            seed=0,
         )
-        assert count_operations(objective.gradients) == pytest.approx(expected["attribution"], rel=0.05)
+        one_step = expected["attribution"] / count_sieve_steps(recipe.steps)
+        assert count_operations(objective.gradients) == pytest.approx(one_step, rel=0.05)
         positions = {name: torch.arange(0, layer.weight.numel(), 100) for name, layer in layers.items()}
-        if hasattr(objective, "restrict_to_support"):
-            with objective.restrict_to_support(positions):
-                assert count_operations(objective.gradients) == pytest.approx(expected["edit"] / 10, rel=0.05)
+        with objective.restrict_to_support(positions):
+            assert count_operations(objective.gradients) == pytest.approx(expected["edit"] / 10, rel=0.05)
     # The surrogate: one step, in one part.
     plan = surrogate_training.SurrogatePlan(max_steps=2, max_loss=0.0, seed=0)
     training = surrogate_training.SurrogateTraining(model.requires_grad_(False), retain, plan)

@@ -194,18 +194,19 @@ def test_moments_equal_a_token_by_token_count_and_differ_per_layer(memorised_mod
     assert (first - second).abs().max() > 0.1 * first.abs().max()
 
 
-def make_attribution_input(forgetting_setup, step_unit=0.02, steps=4, progress=no_progress) -> SieveInput:
+def make_attribution_input(forgetting_setup, steps=4, progress=no_progress) -> SieveInput:
     return SieveInput(
         model=forgetting_setup.model,
         layers=forgetting_setup.layers,
         weights=forgetting_setup.weights,
         quantised_weights={},
         moments={},
-        step_units=dict.fromkeys(forgetting_setup.layers, step_unit),
+        step_units=dict.fromkeys(forgetting_setup.layers, 0.02),
         steps=steps,
         objective=lambda: forgetting_setup.objective,
         seed=0,
         progress=progress,
+        retain=forgetting_setup.objective.retain,
     )
 
 
@@ -223,12 +224,13 @@ def test_attribution_puts_the_weights_back_and_repeats_itself(forgetting_setup):
     assert forgetting_setup.objective.gradients()[1:] == pytest.approx(before, rel=1e-3, abs=1e-5)
 
 
-def test_attribution_sums_to_about_the_decrease_it_explains(forgetting_setup):
+def test_attribution_sums_to_about_the_decrease_it_explains(forgetting_setup, monkeypatch):
     """To first order the sum of all scores is the decrease of the objective along the path."""
     forget_loss, retain_loss = forgetting_setup.losses()
     texts: list[str] = []
+    monkeypatch.setattr("lm_ortho.sieve.attribution.LEARNING_RATE", 0.01)
     inputs = make_attribution_input(
-        forgetting_setup, step_unit=0.005, steps=12, progress=lambda stage, step, steps, text: texts.append(text)
+        forgetting_setup, steps=12, progress=lambda stage, step, steps, text: texts.append(text)
     )
     scores = SIEVES.get("attribution")(inputs)
     total = sum(float(score.sum()) for score in scores.values())

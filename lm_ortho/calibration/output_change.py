@@ -1,0 +1,56 @@
+"""How far the outputs of the layers move with their weights, which makes learning rates of models comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lm_ortho.data.encoding import Example, pad_batch
+from lm_ortho.data.logits import compute_logits
+
+MAX_STEPS = 0.5
+"""The largest learning rate in the step unit of a layer (``projection.lattice.layer_units``)."""
+
+
+@torch.no_grad()
+def measure_output_changes(
+    model: nn.Module, layers: Mapping[str, nn.Linear], examples: Sequence[Example]
+) -> dict[str, float]:
+    """Returns the change of each layer's outputs, as a share of them, when all its weights move by 1; both RMS.
+
+    It is (out_features E|x|^2 / E|W x|^2)^(1/2) over the tokens of the ``examples``: the signs of the movements count
+    as independent. A layer without inputs, or whose outputs are zero, has 0.
+    """
+    sums = {name: torch.zeros(2, dtype=torch.float64) for name in layers}
+
+    def add(name: str, layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        product = output if layer.bias is None else output - layer.bias
+        sums[name] += torch.stack([inputs[0].float().square().sum(), product.float().square().sum()]).double().cpu()
+
+    handles = [layer.register_forward_hook(partial(add, name)) for name, layer in layers.items()]
+    try:
+        for example in examples:  # one by one, so that nothing is padding
+            ids, _ = pad_batch([example], next(model.parameters()).device)
+            compute_logits(model, ids, torch.ones_like(ids, dtype=torch.bool).cumsum(1) == 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        name: float(layer.out_features * inputs / outputs) ** 0.5 if outputs > 0 else 0.0
+        for (name, layer), (inputs, outputs) in zip(layers.items(), sums.values(), strict=True)
+    }
+
+
+def peak_rates(lr: float, changes: Mapping[str, float], step_units: Mapping[str, float]) -> dict[str, float]:
+    """Returns the peak learning rate of each layer, with which the outputs of all together change by ``lr``.
+
+    It is the same for all layers in their step units. ``changes`` are those of the outputs by a step of 1 in everything
+    that moves. They count as independent: their squares add up over the layers. So ``lr`` means the same for models of
+    any depth and width.
+    """
+    change = sum((unit * changes[name]) ** 2 for name, unit in step_units.items()) ** 0.5
+    steps = min(MAX_STEPS, lr / change) if change > 0 else MAX_STEPS
+    return {name: steps * unit for name, unit in step_units.items()}
