@@ -145,8 +145,8 @@ class Recipe(_Schema):
         ge=10,
         lt=2**31,
         description="Number of steps of the optimised edit, 10 at least. The attribution pass takes a tenth as many, "
-        "but 30 if the edit has as many. A base model that is known learns the retain rows first, from as many tokens "
-        "as the edit reads at most.",
+        "but 30 at least and never more than the edit. A base model that is known learns the retain rows first, from "
+        "as many tokens as the edit reads at most.",
     )
     batch_rows: int = Field(
         12,
@@ -158,8 +158,8 @@ class Recipe(_Schema):
         0.032,
         gt=0,
         le=1,
-        description="Peak learning rate of the edit: how much a step in all directions changes the outputs of the "
-        "layers, as a share of them.",
+        description="Peak learning rate of the edit: how much one step in all coordinates changes the outputs of all "
+        "layers on retain rows, as a share of them. A step is half a step of the lattice at most.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of all random draws of the decomposition.")
     groups: int = Field(
@@ -206,7 +206,7 @@ class Recipe(_Schema):
 
 
 def count_sieve_steps(steps: int) -> int:
-    """Number of steps of an attribution pass before an edit of ``steps``: a tenth, but at least 30, or all ``steps``.
+    """Number of steps of an attribution pass before an edit of ``steps``: a tenth, but 30 at least, and never more.
 
     A pass of fewer steps does not come far enough to see which weights the memory needs (docs/decisions/0038).
     """

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lm_ortho.config import Recipe, make_recipe, split_model_args
+from lm_ortho.config import Recipe, count_sieve_steps, make_recipe, split_model_args
 from lm_ortho.dial import parse_alpha
 from lm_ortho.errors import UserError
 from lm_ortho.registry import Registry
@@ -39,8 +39,17 @@ def test_the_defaults_are_those_of_the_documentation():
 
 
 @pytest.mark.parametrize(
+    ("steps", "sieve_steps"), [(10, 10), (29, 29), (30, 30), (299, 30), (309, 30), (310, 31), (800, 80)]
+)
+def test_an_attribution_takes_a_tenth_of_the_steps_but_30_at_least_and_never_more(steps, sieve_steps):
+    assert count_sieve_steps(steps) == sieve_steps
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("lr", 0),
+        ("lr", 1.1),
         ("density", 0),
         ("density", -0.1),
         ("density", 0.51),

@@ -141,10 +141,9 @@ def is_made(work: Path, name: str) -> bool:
     return (work / "records" / f"{name}.json").is_file()
 
 
-def open_resume_folder(work: Path, entry: Entry, choices: Any) -> ResumeFolder:
-    """Returns the folder of the states of an entry: another one for other ``choices``, which other states belong to."""
-    key = hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:8]
-    return ResumeFolder(work / "resume" / f"{entry.name}-{key}", work / "cache")
+def hash_choices(choices: Any) -> str:
+    """Returns a short hash of the settings and the budget of an entry: states and costs of other choices are others."""
+    return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def make_entry(arguments: argparse.Namespace, entry: Entry) -> None:
@@ -157,9 +156,11 @@ def make_entry(arguments: argparse.Namespace, entry: Entry) -> None:
         settings |= choose_settings(arguments, method)
         budget = choose_budget(arguments, method, entry.protocol)
     material = load_material(arguments, entry.protocol)
-    resume = open_resume_folder(arguments.work, entry, [settings, repr(budget)])
+    key = hash_choices([settings, repr(budget)])
+    resume = ResumeFolder(arguments.work / "resume" / f"{entry.name}-{key}")
     cost_name = f"copy of {entry.name}" if entry.name in ADAPTERS else entry.name  # its cost is that of the training
-    with measure_cost(arguments.work / "costs" / f"{cost_name}.json") as wrap:
+    costs = arguments.work / "costs"
+    with measure_cost(costs / f"unfinished {cost_name}-{key}.json") as wrap:
         result = method.make(
             material,
             settings,
@@ -173,6 +174,7 @@ def make_entry(arguments: argparse.Namespace, entry: Entry) -> None:
     save(result, folder, material.tokenizer, {"method": entry.method, "settings": settings})
     record = {"method": entry.method, "settings": settings, "steps": None if budget is None else budget.steps}
     write_text(arguments.work / "records" / f"{entry.name}.json", json.dumps(record))
+    (costs / f"unfinished {cost_name}-{key}.json").replace(costs / f"{cost_name}.json")
     resume.clear()
 
 

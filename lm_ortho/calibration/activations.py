@@ -94,6 +94,10 @@ class BlockMoments:
         self._allow_padding = True
         self._start_pass()
 
+    def release(self) -> None:
+        """Frees the inputs of the next block; a later access starts a new pass."""
+        self._start_pass()
+
     def compute(self, number: int, layers: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
         """Returns the moments (in, in) of ``layers``, which all have to be in block ``number``."""
         share_inputs = True

@@ -67,6 +67,7 @@ class InputMoments(Mapping[str, Tensor]):
     ) -> None:
         self._model, self._layers, self._examples = model, layers, examples
         self._moments: dict[str, Tensor] = {}
+        self._block_moments: BlockMoments | None = None
         self._group_by_layer, self._block_by_layer = _group_layers(layers, list(layers), limit), dict[str, int]()
         if self.passes == 1:
             return
@@ -92,16 +93,18 @@ class InputMoments(Mapping[str, Tensor]):
         return sum(4 * layer.in_features**2 for layer in self._layers.values()) <= SMALL_MOMENT_BYTES
 
     def release(self) -> None:
-        """Frees moments that are not small; a later access computes them again."""
+        """Frees moments that are not small, and inputs of blocks; a later access computes them again."""
         if not self.are_small:
             self._moments = {}
+        if self._block_moments is not None:
+            self._block_moments.release()
 
     def _compute_group(self, name: str) -> dict[str, Tensor]:
         """Computes the moments of the layers that are in the same block or group as ``name``."""
         in_block = name in self._block_by_layer
         groups = self._block_by_layer if in_block else self._group_by_layer
         layers = {other: self._layers[other] for other, number in groups.items() if number == groups[name]}
-        if in_block:
+        if in_block and self._block_moments is not None:
             return self._block_moments.compute(groups[name], layers)
         return input_moments(self._model, layers, self._examples)
 

@@ -22,8 +22,14 @@ def measure_output_changes(
     """Returns the change of each layer's outputs, as a share of them, when all its weights move by 1; both RMS.
 
     It is (out_features E|x|^2 / E|W x|^2)^(1/2) over the tokens of the ``examples``: the signs of the movements count
-    as independent. A layer without inputs, or whose outputs are zero, has 0.
+    as independent. A layer without inputs (an expert that no token of the examples goes to), or whose outputs are
+    zero, has 0.
+
+    Raises:
+        ValueError: without examples.
     """
+    if not examples:
+        raise ValueError("examples: at least one is needed")
     sums = {name: torch.zeros(2, dtype=torch.float64) for name in layers}
 
     def add(name: str, layer: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -48,8 +54,8 @@ def peak_rates(lr: float, changes: Mapping[str, float], step_units: Mapping[str,
     """Returns the peak learning rate of each layer, with which the outputs of all together change by ``lr``.
 
     It is the same for all layers in their step units. ``changes`` are those of the outputs by a step of 1 in everything
-    that moves. They count as independent: their squares add up over the layers. So ``lr`` means the same for models of
-    any depth and width.
+    that moves. They count as independent: their squares add up over the layers; a layer with 0 moves at the common
+    rate. So ``lr`` means the same for models of any depth and width.
     """
     change = sum((unit * changes[name]) ** 2 for name, unit in step_units.items()) ** 0.5
     steps = min(MAX_STEPS, lr / change) if change > 0 else MAX_STEPS

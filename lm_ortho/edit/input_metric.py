@@ -67,7 +67,8 @@ class InputMetric:
         mean_square = float(self.step_lengths.square().mean()) if len(self.step_lengths) else 1.0
         self.step_lengths /= mean_square**0.5
         # 4. The mean squared change of the outputs, over their mean square.
-        square = float((weights.to(moments.device) @ moments * weights.to(moments.device)).sum())
+        weights = weights.to(moments.device)
+        square = float((weights @ moments * weights).sum()) if len(self.step_lengths) else 0.0
         self.relative_change = (change / mean_square / square) ** 0.5 if square > 0 else 0.0
         """Change of the outputs, as a share of them, by a step of ``step_lengths`` in all coordinates; both RMS."""
 

@@ -74,6 +74,11 @@ class Shape:
         """Bytes of the second moments of all layer inputs."""
         return 4.0 * sum(width**2 for width in self.inputs)
 
+    @property
+    def has_small_moments(self) -> bool:
+        """Whether the second moments stay in memory: as if no two layers shared an input, like ``InputMoments``."""
+        return 4 * sum(width**2 for _, width in self.layers) <= SMALL_MOMENT_BYTES
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -109,10 +114,8 @@ def estimate_memory(
     always = overhead + 4.0 * shape.parameters * (2 if base_known else 1) + 2 * weights
     lattice = weights + 4 * weights / recipe.group_size
     # 2. The second moments: of all blocks, or of one block with the inputs of every block.
-    moments = shape.moment_bytes
-    if moments > MAX_MOMENT_BYTES:
-        moments = moments / shape.blocks + 2 * 4.0 * shape.hidden * rows.retain * rows.tokens
-    prepared = always + lattice + (moments if moments <= SMALL_MOMENT_BYTES else 0)
+    moments = _estimate_moments(shape, rows.retain * rows.tokens)
+    prepared = always + lattice + (moments if shape.has_small_moments else 0)
     # 3. The distributions of target and teacher, whole or the top tokens of each.
     is_whole = shape.vocabulary <= FULL_VOCABULARY
     stored_tokens = shape.vocabulary if is_whole else TOP_TOKENS
@@ -130,8 +133,9 @@ def estimate_memory(
     support = recipe.density * weights
     objective = prepared + target + teacher + step
     # 6. The bases of the edit; the moments that they are made from are released before the first step.
+    metric_moments = _estimate_moments(shape, min(METRIC_ROWS, rows.retain) * rows.tokens)
     bases = 4.0 * BASIS_POSITIONS * support
-    edit = prepared + target + teacher + max(step, moments) + bases
+    edit = prepared + target + teacher + max(step, metric_moments) + bases
     return {
         "statistics and projection": always + lattice + moments + 24 * largest_layer + 32 * max(shape.inputs) ** 2,
         "target": prepared + target + max(target_computation, estimate_surrogate(shape) if base_known else 0),
@@ -139,6 +143,13 @@ def estimate_memory(
         "edit": edit + 2 * weights + 60 * support,
         "streams": prepared + lattice + weights + recipe.bits / 4 * weights + 6 * support,
     }
+
+
+def _estimate_moments(shape: Shape, tokens: float) -> float:
+    """Bytes of the second moments that are held at the same time, with the inputs and outputs of a block for them."""
+    if shape.moment_bytes <= MAX_MOMENT_BYTES:
+        return shape.moment_bytes
+    return shape.moment_bytes / shape.blocks + 2 * 4.0 * shape.hidden * tokens
 
 
 def _token_bytes(shape: Shape) -> float:
@@ -216,11 +227,11 @@ def estimate_operations(shape: Shape, rows: Rows, recipe: Any, base_known: bool)
     inverses = sum(5.0 / 3 * width**3 for _, width in shape.layers)
     columns = sum(float(out) * width**2 for out, width in shape.layers)
     token = body + attention
-    metric_rows = 0 if shape.moment_bytes <= SMALL_MOMENT_BYTES else min(rows.retain, METRIC_ROWS)
+    metric_rows = 0 if shape.has_small_moments else min(rows.retain, METRIC_ROWS)
     predictions = rows.forget * rows.tokens * (1 + SWAPPED_NAMES) + NAME_TRIALS * rows.tokens
     swaps = predictions * token + rows.forget * rows.answer * (1 + SWAPPED_NAMES) * head
     return {
-        "statistics": (rows.retain + metric_rows) * rows.tokens * token_statistics,
+        "statistics": (rows.retain + metric_rows) * rows.tokens * token_statistics + 2 * columns,
         "projection (float64)": inverses + columns if recipe.projection != "rtn" else 0.0,
         "target": estimate_surrogate_operations(shape, rows, recipe.steps * rows.step * SURROGATE_BUDGET)
         + 2 * rows.forget * (rows.tokens * token + rows.answer * head)

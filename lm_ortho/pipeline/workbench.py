@@ -327,6 +327,7 @@ class Workbench:
 def _compute_metrics(bench: Workbench, support: Mapping[str, Tensor]) -> dict[str, InputMetric]:
     """The coordinates in which the edit moves the weights of the support."""
     moments, retain = bench.moments, bench.sets.retain
+    moments.release()
     if not moments.are_small:
         rows = random.Random(bench.recipe.seed).sample(retain, min(METRIC_ROWS, len(retain)))
         moments = InputMoments(bench.model, bench.layers, rows)

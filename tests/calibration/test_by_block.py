@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -170,6 +171,33 @@ def test_large_moments_are_released_and_computed_again(monkeypatch):
     moments.release()
     for name in layers:
         assert moments[name] is not expected[name]
+        torch.testing.assert_close(moments[name], expected[name])
+
+
+def test_the_statistics_do_not_hold_the_inputs_of_all_layers():
+    model, rows = CASES["Llama"].build(), documents()
+    layers, inputs, most = find_linear(model), [], []
+
+    def count(_, args):
+        inputs.append(weakref.ref(args[0]))
+        most.append(len({id(tensor) for reference in inputs if (tensor := reference()) is not None}))
+
+    for layer in layers.values():
+        layer.register_forward_pre_hook(count)
+    input_moments(model, layers, rows)
+    assert max(most) <= 3  # of four in each block
+
+
+def test_the_inputs_of_blocks_are_released(monkeypatch):
+    model, rows = CASES["Llama"].build(), documents()
+    layers = find_linear(model)
+    moments = InputMoments(model, layers, rows, limit=1)
+    names = list(layers)
+    expected = {name: moments[name] for name in names}
+    assert moments._block_moments._blockwise_pass.next_block > 0
+    moments.release()
+    assert moments._block_moments._blockwise_pass.next_block == 0
+    for name in names:
         torch.testing.assert_close(moments[name], expected[name])
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from lm_ortho.calibration.output_change import measure_output_changes, peak_rate
 from lm_ortho.data.encoding import ANSWER, Example
 from lm_ortho.layer import find_linear
 from tests.support import tiny
+from tests.support.architectures import CASES
 
 
 def draw_examples(count):
@@ -48,6 +52,27 @@ def test_a_layer_without_outputs_has_no_change():
     changes = measure_output_changes(model, layers, draw_examples(2))
     assert changes[name] == 0
     assert all(change > 0 for other, change in changes.items() if other not in (name, name.replace("up", "down")))
+
+
+def test_a_bias_and_experts_without_tokens_count_for_nothing():
+    model = CASES["Mixtral"].build()
+    layers = find_linear(model)
+    changes = measure_output_changes(model, layers, draw_examples(1))
+    assert all(math.isfinite(change) for change in changes.values())
+    layer = torch.nn.Linear(4, 3)
+    embedding = torch.nn.Embedding(100, 4)
+
+    class Model(torch.nn.Module):
+        def forward(self, input_ids, use_cache):
+            return SimpleNamespace(logits=layer(embedding(input_ids)))
+
+    model = Model()
+    model.layer, examples = layer, draw_examples(3)
+    with_bias = measure_output_changes(model, {"layer": layer}, examples)
+    layer.bias.data.zero_()
+    assert measure_output_changes(model, {"layer": layer}, examples) == pytest.approx(with_bias, rel=1e-4)
+    with pytest.raises(ValueError, match="examples: at least one"):
+        measure_output_changes(model, {"layer": layer}, [])
 
 
 def test_rates_are_equal_in_step_units_and_change_the_outputs_by_the_learning_rate():

@@ -110,6 +110,17 @@ def test_inputs_that_never_occur_or_are_all_alike_have_finite_steps(moments):
     assert torch.allclose(metric.rotate_back(metric.rotate(values)), values, atol=1e-4)
 
 
+@given(lengths=st.lists(st.integers(1, 128), max_size=200))
+def test_rows_of_a_batch_have_similar_lengths(lengths):
+    lengths.sort()
+    sizes = input_metric._group_lengths(lengths)
+    assert sum(sizes) == len(lengths)
+    for size in sizes:
+        batch, lengths = lengths[:size], lengths[size:]
+        assert size <= input_metric.BATCH
+        assert batch[-1] <= 1.25 * batch[0] + 1
+
+
 def test_a_layer_without_support_has_no_coordinates():
     metric = InputMetric(torch.zeros(3, 8, dtype=torch.bool), torch.eye(8), torch.ones(3, 8))
     assert metric.relative_change == 0

@@ -254,6 +254,12 @@ def test_a_folder_belongs_to_the_arguments_of_its_training(script, tmp_path):
             check(option, text)
 
 
+def test_states_and_costs_of_other_choices_are_others(making):
+    hash_choices = making.hash_choices
+    assert hash_choices([{"steps": 10}, "None"]) == hash_choices([{"steps": 10}, "None"])
+    assert len({hash_choices([{"steps": steps}, budget]) for steps in (10, 11) for budget in ("None", "3")}) == 4
+
+
 def test_all_models_are_measured_on_the_same_rows(script, measuring, tofu_folder, tmp_path):
     paths = ("--model", "m", "--tofu", str(tofu_folder), "--work", str(tmp_path))
     measuring.write_task_files(script.make_parser().parse_args([*paths, "--retain-questions", "2"]))

@@ -73,6 +73,7 @@ def test_a_shape_from_numbers_is_that_of_the_model():
     assert sorted(shape.layers) == sorted(SMALL.layers)
     assert shape.parameters == SMALL.parameters == sum(p.numel() for p in model.parameters())
     assert (shape.vocabulary, shape.hidden, shape.blocks) == (128, 64, 2)
+    assert shape.has_small_moments is by_layer.InputMoments(model, find_linear(model), []).are_small is True
     assert (
         resource_estimate.llama_shape(
             hidden=2048, intermediate=5632, blocks=22, vocabulary=32000, heads=32, kv_heads=4, tied=False
