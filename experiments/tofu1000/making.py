@@ -159,8 +159,8 @@ def make_entry(arguments: argparse.Namespace, entry: Entry) -> None:
     key = hash_choices([settings, repr(budget)])
     resume = ResumeFolder(arguments.work / "resume" / f"{entry.name}-{key}")
     cost_name = f"copy of {entry.name}" if entry.name in ADAPTERS else entry.name  # its cost is that of the training
-    costs = arguments.work / "costs"
-    with measure_cost(costs / f"unfinished {cost_name}-{key}.json") as wrap:
+    unfinished_cost = arguments.work / "costs" / f"unfinished {cost_name}-{key}.json"
+    with measure_cost(unfinished_cost) as wrap:
         result = method.make(
             material,
             settings,
@@ -174,7 +174,7 @@ def make_entry(arguments: argparse.Namespace, entry: Entry) -> None:
     save(result, folder, material.tokenizer, {"method": entry.method, "settings": settings})
     record = {"method": entry.method, "settings": settings, "steps": None if budget is None else budget.steps}
     write_text(arguments.work / "records" / f"{entry.name}.json", json.dumps(record))
-    (costs / f"unfinished {cost_name}-{key}.json").replace(costs / f"{cost_name}.json")
+    unfinished_cost.replace(unfinished_cost.with_name(f"{cost_name}.json"))
     resume.clear()
 
 
