@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lm_ortho.calibration.by_block import BlockwisePass
 from lm_ortho.data.encoding import Example, batch_by_length, count_tokens, max_batch_tokens, pad_batch
-from lm_ortho.data.logits import compute_logits
+from lm_ortho.data.logits import compute_logits, first_logits_only
 from lm_ortho.runtime.progress import track
 
 DAMPING = 0.01
@@ -186,7 +185,7 @@ class _MomentPass:
 
     def _run_batch(self, batch: Sequence[Example]) -> None:
         self._start_batch(batch)
-        with suppress(_AllLayersCalledError), _first_logits_only(self._model):
+        with suppress(_AllLayersCalledError), first_logits_only(self._model):
             self._model(input_ids=pad_batch(batch, next(self._model.parameters()).device)[0], use_cache=False)
         self._inputs = {}
 
@@ -218,27 +217,6 @@ class _MomentPass:
         # 3. End the pass where no further call can follow.
         if self._is_called_once and all(self._calls.values()):
             raise _AllLayersCalledError
-
-
-@contextmanager
-def _first_logits_only(model: Any) -> Iterator[None]:
-    """Context in which the output embedding is multiplied at the first token of each row only: nobody reads the logits.
-
-    For a large vocabulary they would be by far the largest activation.
-    """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
-        yield
-        return
-
-    def select_first(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (inputs[0][:, :1], *inputs[1:]) if inputs and inputs[0].dim() == 3 else None
-
-    handle = head.register_forward_pre_hook(select_first)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _count_writes(tensor: Tensor) -> int:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lm_ortho.data.encoding import Example, pad_batch
-from lm_ortho.data.logits import compute_logits
+from lm_ortho.data.logits import first_logits_only
 
-MAX_STEPS = 0.5
+MAX_RATE = 0.5
 """The largest learning rate in the step unit of a layer (``projection.lattice.layer_units``)."""
 
 
@@ -38,9 +38,9 @@ def measure_output_changes(
 
     handles = [layer.register_forward_hook(partial(add, name)) for name, layer in layers.items()]
     try:
-        for example in examples:  # one by one, so that nothing is padding
-            ids, _ = pad_batch([example], next(model.parameters()).device)
-            compute_logits(model, ids, torch.ones_like(ids, dtype=torch.bool).cumsum(1) == 1)
+        with first_logits_only(model):
+            for example in examples:  # one by one, so that nothing is padding
+                model(input_ids=pad_batch([example], next(model.parameters()).device)[0], use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -58,5 +58,5 @@ def peak_rates(lr: float, changes: Mapping[str, float], step_units: Mapping[str,
     rate. So ``lr`` means the same for models of any depth and width.
     """
     change = sum((unit * changes[name]) ** 2 for name, unit in step_units.items()) ** 0.5
-    steps = min(MAX_STEPS, lr / change) if change > 0 else MAX_STEPS
-    return {name: steps * unit for name, unit in step_units.items()}
+    rate = min(MAX_RATE, lr / change) if change > 0 else MAX_RATE
+    return {name: rate * unit for name, unit in step_units.items()}

@@ -56,3 +56,24 @@ def _select_positions(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ..
         return None
     _thread.used = True
     return (inputs[0][mask.to(inputs[0].device)][None], *inputs[1:])
+
+
+@contextmanager
+def first_logits_only(model: Any) -> Iterator[None]:
+    """Context in which the output embedding is multiplied at the first token of each row only: nobody reads the logits.
+
+    For a large vocabulary they would be by far the largest activation.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        yield
+        return
+
+    def select_first(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (inputs[0][:, :1], *inputs[1:]) if inputs and inputs[0].dim() == 3 else None
+
+    handle = head.register_forward_pre_hook(select_first)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -25,6 +25,11 @@ _LOSS_OFFSET = 0.01
 """Nats added to the last loss of a row, so that every row can be drawn."""
 
 
+def sample_examples(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """``count`` of the examples, or all of them if there are fewer, in random order."""
+    return random.Random(seed).sample(list(examples), min(count, len(examples)))
+
+
 class Batches:
     """Draws batches of row indices: one half from shuffled passes, the other half by the last loss of the rows.
 

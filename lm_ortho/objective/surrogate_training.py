@@ -22,7 +22,7 @@ from lm_ortho.data.encoding import Example, answer_loss, batch_by_length
 from lm_ortho.data.logits import selected_logits
 from lm_ortho.finetune.lora import add_adapter
 from lm_ortho.finetune.train import FinetunePlan, split_batch
-from lm_ortho.objective.batches import ACTIVATION_BYTES
+from lm_ortho.objective.batches import ACTIVATION_BYTES, sample_examples
 from lm_ortho.objective.distribution import vocabulary_size
 from lm_ortho.objective.loss import LossWeights
 from lm_ortho.runtime.precision import fast_matmul, select_attention
@@ -87,7 +87,7 @@ def count_max_steps(forget: Sequence[Example], retain: Sequence[Example], edit_s
 
 def sample_rows(retain: Sequence[Example]) -> list[Example]:
     """The retain rows on which the loss is measured: always the same ones."""
-    return random.Random(0).sample(list(retain), min(SAMPLE_ROWS, len(retain)))
+    return sample_examples(retain, SAMPLE_ROWS, seed=0)
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
@@ -30,6 +29,7 @@ from lm_ortho.objective import (
     find_rehearsal_rows,
     select_target,
 )
+from lm_ortho.objective.batches import sample_examples
 from lm_ortho.pipeline.model_lattice import Lattice, make_streams, project_blocks
 from lm_ortho.pipeline.preparation import (
     device_type,
@@ -326,10 +326,10 @@ class Workbench:
 
 def _compute_metrics(bench: Workbench, support: Mapping[str, Tensor]) -> dict[str, InputMetric]:
     """The coordinates in which the edit moves the weights of the support."""
-    moments, retain = bench.moments, bench.sets.retain
+    moments = bench.moments
     moments.release()
     if not moments.are_small:
-        rows = random.Random(bench.recipe.seed).sample(retain, min(METRIC_ROWS, len(retain)))
+        rows = sample_examples(bench.sets.retain, METRIC_ROWS, bench.recipe.seed)
         moments = InputMoments(bench.model, bench.layers, rows)
     return {
         name: InputMetric(support[name], moments[name].to(layer.weight.device), bench.weights[name])

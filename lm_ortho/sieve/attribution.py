@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from lm_ortho.calibration.output_change import measure_output_changes, peak_rates
 from lm_ortho.errors import UserError
 from lm_ortho.objective import Objective
+from lm_ortho.objective.batches import sample_examples
 from lm_ortho.runtime.optim import Adam, restore, scheduled_rate
 from lm_ortho.sieve.interface import SIEVES, SieveInput
 
@@ -70,7 +70,7 @@ def attribution(inputs: SieveInput) -> dict[str, Tensor]:
     group, in which the other layers stay fixed: it takes less memory and more time by the same factor.
     """
     # The learning rate of each layer, from the outputs that it has before anything moves.
-    sample = random.Random(inputs.seed).sample(inputs.retain, min(SAMPLE_ROWS, len(inputs.retain)))
+    sample = sample_examples(inputs.retain, SAMPLE_ROWS, inputs.seed)
     changes = measure_output_changes(inputs.model, inputs.layers, sample)
     peaks = peak_rates(LEARNING_RATE, changes, inputs.step_units)
     groups = split_into_groups(list(inputs.layers), inputs.groups)

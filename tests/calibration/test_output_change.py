@@ -81,5 +81,5 @@ def test_rates_are_equal_in_step_units_and_change_the_outputs_by_the_learning_ra
     assert sum((rates[name] * changes[name]) ** 2 for name in rates) ** 0.5 == pytest.approx(0.01)
     assert len({rates[name] / units[name] for name in rates}) == 1
     # Where little would change, a rate is limited to a part of a step.
-    assert peak_rates(100.0, changes, units)["b"] == output_change.MAX_STEPS
-    assert peak_rates(0.01, dict.fromkeys(changes, 0.0), units)["c"] == 2 * output_change.MAX_STEPS
+    assert peak_rates(100.0, changes, units)["b"] == output_change.MAX_RATE
+    assert peak_rates(0.01, dict.fromkeys(changes, 0.0), units)["c"] == 2 * output_change.MAX_RATE

@@ -148,7 +148,7 @@ def test_other_memories_stay_on_while_one_is_edited(inputs):
 def test_a_damaged_base_stream_is_a_warning(inputs, caplog, monkeypatch):
     EDITS.get("optimised")(inputs)
     assert "the base stream is damaged" not in caplog.text
-    monkeypatch.setattr("lm_ortho.calibration.output_change.MAX_STEPS", 50.0)
+    monkeypatch.setattr("lm_ortho.calibration.output_change.MAX_RATE", 50.0)
     full_support = {name: torch.ones_like(mask) for name, mask in inputs.support.items()}
     metrics = compute_metrics(
         inputs.layers, full_support, {name: torch.eye(mask.shape[1]) for name, mask in full_support.items()}
