@@ -28,9 +28,12 @@ from tofu1000.rows import CHAT, FORGET, LEFT_OUT, RETAIN, TUNING_FORGET, TUNING_
 
 
 def read_cost(work: Path, name: str) -> Cost | None:
-    """Returns the cost of a finished entry; None if it is not made yet."""
-    file = work / "costs" / f"{name}.json"
-    return Cost(**json.loads(file.read_text())) if is_made(work, name) and file.is_file() else None
+    """Returns the cost of a finished entry, of an adapter that of its training; None if it is not made yet."""
+    if not is_made(work, name):
+        return None
+    if name in ADAPTERS:
+        return Cost(**json.loads((work / "costs" / f"{name}.json").read_text()))
+    return Cost(**json.loads((work / "records" / f"{name}.json").read_text())["cost"])
 
 
 def count_step_operations(arguments: argparse.Namespace, method: Method) -> tuple[float, float]:
@@ -158,9 +161,8 @@ def make_entry(arguments: argparse.Namespace, entry: Entry) -> None:
     material = load_material(arguments, entry.protocol)
     key = hash_choices([settings, repr(budget)])
     resume = ResumeFolder(arguments.work / "resume" / f"{entry.name}-{key}")
-    cost_name = f"copy of {entry.name}" if entry.name in ADAPTERS else entry.name  # its cost is that of the training
-    unfinished_cost = arguments.work / "costs" / f"unfinished {cost_name}-{key}.json"
-    with measure_cost(unfinished_cost) as wrap:
+    cost_file = arguments.work / "costs" / f"unfinished {entry.name}-{key}.json"
+    with measure_cost(cost_file) as wrap:
         result = method.make(
             material,
             settings,
@@ -172,9 +174,14 @@ def make_entry(arguments: argparse.Namespace, entry: Entry) -> None:
     folder = arguments.work / "models" / entry.name
     shutil.rmtree(folder, ignore_errors=True)
     save(result, folder, material.tokenizer, {"method": entry.method, "settings": settings})
-    record = {"method": entry.method, "settings": settings, "steps": None if budget is None else budget.steps}
-    write_text(arguments.work / "records" / f"{entry.name}.json", json.dumps(record))
-    unfinished_cost.replace(unfinished_cost.with_name(f"{cost_name}.json"))
+    record = {
+        "method": entry.method,
+        "settings": settings,
+        "steps": None if budget is None else budget.steps,
+        "cost": json.loads(cost_file.read_text()),
+    }
+    write_text(arguments.work / "records" / f"{entry.name}.json", json.dumps(record))  # last: the entry is made now
+    cost_file.unlink()
     resume.clear()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lm_ortho.data.encoding import Example, pad_batch
 from lm_ortho.data.logits import first_logits_only
+from lm_ortho.runtime.progress import ProgressCallback
 
 MAX_RATE = 0.5
 """The largest learning rate in the step unit of a layer (``projection.lattice.layer_units``)."""
@@ -17,7 +18,7 @@ MAX_RATE = 0.5
 
 @torch.no_grad()
 def measure_output_changes(
-    model: nn.Module, layers: Mapping[str, nn.Linear], examples: Sequence[Example]
+    model: nn.Module, layers: Mapping[str, nn.Linear], examples: Sequence[Example], progress: ProgressCallback
 ) -> dict[str, float]:
     """Returns the change of each layer's outputs, as a share of them, when all its weights move by 1; both RMS.
 
@@ -39,8 +40,9 @@ def measure_output_changes(
     handles = [layer.register_forward_hook(partial(add, name)) for name, layer in layers.items()]
     try:
         with first_logits_only(model):
-            for example in examples:  # one by one, so that nothing is padding
+            for number, example in enumerate(examples, start=1):  # one by one, so that nothing is padding
                 model(input_ids=pad_batch([example], next(model.parameters()).device)[0], use_cache=False)
+                progress("outputs", number, len(examples), "")
     finally:
         for handle in handles:
             handle.remove()

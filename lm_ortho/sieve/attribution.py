@@ -71,7 +71,7 @@ def attribution(inputs: SieveInput) -> dict[str, Tensor]:
     """
     # The learning rate of each layer, from the outputs that it has before anything moves.
     sample = sample_examples(inputs.retain, SAMPLE_ROWS, inputs.seed)
-    changes = measure_output_changes(inputs.model, inputs.layers, sample)
+    changes = measure_output_changes(inputs.model, inputs.layers, sample, progress=inputs.progress)
     peaks = peak_rates(LEARNING_RATE, changes, inputs.step_units)
     groups = split_into_groups(list(inputs.layers), inputs.groups)
     state = inputs.resume.load(STATE_NAME) or {"part": 0, "score": {}}

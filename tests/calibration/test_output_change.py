@@ -12,6 +12,7 @@ from lm_ortho.calibration import output_change
 from lm_ortho.calibration.output_change import measure_output_changes, peak_rates
 from lm_ortho.data.encoding import ANSWER, Example
 from lm_ortho.layer import find_linear
+from lm_ortho.runtime.progress import no_progress
 from tests.support import tiny
 from tests.support.architectures import CASES
 
@@ -25,7 +26,9 @@ def draw_examples(count):
 def test_the_change_is_that_of_movements_of_random_signs():
     model = tiny.llama()
     layers, examples = find_linear(model), draw_examples(6)
-    changes = measure_output_changes(model, layers, examples)
+    progress = []
+    changes = measure_output_changes(model, layers, examples, lambda *report: progress.append(report))
+    assert progress == [("outputs", number, 6, "") for number in range(1, 7)]
     assert not any(layer._forward_hooks for layer in layers.values())
     name = "model.layers.1.mlp.down_proj"
     layer, inputs = layers[name], []
@@ -49,7 +52,7 @@ def test_a_layer_without_outputs_has_no_change():
     name = "model.layers.0.mlp.up_proj"
     with torch.no_grad():
         layers[name].weight.zero_()
-    changes = measure_output_changes(model, layers, draw_examples(2))
+    changes = measure_output_changes(model, layers, draw_examples(2), no_progress)
     assert changes[name] == 0
     assert all(change > 0 for other, change in changes.items() if other not in (name, name.replace("up", "down")))
 
@@ -57,7 +60,7 @@ def test_a_layer_without_outputs_has_no_change():
 def test_a_bias_and_experts_without_tokens_count_for_nothing():
     model = CASES["Mixtral"].build()
     layers = find_linear(model)
-    changes = measure_output_changes(model, layers, draw_examples(1))
+    changes = measure_output_changes(model, layers, draw_examples(1), no_progress)
     assert all(math.isfinite(change) for change in changes.values())
     layer = torch.nn.Linear(4, 3)
     embedding = torch.nn.Embedding(100, 4)
@@ -68,11 +71,12 @@ def test_a_bias_and_experts_without_tokens_count_for_nothing():
 
     model = Model()
     model.layer, examples = layer, draw_examples(3)
-    with_bias = measure_output_changes(model, {"layer": layer}, examples)
+    with_bias = measure_output_changes(model, {"layer": layer}, examples, no_progress)
     layer.bias.data.zero_()
-    assert measure_output_changes(model, {"layer": layer}, examples) == pytest.approx(with_bias, rel=1e-4)
+    without_bias = measure_output_changes(model, {"layer": layer}, examples, no_progress)
+    assert without_bias == pytest.approx(with_bias, rel=1e-4)
     with pytest.raises(ValueError, match="examples: at least one"):
-        measure_output_changes(model, {"layer": layer}, [])
+        measure_output_changes(model, {"layer": layer}, [], no_progress)
 
 
 def test_rates_are_equal_in_step_units_and_change_the_outputs_by_the_learning_rate():

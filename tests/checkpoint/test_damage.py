@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
@@ -15,6 +14,7 @@ from lm_ortho.checkpoint.manifest import write_manifest
 from lm_ortho.errors import UserError
 from lm_ortho.layer import patch
 from tests.support import tiny
+from tests.support.changed_checkpoint import edit_json
 
 torch.set_num_threads(1)
 hf.register()
@@ -32,12 +32,6 @@ def flip_byte(path):
 
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-7])
-
-
-def edit_json(path, change):
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
 
 
 DAMAGE = {

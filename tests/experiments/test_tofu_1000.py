@@ -329,6 +329,7 @@ def test_the_command_from_start_to_end(
     capsys.readouterr()
     for stage, only in itertools.product(("decompose", "methods", "measure", "page"), ("twin", "published-*")):
         command("--stage", stage, "--only", only)
+    assert not list((work / "costs").glob("unfinished*")), "the cost of an entry that is made is in its record"
     assert "method=not_installed is not installed and is left out" in capsys.readouterr().err
     table = read_table(page)
     ours, plain = (f"{entries.MAIN}, alpha={alpha}" for alpha in (0, 1))
