@@ -171,7 +171,7 @@ def report_memory_estimate(
     stage = max(needed, key=lambda name: needed[name])
     peak = needed[stage] / 1e9
     operations = sum(resource_estimate.estimate_operations(shape, row_counts, recipe, base_known).values())
-    progress("memory", 1, 1, f"about {peak:.1f} GB at the peak ({stage}); work: {operations:.1e} operations at most")
+    progress("memory", 1, 1, f"about {peak:.1f} GB at the peak ({stage}); work: about {operations:.1e} operations")
     available = (psutil.virtual_memory().available + resident) / 1e9
     if device_type(model) == "cuda" and not is_offloaded(model):
         available = torch.cuda.mem_get_info()[1] / 1e9
