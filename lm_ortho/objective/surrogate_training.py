@@ -40,6 +40,11 @@ more than this share of the excess of the base model. Where the base model is wi
 retain rows are text that it knows, the absolute tolerance would stop before the others are learnt."""
 CHECK_STEPS, SAMPLE_ROWS = 20, 128
 """Steps between two measurements of the loss, and number of retain rows that it is measured on."""
+MEASURED_DISTANCE = 0.4
+"""The loss is measured where that of the batches since the last check is within so many nats of the threshold.
+
+On rows of 70 tokens a measurement costs a fifth of the steps between two of them.
+"""
 DECAY_STEPS = 40
 WARM_UP_STEPS = 20
 POOL_ROWS = 512
@@ -121,6 +126,8 @@ class SurrogateTraining:
         self.model.eval()
         self.loss = math.nan
         """Loss on the sample of the retain rows at the last measurement."""
+        self._batch_losses = list[float]()
+        """Losses of the batches since the last multiple of ``CHECK_STEPS``."""
         self.steps = 0
         self._decay_start: int | None = None
         self._near = plan.tolerance
@@ -144,36 +151,45 @@ class SurrogateTraining:
             while not self._is_finished():
                 # 3. One step of AdamW, with the gradient norm clipped at 1.
                 optimiser.param_groups[0]["lr"] = LEARNING_RATE * self._rate()
-                self._add_gradients([self._retain[i] for i in next(batches)], device)
+                batch_loss = self._add_gradients([self._retain[i] for i in next(batches)], device)
+                self._batch_losses.append(batch_loss)
                 torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
                 optimiser.step()
                 optimiser.zero_grad()
                 self.steps += 1
                 # 4. Measure the loss now and then, and begin the decay where it is near the threshold.
                 self._measure()
-                loss = "" if math.isnan(self.loss) else f"loss {self.loss:.3f}, "  # not measured yet
-                text = f"{loss}stops at {self.plan.max_loss:.3f}"
+                loss = self.loss if self._is_finished() else batch_loss
+                text = f"loss {loss:.3f}, stops at {self.plan.max_loss:.3f}"
                 progress("surrogate", self.steps, self.steps if self._is_finished() else self.plan.max_steps, text)
                 # 5. Save the state now and then.
                 if resume.is_due():
                     resume.save("training", {**self.state(), "optimiser": optimiser.state_dict()})
 
-    def _add_gradients(self, batch: Sequence[Example], device: str) -> None:
-        """Adds the gradients of the mean loss over all predicted tokens of the batch, part by part."""
+    def _add_gradients(self, batch: Sequence[Example], device: str) -> float:
+        """Adds the gradients of the loss of a batch, its mean over all predicted tokens, part by part; returns it."""
+        total = 0.0
         for part, share in split_batch(batch, self._part_tokens):
             with fast_matmul(device):
                 loss = answer_loss(self.model, part) * share
             loss.backward()
+            total += loss.item()
+        return total
 
     def state(self) -> dict[str, Any]:
         """The adapter, and where its training is."""
         position = {"steps": self.steps, "loss": self.loss, "decay": self._decay_start, "near": self._near}
-        return {**position, "adapter": [parameter.detach() for parameter in self._parameters]}
+        return {
+            **position,
+            "batch_losses": list(self._batch_losses),
+            "adapter": [parameter.detach() for parameter in self._parameters],
+        }
 
     @torch.no_grad()
     def load(self, state: dict[str, Any]) -> None:
         """Continues from a ``state``."""
         self.steps, self.loss, self._decay_start, self._near = (state[n] for n in ("steps", "loss", "decay", "near"))
+        self._batch_losses = list(state["batch_losses"])
         for parameter, value in zip(self._parameters, state["adapter"], strict=True):
             parameter.copy_(value)
 
@@ -191,15 +207,23 @@ class SurrogateTraining:
         """Measures the loss where a decision depends on it, and begins or ends a decay."""
         remaining = self.plan.max_steps - self.steps
         decay_ended = self._decay_start is not None and self.steps >= self._decay_start + DECAY_STEPS
-        is_stable = self._decay_start is None
-        if decay_ended or remaining == 0 or (is_stable and self.steps % CHECK_STEPS == 0):
+        is_stable, is_check = self._decay_start is None, self.steps % CHECK_STEPS == 0
+        is_measured = decay_ended or remaining == 0 or (is_stable and is_check and self._may_be_near())
+        if is_measured:
             self.loss = measure_loss(self.model, self._sample)
+        if is_check:
+            self._batch_losses.clear()
         if decay_ended and self.loss > self.plan.max_loss and remaining:
             # The decay began too early: return to the constant rate and begin the next one nearer to the threshold.
             self._decay_start, self._near, is_stable = None, self._near / 2, True
-        is_near = self.steps % CHECK_STEPS == 0 and self.loss <= self.plan.max_loss + self._near
+        is_near = is_measured and is_check and self.loss <= self.plan.max_loss + self._near
         if is_stable and (is_near or remaining <= DECAY_STEPS):
             self._decay_start = self.steps
+
+    def _may_be_near(self) -> bool:
+        """Whether the batches since the last check say that a measurement may find the loss near the threshold."""
+        mean = sum(self._batch_losses) / len(self._batch_losses)
+        return mean <= self.plan.max_loss + MEASURED_DISTANCE
 
 
 def draw_batches(examples: Sequence[Example], draw: random.Random) -> Iterator[list[int]]:

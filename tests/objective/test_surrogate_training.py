@@ -63,6 +63,31 @@ def test_it_stops_when_its_loss_is_within_the_threshold(memorised_models, monkey
     assert reports[-1][3] == f"loss {training.loss:.3f}, stops at {plan.max_loss:.3f}"
 
 
+def test_far_from_the_threshold_the_loss_is_measured_at_the_end_only(memorised_models, monkeypatch):
+    short_phases(monkeypatch)
+    measured_steps, original = [], surrogate_training.measure_loss
+
+    def train_to(max_loss):
+        measured_steps.clear()
+        training = SurrogateTraining(
+            memorised_models.base, memorised_models.examples()[1], SurrogatePlan(12, max_loss, seed=0, tolerance=0.01)
+        )
+        monkeypatch.setattr(
+            surrogate_training,
+            "measure_loss",
+            lambda *arguments: measured_steps.append(training.steps) or original(*arguments),
+        )
+        training.run(no_progress, NO_RESUME)
+        return training
+
+    monkeypatch.setattr(surrogate_training, "MEASURED_DISTANCE", 0.1)
+    assert train_to(0.0).steps == 12
+    assert measured_steps == [12]
+    before = original(memorised_models.base, memorised_models.examples()[1])
+    assert train_to(before - 0.1).loss <= before - 0.1
+    assert len(measured_steps) > 1
+
+
 def test_it_ends_with_its_budget_at_a_rate_of_zero(memorised_models, monkeypatch):
     short_phases(monkeypatch)
     rates, original = [], torch.optim.AdamW.step
