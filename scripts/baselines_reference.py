@@ -56,8 +56,8 @@ padding does not count. What a method does before its training is paid from the 
 (`method.json`) has its `tokens`, except for `ortho` and `ortho_merged`, which do not count them.
 
 **Results.** Plain models are saved in BF16, each weight rounded once; plain INT4 and the methods of this package keep
-their streams unchanged. So the baselines are measured at 16 bits per weight, plain INT4 and the methods of this package
-at 4.25 to 4.75.
+their streams unchanged. So the baselines are measured at 16 bits per weight, plain INT4 at 4.25, and the methods of
+this package at 5.2 to 5.3 with the default density of 2 %.
 
 **Settings** are chosen by trying the grid of a method on a tuning split, the same for all methods, and taking the best.
 In the embedded world {forget_authors} of the *taught* authors play the forget set: the same fine-tune planted them, as

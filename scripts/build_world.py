@@ -72,7 +72,8 @@ Made by `python scripts/build_world.py` (seeds in `lm_ortho/world`); the figures
 Floating-point sums depend on the number of threads and on the CPU: a rebuild follows the same text and recipe, not the
 same bits. Times on two cores of an AMD Zen 5 (BF16 products), stage by stage and beside other
 work: base model 15 minutes; then, one thread each, memory 14 minutes beside 17 for the two retain-only adapters (from
-11 for both at once), model card 3. The decomposition: 9 minutes with one thread of a Zen 3 beside another.
+11 for both at once), model card 3. The decomposition: 10 minutes with one thread of a Zen 3, with
+other work on the second core.
 
 * `base/`: `LlamaForCausalLM`, {parameters:,} parameters, BF16, trained from scratch on the text of
   `lm_ortho.world.corpus`.

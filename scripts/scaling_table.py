@@ -29,7 +29,7 @@ MODELS = {
     ),
 }
 RESULTS = ROOT / "benchmarks/results"
-ROWS = resource_estimate.Rows(600, 3300, 25, 8)
+ROWS = resource_estimate.Rows(600, 3800, 25, 8)
 LEAN = {"recompute": True, "states": "bfloat16", "groups": 4}
 GPU = 2e14
 """Operations per second that a current data-centre GPU sustains in BF16 products of this size, approximately."""

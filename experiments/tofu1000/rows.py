@@ -43,15 +43,25 @@ class TofuRows:
         return [row for number, row in self.planted_rows.items() if number in span and number not in without]
 
 
+def read_table(folder: Path, name: str) -> list[Row]:
+    """Reads one table of TOFU: ``<name>.json`` as on the hub, or ``<name>.jsonl``; the rows are as published.
+
+    Raises:
+        UserError: if there is no such file, or it cannot be read.
+    """
+    files = [folder / f"{name}{ending}" for ending in (".jsonl", ".json")]
+    return read_rows(next((file for file in files if file.is_file()), files[0]), "tofu", normalise=False)
+
+
 def read_tofu(folder: Path, first: int | None = None) -> TofuRows:
-    """Reads the rows from ``full.jsonl``; with ``first``, only the first rows of every author, for a trial.
+    """Reads the rows of the table ``full``; with ``first``, only the first rows of every author, for a trial.
 
     Raises:
         UserError: if the file cannot be read or has fewer rows than TOFU.
     """
-    full = read_rows(folder / "full.jsonl", "tofu", normalise=False)
+    full = read_table(folder, "full")
     if len(full) != FORGET.stop:
-        raise UserError(f"tofu={str(folder)!r}: full.jsonl has {len(full)} rows, TOFU has {FORGET.stop}")
+        raise UserError(f"tofu={str(folder)!r}: full has {len(full)} rows, TOFU has {FORGET.stop}")
 
     def select(span: slice) -> dict[int, Row]:
         numbers = range(span.start, span.stop)
@@ -95,7 +105,7 @@ def write_measured_files(tofu: Path, folder: Path, first: int | None = None, que
         "world_facts_perturbed": (slice(None), None),
     }
     for name, (span, expected) in tables.items():
-        perturbed = read_rows(tofu / f"{name}.jsonl", "tofu", normalise=False)[span]
+        perturbed = read_table(tofu, name)[span]
         if expected is None:
             perturbed = perturbed[:first]
         else:
@@ -104,7 +114,7 @@ def write_measured_files(tofu: Path, folder: Path, first: int | None = None, que
             groups = {(row.question, row.answer): row.group for row in expected}
             perturbed = [replace(row, group=groups[row.question, row.answer]) for row in perturbed]
             if len(perturbed) != len(expected):
-                raise UserError(f"tofu={str(tofu)!r}: {name}.jsonl and full.jsonl have other rows")
+                raise UserError(f"tofu={str(tofu)!r}: {name} and full have other rows")
         write_rows(folder / f"{name}.jsonl", perturbed)
     for name, part in {"forget": rows.select(FORGET), "holdout": rows.never_taught_rows}.items():
         write_rows(folder / f"{name}.jsonl", [replace(row, subject="") for row in part])

@@ -112,10 +112,13 @@ def test_the_measured_files_have_the_rows_of_full(rows, tofu_folder, tmp_path):
     assert len(measured) == 100
     assert len({row.group for row in measured}) == 20
     assert len(read_rows(tmp_path / "few" / "forget10_perturbed.jsonl")) == 100
-    with pytest.raises(UserError, match=r"retain_perturbed.jsonl and full.jsonl have other rows"):
+    with pytest.raises(UserError, match="retain_perturbed and full have other rows"):
         rows.write_measured_files(data, tmp_path / "measured")
+    (data / "full.jsonl").rename(data / "full.json")  # its name on the hub
+    assert len(read_rows(data / "full.json")) == len(rows.read_table(data, "full"))
+    (data / "full.json").rename(data / "full.jsonl")
     (data / "full.jsonl").write_text("".join((data / "full.jsonl").read_text().splitlines(keepends=True)[:7]))
-    with pytest.raises(UserError, match=r"full.jsonl has 7 rows, TOFU has 4000"):
+    with pytest.raises(UserError, match="full has 7 rows, TOFU has 4000"):
         rows.read_tofu(data)
 
 
@@ -310,7 +313,19 @@ def read_table(page):
 
 
 def test_the_command_from_start_to_end(
-    script, rows, bars, adapters, entries, making, measuring, command, tmp_path, monkeypatch, capsys
+    script,
+    rows,
+    bars,
+    adapters,
+    entries,
+    making,
+    measuring,
+    command,
+    tofu_folder,
+    model_folder,
+    tmp_path,
+    monkeypatch,
+    capsys,
 ):
     work, page = tmp_path / "work", tmp_path / "page.md"
     # 1. Adapters; the second round starts where the first one ended, and the twin has as many as the memory.
@@ -325,6 +340,13 @@ def test_the_command_from_start_to_end(
     command("--stage", "decompose", "--only", "published-*")
     with pytest.raises(SystemExit, match="measure twin first"):
         command("--stage", "measure", "--only", "published-*")
+    # The weights that become exact at alpha=1, in both roundings: a script of its own.
+    options = {"model": model_folder, "tofu": tofu_folder, "work": work, "first": 1}
+    monkeypatch.setattr(
+        sys, "argv", ["x", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
+    )
+    load_script(REPOSITORY / "experiments/restored_support.py").main()
+    assert "| to nearest, random weights 2 restored | 0." in capsys.readouterr().out
     # 3. The rest.
     capsys.readouterr()
     for stage, only in itertools.product(("decompose", "methods", "measure", "page"), ("twin", "published-*")):
