@@ -88,7 +88,7 @@ def main() -> None:
     # 2. The support of our decomposition, plain INT4, and the merged weights.
     models = arguments.work / "models"
     streams = get_streams(checkpoint.load(models / f"published-{MAIN}"))
-    support = {name: layer.ortho.support() for name, layer in streams.items()}
+    support = {name: layer.ortho.support() for name, layer in streams.items() if layer.ortho is not None}
     int4_model = checkpoint.load(models / "published-int4")
     unpatch(int4_model, alpha=0.0)
     model = merge_adapter(load_causal_lm(arguments.model), arguments.work / "memory").float()
