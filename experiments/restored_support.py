@@ -13,7 +13,7 @@ restored, and with as many random weights restored.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from lm_ortho.projection.lattice import compute_scales, dequantise, round_to_cod
 
 RETAIN_STEP = 9
 BITS, GROUP_SIZE = 4, 64
-Weights = Mapping[str, Tensor]
+Weights = dict[str, Tensor]
 
 
 def round_to_nearest(weights: Weights) -> Weights:
@@ -45,8 +45,8 @@ def round_to_nearest(weights: Weights) -> Weights:
 
 
 def restore(quantised: Weights, weights: Weights, support: Weights) -> Weights:
-    """Returns the quantised weights, with the exact ones on the support."""
-    return {name: torch.where(support[name], weight, quantised[name]) for name, weight in weights.items()}
+    """Returns the quantised weights, with the exact ones on the support; some layers may have none."""
+    return quantised | {name: torch.where(mask, weights[name], quantised[name]) for name, mask in support.items()}
 
 
 def draw_support(support: Weights, seed: int) -> Weights:
@@ -66,7 +66,7 @@ def list_variants(weights: Weights, int4: Weights, support: Weights) -> Iterator
             yield f"{rounding}, random weights {seed} restored", restore(quantised, weights, random_support)
 
 
-def read_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+def read_weights(model: torch.nn.Module) -> Weights:
     """Returns copies of the weights of the linear layers."""
     return {name: layer.weight.detach().float().clone() for name, layer in find_linear(model).items()}
 

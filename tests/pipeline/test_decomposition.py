@@ -135,7 +135,8 @@ def test_the_model_is_restored(memorised_models):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert list(dict.fromkeys(stages)) == ["memory", "statistics", "projection", "target", "attribution", "edit"]
+    expected = ["memory", "statistics", "projection", "outputs", "target", "attribution", "edit"]
+    assert list(dict.fromkeys(stages)) == expected
 
 
 def test_the_model_is_restored_after_a_failure(memorised_models, monkeypatch):

@@ -227,12 +227,11 @@ def test_attribution_puts_the_weights_back_and_repeats_itself(forgetting_setup):
 def test_attribution_sums_to_about_the_decrease_it_explains(forgetting_setup, monkeypatch):
     """To first order the sum of all scores is the decrease of the objective along the path."""
     forget_loss, retain_loss = forgetting_setup.losses()
-    texts: list[str] = []
+    reports: list[tuple[str, int, int, str]] = []
     monkeypatch.setattr("lm_ortho.sieve.attribution.LEARNING_RATE", 0.01)
-    inputs = make_attribution_input(
-        forgetting_setup, steps=12, progress=lambda stage, step, steps, text: texts.append(text)
-    )
+    inputs = make_attribution_input(forgetting_setup, steps=12, progress=lambda *report: reports.append(report))
     scores = SIEVES.get("attribution")(inputs)
+    texts = [text for stage, *_, text in reports if stage == "attribution"]
     total = sum(float(score.sum()) for score in scores.values())
     # "forget X retain Y" at the last step of the path
     _, last_forget_loss, _, last_retain_loss = texts[-1].split()
