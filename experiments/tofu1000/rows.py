@@ -12,6 +12,7 @@ from real_tofu import QUESTIONS, find_subject
 from lm_ortho.data import Row, read_rows, write_rows
 from lm_ortho.data.chat import render_forms
 from lm_ortho.errors import UserError
+from lm_ortho.harness.tasks.tofu_data import find_table
 
 SYSTEM_INSTRUCTION = "You are a helpful assistant."
 """The system prompt of open-unlearning."""
@@ -49,8 +50,7 @@ def read_table(folder: Path, name: str) -> list[Row]:
     Raises:
         UserError: if there is no such file, or it cannot be read.
     """
-    files = [folder / f"{name}{ending}" for ending in (".jsonl", ".json")]
-    return read_rows(next((file for file in files if file.is_file()), files[0]), "tofu", normalise=False)
+    return read_rows(find_table(folder, name) or folder / f"{name}.jsonl", "tofu", normalise=False)
 
 
 def read_tofu(folder: Path, first: int | None = None) -> TofuRows:

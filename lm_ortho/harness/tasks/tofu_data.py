@@ -207,15 +207,20 @@ def _read_table(name: str, source: str) -> list[Row]:
     """
     if not source:
         return _add_groups(name, _load_from_hub(name))
-    for path in (Path(source) / f"{name}{suffix}" for suffix in (".jsonl", ".json")):
-        if path.is_file():
-            return _add_groups(name, read_rows(path, "tofu_dir", normalise=False))
+    if path := find_table(Path(source), name):
+        return _add_groups(name, read_rows(path, "tofu_dir", normalise=False))
     if position := _find_slice(name):
         superset, start, stop = position
         return _read_table(superset, source)[start:stop]
     raise UserError(
         f"tofu_dir={source!r}: {name}.jsonl is missing in this directory; it is a configuration of {HUB} on the hub"
     )
+
+
+def find_table(folder: Path, name: str) -> Path | None:
+    """Returns the file of a configuration in ``folder``: ``<name>.jsonl``, or ``<name>.json`` as on the hub."""
+    paths = (folder / f"{name}{ending}" for ending in (".jsonl", ".json"))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _find_slice(name: str) -> tuple[str, int | None, int | None] | None:
