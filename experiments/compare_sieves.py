@@ -30,12 +30,11 @@ from torch import Tensor
 
 from lm_ortho import world
 from lm_ortho.baselines.kfac import compute_factors, keep_curvature_mass, select_late_feed_forward
-from lm_ortho.calibration.activations import input_moments
 from lm_ortho.checkpoint import cache
 from lm_ortho.config import make_recipe
 from lm_ortho.layer import find_linear, patch
 from lm_ortho.markdown import markdown_table, versions, write_text
-from lm_ortho.pipeline.model_lattice import make_streams, project_layers
+from lm_ortho.pipeline.model_lattice import quantise
 from lm_ortho.pipeline.workbench import Workbench
 from lm_ortho.runtime.progress import ProgressBars
 from lm_ortho.sieve import select_support
@@ -138,20 +137,18 @@ class Comparison:
             return self.project_model(self.edit_dense(setting) if kfac_mass is None else self.edit_kfac(kfac_mass))
         workbench = self.get_workbench(setting.group == KNOWS_W0)
         if setting.edit == "none":
-            return workbench.make_streams(workbench.lattice.codes)
+            return workbench.make_streams(workbench.plain_lattice.codes)
         key = (setting.group == KNOWS_W0, setting.sieve)
         if key not in self._scores:
             self._scores[key] = workbench.score_weights(setting.sieve, self.recipe.steps)
         support = select_support(self._scores[key], setting.density)
-        return workbench.make_streams(workbench.edit_codes(setting.edit, support, self.recipe.steps), support)
+        lattice = workbench.project(support)
+        codes = workbench.edit_codes(setting.edit, lattice, support, steps=self.recipe.steps)
+        return workbench.make_streams(codes, support)
 
     def project_model(self, model: torch.nn.Module) -> dict[str, Any]:
         """Projects a model whose weights were all edited onto its own lattice; the streams have no support."""
-        layers = find_linear(model)
-        weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        moments = input_moments(model, layers, self.get_workbench(False).sets.retain)
-        lattice = project_layers(weights, moments, self.recipe)
-        return make_streams(layers, weights, lattice, support=None, recipe=self.recipe)
+        return quantise(model, self.get_workbench(False).sets.retain, self.recipe)
 
     def edit_dense(self, setting: Setting) -> torch.nn.Module:
         """Minimises the objective of the default recipe over all weights."""

@@ -39,6 +39,8 @@ from lm_ortho.finetune.lora import save_adapter
 from lm_ortho.layer import get_dense_weights
 from lm_ortho.markdown import markdown_table, versions, write_text
 from lm_ortho.pipeline.decomposition import decompose
+from lm_ortho.pipeline.model_lattice import quantise
+from lm_ortho.pipeline.preparation import encode_sets
 from lm_ortho.runtime.progress import ProgressBars
 from lm_ortho.sieve import SIEVES
 from lm_ortho.world import people as world
@@ -263,7 +265,8 @@ def measure_decomposition(
     decomposition = decompose(
         model, tokenizer, rows["forget"], rows["retain"], recipe, base_model=base, progress=progress
     )
-    variants = {"INT": get_dense_weights(model, decomposition.plain, 0.0)}
+    sets = encode_sets(model, tokenizer, rows["forget"], rows["retain"], recipe=recipe)
+    variants = {"INT": get_dense_weights(model, quantise(model, sets.retain, recipe), 0.0)}
     for alpha in (1.0, 0.0):
         variants[f"alpha={alpha:g}"] = get_dense_weights(model, decomposition.streams, alpha)
     results = {name: measure_model(arguments, variant) for name, variant in variants.items()}

@@ -30,6 +30,7 @@ from lm_ortho.layer import get_dense_weights
 from lm_ortho.markdown import markdown_table, write_text
 from lm_ortho.metrics import Interval
 from lm_ortho.pipeline.decomposition import decompose
+from lm_ortho.pipeline.model_lattice import quantise
 from lm_ortho.runtime.precision import select_attention
 from lm_ortho.runtime.progress import ProgressBars
 from lm_ortho.verdict import models
@@ -126,7 +127,7 @@ def measure_decomposition(work: Path, tokenizer: Any, mode: str, steps: int) -> 
     )
     cells = {}
     for name, streams, alpha in (
-        ("INT4", decomposition.plain, 0.0),
+        ("INT4", quantise(model, encode(tokenizer, calibration), recipe), 0.0),
         ("alpha=1", decomposition.streams, 1.0),
         ("alpha=0", decomposition.streams, 0.0),
     ):

@@ -118,7 +118,7 @@ class Recipe(_Schema):
         0.02, gt=0, le=0.5, description="Largest share of the decomposed weights that a memory may move to its stream."
     )
     sieve: str = Field("attribution", description="How the weights of the ortho stream are selected.")
-    projection: str = Field("gptq", description="How the other weights are rounded to the lattice.")
+    projection: str = Field("gptq_ordered", description="How the other weights are rounded to the lattice.")
     edit: str = Field("optimised", description="What the base stream holds at the positions of the ortho stream.")
     bits: int = Field(4, description="Bits per weight of the base stream: 3, 4 or 8, or 16 for no lattice.")
     group_size: int = Field(64, description="Number of weights of a row that share a scale, a multiple of 8.")

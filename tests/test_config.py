@@ -19,7 +19,7 @@ def test_the_defaults_are_those_of_the_documentation():
     assert make_recipe().model_dump() == {
         "density": 0.02,
         "sieve": "attribution",
-        "projection": "gptq",
+        "projection": "gptq_ordered",
         "edit": "optimised",
         "bits": 4,
         "group_size": 64,

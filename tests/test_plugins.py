@@ -15,10 +15,12 @@ from lm_ortho.baselines import METHODS, Material
 from lm_ortho.config import ModelSpec, make_recipe
 from lm_ortho.edit import EDITS
 from lm_ortho.errors import UserError
+from lm_ortho.layer import find_linear
 from lm_ortho.pipeline.cache_key import key_parts
 from lm_ortho.pipeline.decomposition import decompose
 from lm_ortho.pipeline.spec import resolve
 from lm_ortho.projection import PROJECTIONS
+from lm_ortho.projection.lattice import compute_scales, expand_scales
 from lm_ortho.registry import Registry
 from lm_ortho.sieve import SIEVES
 from lm_ortho.verdict.attacks import ATTACKS
@@ -77,9 +79,10 @@ def test_a_model_is_decomposed_with_them(memorised_models) -> None:
     selected_columns = [int(support.any(0).nonzero().max()) for support in supports]
     assert max(selected_columns) < min(support.shape[1] for support in supports) / 2
     name, streams = next(iter(result.streams.items()))
-    support, codes, plain = supports[0], streams.base.codes(), result.plain[name].base.codes()
-    assert torch.equal(codes[support], -plain[support])
-    assert torch.equal(codes[~support], plain[~support])
+    codes, weight = streams.base.codes(), find_linear(memorised_models.merged)[name].weight
+    steps = expand_scales(compute_scales(weight, 4, 32), 32, weight.shape[1])
+    truncated = (weight / steps).trunc().clamp(-7, 7)
+    assert torch.equal(codes, torch.where(supports[0], -truncated, truncated))
 
 
 @pytest.mark.usefixtures("plugins")

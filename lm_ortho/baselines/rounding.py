@@ -8,11 +8,9 @@ from pydantic import Field
 
 from lm_ortho.baselines.interface import Material, Result, Run, Settings, arxiv_link, method
 from lm_ortho.baselines.training import count_example_tokens, encode_material
-from lm_ortho.calibration.by_layer import InputMoments, snapshot_weights
 from lm_ortho.config import Recipe, make_recipe
-from lm_ortho.layer import find_linear, patch
-from lm_ortho.layer.linear_form import linear_form
-from lm_ortho.pipeline.model_lattice import make_streams, project_layers
+from lm_ortho.layer import patch
+from lm_ortho.pipeline.model_lattice import quantise
 
 
 class LatticeSettings(Settings):
@@ -35,13 +33,14 @@ def int4_rtn(material: Material, settings: LatticeSettings, run: Run) -> Result:
 
 @method(
     "int4_gptq",
-    objective="argmin over codes of ||(Q - W) X||, column by column, on retain rows; no forget row is read",
+    objective="argmin over codes of ||(Q - W) X||, column by column from the largest input on, on retain rows; "
+    "no forget row is read",
     paper=f"Frantar et al. 2023, {arxiv_link('2210.17323')}, eq. 1",
     settings=LatticeSettings,
 )
 def int4_gptq(material: Material, settings: LatticeSettings, run: Run) -> Result:
     """GPTQ, calibrated on the retain rows."""
-    return _round_to_int4(material, settings, run, "gptq")
+    return _round_to_int4(material, settings, run, "gptq_ordered")
 
 
 def _round_to_int4(material: Material, settings: LatticeSettings, run: Run, projection: str) -> Result:
@@ -49,13 +48,7 @@ def _round_to_int4(material: Material, settings: LatticeSettings, run: Run, proj
     recipe: Recipe = make_recipe(projection=projection, **settings.model_dump())
     model, sets = copy.deepcopy(material.merged).requires_grad_(False), encode_material(material)
     device = next(model.parameters()).device.type
-    with linear_form(model):
-        layers = find_linear(model)
-        weights = snapshot_weights(layers)
-        moments = InputMoments(model, layers, sets.retain)
-        if projection != "rtn":  # which rounds without a look at the inputs
-            run.tokens.add_forward(count_example_tokens(sets.retain))
-        lattice = project_layers(weights, moments, recipe, progress=run.progress, device=device)
-        streams = make_streams(layers, weights, lattice, support=None, recipe=recipe)
-    patch(model, streams)
+    if projection != "rtn":  # which rounds without a look at the inputs
+        run.tokens.add_forward(count_example_tokens(sets.retain))
+    patch(model, quantise(model, sets.retain, recipe, progress=run.progress, device=device))
     return Result(model, {"projection": projection})

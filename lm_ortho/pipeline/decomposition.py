@@ -23,10 +23,9 @@ from lm_ortho.streams import LayerStreams
 
 @dataclass(frozen=True)
 class Decomposition:
-    """The result: streams by layer name, the same lattice without support and edit (``plain``), and the report."""
+    """The result: streams by layer name, and the report."""
 
     streams: dict[str, LayerStreams]
-    plain: dict[str, LayerStreams]
     report: dict[str, Any]
 
 
@@ -57,18 +56,19 @@ def decompose(
     """
     start_time = time.perf_counter()
     check_recipe(recipe, base_known=base_model is not None)
-    # 1. Statistics, lattice and projection; the target and the objective follow when they are needed.
+    # 1. Layers, rows and scales; statistics, target and objective follow when they are needed.
     with Workbench(
         model, tokenizer, forget, retain, recipe=recipe, base_model=base_model, progress=progress, resume=resume
     ) as bench:
         # 2. Score every weight, and select the support.
         support = bench.select_support(recipe.sieve, recipe.density, recipe.steps)
-        # 3. Edit the codes on the support.
-        codes = bench.edit_codes(recipe.edit, support, recipe.steps)
-        # 4. Put base stream and ortho stream together.
-        streams, plain = bench.make_streams(codes, support), bench.make_streams(bench.lattice.codes)
-        report = bench.report(codes, support)
-    return Decomposition(streams, plain, report | {"seconds": round(time.perf_counter() - start_time, 1)})
+        # 3. Round the other weights to the lattice.
+        lattice = bench.project(support)
+        # 4. Edit the codes on the support.
+        codes = bench.edit_codes(recipe.edit, lattice, support, steps=recipe.steps)
+        # 5. Put base stream and ortho stream together.
+        streams, report = bench.make_streams(codes, support), bench.report(codes, support)
+    return Decomposition(streams, report | {"seconds": round(time.perf_counter() - start_time, 1)})
 
 
 def check_recipe(recipe: Recipe, *, base_known: bool) -> None:

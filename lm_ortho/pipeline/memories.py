@@ -52,14 +52,11 @@ def decompose_memories(
     start_time = time.perf_counter()
     check_recipe(recipe, base_known=base_model is not None)
     _check_memories(forget, recipe)
-    lattice: Lattice | None = None
-    supports, reports = dict[str, Masks](), dict[str, Any]()
-    all_supports, codes = Masks(), Masks()
-    plain, streams = dict[str, LayerStreams](), dict[str, LayerStreams]()
+    benches, supports, reports = dict[str, Workbench](), dict[str, Masks](), dict[str, Any]()
     for name, rows in forget.items():
         # 1. The rows of the other memories are retained.
         other_rows = [row for other, rows_of_other in forget.items() if other != name for row in rows_of_other]
-        bench = Workbench(
+        benches[name] = Workbench(
             model,
             tokenizer,
             rows,
@@ -67,33 +64,39 @@ def decompose_memories(
             recipe=recipe,
             base_model=base_model,
             progress=progress,
-            lattice=lattice,
-            other_supports=all_supports,
+            other_supports=_unite(supports.values()),
             resume=resume.subfolder(name),
         )
+        # 2. Select the support of each memory, as for one, among the weights that no earlier memory holds.
+        with benches[name] as bench:
+            supports[name] = bench.select_support(recipe.sieve, recipe.density, recipe.steps)
+    # 3. Round the weights off all supports to the lattice; it is the same for all memories.
+    all_supports, lattice = _unite(supports.values()), None
+    codes, streams = Masks(), dict[str, LayerStreams]()
+    for name, support in supports.items():
+        bench = benches.pop(name)
+        bench.other_supports = _unite(other for owner, other in supports.items() if owner != name)
         with bench:
-            # 2. Support and edit as for one memory, on weights that no earlier memory holds.
-            support = bench.select_support(recipe.sieve, recipe.density, recipe.steps)
-            edited_codes = bench.edit_codes(recipe.edit, support, recipe.steps)
-            reports[name], supports[name] = bench.report(edited_codes, support), support
-            # 3. The base stream takes the edited codes on this support.
+            lattice = lattice or bench.project(all_supports)
+            # 4. Edit the codes on each support, while all other memories are on.
+            edited_codes = bench.edit_codes(recipe.edit, lattice, support, steps=recipe.steps)
+            reports[name] = bench.report(edited_codes, support)
             codes = {
                 layer: torch.where(mask, edited_codes[layer], codes.get(layer, edited_codes[layer]))
                 for layer, mask in support.items()
             }
-            if len(supports) == len(forget):
-                plain, streams = bench.make_streams(bench.lattice.codes), bench.make_streams(codes)
-        lattice = bench.lattice
-        all_supports = {
-            layer: _union([mask, *([all_supports[layer]] if all_supports else [])]) for layer, mask in support.items()
-        }
-    # 4. Each memory holds what the base stream lacks at its own positions.
-    for layer, layer_streams in streams.items():
-        difference = bench.weights[layer] - layer_streams.base.dequantise()
-        named = {name: OrthoStream.from_dense(difference, masks[layer]) for name, masks in supports.items()}
-        streams[layer] = LayerStreams(layer_streams.base, None, layer_streams.bias, named)
+            # 5. Each memory holds what the base stream, with all edits, lacks at its own positions.
+            if not benches:
+                streams = {
+                    layer: _add_memories(
+                        layer_streams,
+                        bench.weights[layer],
+                        {owner: masks[layer] for owner, masks in supports.items()},
+                    )
+                    for layer, layer_streams in bench.make_streams(codes).items()
+                }
     seconds = round(time.perf_counter() - start_time, 1)
-    return Decomposition(streams, plain, _merge_reports(reports) | {"seconds": seconds})
+    return Decomposition(streams, _merge_reports(reports) | {"seconds": seconds})
 
 
 def add_memory(
@@ -112,8 +115,7 @@ def add_memory(
 
     ``model`` is patched and not changed. Base codes off the new support and the other ortho streams of the result have
     the same bits as before; the new stream restores the weights of ``model`` with all memories on. Lattice and layers
-    are those of ``model``; density, sieve, edit, steps and seed are those of ``recipe``. ``plain`` of the result holds
-    the streams of ``model``.
+    are those of ``model``; density, sieve, edit, steps and seed are those of ``recipe``.
 
     Raises:
         UserError: what ``decompose`` raises; a name that exists; a memory whose file is missing; ``bits=16``.
@@ -153,16 +155,22 @@ def add_memory(
     # 3. Support and edit as for one memory.
     with bench:
         support = bench.select_support(recipe.sieve, recipe.density, recipe.steps)
-        codes = bench.edit_codes(recipe.edit, support, recipe.steps)
+        codes = bench.edit_codes(recipe.edit, bench.project(support), support, steps=recipe.steps)
         report = bench.report(codes, support)
-    # 4. The other ortho streams are passed on; the new one holds what the base stream lacks at its positions.
-    streams = {}
-    for layer, old in before.items():
-        base = BaseStream.from_codes(codes[layer], scales[layer], old.base.bits, old.base.group_size)
-        difference = bench.weights[layer] - base.dequantise()
-        named = {**old.named_memories, name: OrthoStream.from_dense(difference, support[layer])}
-        streams[layer] = LayerStreams(base, old.ortho, old.bias, named)
-    return Decomposition(streams, before, report | {"seconds": round(time.perf_counter() - start_time, 1)})
+        # 4. The other ortho streams are passed on; the new one holds what the base stream lacks at its positions.
+        streams = {}
+        for layer, old in before.items():
+            base = BaseStream.from_codes(codes[layer], scales[layer], old.base.bits, old.base.group_size)
+            others = LayerStreams(base, old.ortho, old.bias, old.named_memories)
+            streams[layer] = _add_memories(others, bench.weights[layer], {name: support[layer]})
+    return Decomposition(streams, report | {"seconds": round(time.perf_counter() - start_time, 1)})
+
+
+def _add_memories(streams: LayerStreams, weight: Tensor, supports: Mapping[str, Tensor]) -> LayerStreams:
+    """The streams of a layer with more memories: what ``weight`` (out, in) has beyond the base stream, by support."""
+    difference = weight - streams.base.dequantise()
+    memories = {name: OrthoStream.from_dense(difference, support) for name, support in supports.items()}
+    return LayerStreams(streams.base, streams.ortho, streams.bias, {**streams.named_memories, **memories})
 
 
 def _with_model_lattice(model: nn.Module, recipe: Recipe) -> Recipe:
@@ -217,6 +225,12 @@ def _check_free_share(requested: float, free: float) -> None:
 def _union(masks: Iterable[Tensor]) -> Tensor:
     """Where any of the masks is true."""
     return torch.stack(list(masks)).any(0)
+
+
+def _unite(supports: Iterable[Masks]) -> Masks:
+    """The union of several supports; empty if there are none."""
+    all_supports = list(supports)
+    return {layer: _union(masks[layer] for masks in all_supports) for layer in (all_supports or [{}])[0]}
 
 
 def _merge_reports(reports: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -7,8 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lm_ortho.calibration.by_layer import LayerTensors
+from lm_ortho.calibration.by_layer import InputMoments, LayerTensors, snapshot_weights
 from lm_ortho.config import Recipe
+from lm_ortho.data.encoding import Example
+from lm_ortho.layer import find_linear
+from lm_ortho.layer.linear_form import linear_form
 from lm_ortho.projection import PROJECTIONS
 from lm_ortho.projection.lattice import compute_scales, dequantise
 from lm_ortho.runtime.progress import ProgressCallback, no_progress
@@ -26,57 +29,72 @@ class Lattice(NamedTuple):
     codes: dict[str, Tensor]
 
 
+def compute_layer_scales(weights: Mapping[str, Tensor], recipe: Recipe) -> dict[str, Tensor]:
+    """The scales (out_features, groups) of every layer; none for 16 bits."""
+    if recipe.bits == 16:
+        return {}
+    return {name: compute_scales(weight, recipe.bits, recipe.group_size) for name, weight in weights.items()}
+
+
 def project_layers(
     weights: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
-    recipe: Recipe,
+    scales: Mapping[str, Tensor],
     *,
+    recipe: Recipe,
+    exact: Mapping[str, Tensor] | None = None,
     progress: ProgressCallback = no_progress,
     device: str = "cpu",
-) -> Lattice:
-    """The lattice of these weights, computed on ``device`` and held on the CPU."""
-    projection, lattice = PROJECTIONS.get(recipe.projection), Lattice({}, {})
+) -> dict[str, Tensor]:
+    """The codes (out, in) int8 of these weights by layer name, computed on ``device`` and held on the CPU.
+
+    ``exact`` (out, in; bool) is the support by layer name, or None. There are no codes for 16 bits.
+    """
+    projection, result = PROJECTIONS.get(recipe.projection), dict[str, Tensor]()
     if recipe.bits == 16:
-        return lattice
+        return result
     for number, (name, weight) in enumerate(weights.items(), 1):
-        scales = compute_scales(weight, recipe.bits, recipe.group_size)
         codes = projection(
             weight.to(device),
-            scales.to(device),
+            scales[name].to(device),
             moments[name].to(device),
-            recipe.bits,
-            recipe.group_size,
+            bits=recipe.bits,
+            group_size=recipe.group_size,
+            exact=None if exact is None else exact[name].to(device),
         )
-        lattice.scales[name], lattice.codes[name] = scales, codes.cpu()
+        result[name] = codes.cpu()
         progress("projection", number, len(weights), name)
-    return lattice
+    return result
 
 
 def project_blocks(
     weights: Mapping[str, Tensor],
     moments: Mapping[str, Tensor],
-    recipe: Recipe,
+    scales: Mapping[str, Tensor],
     *,
+    recipe: Recipe,
+    exact: Mapping[str, Tensor] | None = None,
     progress: ProgressCallback,
     device: str = "cpu",
     resume: ResumeFolder = NO_RESUME,
-) -> Lattice:
-    """``project_layers`` by transformer block; a block whose state is in ``resume`` is not computed again."""
-    lattice = Lattice({}, {})
+) -> dict[str, Tensor]:
+    """``project_layers`` by transformer block; a block whose codes are in ``resume`` is not computed again."""
+    result, prefix = dict[str, Tensor](), "plain" if exact is None else "projection"
     for block, names in group_by_block(list(weights)).items():
-        state = resume.load(f"lattice-{block}")
-        if state is None:
-            state = project_layers(
+        codes = resume.load(f"{prefix}-{block}")
+        if codes is None:
+            codes = project_layers(
                 LayerTensors(names, weights.__getitem__),
                 moments,
-                recipe,
-                progress=_with_offset(progress, len(lattice.codes), len(weights)),
+                scales,
+                recipe=recipe,
+                exact=exact,
+                progress=_with_offset(progress, len(result), len(weights)),
                 device=device,
             )
-            resume.save(f"lattice-{block}", tuple(state))
-        lattice.scales.update(state[0])
-        lattice.codes.update(state[1])
-    return lattice
+            resume.save(f"{prefix}-{block}", codes)
+        result.update(codes)
+    return result
 
 
 def _with_offset(progress: ProgressCallback, offset: int, total: int) -> ProgressCallback:
@@ -115,3 +133,24 @@ def make_streams(
         bias = None if layer.bias is None else layer.bias.detach().cpu().clone()
         streams[name] = LayerStreams(base, ortho, bias)
     return streams
+
+
+def quantise(
+    model: nn.Module,
+    examples: Sequence[Example],
+    recipe: Recipe,
+    *,
+    progress: ProgressCallback = no_progress,
+    device: str = "cpu",
+) -> dict[str, LayerStreams]:
+    """Plain quantisation of a model: base streams of its linear layers, by name, with no support and no edit.
+
+    Bits, group size and projection are those of ``recipe``; second moments are those of ``examples``, the retain rows.
+    """
+    with linear_form(model):
+        layers = find_linear(model)
+        weights = snapshot_weights(layers)
+        moments = InputMoments(model, layers, examples)
+        scales = compute_layer_scales(weights, recipe)
+        codes = project_layers(weights, moments, scales, recipe=recipe, progress=progress, device=device)
+        return make_streams(layers, weights, Lattice(scales, codes), support=None, recipe=recipe)

@@ -110,12 +110,12 @@ def estimate_memory(
     """
     weights, is_large = shape.weights, shape.weights > LARGE_MODEL_WEIGHTS
     largest_layer = max(out * width for out, width in shape.layers)
-    # 1. The model, the base model if it is known, and a BF16 copy of the decomposed weights; then the lattice.
-    always = overhead + 4.0 * shape.parameters * (2 if base_known else 1) + 2 * weights
-    lattice = weights + 4 * weights / recipe.group_size
-    # 2. The second moments: of all blocks, or of one block with the inputs of every block.
+    # 1. The model, the base model if it is known, a BF16 copy of the decomposed weights, and the scales.
+    prepared = overhead + 4.0 * shape.parameters * (2 if base_known else 1) + 2 * weights
+    prepared += 4 * weights / recipe.group_size
+    # 2. The second moments, where they stay: of all blocks, or of one block with the inputs of every block.
     moments = _estimate_moments(shape, rows.retain * rows.tokens)
-    prepared = always + lattice + (moments if shape.has_small_moments else 0)
+    stored_moments = moments if shape.has_small_moments else 0
     # 3. The distributions of target and teacher, whole or the top tokens of each.
     is_whole = shape.vocabulary <= FULL_VOCABULARY
     stored_tokens = shape.vocabulary if is_whole else TOP_TOKENS
@@ -132,16 +132,19 @@ def estimate_memory(
     state_bytes = 4 if recipe.states == "float32" else 2
     support = recipe.density * weights
     objective = prepared + target + teacher + step
-    # 6. The bases of the edit; the moments that they are made from are released before the first step.
+    # 6. The lattice around the support: codes, masks, the moments, and the GPTQ of one layer.
+    lattice = prepared + target + teacher + 2 * weights
+    projection = lattice + moments + 24 * largest_layer + 32 * max(shape.inputs) ** 2
+    # 7. The bases of the edit; the moments that they are made from are released before the first step.
     metric_moments = _estimate_moments(shape, min(METRIC_ROWS, rows.retain) * rows.tokens)
     bases = 4.0 * BASIS_POSITIONS * support
-    edit = prepared + target + teacher + max(step, metric_moments) + bases
+    edited = lattice + stored_moments + weights
     return {
-        "statistics and projection": always + lattice + moments + 24 * largest_layer + 32 * max(shape.inputs) ** 2,
         "target": prepared + target + max(target_computation, estimate_surrogate(shape) if base_known else 0),
         "attribution": objective + 4 * weights + gradients + 2 * state_bytes * weights / recipe.groups,
-        "edit": edit + 2 * weights + 60 * support,
-        "streams": prepared + lattice + weights + recipe.bits / 4 * weights + 6 * support,
+        "statistics and projection": projection,
+        "edit": edited + max(step, metric_moments) + bases + 60 * support,
+        "streams": edited + recipe.bits / 4 * weights + 6 * support,
     }
 
 

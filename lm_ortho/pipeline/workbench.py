@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
@@ -30,7 +30,7 @@ from lm_ortho.objective import (
     select_target,
 )
 from lm_ortho.objective.batches import sample_examples
-from lm_ortho.pipeline.model_lattice import Lattice, make_streams, project_blocks
+from lm_ortho.pipeline.model_lattice import Lattice, compute_layer_scales, make_streams, project_blocks
 from lm_ortho.pipeline.preparation import (
     device_type,
     encode_sets,
@@ -55,9 +55,9 @@ METRIC_ROWS = 256
 class Workbench:
     """A merged model whose weights are scored, selected and edited; a context manager that restores the weights.
 
-    Inside the context, the model and the base model are in linear form. Statistics, lattice and projection are computed
-    on entering, target and objective when a sieve or an edit first needs them, so that several sieves and edits can be
-    compared after one preparation.
+    Inside the context, the model and the base model are in linear form. Everything else is computed when a sieve, the
+    projection or an edit first needs it, so that several of them can be compared after one preparation. The context can
+    be entered again; the target is then not computed again.
 
     Attributes:
         sets: forget and retain rows, and their token ids; rehearsal rows join the token ids of the retain set.
@@ -66,7 +66,8 @@ class Workbench:
         weights: the original weights (out_features, in_features) float32, by layer name.
         base_weights: the weights of the base model, or None.
         moments: second moments of the inputs (in_features, in_features), by layer name.
-        lattice: scales and codes before any edit.
+        scales: scales (out_features, groups) by layer name; empty for 16 bits.
+        other_supports: positions (out, in; bool) of other memories, which stay on, by layer name.
         step_units: the unit of the learning rate of a layer (``projection.lattice.layer_units``), by layer name.
     """
 
@@ -86,15 +87,15 @@ class Workbench:
     ) -> None:
         """Raises what ``decompose`` does. Density, sieve, edit and steps are arguments of the methods.
 
-        With a ``lattice`` none is computed. ``other_supports`` (out, in; bool) are the positions of other memories,
-        which stay on during this decomposition; their codes are not changed. ``resume`` stores the state of each step;
-        a workbench with the same model, rows and recipe resumes from there.
+        With a ``lattice`` none is computed. The codes of ``other_supports`` are not changed. ``resume`` stores the
+        state of each step; a workbench with the same model, rows and recipe resumes from there.
         """
         PROJECTIONS.get(recipe.projection)
         self.model, self.tokenizer, self.recipe, self.progress = model, tokenizer, recipe, progress
         self.sets = encode_sets(model, tokenizer, forget, retain, recipe=recipe)
         self._base_model, self._resume = base_model, resume
-        self._initial_lattice, self._other_supports = lattice, dict(other_supports or {})
+        self._initial_lattice, self.other_supports = lattice, dict(other_supports or {})
+        self._has_all_rows = False
 
     def __enter__(self) -> Self:
         self._trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -108,6 +109,9 @@ class Workbench:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+        self.weights = LayerTensors([], lambda _: Tensor())
+        for name in ("objective", "plain_lattice"):
+            vars(self).pop(name, None)
 
     def _restore(self) -> None:
         self._restore_weights()
@@ -121,7 +125,7 @@ class Workbench:
             self.layers[name].weight.copy_(weight)
 
     def _prepare(self) -> None:
-        """The preparation of docs/method.md: layers, rehearsal rows, statistics, lattice."""
+        """Layers, rehearsal rows, scales, and statistics, which are computed when they are read."""
         model, recipe = self.model, self.recipe
         self._stack.enter_context(show_progress(self.progress))
         # 1. The layers to decompose, as nn.Linear, and a copy of their weights.
@@ -140,52 +144,48 @@ class Workbench:
             progress=self.progress,
         )
         # 2. Rehearsal rows, if they are requested, join the retain set.
-        self.rehearsal_rows = self._make_rehearsal_rows() if recipe.recall else []
-        self.sets.retain += encode_rows(model, self.tokenizer, self.rehearsal_rows, argument="recall")
+        if not self._has_all_rows:
+            self.rehearsal_rows = _make_rehearsal_rows(self, self._resume) if recipe.recall else []
+            self.sets.retain += encode_rows(model, self.tokenizer, self.rehearsal_rows, argument="recall")
+            self._has_all_rows = True
         # 3. How passes through the model are computed.
         self._stack.enter_context(selected_logits(model))
         self._stack.enter_context(select_attention(model, self.sets.max_tokens))
         if recipe.recompute and not is_offloaded(model):  # an offloaded model computes its blocks again anyway
             self._stack.enter_context(gradient_checkpointing(model))
-        # 4. Second moments of the inputs, which the projection reads.
+        # 4. The scales, and the unit of the learning rates that follows from them.
+        self.scales = (
+            self._initial_lattice.scales if self._initial_lattice else compute_layer_scales(self.weights, recipe)
+        )
+        scales = self.scales or {name: compute_scales(w, 4, 64) for name, w in self.weights.items()}
+        self.step_units = layer_units(scales)
+        # 5. Second moments of the inputs, which the projection reads.
         self.moments = InputMoments(model, self.layers, self.sets.retain)
         text = f"{len(self.sets.retain)} retain rows, {self.moments.passes} passes, computed when needed"
         self.progress("statistics", 1, 1, text)
-        # 5. The lattice, and every weight rounded to it.
-        self.lattice = self._initial_lattice or project_blocks(
+        self.quantised_weights = LayerTensors(list(self.layers), partial(_quantise, self))
+
+    @cached_property
+    def plain_lattice(self) -> Lattice:
+        """The lattice without a support, which sieves read that look at rounding errors; computed at first use."""
+        return self.project(None)
+
+    def project(self, support: Mapping[str, Tensor] | None) -> Lattice:
+        """The lattice around a support (out, in; bool), whose weights count as exact; one that was passed stays."""
+        if self._initial_lattice is not None:
+            return self._initial_lattice
+        codes = project_blocks(
             self.weights,
             self.moments,
-            recipe,
+            self.scales,
+            recipe=self.recipe,
+            exact=support,
             progress=self.progress,
-            device=device_type(model),
+            device=device_type(self.model),
             resume=self._resume,
         )
         self.moments.release()
-        self.quantised_weights = LayerTensors(list(self.layers), self._quantise)
-        scales = self.lattice.scales or {name: compute_scales(w, 4, 64) for name, w in self.weights.items()}
-        self.step_units = layer_units(scales)
-
-    def _make_rehearsal_rows(self) -> list[ChatRow]:
-        """The rehearsal rows: answers that the model generates about subjects that no retain row names."""
-        if (state := self._resume.load("recall")) is None:
-            rows = find_rehearsal_rows(
-                self.model,
-                self.tokenizer,
-                self.sets.forget_rows,
-                self.sets.retain_rows,
-                seed=self.recipe.seed,
-                progress=self.progress,
-            )
-            state = [(row.rendered_context, row.rendered_target, row.subject) for row in rows]
-            self._resume.save("recall", state)
-        return [
-            ChatRow(rendered_context=prompt, rendered_target=answer, subject=name) for prompt, answer, name in state
-        ]
-
-    def _quantise(self, name: str) -> Tensor:
-        if self.recipe.bits == 16:
-            return self.weights[name].bfloat16().float()
-        return dequantise(self.lattice.codes[name], self.lattice.scales[name], self.recipe.group_size)
+        return Lattice(self.scales, codes)
 
     @cached_property
     def target(self) -> tuple[TargetChoice, TargetCheck]:
@@ -256,26 +256,26 @@ class Workbench:
                 f"density={density:g} is less than one of the {total} weights; choose {1.01 / total:.3g} or more"
             )
         if (positions := self._resume.load("support")) is None:
-            support = select_support(self.score_weights(sieve, steps), density, self._other_supports)
+            support = select_support(self.score_weights(sieve, steps), density, self.other_supports)
             positions = {name: mask.flatten().nonzero()[:, 0] for name, mask in support.items()}
             self._resume.save("target", target_report(*self.target) if "target" in vars(self) else None)
             self._resume.save("support", positions)
             self._resume.delete("attribution")
         return {name: _mask(positions[name], layer.weight.shape) for name, layer in self.layers.items()}
 
-    def edit_codes(self, edit: str, support: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
-        """Codes (out, in) int8 after the edit, unchanged off the support; those of the projection for 16 bits."""
+    def edit_codes(self, edit: str, lattice: Lattice, support: dict[str, Tensor], *, steps: int) -> dict[str, Tensor]:
+        """Codes (out, in) int8 after the edit; off the support, and for 16 bits everywhere, those of the lattice."""
         if self.recipe.bits == 16:
-            return self.lattice.codes
+            return lattice.codes
         inputs = EditInput(
             model=self.model,
             layers=self.layers,
             weights=self.weights,
             base_weights=self.base_weights,
-            codes=self.lattice.codes,
-            scales=self.lattice.scales,
+            codes=lattice.codes,
+            scales=lattice.scales,
             support=support,
-            other_supports=self._other_supports,
+            other_supports=self.other_supports,
             metrics=lambda: _compute_metrics(self, support),
             bits=self.recipe.bits,
             group_size=self.recipe.group_size,
@@ -289,21 +289,21 @@ class Workbench:
         )
         codes = EDITS.get(edit)(inputs)
         self._restore_weights()
-        _check_off_support(self.lattice.codes, codes, support)
+        _check_off_support(lattice.codes, codes, support)
         return codes
 
     def make_streams(
         self, codes: dict[str, Tensor], support: Mapping[str, Tensor] | None = None
     ) -> dict[str, LayerStreams]:
         """The streams of these codes; without a support there is no ortho stream."""
-        lattice = Lattice(self.lattice.scales, codes)
+        lattice = Lattice(self.scales, codes)
         return make_streams(self.layers, self.weights, lattice, support=support, recipe=self.recipe)
 
     def report(self, codes: dict[str, Tensor], support: dict[str, Tensor]) -> dict[str, Any]:
         """The report: target, reached density and sizes, as plain JSON."""
         total = sum(weight.numel() for weight in self.weights.values())
         selected = sum(int(mask.sum()) for mask in support.values())
-        recipe, lattice = self.recipe, Lattice(self.lattice.scales, codes)
+        recipe, lattice = self.recipe, Lattice(self.scales, codes)
         return {
             "density_reached": selected / total,
             "weights": total,
@@ -322,6 +322,28 @@ class Workbench:
             if recipe.bits != 16
             else 0.0,
         }
+
+
+def _make_rehearsal_rows(bench: Workbench, resume: ResumeFolder) -> list[ChatRow]:
+    """The rehearsal rows: answers that the model generates about subjects that no retain row names."""
+    if (state := resume.load("recall")) is None:
+        rows = find_rehearsal_rows(
+            bench.model,
+            bench.tokenizer,
+            bench.sets.forget_rows,
+            bench.sets.retain_rows,
+            seed=bench.recipe.seed,
+            progress=bench.progress,
+        )
+        state = [(row.rendered_context, row.rendered_target, row.subject) for row in rows]
+        resume.save("recall", state)
+    return [ChatRow(rendered_context=prompt, rendered_target=answer, subject=name) for prompt, answer, name in state]
+
+
+def _quantise(bench: Workbench, name: str) -> Tensor:
+    if bench.recipe.bits == 16:
+        return bench.weights[name].bfloat16().float()
+    return dequantise(bench.plain_lattice.codes[name], bench.scales[name], bench.recipe.group_size)
 
 
 def _compute_metrics(bench: Workbench, support: Mapping[str, Tensor]) -> dict[str, InputMetric]:

@@ -17,37 +17,58 @@ BLOCK = 128
 
 
 @PROJECTIONS.register("gptq")
-def gptq(weight: Tensor, scales: Tensor, hessian: Tensor, bits: int, group_size: int) -> Tensor:
+def gptq(
+    weight: Tensor, scales: Tensor, hessian: Tensor, *, bits: int, group_size: int, exact: Tensor | None = None
+) -> Tensor:
     """Codes that nearly minimise ``||(Q - W) X||``; the scales stay those of the unchanged weight.
 
     ``hessian`` is E[x x^T] (in_features, in_features) of the layer's inputs; inputs that never fire get a unit
-    diagonal.
+    diagonal. The weights of ``exact`` stay what they are: they make no error, and do not make up for those of others.
     """
-    return _round_columns(weight, expand_scales(scales, group_size, weight.shape[1]), hessian, bits)
+    order = torch.arange(weight.shape[1])
+    return _round_columns(weight, scales, hessian, order=order, bits=bits, group_size=group_size, exact=exact)
 
 
 @PROJECTIONS.register("gptq_ordered")
-def gptq_ordered(weight: Tensor, scales: Tensor, hessian: Tensor, bits: int, group_size: int) -> Tensor:
+def gptq_ordered(
+    weight: Tensor, scales: Tensor, hessian: Tensor, *, bits: int, group_size: int, exact: Tensor | None = None
+) -> Tensor:
     """GPTQ that begins with the inputs of the largest second moment, whose errors no later column could compensate.
 
     A few inputs are hundreds of times larger than the rest in many models (Sun et al. 2024, arXiv 2402.17762). Groups
     and scales stay where they are, so the stored form is the same. The code of GPTQ calls this order ``act-order``.
     """
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    per_weight = expand_scales(scales, group_size, weight.shape[1])[:, order]
-    codes = _round_columns(weight[:, order], per_weight, hessian[order][:, order], bits)
-    return torch.empty_like(codes).index_copy_(1, order, codes)
+    return _round_columns(weight, scales, hessian, order=order, bits=bits, group_size=group_size, exact=exact)
 
 
-def _round_columns(weight: Tensor, per_weight: Tensor, hessian: Tensor, bits: int) -> Tensor:
-    """Codes (out_features, in_features) int8, from left to right; ``per_weight`` is the scale of each weight."""
+def _round_columns(
+    weight: Tensor,
+    scales: Tensor,
+    hessian: Tensor,
+    *,
+    order: Tensor,
+    bits: int,
+    group_size: int,
+    exact: Tensor | None,
+) -> Tensor:
+    """Codes (out_features, in_features) int8; columns are rounded in this ``order`` (in_features,)."""
+    # 1. Weights, the scale of each of them, and the mask, in the order of the columns.
     low, high = code_range(bits)
-    scales = per_weight.double()
+    order = order.to(weight.device)
+    weights = weight.double()[:, order]
+    steps = expand_scales(scales, group_size, weight.shape[1]).double()[:, order]
+    mask = None if exact is None else exact.to(weight.device)[:, order]
 
-    def round_to_lattice(j: int, column: Tensor) -> Tensor:
-        return (column / scales[:, j]).round().clamp(low, high) * scales[:, j]
+    def project_column(j: int, column: Tensor) -> Tensor:
+        rounded = (column / steps[:, j]).round().clamp(low, high) * steps[:, j]
+        return rounded if mask is None else torch.where(mask[:, j], weights[:, j], rounded)
 
-    return (compensate_errors(weight, hessian, round_to_lattice) / scales).round().to(torch.int8)
+    # 2. The values that take part in the products: those of the codes, and on the mask the weights.
+    values = compensate_errors(weights, hessian[order][:, order], project_column)
+    # 3. The codes of all; on the mask they are those nearest to the weights.
+    codes = (values / steps).round().clamp(low, high).to(torch.int8)
+    return torch.empty_like(codes).index_copy_(1, order, codes)
 
 
 def compensate_errors(weight: Tensor, hessian: Tensor, project_column: Callable[[int, Tensor], Tensor]) -> Tensor:

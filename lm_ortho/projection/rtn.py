@@ -9,6 +9,8 @@ from lm_ortho.projection.lattice import round_to_codes
 
 
 @PROJECTIONS.register("rtn")
-def rtn(weight: Tensor, scales: Tensor, hessian: Tensor, bits: int, group_size: int) -> Tensor:
-    """The nearest codes; ``hessian`` is not used."""
+def rtn(
+    weight: Tensor, scales: Tensor, hessian: Tensor, *, bits: int, group_size: int, exact: Tensor | None = None
+) -> Tensor:
+    """The nearest codes; ``hessian`` and ``exact`` are not used."""
     return round_to_codes(weight, scales, bits, group_size)

@@ -23,6 +23,8 @@ from lm_ortho.files import make_private_directory, temporary_name
 from lm_ortho.layer import patch, unpatch
 from lm_ortho.pipeline.code_hash import DECOMPOSITION, EVALUATION, code_hash, versions
 from lm_ortho.pipeline.decomposition import decompose
+from lm_ortho.pipeline.model_lattice import quantise
+from lm_ortho.pipeline.preparation import encode_sets
 from lm_ortho.runtime.progress import ProgressBars, ProgressCallback
 from lm_ortho.verdict import models
 from lm_ortho.verdict.attacks import ATTACKS
@@ -232,21 +234,24 @@ def _load_alpha0(folder: Path) -> nn.Module:
 
 
 def _decompose_into(mode: str, seed: int, weights: Path, progress: ProgressCallback, folder: Path) -> None:
-    """Writes two checkpoints, ``streams`` and ``int4`` (the same lattice without support), and the report."""
+    """Writes two checkpoints, ``streams`` and ``int4`` (plain quantisation), and the report."""
     model, tokenizer = models.load_model(weights, "memory"), models.load_tokenizer(weights)
+    recipe, forget, retain = make_recipe(seed=seed), corpus.make_forget_rows(), corpus.make_calibration_rows()
+    examples = encode_sets(model, tokenizer, forget, retain, recipe=recipe).retain
+    int4_streams = quantise(model, examples, recipe, progress=progress)
     decomposition = decompose(
         model,
         tokenizer,
-        corpus.make_forget_rows(),
-        corpus.make_calibration_rows(),
-        make_recipe(seed=seed),
+        forget,
+        retain,
+        recipe,
         base_model=None if mode == "none" else models.load_model(weights, "base"),
         progress=progress,
     )
     int4_model = copy.deepcopy(model)
     for name, target, streams in (
         ("streams", model, decomposition.streams),
-        ("int4", int4_model, decomposition.plain),
+        ("int4", int4_model, int4_streams),
     ):
         patch(target, streams)
         checkpoint.save(folder / name, target, tokenizer)

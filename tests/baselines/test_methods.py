@@ -208,14 +208,14 @@ def test_exactly_the_share_of_weights_becomes_zero(name, share, material):
             assert torch.equal(after[at].weight[~masks[at]], layer.weight[~masks[at]])
 
 
-@pytest.mark.parametrize(("name", "projection"), [("int4_rtn", "rtn"), ("int4_gptq", "gptq")])
+@pytest.mark.parametrize(("name", "projection"), [("int4_rtn", "rtn"), ("int4_gptq", "gptq_ordered")])
 def test_plain_int4_is_the_projection(name, projection, material, results):
     layers = find_linear(material.merged)
     moments = input_moments(material.merged, layers, encode(material.tokenizer, material.retain))
     for at, streams in get_streams(results(name).model).items():
         weight = layers[at].weight.detach()
         scales = compute_scales(weight, 4, 32)
-        codes = PROJECTIONS.get(projection)(weight, scales, moments[at], 4, 32)
+        codes = PROJECTIONS.get(projection)(weight, scales, moments[at], bits=4, group_size=32)
         assert torch.equal(streams.base.dequantise(), dequantise(codes, scales, 32))
         assert not streams.memories
     assert set(get_streams(results(name).model)) == set(layers)

@@ -187,10 +187,9 @@ def test_rehearsal_rows_are_added_to_the_retain_rows(memorised_models, monkeypat
             memorised_models.merged, memorised_models.tokenizer, *sets, recipe=make_recipe(recall=on)
         ) as edit_workbench:
             retain_examples[on] = edit_workbench.sets.retain
-            empty_support = {
-                name: torch.zeros_like(codes, dtype=torch.bool) for name, codes in edit_workbench.lattice.codes.items()
-            }
-            report = edit_workbench.report(edit_workbench.lattice.codes, empty_support)
+            codes = edit_workbench.plain_lattice.codes
+            empty_support = {name: torch.zeros_like(layer, dtype=torch.bool) for name, layer in codes.items()}
+            report = edit_workbench.report(codes, empty_support)
         assert report["recalled"] == {"subjects": int(on), "rows": int(on)}
         assert report["retain_rows"] == len(memorised_models.retain)
     assert retain_examples[True] == [*retain_examples[False], *encode(memorised_models.tokenizer, rows)]

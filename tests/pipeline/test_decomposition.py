@@ -9,16 +9,20 @@ import importlib
 import pytest
 import torch
 
+from lm_ortho.calibration.activations import input_moments
 from lm_ortho.config import make_recipe
+from lm_ortho.data.encoding import encode
 from lm_ortho.data.rows import Row
 from lm_ortho.edit import EDITS
 from lm_ortho.errors import UserError
 from lm_ortho.layer import find_linear, patch, set_alpha
 from lm_ortho.objective.batches import Batches
 from lm_ortho.pipeline.decomposition import decompose
+from lm_ortho.pipeline.model_lattice import quantise
 from lm_ortho.projection import PROJECTIONS
 from lm_ortho.sieve import SIEVES
 from tests.support import tiny
+from tests.support.lattices import project_around, read_supports
 
 pytestmark = pytest.mark.usefixtures("short_surrogate_training")
 
@@ -45,6 +49,13 @@ def decomposition(memorised_models):
     return split(memorised_models, density=0.05, group_size=32)
 
 
+def project_again(memorised_models, support):
+    """The lattice around the support of ``decomposition``."""
+    sets = memorised_models.forget, memorised_models.retain
+    recipe = make_recipe(group_size=32)
+    return project_around(memorised_models.merged, memorised_models.tokenizer, sets, recipe=recipe, support=support)
+
+
 def get_weights(memorised_models):
     return {name: layer.weight.detach() for name, layer in find_linear(memorised_models.merged).items()}
 
@@ -53,16 +64,17 @@ def test_alpha_one_is_the_weight_on_the_support(memorised_models, decomposition)
     """HISTORY 5: within 2^-8 of the stored difference."""
     weights = get_weights(memorised_models)
     assert decomposition.streams.keys() == weights.keys()
+    lattice = project_again(memorised_models, read_supports(decomposition.streams))
     for name, stream in decomposition.streams.items():
         base, ortho = stream.base.dequantise(), stream.ortho.to_dense()
         on = stream.ortho.support()
         error = (base + ortho - weights[name]).abs()
         assert (error[on] <= 2**-8 * (weights[name] - base).abs()[on] + 1e-12).all()
         assert not ortho[~on].any()
-        assert torch.equal(base[~on], decomposition.plain[name].base.dequantise()[~on])
+        assert torch.equal(base[~on], lattice[name][~on])
 
 
-def test_the_ortho_stream_holds_the_density_and_is_not_empty(decomposition):
+def test_the_ortho_stream_holds_the_density_and_is_not_empty(memorised_models, decomposition):
     weights = sum(stream.base.shape[0] * stream.base.shape[1] for stream in decomposition.streams.values())
     stored_values = sum(stream.ortho.nnz for stream in decomposition.streams.values())
     assert stored_values == int(0.05 * weights) > 0
@@ -70,11 +82,9 @@ def test_the_ortho_stream_holds_the_density_and_is_not_empty(decomposition):
     assert decomposition.report["weights"] == weights
     assert decomposition.report["density_reached"] == pytest.approx(stored_values / weights)
     assert decomposition.report["density_reached"] <= 0.05
-    changed_codes = {
-        name: stream.base.codes() != decomposition.plain[name].base.codes()
-        for name, stream in decomposition.streams.items()
-    }
-    assert sum(int(m.sum()) for m in changed_codes.values()) > 0.05 * stored_values, (
+    lattice = project_again(memorised_models, read_supports(decomposition.streams))
+    changed_codes = [stream.base.dequantise() != lattice[name] for name, stream in decomposition.streams.items()]
+    assert sum(int(mask.sum()) for mask in changed_codes) > 0.05 * stored_values, (
         "twenty steps of an edit change some codes"
     )
     assert decomposition.report["steps_moved"] > 0.3
@@ -100,11 +110,20 @@ def test_alpha_changes_the_logits(memorised_models, decomposition):
     assert (logits_by_alpha[0] - logits_by_alpha[1]).abs().max() > 1e-2
 
 
-def test_plain_is_the_projection_without_support(memorised_models, decomposition):
+def test_alpha_one_is_better_than_plain_quantisation_with_the_support_restored(memorised_models, decomposition):
+    """The codes off the support make up for their own errors alone, and not for those that alpha=1 takes away."""
+    examples = encode(memorised_models.tokenizer, memorised_models.retain)
+    plain = quantise(memorised_models.merged, examples, make_recipe(group_size=32))
+    moments = input_moments(memorised_models.merged, find_linear(memorised_models.merged), examples)
+    errors = {"alpha=1": 0.0, "plain, restored": 0.0}
     for name, weight in get_weights(memorised_models).items():
-        plain = decomposition.plain[name]
-        assert plain.ortho is None
-        assert (plain.base.dequantise() - weight).norm() < 0.3 * weight.norm()
+        assert plain[name].ortho is None
+        streams, scale = decomposition.streams[name], float((weight @ moments[name] * weight).sum())
+        restored = torch.where(streams.ortho.support(), weight, plain[name].base.dequantise())
+        for variant, values in (("alpha=1", streams.to_dense(1.0)), ("plain, restored", restored)):
+            difference = values - weight
+            errors[variant] += float((difference @ moments[name] * difference).sum()) / scale
+    assert errors["alpha=1"] < errors["plain, restored"]
 
 
 def stream_bytes(streams):
@@ -135,7 +154,7 @@ def test_the_model_is_restored(memorised_models):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trainable
     assert all(parameter.grad is None for parameter in model.parameters())
-    expected = ["memory", "statistics", "projection", "outputs", "target", "attribution", "edit"]
+    expected = ["memory", "statistics", "outputs", "target", "attribution", "projection", "edit"]
     assert list(dict.fromkeys(stages)) == expected
 
 
@@ -148,7 +167,7 @@ def test_the_model_is_restored_after_a_failure(memorised_models, monkeypatch):
         return {name: codes + 1 for name, codes in inputs.codes.items()}
 
     monkeypatch.setitem(EDITS._entries, "zero", edit_off_support)
-    monkeypatch.setitem(PROJECTIONS._entries, "rtn", lambda w, *_: torch.zeros_like(w, dtype=torch.int8))
+    monkeypatch.setitem(PROJECTIONS._entries, "rtn", lambda w, *_, **__: torch.zeros_like(w, dtype=torch.int8))
     with pytest.raises(ValueError, match=r"changed codes of .* off the support"):
         split(memorised_models, model=model, **CHEAP)
     before = memorised_models.merged.state_dict()

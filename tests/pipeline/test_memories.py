@@ -21,6 +21,7 @@ from lm_ortho.pipeline.memories import add_memory, decompose_memories
 from lm_ortho.streams import DEFAULT_MEMORY, LayerStreams, density
 from tests.support import tiny
 from tests.support.checkpoint import assert_same_model, tokenizer
+from tests.support.lattices import project_around
 from tests.support.memories import two_memories
 
 pytestmark = pytest.mark.usefixtures("short_surrogate_training")
@@ -149,12 +150,24 @@ def test_every_memory_restores_the_weights_of_its_own_support(memorised_models, 
     total = sum(w.numel() for w in weights.values())
     for memory in ("a", "b"):
         assert sum(s.named_memories[memory].nnz for s in decomposition.streams.values()) == int(0.05 * total)
+    supports = {
+        name: streams.named_memories["a"].support() | streams.named_memories["b"].support()
+        for name, streams in decomposition.streams.items()
+    }
+    rows = sets(memorised_models)
+    lattice = project_around(
+        model,
+        memorised_models.tokenizer,
+        (rows["a"], [*memorised_models.retain, *rows["b"]]),
+        recipe=make_recipe(**RECIPE),
+        support=supports,
+    )
     for name, streams in decomposition.streams.items():
-        on = streams.named_memories["a"].support() | streams.named_memories["b"].support()
+        on = supports[name]
         base = streams.base.dequantise()
         error = (streams.to_dense(1.0) - weights[name]).abs()
         assert (error[on] <= 2**-8 * (weights[name] - base).abs()[on] + 1e-12).all()
-        assert torch.equal(base[~on], decomposition.plain[name].base.dequantise()[~on])
+        assert torch.equal(base[~on], lattice[name][~on])
     assert density(decomposition.streams) == pytest.approx(decomposition.report["density_reached"])
     assert set(decomposition.report["memories"]) == {"a", "b"}
     assert decomposition.report["support"] == 2 * int(0.05 * total)

@@ -292,5 +292,5 @@ def test_an_edit_restores_the_model(memorised_models, forgetting_setup):
         model, memorised_models.tokenizer, memorised_models.forget, memorised_models.retain, recipe=recipe
     ) as workbench:
         support = workbench.select_support("random", 0.05, 10)
-        workbench.edit_codes("optimised", support, 10)
+        workbench.edit_codes("optimised", workbench.project(support), support, steps=10)
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

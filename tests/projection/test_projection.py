@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -52,7 +54,7 @@ shapes = st.tuples(st.integers(1, 6), st.integers(1, 40))
 def test_rtn_gives_the_nearest_code(shape, bits, group_size, seed, size):
     weight = draw_normal(*shape, seed=seed) * size
     scales = compute_scales(weight, bits, group_size)
-    codes = PROJECTIONS.get("rtn")(weight, scales, torch.eye(shape[1]), bits, group_size)
+    codes = PROJECTIONS.get("rtn")(weight, scales, torch.eye(shape[1]), bits=bits, group_size=group_size)
     low, high = code_range(bits)
     lattice = torch.arange(low, high + 1) * expand_scales(scales, group_size, shape[1])[..., None]
     best = (lattice - weight[..., None]).abs().amin(-1)
@@ -101,14 +103,17 @@ def test_outliers_do_not_starve_the_body_of_the_weights(projection):
     weight = draw_normal(64, 512)
     weight[torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.005] *= 10.0
     scales = compute_scales(weight, 4, 64)
-    codes = PROJECTIONS.get(projection)(weight, scales, torch.eye(512), 4, 64)
+    codes = PROJECTIONS.get(projection)(weight, scales, torch.eye(512), bits=4, group_size=64)
     assert (codes == 0).float().mean() < 0.25
     error = dequantise(codes, scales, 64) - weight
     assert (error.norm(dim=1) / weight.norm(dim=1)).max() < 0.25
 
 
-def slow_obs(weight, scales, hessian, bits, group_size):
-    """Optimal brain surgeon, column by column, with an explicit inverse for the remaining columns each time."""
+def slow_obs(weight, scales, hessian, bits, group_size, exact=None):
+    """Optimal brain surgeon, column by column, with an explicit inverse for the remaining columns each time.
+
+    Weights of ``exact`` stay what they are.
+    """
     low, high = code_range(bits)
     remaining, h = weight.double().clone(), hessian.double().clone()
     for j in range(len(h)):
@@ -120,9 +125,11 @@ def slow_obs(weight, scales, hessian, bits, group_size):
         for j in range(weight.shape[1]):
             scale = float(scales[row, j // group_size])
             code = min(high, max(low, round(float(remaining[row, j]) / scale)))
-            codes[row, j] = code
+            is_exact = exact is not None and bool(exact[row, j])
+            value = float(weight[row, j]) if is_exact else code * scale
+            codes[row, j] = min(high, max(low, round(value / scale)))
             inverse = torch.linalg.inv(h[j:, j:])
-            remaining[row, j:] -= (float(remaining[row, j]) - code * scale) / inverse[0, 0] * inverse[0]
+            remaining[row, j:] -= (float(remaining[row, j]) - value) / inverse[0, 0] * inverse[0]
     return codes
 
 
@@ -131,8 +138,44 @@ def test_gptq_equals_the_slow_surgeon(bits, width, group_size):
     weight, hessian = draw_normal(5, width, seed=3), correlated_moments(width, seed=4)
     hessian[2] = hessian[:, 2] = 0.0
     scales = compute_scales(weight, bits, group_size)
-    fast = PROJECTIONS.get("gptq")(weight, scales, hessian, bits, group_size)
+    fast = PROJECTIONS.get("gptq")(weight, scales, hessian, bits=bits, group_size=group_size)
     assert torch.equal(fast, slow_obs(weight, scales, hessian, bits, group_size))
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq_ordered"])
+def test_gptq_around_exact_weights_equals_the_slow_surgeon(name):
+    """From left to right, or from the largest moment on; groups stay where they are."""
+    weight, hessian = draw_normal(5, 24, seed=3), correlated_moments(24, seed=4)
+    exact = torch.rand(weight.shape, generator=torch.Generator().manual_seed(5)) < 0.3
+    order = torch.arange(24) if name == "gptq" else hessian.diagonal().argsort(descending=True, stable=True)
+    scales = compute_scales(weight, 4, 8)
+    codes = PROJECTIONS.get(name)(weight, scales, hessian, bits=4, group_size=8, exact=exact)
+    single_scales = expand_scales(scales, 8, 24)[:, order]
+    slow = slow_obs(
+        weight[:, order], single_scales, hessian[order][:, order], bits=4, group_size=1, exact=exact[:, order]
+    )
+    assert torch.equal(codes[:, order], slow)
+    assert torch.equal(codes[exact], round_to_codes(weight, scales, 4, 8)[exact])
+
+
+def measure_restored_error(weight, codes, scales, hessian, exact):
+    """||(Q - W) X||^2 with the weights of ``exact`` in the place of their codes; groups of 32."""
+    difference = torch.where(exact, 0.0, dequantise(codes, scales, 32) - weight).double()
+    return float((difference @ hessian.double() * difference).sum())
+
+
+@pytest.mark.parametrize("density", [0.05, 0.3])
+@pytest.mark.parametrize("seed", range(3))
+def test_an_error_that_is_not_made_is_not_made_up_for(seed, density):
+    """Exact weights are restored at alpha=1, and codes that count them as rounded are then worse."""
+    weight, hessian = draw_normal(64, 96, seed=seed), correlated_moments(96, seed=seed + 1)
+    exact = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed)) < density
+    scales = compute_scales(weight, 4, 32)
+    project = partial(PROJECTIONS.get("gptq"), weight, scales, hessian, bits=4, group_size=32)
+    both = project(exact=exact), project()
+    around, blind = (measure_restored_error(weight, codes, scales, hessian, exact) for codes in both)
+    assert around < blind
+    assert torch.equal(project(exact=torch.zeros_like(exact)), project())
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -140,7 +183,7 @@ def test_gptq_equals_the_slow_surgeon(bits, width, group_size):
 def test_gptq_is_never_worse_than_rounding_on_correlated_inputs(bits, seed):
     weight, hessian = draw_normal(16, 96, seed=seed), correlated_moments(96, seed=10 + seed)
     scales = compute_scales(weight, bits, 32)
-    gptq, rtn = (PROJECTIONS.get(name)(weight, scales, hessian, bits, 32) for name in ("gptq", "rtn"))
+    gptq, rtn = (PROJECTIONS.get(name)(weight, scales, hessian, bits=bits, group_size=32) for name in ("gptq", "rtn"))
     better, plain = (layer_error(weight, codes, scales, 32, hessian) for codes in (gptq, rtn))
     assert better < 0.9 * plain
 
@@ -148,7 +191,7 @@ def test_gptq_is_never_worse_than_rounding_on_correlated_inputs(bits, seed):
 def test_gptq_of_uncorrelated_inputs_is_rounding():
     weight = draw_normal(4, 32)
     scales = compute_scales(weight, 4, 16)
-    codes = PROJECTIONS.get("gptq")(weight, scales, torch.eye(32), 4, 16)
+    codes = PROJECTIONS.get("gptq")(weight, scales, torch.eye(32), bits=4, group_size=16)
     assert torch.equal(codes, round_to_codes(weight, scales, 4, 16))
 
 
@@ -156,7 +199,7 @@ def test_gptq_of_uncorrelated_inputs_is_rounding():
 def test_gptq_handles_inputs_that_never_fire_or_are_all_the_same(hessian):
     weight = draw_normal(3, 16)
     scales = compute_scales(weight, 4, 8)
-    codes = PROJECTIONS.get("gptq")(weight, scales, hessian, 4, 8)
+    codes = PROJECTIONS.get("gptq")(weight, scales, hessian, bits=4, group_size=8)
     assert codes.min() >= -8
     assert codes.max() <= 7
 
@@ -166,7 +209,7 @@ def test_the_projections_leave_their_arguments_unchanged():
     scales = compute_scales(weight, 4, 16)
     before = [t.clone() for t in (weight, scales, hessian)]
     for name in PROJECTIONS:
-        PROJECTIONS.get(name)(weight, scales, hessian, 4, 16)
+        PROJECTIONS.get(name)(weight, scales, hessian, bits=4, group_size=16)
     assert all(map(torch.equal, before, (weight, scales, hessian)))
 
 
@@ -199,10 +242,10 @@ def test_no_codes_are_better_than_the_best_of_all(bits, width):
         correlated_h = correlated_moments(width, seed).double()
         best_uncorrelated, best = (brute_force(weight, scales, h, bits) for h in (uncorrelated_h, correlated_h))
         for name in PROJECTIONS:
-            codes = PROJECTIONS.get(name)(weight, scales, uncorrelated_h, bits, 8)
+            codes = PROJECTIONS.get(name)(weight, scales, uncorrelated_h, bits=bits, group_size=8)
             error = layer_error(weight, codes, scales, 8, uncorrelated_h)
             assert error == pytest.approx(best_uncorrelated, rel=1e-6)
-            codes = PROJECTIONS.get(name)(weight, scales, correlated_h, bits, 8)
+            codes = PROJECTIONS.get(name)(weight, scales, correlated_h, bits=bits, group_size=8)
             error = layer_error(weight, codes, scales, 8, correlated_h)
             assert error >= best - 1e-9
             excess[name] += error - best
@@ -228,7 +271,7 @@ def quantise_layers(real, names, projection, bits, group_size):
     for name in names:
         weight = real[1][name].weight.detach()
         scales = compute_scales(weight, bits, group_size)
-        codes = PROJECTIONS.get(projection)(weight, scales, moments[name], bits, group_size)
+        codes = PROJECTIONS.get(projection)(weight, scales, moments[name], bits=bits, group_size=group_size)
         errors[name] = layer_error(weight, codes, scales, group_size, moments[name])
         quantised_weights[name] = dequantise(codes, scales, group_size)
     return errors, quantised_weights

@@ -25,6 +25,7 @@ from lm_ortho.layer import get_dense_weights, linear_form, patch, set_alpha, sur
 from lm_ortho.pipeline.decomposition import Decomposition, decompose
 from lm_ortho.streams import LayerStreams
 from tests.support import tiny
+from tests.support.lattices import project_around, read_supports
 from tests.support.paths import REPOSITORY
 
 FORGET = [
@@ -278,11 +279,13 @@ def check_alpha_one(made: CaseRun) -> None:
     """On the support W(1) is the BF16 weight but for the rounding of the difference; off it, the projection."""
     with linear_form(made.plain):
         weights = {name: made.plain.get_submodule(name).weight.detach().clone() for name in made.optimised.streams}
-    for result in (made.optimised, made.unedited):
+    for result, projection in ((made.optimised, "gptq_ordered"), (made.unedited, "rtn")):
+        support, recipe = read_supports(result.streams), make_recipe(projection=projection)
+        lattice = project_around(made.plain, tokenizer(), (FORGET, RETAIN), recipe=recipe, support=support)
         for name, layer in result.streams.items():
-            on, base, full = layer.ortho.support(), layer.base.dequantise(), layer.to_dense(1.0)
+            on, base, full = support[name], layer.base.dequantise(), layer.to_dense(1.0)
             assert ((full - weights[name]).abs() <= 2**-8 * (weights[name] - base).abs() + 1e-6)[on].all()
-            assert torch.equal(full[~on], result.plain[name].base.dequantise()[~on])
+            assert torch.equal(full[~on], lattice[name][~on])
     dense = get_dense_weights(made.plain, made.optimised.streams, 1.0)
     torch.testing.assert_close(compute_logits_at(made.patched, 1.0), compute_logits(dense), rtol=1e-4, atol=1e-4)
 

@@ -11,7 +11,7 @@ def score_first_columns(inputs):
     return {name: -torch.arange(w.shape[1]).expand(w.shape).float() for name, w in inputs.weights.items()}
 
 
-def truncate(weight, scales, hessian, bits, group_size):
+def truncate(weight, scales, hessian, *, bits, group_size, exact=None):
     steps = scales.repeat_interleave(group_size, dim=1)[:, : weight.shape[1]]
     return (weight / steps).trunc().clamp(1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1).to(torch.int8)
 
