@@ -95,7 +95,7 @@ class Workbench:
         self.sets = encode_sets(model, tokenizer, forget, retain, recipe=recipe)
         self._base_model, self._resume = base_model, resume
         self._initial_lattice, self.other_supports = lattice, dict(other_supports or {})
-        self._has_all_rows = False
+        self._is_prepared = False
 
     def __enter__(self) -> Self:
         self._trainable = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -114,18 +114,13 @@ class Workbench:
             vars(self).pop(name, None)
 
     def _restore(self) -> None:
-        self._restore_weights()
+        _restore_weights(self)
         self._stack.close()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self._trainable)
 
-    @torch.no_grad()
-    def _restore_weights(self) -> None:
-        for name, weight in self.weights.items():
-            self.layers[name].weight.copy_(weight)
-
     def _prepare(self) -> None:
-        """Layers, rehearsal rows, scales, and statistics, which are computed when they are read."""
+        """Linear form, copies of the weights, and statistics, which are computed when they are read."""
         model, recipe = self.model, self.recipe
         self._stack.enter_context(show_progress(self.progress))
         # 1. The layers to decompose, as nn.Linear, and a copy of their weights.
@@ -135,35 +130,39 @@ class Workbench:
         self.weights = snapshot_weights(self.layers)
         examples = [*self.sets.forget, *self.sets.retain]
         self.base_weights = read_base_weights(self._base_model, self.layers, examples)
+        # 2. What stays when the context is entered again.
+        if not self._is_prepared:
+            self._prepare_once()
+            self._is_prepared = True
+        # 3. How passes through the model are computed.
+        self._stack.enter_context(selected_logits(model))
+        self._stack.enter_context(select_attention(model, self.sets.max_tokens))
+        if recipe.recompute and not is_offloaded(model):  # an offloaded model computes its blocks again anyway
+            self._stack.enter_context(gradient_checkpointing(model))
+        # 4. Second moments of the inputs, which the projection reads.
+        self.moments = InputMoments(model, self.layers, self.sets.retain)
+        text = f"{len(self.sets.retain)} retain rows, {self.moments.passes} passes, computed when needed"
+        self.progress("statistics", 1, 1, text)
+        self.quantised_weights = LayerTensors(list(self.layers), partial(_quantise, self))
+
+    def _prepare_once(self) -> None:
+        """Announces the memory, and makes the rehearsal rows, the scales, and the units of the learning rates."""
+        recipe = self.recipe
         report_memory_estimate(
-            model,
+            self.model,
             self.layers,
             self.sets,
             recipe=recipe,
             base_known=self._base_model is not None,
             progress=self.progress,
         )
-        # 2. Rehearsal rows, if they are requested, join the retain set.
-        if not self._has_all_rows:
-            self.rehearsal_rows = _make_rehearsal_rows(self, self._resume) if recipe.recall else []
-            self.sets.retain += encode_rows(model, self.tokenizer, self.rehearsal_rows, argument="recall")
-            self._has_all_rows = True
-        # 3. How passes through the model are computed.
-        self._stack.enter_context(selected_logits(model))
-        self._stack.enter_context(select_attention(model, self.sets.max_tokens))
-        if recipe.recompute and not is_offloaded(model):  # an offloaded model computes its blocks again anyway
-            self._stack.enter_context(gradient_checkpointing(model))
-        # 4. The scales, and the unit of the learning rates that follows from them.
-        self.scales = (
-            self._initial_lattice.scales if self._initial_lattice else compute_layer_scales(self.weights, recipe)
+        self.rehearsal_rows = _make_rehearsal_rows(self, self._resume) if recipe.recall else []
+        self.sets.retain += encode_rows(self.model, self.tokenizer, self.rehearsal_rows, argument="recall")
+        lattice = self._initial_lattice
+        self.scales = lattice.scales if lattice else compute_layer_scales(self.weights, recipe)
+        self.step_units = layer_units(
+            self.scales or {name: compute_scales(weight, 4, 64) for name, weight in self.weights.items()}
         )
-        scales = self.scales or {name: compute_scales(w, 4, 64) for name, w in self.weights.items()}
-        self.step_units = layer_units(scales)
-        # 5. Second moments of the inputs, which the projection reads.
-        self.moments = InputMoments(model, self.layers, self.sets.retain)
-        text = f"{len(self.sets.retain)} retain rows, {self.moments.passes} passes, computed when needed"
-        self.progress("statistics", 1, 1, text)
-        self.quantised_weights = LayerTensors(list(self.layers), partial(_quantise, self))
 
     @cached_property
     def plain_lattice(self) -> Lattice:
@@ -288,7 +287,7 @@ class Workbench:
             resume=self._resume,
         )
         codes = EDITS.get(edit)(inputs)
-        self._restore_weights()
+        _restore_weights(self)
         _check_off_support(lattice.codes, codes, support)
         return codes
 
@@ -322,6 +321,12 @@ class Workbench:
             if recipe.bits != 16
             else 0.0,
         }
+
+
+@torch.no_grad()
+def _restore_weights(bench: Workbench) -> None:
+    for name, weight in bench.weights.items():
+        bench.layers[name].weight.copy_(weight)
 
 
 def _make_rehearsal_rows(bench: Workbench, resume: ResumeFolder) -> list[ChatRow]:

@@ -25,7 +25,7 @@ def gptq(
     ``hessian`` is E[x x^T] (in_features, in_features) of the layer's inputs; inputs that never fire get a unit
     diagonal. The weights of ``exact`` stay what they are: they make no error, and do not make up for those of others.
     """
-    order = torch.arange(weight.shape[1])
+    order = torch.arange(weight.shape[1], device=weight.device)
     return _round_columns(weight, scales, hessian, order=order, bits=bits, group_size=group_size, exact=exact)
 
 
@@ -55,10 +55,9 @@ def _round_columns(
     """Codes (out_features, in_features) int8; columns are rounded in this ``order`` (in_features,)."""
     # 1. Weights, the scale of each of them, and the mask, in the order of the columns.
     low, high = code_range(bits)
-    order = order.to(weight.device)
     weights = weight.double()[:, order]
     steps = expand_scales(scales, group_size, weight.shape[1]).double()[:, order]
-    mask = None if exact is None else exact.to(weight.device)[:, order]
+    mask = None if exact is None else exact[:, order]
 
     def project_column(j: int, column: Tensor) -> Tensor:
         rounded = (column / steps[:, j]).round().clamp(low, high) * steps[:, j]

@@ -118,6 +118,7 @@ def test_alpha_one_is_better_than_plain_quantisation_with_the_support_restored(m
     errors = {"alpha=1": 0.0, "plain, restored": 0.0}
     for name, weight in get_weights(memorised_models).items():
         assert plain[name].ortho is None
+        assert (plain[name].base.dequantise() - weight).norm() < 0.3 * weight.norm()
         streams, scale = decomposition.streams[name], float((weight @ moments[name] * weight).sum())
         restored = torch.where(streams.ortho.support(), weight, plain[name].base.dequantise())
         for variant, values in (("alpha=1", streams.to_dense(1.0)), ("plain, restored", restored)):
